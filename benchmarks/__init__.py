@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks against vLLM's own attention. Every engine runs alone, in a process of its own: it wants the whole GPU."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DENSE, SPARSE = "dense", "sparse"
+DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "MINFERENCE"
+
+SETTLE_SECONDS = 0.1  # longer than the plugin waits between two reads of the density
+SETTLE_STEPS = 8
+
+Worker = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+def argument_parser(description: str | None, tiny: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `tiny` says what its smoke test runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the result file")
+    parser.add_argument("--dense-backend", default=DENSE_BACKEND, help="what to compare with")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help=f"smoke test, runs without a GPU: {tiny}")
+    return parser
+
+
+def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (DENSE, SPARSE)) -> dict[str, dict[str, Any]]:
+    """Run `python -m module` once for each kind of worker, one after the other.
+
+    Args:
+        module: a benchmark whose main() begins with `serve_worker`.
+        spec: what every worker is told, as JSON.
+        kinds: names of the workers.
+
+    Returns:
+        What each worker found, by its name.
+    """
+    found = {}
+    # One process an engine: the worker must reach into it, and nothing of it may outlive the measurement.
+    environ = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
+        spec_path, result = Path(directory, "spec.json"), Path(directory, "result.json")
+        spec_path.write_text(json.dumps({**spec, "result": str(result)}))
+        for kind in kinds:
+            print(f"==> {kind}", flush=True)
+            start = time.monotonic()
+            command = [sys.executable, "-m", module, "--worker", kind, "--spec", str(spec_path)]
+            if status := subprocess.run(command, env=environ).returncode:
+                sys.exit(f"The {kind} worker of {module} failed with status {status}; its output above says why.")
+            found[kind] = json.loads(result.read_text())
+            result.unlink()
+            print(f"==> {kind} took {time.monotonic() - start:.0f} s", flush=True)
+    return found
+
+
+def serve_worker(worker: Worker) -> bool:
+    """In a process that `measure` started: run the worker, leave what it found, return True."""
+    if "--worker" not in sys.argv:
+        return False
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--worker", required=True)
+    parser.add_argument("--spec", type=Path, required=True)
+    options = parser.parse_args()
+    spec = json.loads(options.spec.read_text())
+    Path(spec["result"]).write_text(json.dumps(worker(options.worker, spec)))
+    return True
+
+
+def load_engine(kind: str, spec: dict[str, Any], **overrides: Any) -> Any:
+    """vLLM in this process.
+
+    Args:
+        kind: SPARSE gives the plugin with the settings spec["minference"], anything else spec["dense_backend"].
+        spec: holds the other arguments of `vllm.LLM` as spec["engine"].
+        overrides: more of them.
+    """
+    from vllm import LLM
+
+    from minference_vllm import plugin
+
+    arguments = {**spec["engine"], **overrides}
+    if kind == SPARSE:
+        plugin.register()  # vLLM does it where the package is installed, not where it only lies in the path
+        settings = {**spec["minference"], "log_every": 0}
+        return LLM(**arguments, attention_backend=SPARSE_BACKEND, additional_config={"minference": settings})
+    return LLM(**arguments, attention_backend=spec["dense_backend"])
+
+
+def sparse_totals(llm: Any) -> Any:
+    """The plugin's counters since start (metrics.counters.Snapshot), the density up to date."""
+    from vllm import SamplingParams
+
+    from minference_vllm.impl import _runtimes
+
+    [runtime] = _runtimes.values()
+    few = SamplingParams(max_tokens=SETTLE_STEPS, ignore_eos=True, detokenize=False)
+    # The density is copied from the GPU in one step and read in a later one: the first round takes in a copy that may
+    # still be on its way, the second makes a new one.
+    for _ in range(2):
+        time.sleep(SETTLE_SECONDS)
+        llm.generate([{"prompt_token_ids": [1, 2, 3]}], few, use_tqdm=False)
+    return runtime.counters.snapshot()
+
+
+def resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of the plugin, the defaults included, for the record."""
+    from minference_vllm.config import MInferenceConfig
+
+    return MInferenceConfig.model_validate(settings).model_dump()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one format of a result: where and with what it was measured, then rows of figures.
+
+A result is a JSON object with the keys of `describe_run`, any more that the benchmark adds, and `rows`, a list of flat
+objects. A field that cannot be found stops the benchmark: a figure whose origin is unknown is no figure.
+"""
+
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+COMMIT_VARIABLE = "MINFERENCE_COMMIT"
+NO_GPU = "none (cpu)"
+# A result written a moment ago is no change of what is measured.
+MEASURED = (".", ":(exclude)benchmarks/results")
+
+
+class ResultError(RuntimeError):
+    """Something about a run that must be on record cannot be found; the message says what, and what to do."""
+
+
+def describe_run(without_gpu: bool = False) -> dict[str, str]:
+    """Card, driver, versions, commit, command and date of this run. Call it first: it fails before time is spent.
+
+    Args:
+        without_gpu: a smoke test, whose figures mean nothing: a machine without a GPU is fine.
+
+    Raises:
+        ResultError: one of them cannot be found.
+    """
+    import torch
+    import triton
+    import vllm
+
+    gpu, driver = (NO_GPU, NO_GPU) if without_gpu and not torch.cuda.is_available() else _card()
+    return {
+        "gpu": gpu,
+        "driver": driver,
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": _commit(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write(path: Path, rows: list[dict[str, Any]], without_gpu: bool = False, **extra: Any) -> None:
+    """Write a result file.
+
+    Args:
+        path: the file; its folder is made.
+        rows: the figures, flat.
+        without_gpu: see describe_run.
+        extra: more keys, such as `settings`.
+    """
+    run = describe_run(without_gpu)
+    if taken := extra.keys() & run.keys():
+        raise ValueError(f"{sorted(taken)} describe the run: use other keys")
+    if not rows:
+        raise ValueError("a result without rows")
+    for row in rows:
+        if nested := [key for key, value in row.items() if isinstance(value, dict | list | tuple)]:
+            raise ValueError(f"rows are flat, but {nested} of {row} are not")
+    text = json.dumps({**run, **extra, "rows": rows}, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as text in columns."""
+    shown = [[_cell(value) for value in row.values()] for row in rows]
+    lines = [list(rows[0]), *shown]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _card() -> tuple[str, str]:
+    """Name and driver version of the GPU that this process sees first."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible.split(',')[0]}")
+    name, _, driver = _output(query).partition("\n")[0].partition(", ")
+    if not (name and driver):
+        raise ResultError(f"The GPU and its driver are unknown: `{shlex.join(query)}` names none.")
+    return name, driver
+
+
+def _commit() -> str:
+    """The commit that is measured, with "+dirty" when the tree differs from it."""
+    try:
+        commit = _output(["git", "rev-parse", "--verify", "HEAD"])
+        changes = _output(["git", "status", "--porcelain", "--", *MEASURED])
+    except ResultError as error:
+        if commit := os.environ.get(COMMIT_VARIABLE, ""):
+            return commit
+        raise ResultError(f"The commit is unknown: {error} Set {COMMIT_VARIABLE} in a copy without history.") from None
+    return f"{commit}+dirty" if changes else commit
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except OSError as error:
+        raise ResultError(f"`{shlex.join(command)}` does not run: {error.strerror}.") from None
+    except subprocess.CalledProcessError as error:
+        raise ResultError(f"`{shlex.join(command)}` failed: {error.stderr.strip()}.") from None

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time to first token, dense and sparse, on the shape of Llama-3.1-8B with made-up weights.
+
+    python -m benchmarks.ttft --tokens 8192 32768 131072 --out benchmarks/results/h100-e2e.json
+
+Time to first token is the wall time of `LLM.generate` for one prompt and one token, on an idle engine.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import SPARSE, argument_parser, load_engine, measure, resolved, results, serve_worker, sparse_totals
+
+LLAMA_8B = dict(
+    hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    vocab_size=128256,
+)  # fmt: skip
+TINY = dict(
+    hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=1024
+)
+TINY_SETTINGS = dict(min_seq_len=256, min_chunk=16, vertical_size=100, slash_size=200)
+LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
+SHORT = 32768
+MOST_FOR_SHORT = 4
+
+NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
+
+
+def num_timed(tokens: int, repeats: int) -> int:
+    """Timed requests: fewer of the long ones, which differ little, more of the short ones, which are cheap."""
+    if tokens >= LONG:
+        return min(repeats, 2)
+    return repeats * min(max(SHORT // tokens, 1), MOST_FOR_SHORT)
+
+
+def write_model(directory: str, shape: dict[str, int], layers: int, max_len: int) -> None:
+    """A model without weights or tokenizer: its config.json."""
+    model = dict(
+        **shape, architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=layers, hidden_act="silu",
+        max_position_embeddings=max_len, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        attention_bias=False, mlp_bias=False, torch_dtype="bfloat16", bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    Path(directory, "config.json").write_text(json.dumps(model))
+
+
+def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Times, sparse tokens and density by prompt length."""
+    from vllm import SamplingParams
+
+    if kind == SPARSE and not spec["natural"]:
+        from benchmarks import synthetic
+
+        synthetic.install(spec["seed"])
+    llm = load_engine(kind, spec)
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+
+    def seconds(prompt: dict[str, Any]) -> float:
+        start = time.perf_counter()
+        llm.generate([prompt], one, use_tqdm=False)
+        return time.perf_counter() - start
+
+    random = np.random.default_rng(spec["seed"])
+    prompts = {n: {"prompt_token_ids": random.integers(10, spec["vocab_size"], n).tolist()} for n in spec["tokens"]}
+    found = {str(n): {"sparse_tokens": 0, "density": None} for n in prompts}
+    for n, prompt in prompts.items():
+        print(f"    {n} tokens, warm-up: {seconds(prompt):.3f} s", flush=True)
+    for n, prompt in prompts.items():
+        before = sparse_totals(llm) if kind == SPARSE else None
+        times = [seconds(prompt) for _ in range(num_timed(n, spec["repeats"]))]
+        print(f"    {n} tokens: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
+        found[str(n)]["seconds"] = times
+        if before:
+            delta = sparse_totals(llm) - before
+            sparse = sum(tokens for (path, _), tokens in delta.tokens.items() if path == SPARSE)
+            found[str(n)].update(sparse_tokens=sparse // len(times), density=delta.density)
+    return found
+
+
+def make_rows(tokens: list[int], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for n in tokens:
+        dense, sparse = found["dense"][str(n)], found["sparse"][str(n)]
+        dense_s, sparse_s = statistics.median(dense["seconds"]), statistics.median(sparse["seconds"])
+        rows.append(
+            {
+                "tokens": n,
+                "dense_ttft_s": round(dense_s, 4),
+                "sparse_ttft_s": round(sparse_s, 4),
+                "speedup": round(dense_s / sparse_s, 4),
+                "sparse_tokens": sparse["sparse_tokens"],
+                "density": sparse["density"],
+                "timed_requests": len(sparse["seconds"]),
+            }
+        )
+    return rows
+
+
+def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
+    max_len = max(options.tokens) + 16
+    shape = TINY if options.tiny else LLAMA_8B
+    write_model(directory, shape, options.layers, max_len)
+    engine = dict(
+        model=directory, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_len,
+        max_num_batched_tokens=options.chunk, max_num_seqs=8, enforce_eager=True, enable_prefix_caching=False,
+        disable_log_stats=True,
+    )  # fmt: skip
+    minference = dict(vertical_size=options.vertical_size, slash_size=options.slash_size)
+    return {
+        "engine": engine,
+        "minference": TINY_SETTINGS if options.tiny else minference,
+        "dense_backend": options.dense_backend,
+        "vocab_size": shape["vocab_size"],
+        **{name: getattr(options, name) for name in ("tokens", "repeats", "seed", "natural")},
+    }
+
+
+def main() -> None:
+    if serve_worker(worker):
+        return
+    parser = argument_parser(__doc__, "a few layers of a toy shape, the gate at 256 tokens")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072], help="prompt lengths")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3, help="timed requests, if neither very long nor very short")
+    parser.add_argument("--chunk", type=int, default=16384, help="max_num_batched_tokens")
+    parser.add_argument("--vertical-size", type=int, default=1000)
+    parser.add_argument("--slash-size", type=int, default=6096)
+    parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
+    options = parser.parse_args()
+    results.describe_run(options.tiny)
+    with tempfile.TemporaryDirectory(prefix="model-") as directory:
+        spec = make_spec(options, directory)
+        found = measure("benchmarks.ttft", spec)
+    rows = make_rows(options.tokens, found)
+    engine = {key: value for key, value in spec["engine"].items() if key != "model"}
+    settings = {
+        "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine that "
+        "runs in the caller's process; the median of the timed requests, after one of every length to warm up",
+        "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
+        "prompts": "random token ids",
+        "engine": engine,
+        "dense": {"attention_backend": options.dense_backend},
+        "sparse": {"attention_backend": "MINFERENCE", "minference": resolved(spec["minference"])},
+        "selection": NATURAL if options.natural else synthetic_description(),
+    }
+    seconds = {kind: {n: of["seconds"] for n, of in by_length.items()} for kind, by_length in found.items()}
+    results.write(options.out, rows, options.tiny, settings=settings, seconds=seconds)
+    print(results.table(rows))
+
+
+def synthetic_description() -> str:
+    from benchmarks.synthetic import DESCRIPTION
+
+    return DESCRIPTION
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start, question and stop one `vllm serve --attention-backend minference` on this machine.
+
+The demo and the serving tests use `running`. `python -m demo.server MODEL [vllm serve options]`, which `make serve`
+calls, keeps a server in the foreground.
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+START_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 30
+# A model of 8K context, on whatever this machine has.
+SMALL_MODEL = ("--dtype=bfloat16", "--max-model-len=8192", "--max-num-seqs=8", "--enforce-eager")
+
+
+class ServerError(RuntimeError):
+    """The server did not come up; the message ends with an excerpt of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers at `url`, for example http://127.0.0.1:8000."""
+
+    url: str
+    log: Path
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            return response.read().decode()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of the samples of /metrics which have this name and these labels; 0 when there are none."""
+        samples = (s for family in text_string_to_metric_families(self.get("/metrics")) for s in family.samples)
+        return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+
+
+def command(model: str, *options: str) -> list[str]:
+    vllm = Path(sys.executable).with_name("vllm")
+    return [str(vllm), "serve", model, "--attention-backend", "minference", *options]
+
+
+def minference_option(**fields: object) -> list[str]:
+    """The `vllm serve` option that sets fields of this package's configuration."""
+    return ["--additional-config", json.dumps({"minference": fields})]
+
+
+def environment(model: str) -> dict[str, str]:
+    """What the caller has set, over defaults for a small machine (vLLM reads VLLM_CPU_* on a CPU only)."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # containers often hide the NUMA nodes that binding needs
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    }
+    if Path(model).is_dir():
+        defaults["HF_HUB_OFFLINE"] = "1"
+    return {**defaults, **os.environ}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(model: str, log: Path, *options: str) -> Iterator[Server]:
+    """Serve `model` on a free local port inside a `with` block. The server's output goes to the file `log`."""
+    server = Server(f"http://127.0.0.1:{(port := free_port())}", log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command(model, "--host", "127.0.0.1", "--port", str(port), *options),
+            env=environment(model),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # its own process group: `stop` reaches vLLM's workers too
+        )
+    try:
+        wait_until_ready(server, process)
+        yield server
+    finally:
+        stop(process)
+
+
+def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
+    """Poll /health, and say every ten seconds that it is still loading."""
+    start = reported = time.monotonic()
+    while (now := time.monotonic()) - start < START_TIMEOUT_S:
+        if process.poll() is not None:
+            raise ServerError(f"vllm serve ended with status {process.returncode}. Log:\n{excerpt(server.log)}")
+        with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            server.get("/health")
+            return
+        if now - reported >= 10:
+            reported = now
+            print(f"    loading, {now - start:.0f} s", flush=True)
+        time.sleep(0.5)
+    raise ServerError(f"vllm serve was not ready after {START_TIMEOUT_S} s. Log:\n{excerpt(server.log)}")
+
+
+def excerpt(log: Path, last: int = 20) -> str:
+    """The end of a log, after the earlier lines that name an error: vLLM prints the cause far above its last words."""
+    lines = log.read_text(errors="replace").splitlines()
+    causes = [line for line in lines[:-last] if "Error: " in line]
+    return "\n".join([*causes[-10:], "...", *lines[-last:]])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the process group to end, then end whatever is left of it."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(STOP_TIMEOUT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m demo.server MODEL [vllm serve options]")
+    model, *options = sys.argv[1:]
+    serve = command(model, *options)
+    print(shlex.join(serve), flush=True)
+    os.execve(serve[0], serve, environment(model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between vLLM releases, and what we ask of vLLM that is no stable interface."""
+
+import functools
+import importlib.metadata
+import logging
+from typing import Any
+
+TESTED = ((0, 32), (0, 33))
+
+logger = logging.getLogger("vllm.minference")
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """One warning where the installed vLLM is none that this release was tested with."""
+    version = importlib.metadata.version("vllm")
+    release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if release not in TESTED:
+        tested = " and ".join(".".join(map(str, release)) for release in TESTED)
+        logger.warning("MInference is tested with vLLM %s; this is %s. It will try all the same.", tested, version)
+
+
+def layer_index(layer_name: str) -> int | None:
+    """Index of a layer in the whole model (across pipeline stages), None if its name holds no single number."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    try:
+        return extract_layer_index(layer_name)
+    except AssertionError:
+        return None
+
+
+def reports_metrics() -> bool:
+    """Whether this worker speaks for its engine: every rank sees the same tokens."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    return get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
+
+
+def is_quantized(kv_cache_dtype: str) -> bool:
+    """Whether the cache holds anything but plain keys and values of the model's kind."""
+    return kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32", "half", "float")
+
+
+def batch_invariant() -> bool:
+    """Whether the user asked for results that do not depend on batching; chunks change what a sparse layer keeps."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
+def step_forbids_sparse(common: Any, metadata: Any) -> str | None:
+    """Name of the plan.Reason for which a whole step must run dense, from vLLM's common and backend metadata."""
+    if common.causal is not True:
+        return "not_causal"
+    if getattr(metadata, "use_cascade", False):
+        return "cascade"
+    if getattr(common, "logits_indices_padded", None) is not None:
+        return "kv_sharing_fast_prefill"
+    if any(
+        getattr(metadata, name, None) is not None
+        for name in ("mm_prefix_query_range_tensor", "mm_prefix_range_tensor", "mm_prefix_range")
+    ):
+        return "mm_prefix"
+    if getattr(metadata, "rswa_prefix_lens", None) is not None:
+        return "rswa"
+    return None

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device code: Triton for every GPU, Gluon for Hopper's attending kernel. Imports torch and triton, never vLLM."""
+
+from typing import Any
+
+import torch
+
+from minference_vllm.kernels.attend import attend
+from minference_vllm.kernels.bands import band_lists
+from minference_vllm.kernels.probe import probe
+from minference_vllm.kernels.select import select
+
+__all__ = ["attend", "attend_on_hopper", "band_lists", "probe", "select"]
+
+
+def attend_on_hopper(q: torch.Tensor, *args: Any) -> None:
+    """See minference_vllm.reference.attend; head sizes that Hopper's kernel has no registers for run in Triton's."""
+    # Gluon is not imported where it cannot run: its interface moves faster than Triton's.
+    from minference_vllm.kernels import hopper
+
+    (hopper.attend if q.shape[2] in hopper.SUPPORTED_HEAD_DIMS else attend)(q, *args)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metadata builders: once a step, from host data, they attach what runs sparse to vLLM's own metadata."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
+
+from minference_vllm import compat
+from minference_vllm.plan import DenseRun, Plan, Reason, SparseChunk, make_plan
+
+logger = logging.getLogger("vllm.minference")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """A step in which something runs sparse; the attribute `minference` of vLLM's metadata, else None.
+
+    Attributes:
+        chunks: requests' rows that run sparse.
+        dense_runs: the other rows, in runs of neighbouring requests, each with the metadata of a batch of its own.
+    """
+
+    chunks: tuple[SparseChunk, ...]
+    dense_runs: tuple[tuple[DenseRun, Any], ...]
+
+
+class PlanningMixin:
+    """Planning, for a builder of whatever vLLM backend. Expects vLLM's AttentionMetadataBuilder beside it."""
+
+    def attach_layers(self, vllm_config: VllmConfig, layer_names: list[str], kv_cache_spec: Any) -> None:
+        """Tell each layer of the group what only the builder knows of it, and settle who counts tokens."""
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        impls = [layer.impl for layer in layers.values()]
+        for name, layer in layers.items():
+            layer.impl.settle(_late_reason(name, layer, vllm_config, kv_cache_spec))
+        sparse = [impl for impl in impls if impl.dense_reason is None]
+        self._runtime = impls[0].runtime
+        self._group_reason = None if sparse else impls[0].dense_reason
+        self._sparse_heads = sum(impl.num_heads for impl in sparse)
+        counting = self._runtime.counting
+        if sparse or counting is None or counting._group_reason is not None:
+            self._runtime.counting = self
+        for impl in sparse:
+            impl.warm_up(kv_cache_spec.block_size)
+        for reason in {impl.dense_reason for impl in impls} - {None}:
+            count = sum(impl.dense_reason is reason for impl in impls)
+            logger.info("MInference: %d of %d layers always run dense (%s)", count, len(impls), reason.value)
+
+    def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
+        """Plan one step, and count it."""
+        plan = self._plan(common, metadata)
+        if self._runtime.counting is self:
+            self._runtime.count(plan, self._sparse_heads)
+        return plan
+
+    def _plan(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
+        num_reqs, config = common.num_reqs, self._runtime.config
+        seq_lens, is_prefilling = common.seq_lens_cpu_upper_bound, common.is_prefilling
+        if seq_lens is None or is_prefilling is None or min(len(seq_lens), len(is_prefilling)) < num_reqs:
+            return Plan.all_dense(Reason.NO_HOST_METADATA, _possible_prefill_tokens(common, config.min_chunk))
+        forbidden = compat.step_forbids_sparse(common, metadata)
+        return make_plan(
+            common.query_start_loc_cpu[: num_reqs + 1].numpy(),
+            seq_lens[:num_reqs].numpy(),
+            is_prefilling[:num_reqs].numpy(),
+            config,
+            self._group_reason or (Reason(forbidden) if forbidden else None),
+        )
+
+
+class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
+    """FlashAttention's builder, with a plan."""
+
+    # A full CUDA graph may hold a uniform decode batch, never one in which a chunk could go sparse.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.attach_layers(vllm_config, layer_names, kv_cache_spec)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **kwargs: Any,
+    ) -> FlashAttentionMetadata:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        # fast_build: the draft model's steps.
+        metadata.minference = None if fast_build else _step(self.plan_step(common_attn_metadata, metadata), metadata)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
+        metadata = super().build(0, common_attn_metadata)
+        metadata.minference = None
+        return metadata
+
+    def update_block_table(
+        self, metadata: FlashAttentionMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> FlashAttentionMetadata:
+        updated = super().update_block_table(metadata, blk_table, slot_mapping)
+        if step := metadata.minference:
+            runs = tuple(run for run, _ in step.dense_runs)
+            updated.minference = Step(step.chunks, tuple((run, _run_metadata(run, updated)) for run in runs))
+        return updated
+
+
+def _step(plan: Plan, metadata: FlashAttentionMetadata) -> Step | None:
+    if not plan.chunks:
+        return None
+    return Step(plan.chunks, tuple((run, _run_metadata(run, metadata)) for run in plan.dense_runs))
+
+
+def _run_metadata(run: DenseRun, metadata: FlashAttentionMetadata) -> FlashAttentionMetadata:
+    """Metadata of a run of dense requests as a batch of their own."""
+    return dataclasses.replace(
+        metadata,
+        num_actual_tokens=run.query_end - run.query_start,
+        max_query_len=run.max_query_len,
+        query_start_loc=metadata.query_start_loc[run.first : run.end + 1] - run.query_start,
+        max_seq_len=run.max_seq_len,
+        seq_lens=metadata.seq_lens[run.first : run.end],
+        block_table=metadata.block_table[run.first : run.end],
+        slot_mapping=metadata.slot_mapping[run.query_start : run.query_end],
+        # FlashAttention-3's schedule was made for the whole batch.
+        scheduler_metadata=None,
+        max_num_splits=0,
+    )
+
+
+def _late_reason(name: str, layer: Attention, vllm_config: VllmConfig, kv_cache_spec: Any) -> Reason | None:
+    """Why a layer stays dense, as far as its place in the model and its cache tell."""
+    index = compat.layer_index(name)
+    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    if getattr(layer, "is_draft_layer", False) or (index is not None and index >= num_layers):
+        return Reason.DRAFT_LAYER
+    if index is not None and index < layer.impl.runtime.config.dense_layers:
+        return Reason.DENSE_LAYER
+    if kv_cache_spec.dtype != vllm_config.model_config.dtype:
+        return Reason.DTYPE
+    return None
+
+
+def _possible_prefill_tokens(common: CommonAttentionMetadata, min_chunk: int) -> int:
+    """Tokens of a step whose rows cannot be told apart, if one of them is long enough to have gone sparse."""
+    return common.num_actual_tokens if common.max_query_len >= min_chunk else 0

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of a step go sparse: decided once a step, from host data alone."""
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from minference_vllm.config import MInferenceConfig
+
+
+Path = Literal["sparse", "dense"]
+
+
+class Reason(StrEnum):
+    """Why prefill ran where it ran; the label of metrics and logs."""
+
+    GATE_OPEN = "gate_open"
+    """Sparse: the chunk passed the gate."""
+
+    BELOW_MIN_SEQ_LEN = "below_min_seq_len"
+    SHORT_CHUNK = "short_chunk"
+    NO_HOST_METADATA = "no_host_metadata"
+    """The step carries no prefill flags or lengths on the host (micro-batched or locally attended batches)."""
+
+    NOT_CAUSAL = "not_causal"
+    CASCADE = "cascade"
+    MM_PREFIX = "mm_prefix"
+    RSWA = "rswa"
+    FAST_PREFILL = "kv_sharing_fast_prefill"
+    DRAFTING = "drafting"
+
+    NOT_DECODER = "not_decoder"
+    SLIDING_WINDOW = "sliding_window"
+    ALIBI = "alibi"
+    SOFT_CAP = "logits_soft_cap"
+    ATTENTION_SINKS = "attention_sinks"
+    QUANTIZED_KV = "quantized_kv_cache"
+    DTYPE = "dtype"
+    HEAD_DIM = "head_dim"
+    CONTEXT_PARALLEL = "context_parallel"
+    KV_SHARING = "kv_sharing"
+    DRAFT_LAYER = "draft_layer"
+    DENSE_LAYER = "dense_layer"
+    BATCH_INVARIANT = "batch_invariant"
+
+
+class SparseChunk(NamedTuple):
+    """One request's rows of this step, to run sparse.
+
+    Attributes:
+        request: row of the request in the step's block table.
+        query_start: its first row in the step's query tensor.
+        num_rows: query rows.
+        context_len: keys before the chunk.
+    """
+
+    request: int
+    query_start: int
+    num_rows: int
+    context_len: int
+
+    @property
+    def seq_len(self) -> int:
+        return self.context_len + self.num_rows
+
+    @property
+    def causal_pairs(self) -> int:
+        """Row-key pairs that dense causal attention would compute."""
+        return self.num_rows * self.context_len + self.num_rows * (self.num_rows + 1) // 2
+
+
+class DenseRun(NamedTuple):
+    """A maximal run of neighbouring requests that stay dense: requests [first, end), query rows [query_start, query_end)."""
+
+    first: int
+    end: int
+    query_start: int
+    query_end: int
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a step does. `chunks` is empty when the whole step runs dense, as if the plugin were not there."""
+
+    chunks: tuple[SparseChunk, ...]
+    dense_runs: tuple[DenseRun, ...]
+    tokens: dict[tuple[Path, Reason], int]
+    """Prefill tokens of this step by path and reason; decode rows are not prefill."""
+
+    chunk_counts: dict[tuple[Path, Reason], int]
+    """Prefill chunks (requests' shares of this step), likewise."""
+
+    @classmethod
+    def all_dense(cls, reason: Reason, tokens: int) -> "Plan":
+        """The plan of a step whose rows cannot be told apart."""
+        return cls((), (), {("dense", reason): tokens}, {("dense", reason): 1}) if tokens else cls((), (), {}, {})
+
+
+def make_plan(
+    query_start_loc: np.ndarray,
+    seq_lens: np.ndarray,
+    is_prefilling: np.ndarray,
+    config: MInferenceConfig,
+    dense_reason: Reason | None = None,
+) -> Plan:
+    """Split a step into sparse chunks and dense runs. Costs nothing for a step of decode rows, however many.
+
+    Args:
+        query_start_loc: [num_reqs + 1] int, first query row of each request.
+        seq_lens: [num_reqs] int, keys of each request, its rows of this step included; exact for prefill rows.
+        is_prefilling: [num_reqs] bool, whether the request still reads its prompt.
+        config: the gate.
+        dense_reason: set when something about the whole step or layer group forbids sparse attention.
+    """
+    chunks: list[SparseChunk] = []
+    tokens: Counter[tuple[Path, Reason]] = Counter()
+    counts: Counter[tuple[Path, Reason]] = Counter()
+    for request in np.flatnonzero(is_prefilling).tolist():
+        start, end = int(query_start_loc[request]), int(query_start_loc[request + 1])
+        rows, seq_len = end - start, int(seq_lens[request])
+        if rows == 0:  # padding
+            continue
+        reason = dense_reason or _gate(rows, seq_len, config)
+        path: Path = "sparse" if reason is Reason.GATE_OPEN else "dense"
+        tokens[path, reason] += rows
+        counts[path, reason] += 1
+        if path == "sparse":
+            chunks.append(SparseChunk(request, start, rows, seq_len - rows))
+    dense_runs = _gaps(chunks, query_start_loc, seq_lens) if chunks else ()
+    return Plan(tuple(chunks), dense_runs, dict(tokens), dict(counts))
+
+
+def _gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
+    if seq_len < config.min_seq_len:
+        return Reason.BELOW_MIN_SEQ_LEN
+    if rows < config.min_chunk:
+        return Reason.SHORT_CHUNK
+    return Reason.GATE_OPEN
+
+
+def _gaps(chunks: list[SparseChunk], query_start_loc: np.ndarray, seq_lens: np.ndarray) -> tuple[DenseRun, ...]:
+    """The requests before, between and after the sparse ones, as runs of neighbours."""
+    runs = []
+    edges = [-1, *(chunk.request for chunk in chunks), len(seq_lens)]
+    for before, end in pairwise(edges):
+        first = before + 1
+        if query_start_loc[end] > query_start_loc[first]:
+            runs.append(
+                DenseRun(
+                    first=first,
+                    end=end,
+                    query_start=int(query_start_loc[first]),
+                    query_end=int(query_start_loc[end]),
+                    max_query_len=int(np.diff(query_start_loc[first : end + 1]).max()),
+                    max_seq_len=int(seq_lens[first:end].max()),
+                )
+            )
+    return tuple(runs)

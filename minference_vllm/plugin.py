@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point that vLLM loads in each of its processes: makes `--attention-backend minference` mean our backend."""
+
+import logging
+from typing import Any
+
+NAME = "MINFERENCE"
+GPU_BACKEND = "minference_vllm.backend.MInferenceBackend"
+CPU_BACKEND = "minference_vllm.cpu.MInferenceCPUBackend"
+
+# vLLM's log handlers hang on the "vllm" logger only.
+logger = logging.getLogger("vllm.minference")
+
+
+def register() -> None:
+    """Register the backend. Never raises: vLLM calls this bare, for every user who has the package installed."""
+    try:
+        _register()
+    except Exception:
+        logger.exception("MInference could not register; --attention-backend minference will not be available.")
+
+
+def _register() -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from minference_vllm.compat import warn_if_untested
+    from minference_vllm.metrics.exporter import install
+
+    warn_if_untested()
+    on_cpu = current_platform.is_cpu()
+    path = CPU_BACKEND if on_cpu else GPU_BACKEND
+    custom = AttentionBackendEnum.CUSTOM
+    if custom.is_overridden() and custom.get_path() != path:
+        logger.warning(
+            "Attention backend CUSTOM is taken by %s; MInference takes it over. Only one plugin can use it: "
+            "list the plugins to load in VLLM_PLUGINS.",
+            custom.get_path(),
+        )
+    register_backend(custom, path)
+    # An alias, not a member of its own: the configuration is pickled by value into spawned processes, which unpickle
+    # it before they load plugins, and know CUSTOM but no new member.
+    AttentionBackendEnum._member_map_.setdefault(NAME, custom)
+    if on_cpu:
+        _honour_selection_on_cpu(type(current_platform), custom)
+    install()
+
+
+def _honour_selection_on_cpu(platform: Any, custom: Any) -> None:
+    """vLLM's CPU platform ignores the selected backend; let it return ours when that is the one selected."""
+    stock = platform.get_attn_backend_cls
+    if getattr(stock, "honours_custom", False):
+        return
+
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        selector = kwargs.get("attn_selector_config", args[0] if args else None)
+        if selected_backend is custom and not getattr(selector, "use_mla", False):
+            return custom.get_path()
+        return stock(selected_backend, *args, **kwargs)
+
+    get_attn_backend_cls.honours_custom = True  # type: ignore[attr-defined]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

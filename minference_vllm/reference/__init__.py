@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel again in plain torch, with the same signature: the oracle of the tests and the engine without a GPU."""
+
+from minference_vllm.reference.attend import attend
+from minference_vllm.reference.bands import band_lists
+from minference_vllm.reference.probe import probe
+from minference_vllm.reference.select import select
+
+__all__ = ["attend", "band_lists", "probe", "select"]

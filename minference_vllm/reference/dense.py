@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense causal attention of one request's rows over its pages."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from minference_vllm.index import PagedKV
+from minference_vllm.reference.pages import gather
+
+ROWS_AT_ONCE = 1024
+
+
+def dense(q: torch.Tensor, kv: PagedKV, context_len: int, scale: float, out: torch.Tensor) -> None:
+    """Attend to every key up to the row's own.
+
+    Args:
+        q: [num_rows, num_qo_heads, head_dim].
+        kv: the request's cache, the rows' own keys already in it.
+        context_len: keys before the first row.
+        scale: softmax scale.
+        out: [num_rows, num_qo_heads, head_dim], written.
+    """
+    keys, values = gather(kv, context_len + len(q))
+    for start in range(0, len(q), ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(q)))
+        seen = context_len + rows.stop
+        positions = torch.arange(context_len + rows.start, seen, device=q.device)
+        mask = torch.arange(seen, device=q.device) <= positions[:, None]
+        attended = scaled_dot_product_attention(
+            q[rows].transpose(0, 1)[None],
+            keys[None, :, :seen],
+            values[None, :, :seen],
+            attn_mask=None if rows.stop - rows.start == 1 else mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[rows] = attended[0].transpose(0, 1)

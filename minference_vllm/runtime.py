@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers of one worker process share: configuration, code, scratch memory and counters."""
+
+import logging
+import time
+from dataclasses import replace
+
+import torch
+
+from minference_vllm.attention import sparse_prefill
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.engine import load_engine
+from minference_vllm.index import TILE, PagedKV
+from minference_vllm.metrics.counters import Counters
+from minference_vllm.metrics.density import DensityMeter
+from minference_vllm.plan import Plan, SparseChunk
+from minference_vllm.workspace import Geometry, Workspace
+
+DENSITY_INTERVAL = 0.05  # seconds
+
+logger = logging.getLogger("vllm.minference")
+
+
+class Runtime:
+    """One a worker process and device.
+
+    Args:
+        config: the resolved configuration.
+        device: where the model runs.
+        publish: whether this worker reports metrics for its engine.
+    """
+
+    def __init__(self, config: MInferenceConfig, device: torch.device, publish: bool) -> None:
+        self.config = config
+        self.device = device
+        self.engine = load_engine(config, device)
+        self.counters = Counters(publish, config.log_every)
+        self.counting: object | None = None
+        """Who counts prefill tokens: one metadata builder, though every KV cache group has its own."""
+        self._kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
+        self._causal_pairs = 0
+        self._density = DensityMeter(self._kept_pairs, DENSITY_INTERVAL)
+        self._workspaces: dict[Geometry, Workspace] = {}
+        self._warm: set[tuple[object, ...]] = set()
+        logger.info("MInference: kernels %s, %s", self.engine.name, config)
+
+    def workspace(self, geometry: Geometry) -> Workspace:
+        """The scratch for layers of this geometry, claimed when first asked for: in the profiling run."""
+        if geometry not in self._workspaces:
+            workspace = Workspace.allocate(geometry, self.device)
+            logger.info("MInference: %.0f MiB of scratch for %s", workspace.num_bytes / 2**20, geometry)
+            self._workspaces[geometry] = replace(workspace, kept_pairs=self._kept_pairs)
+        return self._workspaces[geometry]
+
+    def run(
+        self, q: torch.Tensor, kv: PagedKV, chunk: SparseChunk, scale: float, geometry: Geometry, out: torch.Tensor
+    ) -> None:
+        """Sparse attention of one layer for one chunk; q and out are the step's, [num_tokens, num_qo_heads, head_dim]."""
+        rows = slice(chunk.query_start, chunk.query_start + chunk.num_rows)
+        ws = self.workspace(geometry)
+        sparse_prefill(q[rows], kv, chunk.context_len, scale, self.config, self.engine, ws, out[rows])
+
+    def count(self, plan: Plan, sparse_heads: int) -> None:
+        """Count a step before it is launched.
+
+        Args:
+            plan: what the step does.
+            sparse_heads: query heads, summed over layers, that run its chunks sparse.
+        """
+        for (path, reason), tokens in plan.tokens.items():
+            self.counters.add_tokens(path, reason.value, tokens, plan.chunk_counts[path, reason])
+        if reading := self._density.poll(self._causal_pairs, time.monotonic()):
+            self.counters.set_density(*reading)
+        self._causal_pairs += sparse_heads * sum(chunk.causal_pairs for chunk in plan.chunks)
+
+    def warm_up(self, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, geometry: Geometry) -> None:
+        """Compile every kernel this geometry will need, on two tiles of made-up keys, before the first request."""
+        variant = (num_kv_heads, head_dim, page_size, dtype, geometry)
+        if variant in self._warm or self.device.type != "cuda":
+            return
+        self._warm.add(variant)
+        rows = min(2 * TILE, geometry.max_seq_len, geometry.max_chunk)
+        pages = -(-rows // page_size)
+        cache = torch.zeros(pages, page_size, num_kv_heads, 2 * head_dim, dtype=dtype, device=self.device).transpose(1, 2)
+        table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
+        q = torch.zeros(rows, geometry.num_qo_heads, head_dim, dtype=dtype, device=self.device)
+        kv = PagedKV(*cache.split(head_dim, dim=-1), table, 0)
+        self.run(q, kv, SparseChunk(0, 0, rows, 0), 1.0, geometry, torch.empty_like(q))
+        self._kept_pairs.zero_()

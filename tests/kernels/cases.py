@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random chunks over paged caches of every shape that the kernels promise to take."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.index import PagedKV
+from minference_vllm.workspace import Geometry, Workspace
+
+
+@dataclass(frozen=True)
+class Case:
+    """One chunk of one request; `layout` is the cache's memory order of tokens (N) and heads (H)."""
+
+    name: str
+    num_rows: int = 200
+    context_len: int = 300
+    num_qo_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    dtype: torch.dtype = torch.float16
+    layout: str = "NHD"
+    vertical_size: int = 40
+    slash_size: int = 120
+    probe_rows: str = "last"
+
+    @property
+    def seq_len(self) -> int:
+        return self.context_len + self.num_rows
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def config(self, **changes: object) -> MInferenceConfig:
+        settings = {
+            "vertical_size": self.vertical_size,
+            "slash_size": self.slash_size,
+            "probe_rows": self.probe_rows,
+            "sink_tokens": 4,
+            "local_tokens": 16,
+        }
+        return MInferenceConfig(**{**settings, **changes})
+
+
+REGULAR = [
+    Case("one tile", num_rows=128, context_len=0),
+    Case("chunk after context", num_rows=256, context_len=512),
+    Case("head_dim 128", num_rows=256, context_len=256, head_dim=128),
+    Case("head_dim 256", num_rows=128, context_len=128, head_dim=256),
+    Case("spread probes", num_rows=256, context_len=256, probe_rows="spread"),
+    Case("both probes", num_rows=256, context_len=256, probe_rows="both"),
+    Case("page 32", page_size=32),
+    Case("page 48", page_size=48),
+    Case("page 128", page_size=128, layout="HND"),
+]
+IRREGULAR = [
+    Case("63 rows", num_rows=63, context_len=0),
+    Case("prime lengths", num_rows=211, context_len=307),
+    Case("unaligned context", num_rows=129, context_len=127),
+    Case("group of seven", num_qo_heads=14, num_kv_heads=2, num_rows=100, context_len=151),
+    Case("no grouping", num_qo_heads=3, num_kv_heads=3, num_rows=90, context_len=77),
+    Case("HND cache", layout="HND"),
+    Case("float32", dtype=torch.float32),
+]
+ADVERSARIAL = [
+    Case("1 row", num_rows=1, context_len=0),
+    Case("1 row after context", num_rows=1, context_len=400),
+    Case("1 column, local band only", vertical_size=1, slash_size=16),
+    Case("one KV head", num_qo_heads=4, num_kv_heads=1),
+    Case("partial last page", num_rows=130, context_len=259, page_size=64),
+    Case("full budget", vertical_size=10_000, slash_size=10_000),
+    Case("every column, local band only", vertical_size=10_000, slash_size=16),
+]
+CASES = REGULAR + IRREGULAR + ADVERSARIAL
+GPU_CASES = [
+    replace(case, name=f"{case.name}, bf16", dtype=torch.bfloat16) for case in CASES if case.dtype != torch.float32
+] + [
+    Case("long", num_rows=3000, context_len=9001, head_dim=128, num_qo_heads=8, num_kv_heads=2, dtype=torch.bfloat16),
+    Case("64K context", num_rows=2048, context_len=65_536, vertical_size=1000, slash_size=6096, dtype=torch.bfloat16),
+]
+
+
+def make_cache(case: Case, device: torch.device, seed: int = 0) -> PagedKV:
+    """A cache with permuted pages and NaN wherever the request has no key; K and V lie side by side in one row."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = -(-case.seq_len // case.page_size)
+    spare = 3
+    shape = (pages + spare, case.num_kv_heads, case.page_size, 2 * case.head_dim)
+    filled = torch.randn(pages * case.page_size, case.num_kv_heads, 2 * case.head_dim, generator=generator)
+    filled[case.seq_len :] = torch.nan
+    order = torch.randperm(pages + spare, generator=generator)[:pages]
+    logical = torch.full(shape, torch.nan)
+    logical[order] = filled.view(pages, case.page_size, case.num_kv_heads, -1).transpose(1, 2)
+    logical = logical.to(device, case.dtype)
+    if case.layout == "NHD":
+        logical = logical.transpose(1, 2).contiguous().transpose(1, 2)
+    table = torch.full((3, pages + 2), 2**30, dtype=torch.int32)  # a read past the request's pages would fault
+    table[1, :pages] = order.to(torch.int32)
+    k, v = logical.split(case.head_dim, dim=-1)
+    return PagedKV(k, v, table.to(device), 1)
+
+
+def make_queries(case: Case, device: torch.device, seed: int = 1) -> torch.Tensor:
+    """[num_rows, num_qo_heads, head_dim], a strided view as vLLM cuts it out of the fused projection."""
+    generator = torch.Generator().manual_seed(seed)
+    width = case.num_qo_heads + 2 * case.num_kv_heads
+    qkv = torch.randn(case.num_rows, width, case.head_dim, generator=generator) * 2
+    return qkv.to(device, case.dtype)[:, : case.num_qo_heads]
+
+
+def make_workspace(case: Case, config: MInferenceConfig, device: torch.device) -> Workspace:
+    geometry = Geometry(
+        num_qo_heads=case.num_qo_heads,
+        max_seq_len=case.seq_len + 300,
+        max_chunk=case.num_rows + 100,
+        num_probes=sum(config.probe_counts),
+        max_columns=config.vertical_size,
+    )
+    return Workspace.allocate(geometry, device)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold of sparse prefill whatever the numbers are, for the kernels and for their plain-torch twins."""
+
+import importlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from minference_vllm import kernels, reference
+from minference_vllm.attention import sparse_prefill
+from minference_vllm.engine import Engine
+from minference_vllm.index import BAND, BANDS_PER_TILE, TILE, PagedKV, SparseIndex
+from minference_vllm.reference.pages import gather
+from minference_vllm.workspace import Workspace
+from tests.kernels.cases import Case, make_cache, make_queries, make_workspace
+
+ENGINES = {
+    name: Engine(name, code.probe, code.select, code.band_lists, code.attend)
+    for name, code in {"triton": kernels, "reference": reference}.items()
+}
+EVERYTHING = 10_000
+# Small, since an interpreted kernel takes seconds; still three tiles, the first and last of them partial.
+SPARSE = Case("", num_rows=170, context_len=110, num_qo_heads=2, num_kv_heads=1, vertical_size=8, slash_size=17)
+FULL = replace(SPARSE, vertical_size=EVERYTHING, slash_size=EVERYTHING)
+
+
+class Result(NamedTuple):
+    out: torch.Tensor
+    lse: torch.Tensor
+    kept_pairs: int
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return ENGINES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter pays for each program, and runs none side by side."""
+    if device.type == "cpu":
+        monkeypatch.setattr(importlib.import_module("minference_vllm.kernels.probe"), "PROBE_SPLITS", 2)
+
+
+def prefill(
+    engine: Engine,
+    case: Case,
+    q: torch.Tensor,
+    kv: PagedKV,
+    ws: Workspace | None = None,
+    out: torch.Tensor | None = None,
+) -> Result:
+    """Sparse prefill of one chunk; `case` gives its context and budget."""
+    ws = make_workspace(case, case.config(), q.device) if ws is None else ws
+    out = torch.full_like(q, torch.nan) if out is None else out
+    kept_before = ws.kept_pairs.item()
+    sparse_prefill(q, kv, case.context_len, case.scale, case.config(), engine, ws, out)
+    return Result(out.clone(), ws.lse[:, : case.num_rows].clone(), int(ws.kept_pairs.item() - kept_before))
+
+
+def dense(case: Case, q: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """torch's own attention in float32 over the gathered keys; causal unless a mask [heads, rows, keys] is given."""
+    keys, values = gather(kv, case.seq_len)
+    if mask is None:
+        mask = torch.ones(case.num_rows, case.seq_len, dtype=torch.bool, device=q.device).tril(case.context_len)
+    q, keys, values = q.transpose(0, 1)[None].float(), keys[None].float(), values[None].float()
+    return scaled_dot_product_attention(q, keys, values, mask, scale=case.scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+def assert_equal(actual: Result, expected: Result) -> None:
+    """Bit for bit."""
+    assert torch.equal(actual.out, expected.out)
+    assert torch.equal(actual.lse, expected.lse)
+    assert actual.kept_pairs == expected.kept_pairs
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    # Probabilities and outputs are rounded to the cache's dtype once each: 2^-8 for bf16, 2^-11 for fp16.
+    bound = {torch.bfloat16: 8e-3, torch.float16: 2e-3}[actual.dtype]
+    error = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert error < bound
+
+
+def causal_pairs(case: Case) -> int:
+    return case.num_qo_heads * (case.num_rows * case.context_len + case.num_rows * (case.num_rows + 1) // 2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(FULL, id="group of two"),
+        pytest.param(replace(FULL, num_kv_heads=2, page_size=48, layout="HND", dtype=torch.bfloat16), id="bf16, HND"),
+        pytest.param(replace(FULL, head_dim=128, num_rows=5, context_len=250, probe_rows="both"), id="few rows"),
+    ],
+)
+def test_a_full_budget_is_dense_attention(engine: Engine, case: Case, device: torch.device) -> None:
+    q, kv = make_queries(case, device), make_cache(case, device)
+    result = prefill(engine, case, q, kv)
+    assert_close(result.out, dense(case, q, kv))
+    assert result.kept_pairs == causal_pairs(case)
+
+
+def hide_keys_from(kv: PagedKV, first: int) -> PagedKV:
+    """A copy of the cache as it is before the keys from position `first` on are written."""
+    cache = torch.cat([kv.k, kv.v], dim=-1)
+    pages = kv.block_table[kv.row]
+    for position in range(first, int((pages < len(cache)).sum()) * kv.page_size):
+        cache[pages[position // kv.page_size], :, position % kv.page_size] = torch.nan
+    k, v = cache.split(kv.k.shape[3], dim=-1)
+    return PagedKV(k, v, kv.block_table, kv.row)
+
+
+@pytest.mark.parametrize("chunks", [(128, 72), (1, 129, 70), (199, 1)], ids=str)
+def test_a_full_budget_does_not_depend_on_the_chunks(
+    engine: Engine, chunks: tuple[int, ...], device: torch.device
+) -> None:
+    whole = replace(FULL, num_rows=sum(chunks), context_len=0)
+    q, kv = make_queries(whole, device), make_cache(whole, device)
+    ws = make_workspace(whole, whole.config(), device)
+    parts = []
+    start = 0
+    for rows in chunks:
+        case = replace(whole, num_rows=rows, context_len=start)
+        parts.append(prefill(engine, case, q[start : start + rows], hide_keys_from(kv, start + rows), ws))
+        start += rows
+    unchunked = prefill(engine, whole, q, kv, ws)
+    assert_close(torch.cat([part.out for part in parts]), unchunked.out)
+    torch.testing.assert_close(torch.cat([part.lse for part in parts], 1), unchunked.lse, rtol=1e-4, atol=1e-4)
+    assert sum(part.kept_pairs for part in parts) == unchunked.kept_pairs
+
+
+def test_tensor_parallel_shards_are_slices_of_the_whole(engine: Engine, device: torch.device) -> None:
+    whole = replace(SPARSE, num_qo_heads=4, num_kv_heads=2, num_rows=90)
+    q, kv = make_queries(whole, device), make_cache(whole, device)
+    expected = prefill(engine, whole, q, kv)
+    assert expected.kept_pairs < causal_pairs(whole)
+    kept_pairs = 0
+    # Two ranks with a KV head each, and one of four ranks, where every KV head lives on two of them.
+    for qo_heads, kv_heads in ((slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2)), (slice(1, 2), slice(0, 1))):
+        num_heads = qo_heads.stop - qo_heads.start
+        case = replace(whole, num_qo_heads=num_heads, num_kv_heads=1)
+        shard = prefill(engine, case, q[:, qo_heads], PagedKV(kv.k[:, kv_heads], kv.v[:, kv_heads], *kv[2:]))
+        assert torch.equal(shard.out, expected.out[:, qo_heads])
+        assert torch.equal(shard.lse, expected.lse[qo_heads])
+        kept_pairs += shard.kept_pairs if num_heads == 2 else 0
+    assert kept_pairs == expected.kept_pairs
+
+
+def index_of(lists: list[tuple[list[int], list[int]]], case: Case, device: torch.device) -> SparseIndex:
+    """An index from each head's band offsets and columns, with garbage where nothing is listed."""
+    last_tile = (case.seq_len - 1) // TILE
+    num_bands = last_tile * BANDS_PER_TILE
+
+    def table(rows: list[list[int]], width: int) -> torch.Tensor:
+        padded = [[*row, *[2**30] * (width - len(row))] for row in rows]
+        return torch.tensor(padded, dtype=torch.int32, device=device)
+
+    def below(rows: list[list[int]], grain: int, count: int) -> torch.Tensor:
+        return table([[sum(entry < grain * j for entry in row) for j in range(count)] for row in rows], count)
+
+    bands, columns = ([list(row) for row in part] for part in zip(*lists, strict=True))
+    return SparseIndex(
+        table(bands, num_bands + 3),
+        below(bands, 1, num_bands + 2),
+        table(columns, 20),
+        below(columns, TILE, last_tile + 1),
+    )
+
+
+def mask_of(lists: list[tuple[list[int], list[int]]], case: Case) -> torch.Tensor:
+    """SparseIndex's definition, key by key: [num_qo_heads, num_rows, seq_len]."""
+    mask = torch.zeros(len(lists), case.num_rows, case.seq_len, dtype=torch.bool)
+    for head, (bands, columns) in enumerate(lists):
+        for row in range(case.context_len, case.seq_len):
+            tile = row // TILE * TILE
+            kept = set(range(tile, row + 1)) | {column for column in columns if column < tile}
+            for offset in bands:
+                if BAND * offset <= tile:
+                    kept |= set(range(tile - BAND * offset, tile - BAND * offset + BAND))
+            mask[head, row - case.context_len, list(kept)] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        pytest.param([([], []), ([], [])], id="nothing but each tile's own keys"),
+        pytest.param([([1, 2, 9], []), ([], [])], id="no columns"),
+        pytest.param([([], [0, 5, 127, 130, 255, 261]), ([], [])], id="no bands, columns before, in and after a tile"),
+        pytest.param([([], [3]), ([4, 8, 16], [])], id="bands of one head, a column of the other"),
+        pytest.param([([8, 16], [0, 3, 15, 17]), ([1], [127, 128])], id="columns that a band already holds"),
+    ],
+)
+def test_attention_covers_what_the_index_lists_and_nothing_else(
+    engine: Engine, lists: list[tuple[list[int], list[int]]], device: torch.device
+) -> None:
+    q, kv = make_queries(SPARSE, device), make_cache(SPARSE, device)
+    out, lse = torch.full_like(q, torch.nan), torch.zeros(2, SPARSE.num_rows, device=device)
+    kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
+    index = index_of(lists, SPARSE, device)
+    engine.attend(q, kv, SPARSE.context_len, SPARSE.scale, index, out, lse, kept_pairs)
+    mask = mask_of(lists, SPARSE).to(device)
+    assert_close(out, dense(SPARSE, q, kv, mask))
+    assert kept_pairs.item() == mask.sum()
+
+
+def share_cache(caches: list[PagedKV]) -> list[PagedKV]:
+    """The same requests in one cache and one block table, their pages shuffled among each other."""
+    generator = torch.Generator().manual_seed(7)
+    cache = torch.cat([torch.cat([kv.k, kv.v], dim=-1) for kv in caches])
+    place = torch.randperm(len(cache), generator=generator).to(cache.device)
+    shuffled = torch.empty_like(cache)
+    shuffled[place] = cache
+    width = max(kv.block_table.shape[1] for kv in caches)
+    table = torch.full((len(caches), width), 2**30, dtype=torch.int32, device=cache.device)
+    first = 0
+    for row, kv in enumerate(caches):
+        pages = kv.block_table[kv.row]
+        pages = pages[pages < len(kv.k)].long()
+        table[row, : len(pages)] = place[first + pages].to(torch.int32)
+        first += len(kv.k)
+    k, v = shuffled.split(caches[0].k.shape[3], dim=-1)
+    return [PagedKV(k, v, table, row) for row in range(len(caches))]
+
+
+def test_prompts_of_one_batch_come_out_as_each_alone(engine: Engine, device: torch.device) -> None:
+    # Long, short, long: what the scratch memory still holds of one must not reach the next.
+    cases = [SPARSE, replace(SPARSE, num_rows=70, context_len=130), replace(SPARSE, num_rows=200, context_len=80)]
+    queries = [make_queries(case, device, seed) for seed, case in enumerate(cases)]
+    caches = [make_cache(case, device, seed + 10) for seed, case in enumerate(cases)]
+    ws = make_workspace(replace(SPARSE, num_rows=300), SPARSE.config(), device)
+    for case, q, kv, shared in zip(cases, queries, caches, share_cache(caches), strict=True):
+        alone = prefill(engine, case, q, kv)
+        assert alone.kept_pairs < causal_pairs(case)
+        assert_equal(prefill(engine, case, q, shared, ws), alone)
+
+
+def test_the_order_of_pages_changes_nothing(engine: Engine, device: torch.device) -> None:
+    q, kv = make_queries(SPARSE, device), make_cache(SPARSE, device)
+    (permuted,) = share_cache([kv])
+    assert not torch.equal(permuted.block_table[0], kv.block_table[1])
+    assert_equal(prefill(engine, SPARSE, q, permuted), prefill(engine, SPARSE, q, kv))
+
+
+def far_apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """A copy with a stride in `dim` so large that its last index lies past 2^31 elements. Touches little memory.
+
+    It starts in the middle of its storage: an offset that wraps around to -2^31 reads the wrong numbers and not another
+    process's luck.
+    """
+    stride = (2**31 // (tensor.shape[dim] - 1) + 16) // 16 * 16
+    strides = [0, 0, 0, 0][: tensor.dim()]
+    rest = 1
+    for other in reversed([d for d in range(tensor.dim()) if d != dim]):
+        strides[other] = rest
+        rest *= tensor.shape[other]
+    strides[dim] = stride
+    try:
+        storage = torch.empty(2**32 + 2**24, dtype=tensor.dtype, device=tensor.device)
+    except RuntimeError as error:
+        pytest.skip(f"needs 8 GiB of address space: {error}")
+    view = storage.as_strided(tensor.shape, strides, 2**31)
+    assert (tensor.shape[dim] - 1) * stride >= 2**31
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize(("what", "dim"), [("pages", 0), ("kv heads", 1), ("rows", 0)], ids=lambda value: str(value))
+def test_offsets_past_2_to_the_31(engine: Engine, what: str, dim: int, device: torch.device) -> None:
+    case = replace(SPARSE, num_rows=70, num_qo_heads=3, num_kv_heads=3)
+    q, kv = make_queries(case, device), make_cache(case, device)
+    expected = prefill(engine, case, q, kv)
+    if what == "rows":
+        q, out = far_apart(q, 0), far_apart(torch.full_like(q, torch.nan), 0)
+        assert_equal(prefill(engine, case, q, kv, out=out), expected)
+        return
+    cache = far_apart(torch.cat([kv.k, kv.v], dim=-1), dim)
+    k, v = cache.split(case.head_dim, dim=-1)
+    assert_equal(prefill(engine, case, q, PagedKV(k, v, kv.block_table, kv.row)), expected)
+
+
+@pytest.mark.parametrize("stride", [0, 1, 2**40])
+def test_the_stride_of_a_single_kv_head_means_nothing(engine: Engine, stride: int, device: torch.device) -> None:
+    case = replace(SPARSE, num_rows=70)
+    q, kv = make_queries(case, device), make_cache(case, device)
+    expected = prefill(engine, case, q, kv)
+
+    def degenerate(half: torch.Tensor) -> torch.Tensor:
+        strides = (half.stride(0), stride, half.stride(2), 1)
+        return half.as_strided(half.shape, strides, half.storage_offset())
+
+    odd = PagedKV(degenerate(kv.k), degenerate(kv.v), kv.block_table, kv.row)
+    assert odd.k.stride(1) == stride
+    assert_equal(prefill(engine, case, q, odd), expected)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each Triton kernel against its plain-torch twin."""
+
+import pytest
+import torch
+from tests.kernels.cases import CASES, GPU_CASES, Case, make_cache, make_queries, make_workspace
+
+from minference_vllm import kernels, reference
+from minference_vllm.attention import sparse_prefill
+from minference_vllm.engine import Engine
+from minference_vllm.estimators import ESTIMATORS
+from minference_vllm.index import BAND, BANDS_PER_TILE, TILE
+from minference_vllm.workspace import MASS_UNIT
+
+TRITON = Engine("triton", kernels.probe, kernels.select, kernels.band_lists, kernels.attend)
+HOPPER = Engine("hopper", kernels.probe, kernels.select, kernels.band_lists, kernels.attend_on_hopper)
+REFERENCE = Engine("reference", reference.probe, reference.select, reference.band_lists, reference.attend)
+
+every_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name) for case in CASES]
+    + [pytest.param(case, id=case.name, marks=pytest.mark.gpu) for case in GPU_CASES],
+)
+
+
+every_engine = pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(TRITON, id="triton"),
+        pytest.param(HOPPER, id="hopper", marks=[pytest.mark.gpu, pytest.mark.hopper]),
+    ],
+)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@every_case
+def test_probe_sums_the_mass_of_columns_and_diagonals(case: Case, device: torch.device) -> None:
+    q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
+    num_last, num_spread = config.probe_counts
+    results = []
+    for engine in (REFERENCE, TRITON):
+        ws = make_workspace(case, config, device)
+        ws.slash.fill_(7)  # left over from another request
+        engine.probe(q, kv, case.context_len, case.scale, num_last, num_spread, ws)
+        results.append(ws)
+    expected, actual = results
+    # A float32 product on the matrix units keeps ten bits of its operands.
+    tolerance = 2e-2 if case.dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(actual.probe_lse, expected.probe_lse, rtol=tolerance, atol=tolerance)
+    present = expected.probe_lse.isfinite().sum(1)
+    for name in ("vertical", "slash"):
+        mass, want = getattr(actual, name)[:, : case.seq_len], getattr(expected, name)[:, : case.seq_len]
+        # Every probe row's mass is 1; half a unit of rounding for each of its entries.
+        total = mass.sum(1) * MASS_UNIT
+        torch.testing.assert_close(total, present.to(total), rtol=1e-2, atol=0)
+        assert relative_error(mass, want) < (2e-2 if case.dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("length", "keep", "forced"),
+    [(1, 1, 0), (1, 1, 1), (63, 63, 5), (500, 100, 30), (4097, 4096, 0), (5000, 1, 100), (70_001, 777, 100)],
+)
+@pytest.mark.parametrize("kind", ["distinct", "ties", "zeros", "extremes"])
+@pytest.mark.parametrize("grain", [BAND, TILE])
+def test_select_keeps_exactly_what_a_stable_sort_keeps(
+    length: int, keep: int, forced: int, kind: str, grain: int, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(length + keep)
+    mass = {
+        "distinct": torch.randperm(3 * (length + 50), generator=generator).view(3, -1) * 1000,
+        "ties": torch.randint(0, 4, (3, length + 50), generator=generator),
+        "zeros": torch.zeros(3, length + 50),
+        "extremes": torch.randint(0, 2**30 + 1, (3, length + 50), generator=generator),
+    }[kind].to(device, torch.int32)
+    case = Case("", num_qo_heads=3)
+    ws = make_workspace(case, case.config(), device)
+    results = []
+    for engine in (REFERENCE, TRITON):
+        below = torch.full((3, -(-length // grain) + 3), -5, dtype=torch.int32, device=device)
+        out = torch.full((3, keep + 4), -5, dtype=torch.int32, device=device)
+        engine.select(mass, length, keep, forced, below, grain, out, ws)
+        results.append((below, out))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_bands", [0, 8, 16, 2048, 4104])
+@pytest.mark.parametrize("kept", [0, 1, 100, 5000])
+def test_band_lists_agree(num_bands: int, kept: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(kept)
+    distances = torch.randint(0, (num_bands + BANDS_PER_TILE) * BAND, (3, kept), generator=generator).sort(1).values
+    edges = torch.arange(num_bands + BANDS_PER_TILE + 1).mul(BAND).expand(3, -1).contiguous()
+    slash_below = torch.searchsorted(distances, edges).to(device, torch.int32)
+    results = []
+    for engine in (REFERENCE, TRITON):
+        bands = torch.full((3, num_bands + 3), -5, dtype=torch.int32, device=device)
+        below = torch.full((3, num_bands + 4), -5, dtype=torch.int32, device=device)
+        engine.band_lists(slash_below, num_bands, bands, below)
+        results.append((bands, below))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@every_case
+@every_engine
+def test_attend_matches_the_reference(case: Case, engine: Engine, device: torch.device) -> None:
+    q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
+    ws = make_workspace(case, config, device)
+    index = ESTIMATORS["vertical_slash"](q, kv, case.context_len, case.scale, config, REFERENCE, ws)
+    results = []
+    for engine_ in (REFERENCE, engine):
+        out = torch.full_like(q, torch.nan)
+        lse = torch.full_like(ws.lse, torch.nan)
+        pairs = torch.zeros_like(ws.kept_pairs)
+        engine_.attend(q, kv, case.context_len, case.scale, index, out, lse, pairs)
+        results.append((out, lse[:, : case.num_rows], pairs))
+    (out, lse, pairs), (expected_out, expected_lse, expected_pairs) = results[1], results[0]
+    # Probabilities and outputs are rounded to the cache's dtype once each: 2^-8 for bf16, 2^-11 for fp16.
+    assert relative_error(out, expected_out) < {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 2e-3}[case.dtype]
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
+    assert pairs.item() == expected_pairs.item()
+
+
+@every_case
+@every_engine
+def test_sparse_prefill_repeats_bit_for_bit(case: Case, engine: Engine, device: torch.device) -> None:
+    q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
+    ws = make_workspace(case, config, device)
+    outs = []
+    for _ in range(3):
+        out = torch.full_like(q, torch.nan)
+        sparse_prefill(q, kv, case.context_len, case.scale, config, engine, ws, out)
+        outs.append(out)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    assert outs[0].isfinite().all()

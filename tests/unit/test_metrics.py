@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting, publishing and scraping, in one process and across the process trees that vLLM builds."""
+
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import prometheus_client
+import pytest
+
+from minference_vllm.metrics import counters as counters_module
+from minference_vllm.metrics import exporter
+from minference_vllm.metrics.counters import METRICS_DIR, MULTIPROC_DIR, Counters, Snapshot, summary
+
+SPARSE_TOKENS = 'minference_prefill_tokens_total{path="sparse",reason="gate_open"}'
+
+
+@pytest.fixture(autouse=True)
+def new_process(tmp_path, monkeypatch):
+    """Forget what was installed, as a process does that starts with MINFERENCE_METRICS_DIR=directory."""
+
+    def start(directory: str = "") -> None:
+        monkeypatch.setenv(METRICS_DIR, directory)
+        monkeypatch.delenv(MULTIPROC_DIR, raising=False)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(prometheus_client, "REGISTRY", prometheus_client.CollectorRegistry(auto_describe=True))
+        exporter.install.cache_clear()
+
+    start()
+    return start
+
+
+@pytest.fixture
+def log_lines(monkeypatch):
+    """What the metrics logger says, whether or not vLLM has configured its parent."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
+    counters_module.logger.addHandler(handler)
+    monkeypatch.setattr(counters_module.logger, "level", logging.INFO)
+    yield lines
+    counters_module.logger.removeHandler(handler)
+
+
+def scrape() -> str:
+    return prometheus_client.generate_latest(prometheus_client.REGISTRY).decode()
+
+
+def count(counters: Counters, tokens: int) -> None:
+    """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
+    counters.add_tokens("sparse", "gate_open", tokens)
+    counters.add_tokens("dense", "short_chunk", 12, chunks=2)
+    counters.set_density(kept_pairs=tokens, causal_pairs=4 * tokens)
+
+
+def serve_one_step(tokens: int) -> None:
+    """A worker process."""
+    exporter.install()
+    counters = Counters(publish=True, log_every=0)
+    count(counters, tokens)
+    counters.flush()
+
+
+def run_engine_core(tokens: int) -> None:
+    """An engine process, which starts a worker process."""
+    exporter.install()
+    run_process(serve_one_step, tokens)
+
+
+def run_process(target, *args) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def run_script(script: str, *arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_threads_lose_no_tokens():
+    counters = Counters(publish=False, log_every=0)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(lambda: [counters.add_tokens("dense", "short_chunk", 3) for _ in range(5000)])
+    assert counters.snapshot().tokens["dense", "short_chunk"] == 8 * 5000 * 3
+    assert counters.snapshot().chunks["dense", "short_chunk"] == 8 * 5000
+
+
+def test_snapshot_survives_json_and_arithmetic():
+    one = Snapshot(Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1}), 2**63, 2**65)
+    assert Snapshot.from_json(one.to_json()) == one
+    assert one + one - one == one
+    assert one - one == Snapshot()
+    assert (one.density, Snapshot().density) == (0.25, None)
+
+
+def test_add_tokens_is_cheap_enough_for_the_hot_path():
+    counters = Counters(publish=False, log_every=0)
+    best_of_20 = min(timeit.repeat(lambda: counters.add_tokens("sparse", "gate_open", 8192), number=500, repeat=20))
+    assert best_of_20 / 500 < 5e-6
+
+
+def test_summary_reads_as_documented():
+    tokens = Counter(
+        {("sparse", "gate_open"): 12288, ("dense", "short_chunk"): 12, ("dense", "below_min_seq_len"): 800}
+    )
+    assert summary(Snapshot(tokens, Counter(), 142, 1000), seconds=10.3) == (
+        "MInference: 12,288 prompt tokens sparse, 812 dense (below_min_seq_len 800, short_chunk 12) in 10 s;"
+        " density 14.2%"
+    )
+    assert summary(Snapshot(Counter({("sparse", "gate_open"): 5})), seconds=1) == (
+        "MInference: 5 prompt tokens sparse, 0 dense in 1 s; density not read yet"
+    )
+
+
+def test_the_thread_publishes_a_change_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
+    monkeypatch.setenv(METRICS_DIR, str(tmp_path))
+    file = tmp_path / f"{os.getpid()}.json"
+    counters = Counters(publish=True, log_every=0)
+    count(counters, 100)
+    wait_until(lambda: file.exists() and Snapshot.from_json(file.read_text()) == counters.snapshot())
+    file.unlink()
+    time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, log_lines):
+    monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
+    counters = Counters(publish=True, log_every=0.02)
+    counters.add_tokens("sparse", "gate_open", 1000)
+    wait_until(lambda: len(log_lines) == 1)
+    counters.add_tokens("sparse", "gate_open", 234)
+    wait_until(lambda: len(log_lines) == 2)
+    time.sleep(0.1)
+    assert [line.split(" prompt tokens")[0] for _, line in log_lines] == ["MInference: 1,000", "MInference: 234"]
+
+
+def test_other_ranks_export_and_log_nothing(tmp_path, monkeypatch, log_lines):
+    monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
+    monkeypatch.setenv(METRICS_DIR, str(tmp_path))
+    counters = Counters(publish=False, log_every=0.01)
+    count(counters, 100)
+    counters.flush()
+    time.sleep(0.1)
+    assert counters.snapshot().tokens["sparse", "gate_open"] == 100
+    assert not list(tmp_path.iterdir())
+    assert not log_lines
+
+
+def test_an_unwritable_directory_costs_one_warning(tmp_path, monkeypatch, log_lines):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(METRICS_DIR, str(tmp_path / "file"))
+    counters = Counters(publish=True, log_every=0)
+    for _ in range(3):
+        count(counters, 100)
+        counters.flush()
+    assert [level for level, _ in log_lines] == ["WARNING"]
+    assert counters.snapshot().tokens["sparse", "gate_open"] == 300
+
+
+def test_a_scrape_before_the_first_read_back_has_no_density():
+    exporter.install()
+    assert "\nminference_density " not in scrape()
+    assert "minference_kept_pairs_total 0.0" in scrape()
+
+
+def test_two_workers_sum_in_one_scrape():
+    exporter.install()
+    for worker, tokens in (("1", 100), ("2", 300)):
+        counters = Counters(publish=False, log_every=0)
+        count(counters, tokens)
+        Path(os.environ[METRICS_DIR], f"{worker}.json").write_text(counters.snapshot().to_json())
+    text = scrape()
+    assert f"{SPARSE_TOKENS} 400.0" in text
+    assert 'minference_prefill_tokens_total{path="dense",reason="short_chunk"} 24.0' in text
+    assert 'minference_prefill_chunks_total{path="dense",reason="short_chunk"} 4.0' in text
+    assert "minference_kept_pairs_total 400.0" in text
+    assert "minference_causal_pairs_total 1600.0" in text
+    assert "minference_density 0.25" in text
+
+
+def test_installing_twice_changes_nothing():
+    exporter.install()
+    directory = os.environ[METRICS_DIR]
+    exporter.install()
+    assert os.environ[METRICS_DIR] == directory
+    assert scrape().count("# TYPE minference_density gauge") == 1
+
+
+def test_a_spawned_engines_worker_shows_in_the_servers_scrape():
+    exporter.install()
+    run_process(run_engine_core, 100)
+    assert f"{SPARSE_TOKENS} 100.0" in scrape()
+
+
+def test_runs_that_share_a_users_directory_are_counted_apart(tmp_path, new_process):
+    for tokens in (100, 300):
+        new_process(str(tmp_path / "made" / "if missing"))
+        exporter.install()
+        run_process(serve_one_step, tokens)
+        assert f"{SPARSE_TOKENS} {tokens}.0" in scrape()
+
+
+FORKING_SERVER = """
+import os, sys
+from minference_vllm.metrics.exporter import install
+install()
+child = os.fork()
+if child == 0:
+    install()
+    sys.exit()
+os.waitpid(child, 0)
+print(os.path.isdir(os.environ["MINFERENCE_METRICS_DIR"]))
+"""
+
+
+def test_the_directory_outlives_forked_children_and_goes_with_its_owner(tmp_path):
+    assert run_script(FORKING_SERVER, TMPDIR=str(tmp_path)) == "True\n"
+    assert not list(tmp_path.iterdir())
+
+
+SHORT_RUN = """
+import logging, sys
+from minference_vllm.metrics.counters import Counters
+logging.basicConfig(stream=sys.stdout, level=logging.INFO)
+Counters(publish=True, log_every=10).add_tokens("sparse", "gate_open", 5)
+"""
+
+
+def test_what_was_counted_last_is_published_and_logged_at_exit(tmp_path):
+    assert "MInference: 5 prompt tokens sparse" in run_script(SHORT_RUN, MINFERENCE_METRICS_DIR=str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    row = {"path": "sparse", "reason": "gate_open", "tokens": 5, "chunks": 1}
+    assert json.loads(file.read_text()) == {"prefill": [row], "kept_pairs": 0, "causal_pairs": 0}
+
+
+ENGINE = """
+import sys
+from minference_vllm.metrics.counters import Counters
+from minference_vllm.metrics.exporter import install
+install()
+counters = Counters(publish=True, log_every=0)
+for kept_pairs in map(int, sys.argv[1:]):
+    counters.add_tokens("sparse", "gate_open", 50)
+    counters.flush()
+    counters.set_density(kept_pairs, 4 * kept_pairs)
+    counters.flush()
+"""
+API_SERVER = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path):
+    environment = {MULTIPROC_DIR: str(tmp_path)}
+    run_script(ENGINE, "0", "0", **environment)
+    text = run_script(API_SERVER, **environment)
+    assert f"{SPARSE_TOKENS} 100.0" in text
+    assert "\nminference_density " not in text
+
+    run_script(ENGINE, "10", "25", **environment)
+    text = run_script(API_SERVER, **environment)
+    assert f"{SPARSE_TOKENS} 200.0" in text
+    assert 'minference_prefill_chunks_total{path="sparse",reason="gate_open"} 4.0' in text
+    assert "minference_kept_pairs_total 25.0" in text
+    assert "minference_causal_pairs_total 100.0" in text
+    assert "minference_density 0.25" in text
+
+
+def test_worker_side_imports_neither_torch_nor_vllm_nor_prometheus():
+    out = run_script(
+        "import sys; from minference_vllm.metrics import counters, exporter\n"
+        "print([name for name in ('torch', 'vllm', 'prometheus_client') if name in sys.modules])"
+    )
+    assert out.strip() == "[]"

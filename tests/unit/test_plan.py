@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of a step go sparse, on batches as vLLM's two model runners build them."""
+
+import random
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.plan import DenseRun, Plan, Reason, SparseChunk, make_plan
+
+CONFIG = MInferenceConfig(min_seq_len=1000, min_chunk=100)
+OPEN = ("sparse", Reason.GATE_OPEN)
+TOO_SHORT = ("dense", Reason.BELOW_MIN_SEQ_LEN)
+SHORT_CHUNK = ("dense", Reason.SHORT_CHUNK)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a step: its query rows, the keys before them, and whether it still reads its prompt."""
+
+    rows: int
+    context_len: int = 0
+    prefill: bool = True
+
+
+DECODE = Row(1, 5000, prefill=False)
+SHORT = Row(60)
+LONG = Row(2000)
+LATER_CHUNK = Row(512, 4096)
+SHORT_TAIL = Row(99, 4096)
+PADDING = Row(0, prefill=False)
+
+
+def plan_of(*batch: Row, config: MInferenceConfig = CONFIG, dense_reason: Reason | None = None) -> Plan:
+    return make_plan(*arrays(batch), config, dense_reason)
+
+
+def arrays(batch: tuple[Row, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """query_start_loc, seq_lens and is_prefilling, in the types of vLLM's host tensors."""
+    query_start_loc = np.cumsum([0, *(row.rows for row in batch)], dtype=np.int32)
+    seq_lens = np.array([row.context_len + row.rows for row in batch], dtype=np.int32)
+    return query_start_loc, seq_lens, np.array([row.prefill for row in batch], dtype=bool)
+
+
+def check(plan: Plan, batch: tuple[Row, ...], config: MInferenceConfig = CONFIG) -> None:
+    """Compare a plan with the rule applied to one query row at a time."""
+    path_of_row: list[str] = []
+    request_of_row: list[int] = []
+    tokens: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    chunks = []
+    for request, row in enumerate(batch):
+        seq_len = row.context_len + row.rows
+        if seq_len < config.min_seq_len:
+            label = TOO_SHORT
+        elif row.rows < config.min_chunk:
+            label = SHORT_CHUNK
+        else:
+            label = OPEN
+        sparse = row.prefill and row.rows > 0 and label == OPEN
+        if sparse:
+            chunks.append(SparseChunk(request, len(path_of_row), row.rows, row.context_len))
+        if row.prefill and row.rows:
+            counts[label] += 1
+        for _ in range(row.rows):
+            path_of_row.append("sparse" if sparse else "dense")
+            request_of_row.append(request)
+            tokens[label] += row.prefill
+    assert plan.chunks == tuple(chunks)
+    assert plan.tokens == {label: count for label, count in tokens.items() if count}
+    assert plan.chunk_counts == counts
+    if chunks:
+        check_runs(plan.dense_runs, path_of_row, request_of_row, batch)
+    else:
+        assert plan.dense_runs == ()
+
+
+def check_runs(
+    runs: tuple[DenseRun, ...], path_of_row: list[str], request_of_row: list[int], batch: tuple[Row, ...]
+) -> None:
+    """The runs hold every dense row once, in order; none could be longer; their bounds are those of their requests."""
+    held = [row for run in runs for row in range(run.query_start, run.query_end)]
+    assert held == [row for row, path in enumerate(path_of_row) if path == "dense"]
+    for run in runs:
+        assert run.query_start < run.query_end
+        assert run.query_start == 0 or path_of_row[run.query_start - 1] == "sparse"
+        assert run.query_end == len(path_of_row) or path_of_row[run.query_end] == "sparse"
+        inside = set(request_of_row[run.query_start : run.query_end])
+        assert inside <= set(range(run.first, run.end))
+        assert all(batch[request].rows == 0 for request in set(range(run.first, run.end)) - inside)
+        assert run.max_query_len == max(batch[request].rows for request in inside)
+        assert run.max_seq_len == max(batch[request].context_len + batch[request].rows for request in inside)
+
+
+@pytest.mark.parametrize(
+    ("row", "label"),
+    [
+        pytest.param(Row(1000), OPEN, id="prompt of exactly min_seq_len"),
+        pytest.param(Row(999), TOO_SHORT, id="prompt one token shorter"),
+        pytest.param(Row(100, 900), OPEN, id="chunk of exactly min_chunk that reaches min_seq_len"),
+        pytest.param(Row(100, 899), TOO_SHORT, id="chunk that stays below min_seq_len"),
+        pytest.param(Row(99, 5000), SHORT_CHUNK, id="chunk one row shorter than min_chunk"),
+        pytest.param(Row(1, 5000), SHORT_CHUNK, id="last token of a prompt"),
+        pytest.param(Row(50, 50), TOO_SHORT, id="short in both: the prompt is what the user sees"),
+    ],
+)
+def test_the_gate(row: Row, label: tuple[str, Reason]) -> None:
+    plan = plan_of(row)
+    assert plan.tokens == {label: row.rows}
+    assert bool(plan.chunks) == (label == OPEN)
+    check(plan, (row,))
+
+
+@pytest.mark.parametrize("reason", [reason for reason in Reason if reason is not Reason.GATE_OPEN])
+def test_a_reason_against_the_whole_step_keeps_it_dense_and_is_counted(reason: Reason) -> None:
+    plan = plan_of(DECODE, LONG, SHORT, LATER_CHUNK, dense_reason=reason)
+    label = ("dense", reason)
+    assert plan == Plan((), (), {label: LONG.rows + SHORT.rows + LATER_CHUNK.rows}, {label: 3})
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param((LONG,), id="one long prompt"),
+        pytest.param((DECODE, DECODE, DECODE, SHORT, LONG), id="V2 order: decode, short, long"),
+        pytest.param((DECODE, SHORT, LONG, LATER_CHUNK, LONG), id="V2 order: several long prompts"),
+        pytest.param((LONG, DECODE, LATER_CHUNK, SHORT, DECODE), id="V1 order: long first"),
+        pytest.param((DECODE, LONG, DECODE, LONG, DECODE), id="V1 order: alternating"),
+        pytest.param((LONG, LATER_CHUNK, LONG), id="all sparse"),
+        pytest.param((LONG, DECODE, SHORT, SHORT_TAIL, DECODE, LONG), id="one dense run inside"),
+        pytest.param((LONG, PADDING, PADDING, PADDING), id="padding at the end"),
+        pytest.param((DECODE, PADDING, LONG, PADDING, SHORT), id="empty requests in between"),
+        pytest.param((PADDING, LONG), id="empty request first"),
+    ],
+)
+def test_mixed_batches_are_split(batch: tuple[Row, ...]) -> None:
+    plan = plan_of(*batch)
+    assert plan.chunks
+    check(plan, batch)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param((), id="no request"),
+        pytest.param((DECODE,) * 7, id="decode"),
+        pytest.param((DECODE, SHORT, SHORT_TAIL), id="decode and short prefill"),
+        pytest.param((PADDING,) * 4, id="padding"),
+    ],
+)
+def test_a_step_without_a_long_chunk_is_left_whole(batch: tuple[Row, ...]) -> None:
+    plan = plan_of(*batch)
+    assert (plan.chunks, plan.dense_runs) == ((), ())
+    check(plan, batch)
+
+
+def test_a_dense_run_is_described_by_its_own_requests() -> None:
+    plan = plan_of(LONG, DECODE, SHORT, LATER_CHUNK, DECODE)
+    assert plan.dense_runs == (
+        DenseRun(first=1, end=3, query_start=2000, query_end=2061, max_query_len=60, max_seq_len=5001),
+        DenseRun(first=4, end=5, query_start=2573, query_end=2574, max_query_len=1, max_seq_len=5001),
+    )
+
+
+def test_a_prefix_cache_hit_with_a_short_tail_is_dense() -> None:
+    assert plan_of(Row(56, 2944)).tokens == {SHORT_CHUNK: 56}
+
+
+def test_a_prefix_cache_hit_with_a_long_tail_is_sparse_after_its_context() -> None:
+    assert plan_of(Row(500, 2944)).chunks == (SparseChunk(0, 0, 500, 2944),)
+
+
+def test_a_resumed_request_past_its_prompt_is_dense_and_not_counted_as_prefill() -> None:
+    # vLLM's V1 runner recomputes a preempted request in chunks; past the prompt they are not prefilling.
+    resumed = Row(2000, 3000, prefill=False)
+    assert plan_of(resumed) == Plan((), (), {}, {})
+    plan = plan_of(resumed, LONG)
+    assert plan.tokens == {OPEN: LONG.rows}
+    check(plan, (resumed, LONG))
+
+
+def test_an_empty_request_that_is_prefilling_is_not_counted() -> None:
+    assert plan_of(Row(0, 5000), LONG).tokens == {OPEN: LONG.rows}
+
+
+def test_a_gate_of_zero_takes_every_prompt_of_min_chunk_rows() -> None:
+    config = MInferenceConfig(min_seq_len=0, min_chunk=1)
+    batch = (DECODE, Row(1), SHORT, PADDING, Row(1, 3))
+    plan = plan_of(*batch, config=config)
+    assert [chunk.request for chunk in plan.chunks] == [1, 2, 4]
+    check(plan, batch, config)
+
+
+def random_row(generator: random.Random) -> Row:
+    """A request near the gate's edges, one in eleven of them padding."""
+    rows = generator.choice([0, 1, 1, 4, 99, 100, 101, 500, 999, 1000, 1500])
+    context_len = generator.choice([0, 0, 16, 899, 900, 901, 4096])
+    return Row(rows, context_len if rows else 0, prefill=generator.random() < 0.7)
+
+
+def test_random_batches_agree_with_the_rule_applied_row_by_row() -> None:
+    generator = random.Random(0)
+    sparse_steps = 0
+    for _ in range(400):
+        batch = tuple(random_row(generator) for _ in range(generator.randint(0, 12)))
+        plan = plan_of(*batch)
+        check(plan, batch)
+        sparse_steps += bool(plan.chunks)
+    assert sparse_steps > 100
+
+
+def test_a_plan_holds_plain_integers() -> None:
+    # NumPy's would select another compiled variant of a kernel, and JSON refuses them.
+    plan = plan_of(DECODE, LONG, SHORT)
+    values = [*plan.chunks[0], *plan.dense_runs[0], *plan.tokens.values(), *plan.chunk_counts.values()]
+    assert {type(value) for value in values} == {int}
+
+
+@pytest.mark.parametrize(("rows", "context_len"), [(1, 0), (1, 9), (7, 0), (5, 13)])
+def test_causal_pairs_are_what_dense_attention_computes(rows: int, context_len: int) -> None:
+    pairs = sum(context_len + row + 1 for row in range(rows))
+    assert SparseChunk(3, 11, rows, context_len).causal_pairs == pairs
+
+
+def test_pairs_of_a_million_tokens_do_not_overflow() -> None:
+    chunk = plan_of(Row(2**20)).chunks[0]
+    assert chunk.causal_pairs == 2**20 * (2**20 + 1) // 2
+
+
+def test_decode_steps_cost_next_to_nothing() -> None:
+    step = arrays((DECODE,) * 512)
+    times = []
+    for _ in range(500):
+        start = time.perf_counter()
+        make_plan(*step, CONFIG)
+        times.append(time.perf_counter() - start)
+    # Some 2 us; the bound leaves room for a busy machine, not for work that grows with the rows.
+    assert statistics.median(times) < 50e-6
