@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DENSE, SPARSE = "dense", "sparse"
 DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "MINFERENCE"
@@ -44,7 +44,7 @@ def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (DENSE, SP
     """
     found = {}
     # One process an engine: the worker must reach into it, and nothing of it may outlive the measurement.
-    environ = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environ = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
         spec_path, result = Path(directory, "spec.json"), Path(directory, "result.json")
         spec_path.write_text(json.dumps({**spec, "result": str(result)}))
@@ -88,25 +88,42 @@ def load_engine(kind: str, spec: dict[str, Any], **overrides: Any) -> Any:
     arguments = {**spec["engine"], **overrides}
     if kind == SPARSE:
         plugin.register()  # vLLM does it where the package is installed, not where it only lies in the path
-        settings = {**spec["minference"], "log_every": 0}
-        return LLM(**arguments, attention_backend=SPARSE_BACKEND, additional_config={"minference": settings})
+        settings = {"minference": spec["minference"]}
+        return LLM(**arguments, attention_backend=SPARSE_BACKEND, additional_config=settings)
     return LLM(**arguments, attention_backend=spec["dense_backend"])
 
 
-def sparse_totals(llm: Any) -> Any:
-    """The plugin's counters since start (metrics.counters.Snapshot), the density up to date."""
+class SparseWork(NamedTuple):
+    """What ran sparse since the engine started, or between two readings."""
+
+    sparse_tokens: int
+    kept_pairs: int
+    causal_pairs: int
+
+    @property
+    def density(self) -> float | None:
+        return self.kept_pairs / self.causal_pairs if self.causal_pairs else None
+
+    def since(self, before: "SparseWork") -> "SparseWork":
+        return SparseWork(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def sparse_work(llm: Any) -> SparseWork:
+    """What the plugin in this process has counted; up to date once its last copy from the GPU has arrived."""
     from vllm import SamplingParams
 
     from minference_vllm.impl import _runtimes
 
-    [runtime] = _runtimes.values()
     few = SamplingParams(max_tokens=SETTLE_STEPS, ignore_eos=True, detokenize=False)
     # The density is copied from the GPU in one step and read in a later one: the first round takes in a copy that may
     # still be on its way, the second makes a new one.
     for _ in range(2):
         time.sleep(SETTLE_SECONDS)
         llm.generate([{"prompt_token_ids": [1, 2, 3]}], few, use_tqdm=False)
-    return runtime.counters.snapshot()
+    [runtime] = _runtimes.values()
+    total = runtime.counters.snapshot()
+    sparse = sum(tokens for (path, _), tokens in total.tokens.items() if path == SPARSE)
+    return SparseWork(sparse, total.kept_pairs, total.causal_pairs)
 
 
 def resolved(settings: dict[str, Any]) -> dict[str, Any]:

@@ -68,9 +68,9 @@ def write(path: Path, rows: list[dict[str, Any]], without_gpu: bool = False, **e
     for row in rows:
         if nested := [key for key, value in row.items() if isinstance(value, dict | list | tuple)]:
             raise ValueError(f"rows are flat, but {nested} of {row} are not")
-    text = json.dumps({**run, **extra, "rows": rows}, indent=1, allow_nan=False)
+    text = ",\n".join(f"{json.dumps(key)}: {_json(value)}" for key, value in {**run, **extra, "rows": rows}.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    path.write_text(f"{{\n{text}\n}}\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -78,9 +78,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     shown = [[_cell(value) for value in row.values()] for row in rows]
     lines = [list(rows[0]), *shown]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _json(value: Any) -> str:
+    """One line an item: long lists of figures stay short, and a difference between two results shows."""
+    if isinstance(value, dict):
+        return "{\n  " + ",\n  ".join(f"{json.dumps(key)}: {_flat_json(item)}" for key, item in value.items()) + "\n}"
+    if isinstance(value, list):
+        return "[\n  " + ",\n  ".join(map(_flat_json, value)) + "\n]"
+    return _flat_json(value)
+
+
+def _flat_json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
 
 
 def _cell(value: Any) -> str:

@@ -24,7 +24,7 @@ DESCRIPTION = (
     "synthetic: the probe, the selection and the index run in full, but between probe and selection its masses are "
     f"replaced by drawn ones (a device copy, counted in the time). Verticals are the sinks and random columns; slashes "
     f"are half a contiguous local band and half clusters of {CLUSTER} at random distances. Drawn for each query head, "
-    "with a fixed seed, once for each length that a chunk ends at, during the warm-up requests; all layers use the same."
+    "with a fixed seed, once for each length that a chunk ends at, during the warm-up; all layers use the same."
 )
 
 

@@ -16,16 +16,33 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import SPARSE, argument_parser, load_engine, measure, resolved, results, serve_worker, sparse_totals
-
-LLAMA_8B = dict(
-    hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-    vocab_size=128256,
-)  # fmt: skip
-TINY = dict(
-    hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=1024
+from benchmarks import (
+    DENSE,
+    SPARSE,
+    SPARSE_BACKEND,
+    argument_parser,
+    load_engine,
+    measure,
+    resolved,
+    results,
+    serve_worker,
+    sparse_work,
+    synthetic,
 )
-TINY_SETTINGS = dict(min_seq_len=256, min_chunk=16, vertical_size=100, slash_size=200)
+
+LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 128256,
+}  # fmt: skip
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1024,
+}
+TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16, "vertical_size": 100, "slash_size": 200}
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
 MOST_FOR_SHORT = 4
@@ -55,8 +72,6 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
     if kind == SPARSE and not spec["natural"]:
-        from benchmarks import synthetic
-
         synthetic.install(spec["seed"])
     llm = load_engine(kind, spec)
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
@@ -68,25 +83,23 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
 
     random = np.random.default_rng(spec["seed"])
     prompts = {n: {"prompt_token_ids": random.integers(10, spec["vocab_size"], n).tolist()} for n in spec["tokens"]}
-    found = {str(n): {"sparse_tokens": 0, "density": None} for n in prompts}
+    found: dict[str, dict[str, Any]] = {}
     for n, prompt in prompts.items():
+        before = sparse_work(llm) if kind == SPARSE else None
         print(f"    {n} tokens, warm-up: {seconds(prompt):.3f} s", flush=True)
+        delta = sparse_work(llm).since(before) if before else None
+        found[str(n)] = {"sparse_tokens": delta.sparse_tokens, "density": delta.density} if delta else {}
     for n, prompt in prompts.items():
-        before = sparse_totals(llm) if kind == SPARSE else None
         times = [seconds(prompt) for _ in range(num_timed(n, spec["repeats"]))]
         print(f"    {n} tokens: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
-        found[str(n)]["seconds"] = times
-        if before:
-            delta = sparse_totals(llm) - before
-            sparse = sum(tokens for (path, _), tokens in delta.tokens.items() if path == SPARSE)
-            found[str(n)].update(sparse_tokens=sparse // len(times), density=delta.density)
+        found[str(n)]["seconds"] = [round(t, 4) for t in times]
     return found
 
 
 def make_rows(tokens: list[int], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for n in tokens:
-        dense, sparse = found["dense"][str(n)], found["sparse"][str(n)]
+        dense, sparse = found[DENSE][str(n)], found[SPARSE][str(n)]
         dense_s, sparse_s = statistics.median(dense["seconds"]), statistics.median(sparse["seconds"])
         rows.append(
             {
@@ -106,12 +119,12 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
     max_len = max(options.tokens) + 16
     shape = TINY if options.tiny else LLAMA_8B
     write_model(directory, shape, options.layers, max_len)
-    engine = dict(
-        model=directory, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_len,
-        max_num_batched_tokens=options.chunk, max_num_seqs=8, enforce_eager=True, enable_prefix_caching=False,
-        disable_log_stats=True,
-    )  # fmt: skip
-    minference = dict(vertical_size=options.vertical_size, slash_size=options.slash_size)
+    engine = {
+        "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": max_len,
+        "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True, "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }  # fmt: skip
+    minference = {"vertical_size": options.vertical_size, "slash_size": options.slash_size}
     return {
         "engine": engine,
         "minference": TINY_SETTINGS if options.tiny else minference,
@@ -140,24 +153,18 @@ def main() -> None:
     rows = make_rows(options.tokens, found)
     engine = {key: value for key, value in spec["engine"].items() if key != "model"}
     settings = {
-        "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine that "
-        "runs in the caller's process; the median of the timed requests, after one of every length to warm up",
+        "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
+        "the caller's process; the median of the timed requests, after one of every length to warm up",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
         "prompts": "random token ids",
         "engine": engine,
         "dense": {"attention_backend": options.dense_backend},
-        "sparse": {"attention_backend": "MINFERENCE", "minference": resolved(spec["minference"])},
-        "selection": NATURAL if options.natural else synthetic_description(),
+        "sparse": {"attention_backend": SPARSE_BACKEND, "minference": resolved(spec["minference"])},
+        "selection": NATURAL if options.natural else synthetic.DESCRIPTION,
     }
     seconds = {kind: {n: of["seconds"] for n, of in by_length.items()} for kind, by_length in found.items()}
     results.write(options.out, rows, options.tiny, settings=settings, seconds=seconds)
     print(results.table(rows))
-
-
-def synthetic_description() -> str:
-    from benchmarks.synthetic import DESCRIPTION
-
-    return DESCRIPTION
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -38,7 +39,7 @@ def download(folder: Path) -> Path:
 def read_config(reader: gguf.GGUFReader) -> LlamaConfig:
     """Translate the GGUF header."""
 
-    def field(key: str) -> int | float:
+    def field(key: str) -> Any:
         return reader.fields[key].contents()
 
     return LlamaConfig(

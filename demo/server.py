@@ -23,7 +23,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 START_TIMEOUT_S = 600
-STOP_TIMEOUT_S = 30
+STOP_TIMEOUT_S = 15
 # A model of 8K context, on whatever this machine has.
 SMALL_MODEL = ("--dtype=bfloat16", "--max-model-len=8192", "--max-num-seqs=8", "--enforce-eager")
 

@@ -65,7 +65,9 @@ class MInferenceConfig(BaseModel):
         return last, spread
 
 
-def load_config(additional_config: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> MInferenceConfig:
+def load_config(
+    additional_config: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ
+) -> MInferenceConfig:
     """Resolve the configuration: defaults, then the file named by MINFERENCE_CONFIG, then `--additional-config`.
 
     Args:

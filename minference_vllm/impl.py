@@ -23,6 +23,19 @@ _runtimes: dict[torch.device, Runtime] = {}
 class SparseLayerMixin:
     """What a sparse layer adds to an attention implementation of vLLM, on whatever device."""
 
+    # vLLM's implementation beside this mixin sets these.
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    attn_type: str
+    sliding_window: Any
+    alibi_slopes: torch.Tensor | None
+    logits_soft_cap: float | None
+    sinks: torch.Tensor | None
+    kv_cache_dtype: str
+    kv_sharing_target_layer_name: str | None
+
     def join_runtime(self, device: torch.device, window_off: Any) -> None:
         """Find the worker's runtime, and decide whether this layer may ever go sparse. Called once, at construction.
 
@@ -116,8 +129,8 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         """See FlashAttentionImpl.forward; rows that the plan does not name run there, exactly as without us."""
         if attn_metadata is None:
             self.claim_scratch()
-        step = getattr(attn_metadata, "minference", None)
-        if step is None or self.dense_reason is not None or torch.cuda.is_current_stream_capturing():
+        step: Step | None = getattr(attn_metadata, "minference", None)
+        if attn_metadata is None or step is None or self._stays_dense():
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -126,3 +139,6 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
             super().forward(layer, query[rows], key, value, kv_cache, metadata, output[rows])
         self.run_sparse(step, query, kv_cache, attn_metadata.block_table, output)
         return output
+
+    def _stays_dense(self) -> bool:
+        return self.dense_reason is not None or torch.cuda.is_current_stream_capturing()

@@ -40,14 +40,14 @@ class SparseIndex:
 
     The tile that starts at absolute row `t` (a multiple of TILE) attends to
       * its own keys, `t .. t + TILE - 1`, causally;
-      * for each band offset `g >= 1` of its head with `BAND * g <= t`: the keys `t - BAND * g .. t - BAND * g + BAND - 1`;
+      * for each band offset `g >= 1` of its head with `BAND * g <= t`: the BAND keys from `t - BAND * g` on;
       * each column `c < t` of its head that no such band holds.
     Bands are shift-invariant, so the lists are per head and never per tile: 1M tokens cost megabytes.
 
     Attributes:
         bands: [num_qo_heads, max_bands] int32, ascending band offsets; valid up to the head's count.
-        bands_below: [num_qo_heads, max_bands + 2] int32: how many kept offsets are smaller than g. It gives the prefix a
-            tile may use (offsets up to t / BAND) and whether g is kept (bands_below[g + 1] > bands_below[g]).
+        bands_below: [num_qo_heads, max_bands + 2] int32: how many kept offsets are smaller than g. It gives the prefix
+            that a tile may use (offsets up to t / BAND) and whether g is kept (bands_below[g + 1] > bands_below[g]).
         columns: [num_qo_heads, max_columns] int32, ascending; valid up to the head's count.
         columns_below: [num_qo_heads, max_tiles + 1] int32: how many columns are smaller than TILE * m.
     """

@@ -11,7 +11,6 @@ import numpy as np
 
 from minference_vllm.config import MInferenceConfig
 
-
 Path = Literal["sparse", "dense"]
 
 
@@ -74,7 +73,7 @@ class SparseChunk(NamedTuple):
 
 
 class DenseRun(NamedTuple):
-    """A maximal run of neighbouring requests that stay dense: requests [first, end), query rows [query_start, query_end)."""
+    """A maximal run of neighbouring dense requests: requests [first, end), query rows [query_start, query_end)."""
 
     first: int
     end: int

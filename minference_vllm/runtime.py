@@ -81,9 +81,12 @@ class Runtime:
         self._warm.add(variant)
         rows = min(2 * TILE, geometry.max_seq_len, geometry.max_chunk)
         pages = -(-rows // page_size)
-        cache = torch.zeros(pages, page_size, num_kv_heads, 2 * head_dim, dtype=dtype, device=self.device).transpose(1, 2)
+        cache = torch.zeros(pages, page_size, num_kv_heads, 2 * head_dim, dtype=dtype, device=self.device).transpose(
+            1, 2
+        )
         table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
         q = torch.zeros(rows, geometry.num_qo_heads, head_dim, dtype=dtype, device=self.device)
-        kv = PagedKV(*cache.split(head_dim, dim=-1), table, 0)
+        k, v = cache.split(head_dim, dim=-1)
+        kv = PagedKV(k, v, table, 0)
         self.run(q, kv, SparseChunk(0, 0, rows, 0), 1.0, geometry, torch.empty_like(q))
         self._kept_pairs.zero_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vertical-slash: the heaviest key columns and diagonals that a chunk's probe rows see (arXiv 2407.02490, section 3.2)."""
+"""Vertical-slash (arXiv 2407.02490, section 3.2): the key columns and diagonals that probe rows weigh most."""
 
 import torch
 

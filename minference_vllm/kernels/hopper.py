@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attending kernel for Hopper (sm_90a), in Gluon: warp-specialised, wgmma, keys gathered by cp.async.
 
-One producer warpgroup walks the tile's stream of kept keys, 128 a stage, and copies the K and V rows from the pages into
-a ring in shared memory; two consumer warpgroups hold 64 query rows each and run the scores of one stage over the values
-of the stage before. Stages come in three sorts: the tile's own keys (causal), whole bands (no mask), and a rest of bands
-and the columns, where the producer sends a bias of 0 or -inf a key along. A masked slot reads a key that exists, so no
-garbage ever enters a product.
+One producer warpgroup walks the tile's stream of kept keys, 128 a stage, and copies the K and V rows from the pages
+into a ring in shared memory; two consumer warpgroups hold 64 query rows each and run the scores of one stage over the
+values of the stage before. Stages come in three sorts: the tile's own keys (causal), whole bands (no mask), and a rest
+of bands and the columns, where the producer sends a bias of 0 or -inf a key along. A masked slot reads a key that
+exists, so no garbage ever enters a product.
 """
 
 import torch
@@ -76,7 +76,7 @@ def _produce(
         keys = start_m - offsets * BAND + o_n % BAND
         slots = _slots(keys, last_key, table_ptr, stride_kp, stride_kt, PAGE_SIZE)
         _fill(i + 1, slots, k_ptr, v_ptr, ring, STAGES, ROWS, HEAD_DIM)
-    # The rest of the bands opens the stream of single keys: entry j is key j % BAND of band j // BAND, then come columns.
+    # The rest of the bands opens the stream of single keys: entry j is key j % BAND of band j // BAND; columns follow.
     rest = (num_bands - whole * BANDS_PER_TILE) * BAND
     num_kept = gl.zeros([TILE], gl.int32, gl.SliceLayout(1, ROWS))
     for i in range(gl.cdiv(rest + num_columns, TILE)):
@@ -86,7 +86,7 @@ def _produce(
         offsets = gl.load(bands_ptr + whole * BANDS_PER_TILE + entry // BAND, mask=in_band, other=0)
         columns = gl.load(columns_ptr + entry - rest, mask=listed & (entry >= rest), other=0)
         keys = gl.where(in_band, start_m - offsets * BAND + entry % BAND, columns)
-        offset = (start_m - keys) // BAND
+        offset = start_m // BAND - keys // BAND
         below = gl.load(bands_below_ptr + offset, mask=listed, other=0)
         below_next = gl.load(bands_below_ptr + offset + 1, mask=listed, other=0)
         fresh = in_band | (listed & (below == below_next))

@@ -25,7 +25,7 @@ def _probe_scores(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     NUM_PROBES: tl.constexpr, SPREAD: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Scaled scores (base 2) of the probe rows for keys start_n .. start_n + BLOCK_N - 1, with their row - key distance."""
+    """Scaled scores (base 2) of the probe rows for BLOCK_N keys from start_n on, and their distances row - key."""
     o_r = tl.arange(0, NUM_PROBES)
     o_d = tl.arange(0, HEAD_DIM)
     # [NUM_PROBES] rows of the chunk
@@ -51,9 +51,9 @@ def _probe_scores(
     return tl.dot(b_q, b_k) * scale_log2, distance, visible
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=[*PLAIN, "blocks_each"])
 def _probe_lse_kernel(
-    q_ptr, k_ptr, table_ptr, max_ptr, sum_ptr, num_rows, context_len, table_row, scale_log2,
+    q_ptr, k_ptr, table_ptr, max_ptr, sum_ptr, num_rows, context_len, table_row, blocks_each, scale_log2,
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_table,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     NUM_PROBES: tl.constexpr, SPREAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
@@ -62,10 +62,9 @@ def _probe_lse_kernel(
     i_h, i_s = tl.program_id(0), tl.program_id(1)
     table_ptr += table_row.to(tl.int64) * stride_table
     blocks = tl.cdiv(context_len + num_rows, BLOCK_N)
-    per_split = tl.cdiv(blocks, SPLITS)
     b_max = tl.full([NUM_PROBES], -1e30, tl.float32)
     b_sum = tl.zeros([NUM_PROBES], tl.float32)
-    for block in range(i_s * per_split, tl.minimum((i_s + 1) * per_split, blocks)):
+    for block in range(i_s * blocks_each, tl.minimum((i_s + 1) * blocks_each, blocks)):
         b_s, _, visible = _probe_scores(
             q_ptr, k_ptr, table_ptr, i_h, block * BLOCK_N, num_rows, context_len, scale_log2,
             stride_qt, stride_qh, stride_kp, stride_kh, stride_kt,
@@ -80,25 +79,6 @@ def _probe_lse_kernel(
     tl.store(sum_ptr + o_out, b_sum)
 
 
-@triton.jit
-def _add_diagonals(
-    slash_ptr, b_mass, distance, newest,
-    NUM_PROBES: tl.constexpr, SPREAD: tl.constexpr, BLOCK_N: tl.constexpr, SKEWED: tl.constexpr,
-):  # fmt: skip
-    """Add masses to their diagonals. `newest` is the distance from the first probe row to the last key."""
-    if SPREAD:
-        tl.atomic_add(slash_ptr + distance, b_mass, mask=(distance >= 0) & (b_mass > 0), sem="relaxed")
-    else:
-        # Consecutive rows: sum along diagonals first, one atomic a diagonal instead of one an entry.
-        o_j = tl.arange(0, SKEWED)
-        # [NUM_PROBES, SKEWED]
-        column = tl.arange(0, NUM_PROBES)[:, None] + (BLOCK_N - 1) - o_j[None, :]
-        inside = (column >= 0) & (column < BLOCK_N)
-        b_skewed = tl.gather(b_mass, tl.where(inside, column, 0), 1)
-        b_diagonal = tl.sum(tl.where(inside, b_skewed, 0), 0)
-        tl.atomic_add(slash_ptr + newest + o_j, b_diagonal, mask=b_diagonal > 0, sem="relaxed")
-
-
 @triton.jit(do_not_specialize=[*PLAIN, "blocks_each"])
 def _probe_mass_kernel(
     q_ptr, k_ptr, table_ptr, max_ptr, sum_ptr, lse_ptr, vertical_ptr, slash_ptr,
@@ -106,18 +86,21 @@ def _probe_mass_kernel(
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse, stride_mass,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     NUM_PROBES: tl.constexpr, SPREAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    ACCUMULATE: tl.constexpr, SKEWED: tl.constexpr, INVERSE_UNIT: tl.constexpr, LOG2_E: tl.constexpr,
+    ACCUMULATE: tl.constexpr, INVERSE_UNIT: tl.constexpr, LOG2_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     i_h, i_n = tl.program_id(0), tl.program_id(1)
     table_ptr += table_row.to(tl.int64) * stride_table
     o_r = tl.arange(0, NUM_PROBES)
+    o_s = tl.arange(0, SPLITS)
+    ran = (o_s < tl.num_programs(1))[:, None]
     # [SPLITS, NUM_PROBES]
-    o_part = (i_h * SPLITS + tl.arange(0, SPLITS))[:, None] * NUM_PROBES + o_r[None, :]
-    b_max = tl.load(max_ptr + o_part)
+    o_part = (i_h * SPLITS + o_s)[:, None] * NUM_PROBES + o_r[None, :]
+    b_max = tl.load(max_ptr + o_part, mask=ran, other=-1e30)
+    b_sum = tl.load(sum_ptr + o_part, mask=ran, other=0.0)
     row_max = tl.max(b_max, 0)
     # [NUM_PROBES], base 2; -inf for a row that the chunk does not have
-    lse = row_max + tl.log2(tl.sum(tl.load(sum_ptr + o_part) * tl.exp2(b_max - row_max[None, :]), 0))
+    lse = row_max + tl.log2(tl.sum(b_sum * tl.exp2(b_max - row_max[None, :]), 0))
     if i_n == 0:
         tl.store(lse_ptr + i_h * stride_lse + o_r, lse / LOG2_E)
     seq_len = context_len + num_rows
@@ -136,8 +119,7 @@ def _probe_mass_kernel(
         if ACCUMULATE:
             b_column += tl.load(vertical_ptr + keys, mask=keys < seq_len, other=0)
         tl.store(vertical_ptr + keys, b_column, mask=keys < seq_len)
-        newest = seq_len - NUM_PROBES - (block + 1) * BLOCK_N + 1
-        _add_diagonals(slash_ptr, b_mass, distance, newest, NUM_PROBES, SPREAD, BLOCK_N, SKEWED)
+        tl.atomic_add(slash_ptr + distance, b_mass, mask=visible & (b_mass > 0), sem="relaxed")
 
 
 def probe(
@@ -169,16 +151,16 @@ def _probe_group(
     )
     strides = (q.stride(0), q.stride(1), *kv_strides(kv), kv.block_table.stride(0))
     scale_log2 = scale * LOG2_E
-    grid = (num_qo_heads, PROBE_SPLITS)
+    blocks = triton.cdiv(context_len + num_rows, block_n)
+    blocks_each = triton.cdiv(blocks, PROBE_SPLITS)
+    grid = (num_qo_heads, triton.cdiv(blocks, blocks_each))
     _probe_lse_kernel[grid](
-        q, kv.k, kv.block_table, ws.probe_max, ws.probe_sum, num_rows, context_len, kv.row, scale_log2, *strides,
-        **shape, num_warps=4,
+        q, kv.k, kv.block_table, ws.probe_max, ws.probe_sum,
+        num_rows, context_len, kv.row, blocks_each, scale_log2, *strides, **shape, num_warps=4,
     )  # fmt: skip
-    blocks_each = triton.cdiv(triton.cdiv(context_len + num_rows, block_n), PROBE_SPLITS)
     lse = ws.probe_lse[:, before:]
     _probe_mass_kernel[grid](
         q, kv.k, kv.block_table, ws.probe_max, ws.probe_sum, lse, ws.vertical, ws.slash,
         num_rows, context_len, kv.row, blocks_each, scale_log2, *strides, lse.stride(0), ws.vertical.stride(0),
-        **shape, ACCUMULATE=before > 0, SKEWED=triton.next_power_of_2(count + block_n),
-        INVERSE_UNIT=1.0 / MASS_UNIT, LOG2_E=LOG2_E, num_warps=8,
+        **shape, ACCUMULATE=before > 0, INVERSE_UNIT=1.0 / MASS_UNIT, LOG2_E=LOG2_E, num_warps=8,
     )  # fmt: skip

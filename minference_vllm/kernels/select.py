@@ -59,7 +59,7 @@ def _count_kernel(
 ):  # fmt: skip
     i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     mass_ptr += i_h * stride_mass
-    threshold, _ = _threshold(histogram_ptr + i_h * BINS, length, keep, BINS)
+    threshold, _kept_ties = _threshold(histogram_ptr + i_h * BINS, length, keep, BINS)
     start = i_s * blocks_each * BLOCK
     heavier = 0
     ties = 0
@@ -114,8 +114,9 @@ def select(
     num_below = below.shape[1]
     if not 0 < keep <= length <= num_below * grain:
         raise ValueError(f"keep={keep}, length={length}, reach={num_below * grain}: need 0 < keep <= length <= reach")
-    grid = (mass.shape[0], SELECT_SPLITS)
-    blocks_each = triton.cdiv(triton.cdiv(num_below * grain, BLOCK), SELECT_SPLITS)
+    blocks = triton.cdiv(num_below * grain, BLOCK)
+    blocks_each = triton.cdiv(blocks, SELECT_SPLITS)
+    grid = (mass.shape[0], triton.cdiv(blocks, blocks_each))
     histogram, counts = ws.select_histogram, ws.select_counts
     shape = dict(BLOCK=BLOCK, BINS=SELECT_BINS, num_warps=8)
     histogram.zero_()

@@ -3,20 +3,20 @@
 
 import torch
 
-from minference_vllm.index import BAND, BANDS_PER_TILE
+from minference_vllm.index import BANDS_PER_TILE
 
 
 def band_lists(slash_below: torch.Tensor, num_bands: int, bands: torch.Tensor, bands_below: torch.Tensor) -> None:
     """List the bands that a tile needs to see every kept diagonal in full.
 
     Band `g` of a tile at row `t` holds the distances BAND * g - (BAND - 1) .. BAND * g + TILE - 1. It is kept if a kept
-    diagonal lies in BAND * (g - 1) .. BAND * g + TILE - 1: one distance more than needed, so that `slash_below` suffices.
+    diagonal lies in BAND * (g - 1) .. BAND * g + TILE - 1: one more than needed, so that `slash_below` suffices.
 
     Args:
         slash_below: [num_heads, >= num_bands + TILE / BAND + 1] int32, kept diagonals smaller than BAND * j.
         num_bands: largest offset that a tile of this chunk can use.
         bands: [num_heads, >= num_bands] int32, written: kept offsets, ascending, from 1 on.
-        bands_below: [num_heads, >= num_bands + 2] int32, written: kept offsets smaller than g, for g = 0 .. num_bands + 1.
+        bands_below: [num_heads, >= num_bands + 2] int32, written: kept offsets smaller than g, for g up to num_bands + 1.
     """
     upper = slash_below[:, BANDS_PER_TILE + 1 : BANDS_PER_TILE + 1 + num_bands]
     kept = upper > slash_below[:, :num_bands]

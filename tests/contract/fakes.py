@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's objects without a worker: our builder and layers on a CPU, around the parts of vLLM that need no GPU."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from minference_vllm import impl as impl_module
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.impl import MInferenceImpl
+from minference_vllm.metadata import MInferenceBuilder
+from minference_vllm.runtime import Runtime
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 16
+GPU = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+# Every key is kept, so that sparse attention must equal dense attention.
+EVERYTHING = 10_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a step."""
+
+    rows: int
+    context_len: int = 0
+    prefill: bool = True
+
+
+DECODE = Row(1, 150, prefill=False)
+SHORT = Row(20)
+LONG = Row(140, 60)
+# All of them in the order of vLLM's V1 runner, which is none.
+MIXED = (DECODE, LONG, SHORT, DECODE, LONG)
+
+
+def make_runtime(**settings: Any) -> Runtime:
+    gate = {"min_seq_len": 200, "min_chunk": 100, "vertical_size": EVERYTHING, "slash_size": EVERYTHING, "log_every": 0}
+    return Runtime(MInferenceConfig(**{**gate, **settings}), CPU, publish=False)
+
+
+def make_config(**changes: Any) -> Any:
+    """The parts of a VllmConfig that FlashAttention's builder and ours read."""
+    model = SimpleNamespace(
+        dtype=torch.bfloat16,
+        max_model_len=512,
+        hf_config=SimpleNamespace(model_type="llama"),
+        hf_text_config=SimpleNamespace(num_hidden_layers=4),
+        get_num_attention_heads=lambda _: HEADS,
+        get_total_num_hidden_layers=lambda: 4,
+        rswa_window=changes.get("rswa_window"),
+        is_mm_prefix_lm=changes.get("is_mm_prefix_lm", False),
+    )
+    parallel = SimpleNamespace(
+        decode_context_parallel_size=changes.get("dcp", 1),
+        prefill_context_parallel_size=changes.get("pcp", 1),
+        cp_kv_cache_interleave_size=1,
+    )
+    no_graphs = SimpleNamespace(has_full_cudagraphs=lambda: False)
+    return SimpleNamespace(
+        additional_config={},
+        model_config=model,
+        parallel_config=parallel,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        compilation_config=SimpleNamespace(
+            static_forward_context={}, cudagraph_mode=no_graphs, max_cudagraph_capture_size=0
+        ),
+        attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=0),
+        kernel_config=SimpleNamespace(enable_jit_warmup=False),
+    )
+
+
+def make_impl(runtime: Runtime, config: Any = None, **changes: Any) -> MInferenceImpl:
+    """One layer's implementation; `changes` are FlashAttentionImpl's arguments."""
+    plain = {
+        "num_heads": HEADS,
+        "head_size": HEAD_DIM,
+        "scale": HEAD_DIM**-0.5,
+        "num_kv_heads": KV_HEADS,
+        "alibi_slopes": None,
+        "sliding_window": None,
+        "kv_cache_dtype": "auto",
+    }
+    with (
+        patch.object(torch.cuda, "current_device", lambda: 0),
+        patch.object(impl_module, "_runtimes", {GPU: runtime}),
+        patch.object(impl_module, "get_current_vllm_config", lambda: config or make_config()),
+    ):
+        return MInferenceImpl(**{**plain, **changes})
+
+
+def make_builder(impls: dict[str, MInferenceImpl], config: Any = None, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The builder of a KV cache group whose layers have these names."""
+    config = config or make_config()
+    for name, impl in impls.items():
+        layer = Attention.__new__(Attention)
+        layer.__dict__.update(impl=impl, layer_name=name, num_heads=impl.num_heads)
+        config.compilation_config.static_forward_context[name] = layer
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype)
+    return MInferenceBuilder(spec, list(impls), config, CPU)
+
+
+def make_common(*batch: Row, **changes: Any) -> CommonAttentionMetadata:
+    """A step as vLLM's runners describe it; requests have their pages one after the other."""
+    starts = torch.tensor([0, *(row.rows for row in batch)]).cumsum(0).to(torch.int32)
+    seq_lens = torch.tensor([row.context_len + row.rows for row in batch], dtype=torch.int32)
+    pages = 512 // PAGE
+    table = torch.arange(len(batch) * pages, dtype=torch.int32).view(len(batch), pages)
+    plain = {
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts,
+        "seq_lens": seq_lens,
+        "num_reqs": len(batch),
+        "num_actual_tokens": int(starts[-1]),
+        "max_query_len": max(row.rows for row in batch),
+        "max_seq_len": int(seq_lens.max()),
+        "block_table_tensor": table,
+        "slot_mapping": torch.arange(int(starts[-1])),
+        "is_prefilling": torch.tensor([row.prefill for row in batch]),
+        "seq_lens_cpu_upper_bound": seq_lens,
+    }
+    return CommonAttentionMetadata(**{**plain, **changes})

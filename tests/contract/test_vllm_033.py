@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM 0.33.0 as released for CUDA, on a machine without a GPU: what our subclasses rely on, and what they make of it.
+
+The checks run in a process of their own, with the release before the installed vLLM on the path.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.contract.wheel import WheelUnavailableError, unpacked_wheel
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    try:
+        wheel = unpacked_wheel()
+    except WheelUnavailableError as error:
+        pytest.skip(str(error))
+    paths = [str(wheel), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "VLLM_PLUGINS": ""}
+
+
+@pytest.mark.parametrize("checks", ["check_interface.py", "check_backend.py"])
+def test_contract(checks: str, environment: dict[str, str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:warnings",
+        str(FOLDER / checks),
+    ]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2_000:]

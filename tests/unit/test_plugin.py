@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration, in the vLLM that is installed: what `--attention-backend minference` means in each of its processes."""
+
+import importlib
+import importlib.metadata
+import logging
+import multiprocessing
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minference_vllm import compat, plugin
+from minference_vllm.metrics import exporter
+
+registry = pytest.importorskip("vllm.v1.attention.backends.registry")
+platforms = pytest.importorskip("vllm.platforms")
+ON_CPU = platforms.current_platform.is_cpu()
+OUR_PATH = plugin.CPU_BACKEND if ON_CPU else plugin.GPU_BACKEND
+CUSTOM = registry.AttentionBackendEnum.CUSTOM
+
+cpu_only = pytest.mark.skipif(not ON_CPU, reason="vLLM runs on a GPU here")
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process in which no plugin has been loaded; afterwards as it was."""
+    platform = type(platforms.current_platform)
+    monkeypatch.setattr(exporter, "install", lambda: None)
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    monkeypatch.delitem(registry.AttentionBackendEnum._member_map_, plugin.NAME, raising=False)
+    stock = platform.__dict__.get("get_attn_backend_cls")
+    compat.warn_if_untested.cache_clear()
+    yield
+    registry.AttentionBackendEnum._member_map_.pop(plugin.NAME, None)
+    if stock is not None:
+        platform.get_attn_backend_cls = stock
+    compat.warn_if_untested.cache_clear()
+
+
+@pytest.fixture
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """Level and text of what the plugin logs; vLLM's loggers do not propagate."""
+    lines: list[tuple[str, str]] = []
+    logger = logging.getLogger("vllm.minference")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+
+
+def selector_config(**changes: Any) -> Any:
+    import torch
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    plain = {"head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 128}
+    return AttentionSelectorConfig(**{**plain, **changes})
+
+
+def test_the_entry_point_is_the_function_tested_here() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["entry-points"]["vllm.general_plugins"]["minference"].partition(":")
+    assert getattr(importlib.import_module(module), function) is plugin.register
+
+
+def test_the_name_resolves_to_our_backend(log_lines: list[tuple[str, str]]) -> None:
+    plugin.register()
+    backend = registry.AttentionBackendEnum["MINFERENCE"]
+    assert backend is CUSTOM
+    assert backend.get_path() == OUR_PATH
+    assert log_lines == []
+
+
+def test_the_command_line_takes_the_name_in_any_case() -> None:
+    from vllm.config import AttentionConfig
+
+    plugin.register()
+    assert AttentionConfig(backend="minference").backend is CUSTOM
+    assert AttentionConfig(backend="MInference").backend is CUSTOM
+
+
+def test_the_backend_is_loadable_and_its_name_is_known_to_vllm() -> None:
+    plugin.register()
+    backend = registry.AttentionBackendEnum["MINFERENCE"].get_class()
+    assert f"{backend.__module__}.{backend.__qualname__}" == OUR_PATH
+    # vLLM's attention layers look their backend up by this name.
+    assert registry.AttentionBackendEnum[backend.get_name()] is CUSTOM
+
+
+def test_registering_twice_is_registering_once(log_lines: list[tuple[str, str]]) -> None:
+    plugin.register()
+    wrapped = platforms.current_platform.get_attn_backend_cls
+    plugin.register()
+    assert registry.AttentionBackendEnum["MINFERENCE"].get_path() == OUR_PATH
+    assert platforms.current_platform.get_attn_backend_cls == wrapped
+    assert log_lines == []
+
+
+def name_and_path(backend: Any) -> tuple[str, bool, str]:
+    """In a worker: what arrived, whether our plugin had been loaded by then, and what it means once it is."""
+    loaded = backend.is_overridden()
+    plugin.register()
+    return backend.name, loaded, backend.get_path()
+
+
+def test_the_backend_travels_to_a_spawned_process_that_has_not_loaded_the_plugin() -> None:
+    plugin.register()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        arrived = pool.apply(name_and_path, (registry.AttentionBackendEnum["MINFERENCE"],))
+    assert arrived == ("CUSTOM", False, OUR_PATH)
+
+
+def test_a_vllm_without_our_interfaces_goes_on_without_us(
+    monkeypatch: pytest.MonkeyPatch, log_lines: list[tuple[str, str]]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", None)
+    plugin.register()
+    ((level, line),) = log_lines
+    assert level == "ERROR"
+    assert "--attention-backend minference will not be available" in line
+
+
+def test_an_error_while_registering_goes_no_further(
+    monkeypatch: pytest.MonkeyPatch, log_lines: list[tuple[str, str]]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise TypeError("another signature")
+
+    monkeypatch.setattr(registry, "register_backend", refuse)
+    plugin.register()
+    assert [level for level, _ in log_lines] == ["ERROR"]
+
+
+def test_another_plugin_on_custom_is_reported_by_its_path(log_lines: list[tuple[str, str]]) -> None:
+    registry.register_backend(CUSTOM, "another_plugin.Backend")
+    plugin.register()
+    ((level, line),) = log_lines
+    assert level == "WARNING"
+    assert "another_plugin.Backend" in line
+    assert "VLLM_PLUGINS" in line
+    assert CUSTOM.get_path() == OUR_PATH
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.0", "0.33.1rc2.dev3+g0123abc"])
+def test_tested_versions_of_vllm_are_served_silently(
+    version: str, monkeypatch: pytest.MonkeyPatch, log_lines: list[tuple[str, str]]
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    plugin.register()
+    assert log_lines == []
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.1.dev1+g0123abc", "nightly"])
+def test_an_untested_version_of_vllm_is_named_in_one_warning_and_served(
+    version: str, monkeypatch: pytest.MonkeyPatch, log_lines: list[tuple[str, str]]
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    plugin.register()
+    plugin.register()
+    ((level, line),) = log_lines
+    assert level == "WARNING"
+    assert version in line
+    assert "0.32 and 0.33" in line
+    assert registry.AttentionBackendEnum["MINFERENCE"].get_path() == OUR_PATH
+
+
+def test_a_vllm_that_is_not_an_installed_distribution_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A source tree on PYTHONPATH, or a build under another distribution's name.
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    plugin.register()
+    assert registry.AttentionBackendEnum["MINFERENCE"].get_path() == OUR_PATH
+
+
+@cpu_only
+def test_the_cpu_platform_gives_our_class_when_it_is_selected() -> None:
+    plugin.register()
+    chosen = platforms.current_platform.get_attn_backend_cls(
+        registry.AttentionBackendEnum["MINFERENCE"], attn_selector_config=selector_config(), num_heads=9
+    )
+    assert chosen == plugin.CPU_BACKEND
+    assert platforms.current_platform.get_attn_backend_cls(CUSTOM, selector_config()) == plugin.CPU_BACKEND
+
+
+@cpu_only
+@pytest.mark.parametrize("name", [None, "CPU_ATTN", "FLASH_ATTN"])
+def test_the_cpu_platform_gives_the_stock_class_otherwise(name: str | None) -> None:
+    backend = registry.AttentionBackendEnum[name] if name else None
+    stock = platforms.current_platform.get_attn_backend_cls(backend, attn_selector_config=selector_config())
+    plugin.register()
+    assert platforms.current_platform.get_attn_backend_cls(backend, attn_selector_config=selector_config()) == stock
+    assert stock == registry.AttentionBackendEnum.CPU_ATTN.get_path()
+
+
+@cpu_only
+def test_a_model_with_latent_attention_keeps_the_stock_class_on_a_cpu() -> None:
+    mla = selector_config(use_mla=True)
+    stock = platforms.current_platform.get_attn_backend_cls(CUSTOM, attn_selector_config=mla)
+    plugin.register()
+    assert platforms.current_platform.get_attn_backend_cls(CUSTOM, attn_selector_config=mla) == stock
