@@ -73,24 +73,22 @@ def serve_worker(worker: Worker) -> bool:
     return True
 
 
-def load_engine(kind: str, spec: dict[str, Any], **overrides: Any) -> Any:
+def load_engine(kind: str, spec: dict[str, Any]) -> Any:
     """vLLM in this process.
 
     Args:
         kind: SPARSE gives the plugin with the settings spec["minference"], anything else spec["dense_backend"].
         spec: holds the other arguments of `vllm.LLM` as spec["engine"].
-        overrides: more of them.
     """
     from vllm import LLM
 
     from minference_vllm import plugin
 
-    arguments = {**spec["engine"], **overrides}
     if kind == SPARSE:
         plugin.register()  # vLLM does it where the package is installed, not where it only lies in the path
         settings = {"minference": spec["minference"]}
-        return LLM(**arguments, attention_backend=SPARSE_BACKEND, additional_config=settings)
-    return LLM(**arguments, attention_backend=spec["dense_backend"])
+        return LLM(**spec["engine"], attention_backend=SPARSE_BACKEND, additional_config=settings)
+    return LLM(**spec["engine"], attention_backend=spec["dense_backend"])
 
 
 class SparseWork(NamedTuple):

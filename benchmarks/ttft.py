@@ -31,8 +31,8 @@ from benchmarks import (
 )
 
 LLAMA_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "vocab_size": 128256,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 128256,
 }  # fmt: skip
 TINY = {
     "hidden_size": 256,
@@ -120,9 +120,9 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
     shape = TINY if options.tiny else LLAMA_8B
     write_model(directory, shape, options.layers, max_len)
     engine = {
-        "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": max_len,
-        "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True, "enable_prefix_caching": False,
-        "disable_log_stats": True,
+        "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
+        "max_model_len": max_len, "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
+        "enable_prefix_caching": False, "disable_log_stats": True,
     }  # fmt: skip
     minference = {"vertical_size": options.vertical_size, "slash_size": options.slash_size}
     return {

@@ -55,7 +55,7 @@ class Runtime:
     def run(
         self, q: torch.Tensor, kv: PagedKV, chunk: SparseChunk, scale: float, geometry: Geometry, out: torch.Tensor
     ) -> None:
-        """Sparse attention of one layer for one chunk; q and out are the step's, [num_tokens, num_qo_heads, head_dim]."""
+        """Sparse attention of one layer for one chunk; q and out are the whole step's."""
         rows = slice(chunk.query_start, chunk.query_start + chunk.num_rows)
         ws = self.workspace(geometry)
         sparse_prefill(q[rows], kv, chunk.context_len, scale, self.config, self.engine, ws, out[rows])

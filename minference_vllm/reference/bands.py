@@ -16,7 +16,7 @@ def band_lists(slash_below: torch.Tensor, num_bands: int, bands: torch.Tensor, b
         slash_below: [num_heads, >= num_bands + TILE / BAND + 1] int32, kept diagonals smaller than BAND * j.
         num_bands: largest offset that a tile of this chunk can use.
         bands: [num_heads, >= num_bands] int32, written: kept offsets, ascending, from 1 on.
-        bands_below: [num_heads, >= num_bands + 2] int32, written: kept offsets smaller than g, for g up to num_bands + 1.
+        bands_below: [num_heads, >= num_bands + 2] int32, written: kept offsets smaller than g, g <= num_bands + 1.
     """
     upper = slash_below[:, BANDS_PER_TILE + 1 : BANDS_PER_TILE + 1 + num_bands]
     kept = upper > slash_below[:, :num_bands]

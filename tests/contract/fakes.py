@@ -18,6 +18,8 @@ from minference_vllm.metadata import MInferenceBuilder
 from minference_vllm.runtime import Runtime
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 16
+NUM_LAYERS = 4
+NAME = "model.layers.{}.self_attn.attn"
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 # Every key is kept, so that sparse attention must equal dense attention.
@@ -51,9 +53,9 @@ def make_config(**changes: Any) -> Any:
         dtype=torch.bfloat16,
         max_model_len=512,
         hf_config=SimpleNamespace(model_type="llama"),
-        hf_text_config=SimpleNamespace(num_hidden_layers=4),
+        hf_text_config=SimpleNamespace(num_hidden_layers=NUM_LAYERS),
         get_num_attention_heads=lambda _: HEADS,
-        get_total_num_hidden_layers=lambda: 4,
+        get_total_num_hidden_layers=lambda: NUM_LAYERS,
         rswa_window=changes.get("rswa_window"),
         is_mm_prefix_lm=changes.get("is_mm_prefix_lm", False),
     )
@@ -96,15 +98,31 @@ def make_impl(runtime: Runtime, config: Any = None, **changes: Any) -> MInferenc
         return MInferenceImpl(**{**plain, **changes})
 
 
-def make_builder(impls: dict[str, MInferenceImpl], config: Any = None, dtype: torch.dtype = torch.bfloat16) -> Any:
+def make_builder(
+    impls: dict[str, MInferenceImpl],
+    config: Any = None,
+    dtype: torch.dtype = torch.bfloat16,
+    is_draft_layer: bool = False,
+) -> MInferenceBuilder:
     """The builder of a KV cache group whose layers have these names."""
     config = config or make_config()
     for name, impl in impls.items():
         layer = Attention.__new__(Attention)
-        layer.__dict__.update(impl=impl, layer_name=name, num_heads=impl.num_heads)
+        layer.__dict__.update(impl=impl, layer_name=name, num_heads=impl.num_heads, is_draft_layer=is_draft_layer)
         config.compilation_config.static_forward_context[name] = layer
     spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype)
     return MInferenceBuilder(spec, list(impls), config, CPU)
+
+
+def one_group(layers: int = 2) -> tuple[Runtime, MInferenceBuilder, list[MInferenceImpl]]:
+    """The objects of a model with one KV cache group."""
+    runtime = make_runtime()
+    impls = [make_impl(runtime) for _ in range(layers)]
+    return runtime, make_builder({NAME.format(i): impl for i, impl in enumerate(impls)}), impls
+
+
+def counted(runtime: Runtime) -> dict[tuple[str, str], int]:
+    return dict(runtime.counters.snapshot().tokens)
 
 
 def make_common(*batch: Row, **changes: Any) -> CommonAttentionMetadata:

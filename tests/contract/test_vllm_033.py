@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "VLLM_PLUGINS": ""}
 
 
-@pytest.mark.parametrize("checks", ["check_interface.py", "check_backend.py"])
+@pytest.mark.parametrize("checks", ["check_interface.py", "check_builder.py", "check_layer.py"])
 def test_contract(checks: str, environment: dict[str, str]) -> None:
     command = [
         sys.executable,

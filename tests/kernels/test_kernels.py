@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from tests.kernels.cases import CASES, GPU_CASES, Case, make_cache, make_queries, make_workspace
 
 from minference_vllm import kernels, reference
 from minference_vllm.attention import sparse_prefill
@@ -11,6 +10,7 @@ from minference_vllm.engine import Engine
 from minference_vllm.estimators import ESTIMATORS
 from minference_vllm.index import BAND, BANDS_PER_TILE, TILE
 from minference_vllm.workspace import MASS_UNIT
+from tests.kernels.cases import CASES, GPU_CASES, Case, make_cache, make_queries, make_workspace
 
 TRITON = Engine("triton", kernels.probe, kernels.select, kernels.band_lists, kernels.attend)
 HOPPER = Engine("hopper", kernels.probe, kernels.select, kernels.band_lists, kernels.attend_on_hopper)
@@ -122,7 +122,11 @@ def test_attend_matches_the_reference(case: Case, engine: Engine, device: torch.
     assert pairs.item() == expected_pairs.item()
 
 
-@every_case
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(Case("", num_rows=150, context_len=140, num_qo_heads=2, num_kv_heads=1, page_size=32), id="small")]
+    + [pytest.param(case, id=case.name, marks=pytest.mark.gpu) for case in GPU_CASES],
+)
 @every_engine
 def test_sparse_prefill_repeats_bit_for_bit(case: Case, engine: Engine, device: torch.device) -> None:
     q, kv, config = make_queries(case, device), make_cache(case, device), case.config()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our metadata builder on top of vLLM's. Run by test_vllm_033.py, with that release on the path.
+
+FlashAttention's builder needs no GPU: it runs as it is.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
+from minference_vllm.plan import Reason, SparseChunk
+from tests.contract.fakes import (
+    DECODE,
+    LONG,
+    MIXED,
+    NAME,
+    NUM_LAYERS,
+    Row,
+    counted,
+    make_builder,
+    make_common,
+    make_config,
+    make_impl,
+    make_runtime,
+    one_group,
+)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-3 makes a schedule for each batch; and no memory can be pinned without a GPU."""
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "_get_scheduler_metadata", lambda *_, **__: torch.ones(5))
+    monkeypatch.setattr(flash_attn, "PIN_MEMORY", False)
+
+
+def test_a_mixed_step_is_split_into_chunks_and_runs() -> None:
+    runtime, builder, _ = one_group()
+    metadata = builder.build(0, make_common(*MIXED))
+    assert metadata.minference.chunks == (SparseChunk(1, 1, 140, 60), SparseChunk(4, 162, 140, 60))
+    assert [(run.first, run.end) for run, _ in metadata.minference.dense_runs] == [(0, 1), (2, 4)]
+    assert counted(runtime) == {("sparse", "gate_open"): 280, ("dense", "below_min_seq_len"): 20}
+
+
+def test_the_metadata_of_a_run_is_that_of_the_run_as_a_batch() -> None:
+    _, builder, _ = one_group()
+    common = make_common(*MIXED)
+    metadata = builder.build(0, common)
+    assert metadata.scheduler_metadata is not None
+    run, ours = metadata.minference.dense_runs[1]
+    alone = builder.build(
+        0,
+        make_common(
+            *MIXED[2:4],
+            block_table_tensor=common.block_table_tensor[2:4],
+            slot_mapping=common.slot_mapping[run.query_start : run.query_end],
+        ),
+    )
+    # The schedule at hand is the whole batch's.
+    assert (ours.scheduler_metadata, ours.max_num_splits) == (None, 0)
+    for name in {field.name for field in dataclasses.fields(ours)} - {"scheduler_metadata", "max_num_splits"}:
+        value, expected = getattr(ours, name), getattr(alone, name)
+        assert type(value) is type(expected), name
+        assert (value == expected).all() if isinstance(value, torch.Tensor) else value == expected, name
+
+
+@pytest.mark.parametrize("batch", [(DECODE,) * 3, (DECODE, Row(5, 200, prefill=False))], ids=["decode", "verification"])
+def test_a_step_without_prefill_carries_no_plan_and_is_not_counted(batch: tuple[Row, ...]) -> None:
+    runtime, builder, _ = one_group()
+    assert builder.build(0, make_common(*batch)).minference is None
+    assert counted(runtime) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        pytest.param({"is_prefilling": None}, Reason.NO_HOST_METADATA, id="no prefill flags"),
+        pytest.param({"seq_lens_cpu_upper_bound": None}, Reason.NO_HOST_METADATA, id="no lengths"),
+        pytest.param({"seq_lens_cpu_upper_bound": torch.tensor([200])}, Reason.NO_HOST_METADATA, id="too few lengths"),
+        pytest.param({"is_prefilling": torch.tensor([True])}, Reason.NO_HOST_METADATA, id="too few flags"),
+        pytest.param({"causal": False}, Reason.NOT_CAUSAL, id="not causal"),
+        pytest.param({"causal": torch.ones(2, dtype=torch.int32)}, Reason.NOT_CAUSAL, id="causal by request"),
+        pytest.param({"logits_indices_padded": torch.tensor([3])}, Reason.FAST_PREFILL, id="fast prefill"),
+    ],
+)
+def test_a_step_runs_dense_for_a_named_reason(changes: dict[str, Any], reason: Reason) -> None:
+    runtime, builder, _ = one_group()
+    assert builder.build(0, make_common(LONG, LONG)).minference is not None
+    before = counted(runtime)
+    assert builder.build(0, make_common(LONG, LONG, **changes)).minference is None
+    after = counted(runtime)
+    assert after.pop(("dense", reason.value)) == 280
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "reason"),
+    [
+        pytest.param({"is_mm_prefix_lm": True}, {"mm_req_doc_ranges": {0: [(60, 70)]}}, Reason.MM_PREFIX, id="image"),
+        pytest.param({"rswa_window": 64}, {"rswa_prefix_lens": torch.tensor([9])}, Reason.RSWA, id="reference window"),
+    ],
+)
+def test_a_step_of_such_a_model_runs_dense(model: dict[str, Any], changes: dict[str, Any], reason: Reason) -> None:
+    runtime = make_runtime()
+    builder = make_builder({NAME.format(0): make_impl(runtime)}, make_config(**model))
+    assert builder.build(0, make_common(LONG, **changes)).minference is None
+    assert counted(runtime) == {("dense", reason.value): LONG.rows}
+    assert builder.build(0, make_common(LONG)).minference is not None
+
+
+def test_steps_of_a_draft_model_and_of_graph_capture_carry_no_plan() -> None:
+    runtime, builder, _ = one_group()
+    common = make_common(LONG, DECODE)
+    assert builder.build(0, common, fast_build=True).minference is None
+    assert builder.build_for_drafting(common, 0).minference is None
+    assert builder.build_for_cudagraph_capture(common).minference is None
+    assert counted(runtime) == {}
+
+
+def test_another_groups_block_table_reaches_the_dense_runs() -> None:
+    _, builder, _ = one_group()
+    metadata = builder.build(0, make_common(*MIXED))
+    table, slots = metadata.block_table + 1, metadata.slot_mapping + 1
+    updated = builder.update_block_table(metadata, table, slots)
+    assert updated.minference.chunks == metadata.minference.chunks
+    run, ours = updated.minference.dense_runs[1]
+    assert torch.equal(ours.block_table, table[2:4])
+    assert torch.equal(ours.slot_mapping, slots[run.query_start : run.query_end])
+
+
+def test_metadata_that_vllm_has_copied_field_by_field_takes_another_block_table() -> None:
+    # vLLM does so for layers that share a cache and prefill fast; the copy has no plan.
+    _, builder, _ = one_group()
+    copied = dataclasses.replace(builder.build(0, make_common(*MIXED)))
+    table = copied.block_table + 1
+    updated = builder.update_block_table(copied, table, copied.slot_mapping)
+    assert updated.block_table is table
+    assert getattr(updated, "minference", None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "is_draft_layer", "reason"),
+    [
+        (NAME.format(0), False, Reason.DENSE_LAYER),
+        (NAME.format(1), False, None),
+        (NAME.format(NUM_LAYERS - 1), False, None),
+        (NAME.format(NUM_LAYERS), False, Reason.DRAFT_LAYER),
+        (NAME.format(NUM_LAYERS - 1), True, Reason.DRAFT_LAYER),
+        ("decoder.attn", False, None),
+        ("layers.0.blocks.1.attn", False, None),
+    ],
+)
+def test_the_place_of_a_layer_decides(name: str, is_draft_layer: bool, reason: Reason | None) -> None:
+    runtime = make_runtime(dense_layers=1)
+    impl = make_impl(runtime)
+    builder = make_builder({name: impl}, is_draft_layer=is_draft_layer)
+    assert impl.dense_reason is reason
+    assert (builder.build(0, make_common(LONG)).minference is None) == (reason is not None)
+    label = ("dense", reason.value) if reason else ("sparse", "gate_open")
+    assert counted(runtime) == {label: LONG.rows}
+
+
+def test_a_cache_of_another_dtype_keeps_a_group_dense() -> None:
+    runtime = make_runtime()
+    builder = make_builder({NAME.format(0): make_impl(runtime)}, dtype=torch.uint8)
+    assert builder.build(0, make_common(LONG)).minference is None
+    assert counted(runtime) == {("dense", "dtype"): LONG.rows}
+
+
+def test_a_group_with_one_sparse_layer_goes_sparse() -> None:
+    runtime = make_runtime()
+    impls = {NAME.format(0): make_impl(runtime, sliding_window=64), NAME.format(1): make_impl(runtime)}
+    assert make_builder(impls).build(0, make_common(LONG)).minference is not None
+    assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
+
+
+@pytest.mark.parametrize("sparse_group", [0, 1])
+def test_tokens_of_a_model_with_windows_are_counted_by_its_sparse_group(sparse_group: int) -> None:
+    runtime = make_runtime()
+    windows = [None, None]
+    windows[1 - sparse_group] = 64
+    builders = [
+        make_builder({NAME.format(group): make_impl(runtime, sliding_window=window)})
+        for group, window in enumerate(windows)
+    ]
+    for builder in builders:
+        builder.build(0, make_common(LONG))
+    assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' own arithmetic: what they draw, hide, compare and write. None starts an engine."""
+
+import json
+import random
+import subprocess
+
+import pytest
+import torch
+
+import benchmarks
+from benchmarks import greedy, needles, results, synthetic, ttft
+from benchmarks.haystack import CITIES, Haystack
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.engine import load_engine
+from minference_vllm.estimators import ESTIMATORS
+from minference_vllm.index import PagedKV
+from minference_vllm.workspace import Geometry, Workspace
+
+RUN = {"gpu": "a card", "driver": "1", "commit": "abc"}
+
+
+class WordTokenizer:
+    """A token a word."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        words = text.split() or ["<break>"]
+        self.words += sorted(set(words) - set(self.words))
+        return [self.words.index(word) for word in words]
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(self.words[token] for token in tokens)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        assert add_generation_prompt and not tokenize
+        return f"<user> {messages[0]['content']} <assistant>"
+
+
+@pytest.fixture
+def tokenizer() -> WordTokenizer:
+    return WordTokenizer()
+
+
+@pytest.fixture
+def haystack(tokenizer) -> Haystack:
+    return Haystack(tokenizer, " ".join(f"word{at}{'.' if at % 10 == 0 else ''}" for at in range(2000)))
+
+
+# results
+
+
+def test_a_result_is_one_object_with_flat_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "describe_run", lambda without_gpu: RUN)
+    rows = [{"tokens": 1, "density": None}, {"tokens": 2, "density": 0.5}]
+    results.write(tmp_path / "new" / "a.json", rows, settings={"chunk": {"rows": 3}}, note="x")
+    written = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert written == {**RUN, "settings": {"chunk": {"rows": 3}}, "note": "x", "rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("rows", "extra"),
+    [([], {}), ([{"a": [1]}], {}), ([{"a": {}}], {}), ([{"a": float("nan")}], {}), ([{"a": 1}], {"gpu": "mine"})],
+)
+def test_a_malformed_result_is_not_written(tmp_path, monkeypatch, rows, extra):
+    monkeypatch.setattr(results, "describe_run", lambda without_gpu: RUN)
+    with pytest.raises(ValueError):
+        results.write(tmp_path / "a.json", rows, **extra)
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_the_commit_says_when_the_tree_differs_from_it(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    git("init")
+    (tmp_path / "code").write_text("1")
+    git("add", "code")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    assert results._commit() == commit
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/a.json").write_text("{}")
+    assert results._commit() == commit
+    (tmp_path / "code").write_text("2")
+    assert results._commit() == f"{commit}+dirty"
+
+
+def test_without_history_the_commit_comes_from_the_environment_or_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv(results.COMMIT_VARIABLE, "abc")
+    assert results._commit() == "abc"
+    monkeypatch.delenv(results.COMMIT_VARIABLE)
+    with pytest.raises(results.ResultError, match=results.COMMIT_VARIABLE):
+        results._commit()
+
+
+def test_a_card_that_cannot_be_named_is_an_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(results.ResultError, match="nvidia-smi"):
+        results._card()
+
+
+# workers
+
+
+def test_each_worker_has_a_process_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(
+        "import os, benchmarks\n"
+        "assert benchmarks.serve_worker(lambda kind, spec: {'kind': kind, 'n': spec['n'], 'pid': os.getpid()})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
+    found = benchmarks.measure("toy", {"n": 3})
+    assert {kind: (of["kind"], of["n"]) for kind, of in found.items()} == {
+        "dense": ("dense", 3),
+        "sparse": ("sparse", 3),
+    }
+    assert found["dense"]["pid"] != found["sparse"]["pid"]
+
+
+def test_a_worker_that_fails_stops_the_benchmark(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text("raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
+    with pytest.raises(SystemExit, match="dense worker of toy failed with status 3"):
+        benchmarks.measure("toy", {})
+
+
+# synthetic sets
+
+
+@pytest.mark.parametrize(("seq_len", "columns", "slashes"), [(8000, 1000, 6096), (8000, 100, 801), (300, 30, 120)])
+def test_drawn_sets_meet_the_budget(seq_len, columns, slashes):
+    generator = torch.Generator().manual_seed(0)
+    vertical = synthetic.draw_columns(3, seq_len, columns, 30, generator)
+    slash = synthetic.draw_diagonals(3, seq_len, slashes, generator)
+    assert (vertical > 0).sum(1).tolist() == [min(columns, seq_len)] * 3
+    assert (vertical[:, :30] > 0).all()
+    drawn = (slash > 0).sum(1)
+    # Where clusters fill nearly the whole length, the last slots find no room.
+    assert (drawn <= slashes).all() and (drawn > slashes - 2 * synthetic.CLUSTER).all()
+    assert (slash[:, : slashes // 2] > 0).all()
+
+
+def test_far_from_full_the_budget_of_diagonals_is_met_exactly():
+    slash = synthetic.draw_diagonals(4, 32768, 6096, torch.Generator().manual_seed(1))
+    assert (slash > 0).sum(1).tolist() == [6096] * 4
+    assert not torch.equal(slash[0], slash[1])
+
+
+def test_a_budget_beyond_the_prompt_keeps_everything():
+    generator = torch.Generator()
+    assert (synthetic.draw_columns(2, 200, 1000, 30, generator) > 0).all()
+    assert (synthetic.draw_diagonals(2, 200, 6096, generator) > 0).all()
+    assert (synthetic.draw_columns(2, 20, 1000, 30, generator) > 0).all()
+
+
+def test_the_estimator_selects_the_drawn_sets_after_a_real_probe(monkeypatch):
+    config = MInferenceConfig(vertical_size=60, slash_size=200)
+    rows, context, heads, head_dim = 256, 768, 2, 64
+    ws = Workspace.allocate(Geometry(heads, 1024, rows, 64, 60), torch.device("cpu"))
+    cache = torch.randn(64, 1, 16, 2 * head_dim)
+    kv = PagedKV(*cache.split(head_dim, dim=-1), torch.arange(64, dtype=torch.int32)[None], 0)
+    monkeypatch.setitem(ESTIMATORS, "vertical_slash", ESTIMATORS["vertical_slash"])
+    synthetic.install(seed=7)
+
+    def choose() -> list[list[int]]:
+        q = torch.randn(rows, heads, head_dim)
+        engine = load_engine(config, torch.device("cpu"))
+        return ESTIMATORS["vertical_slash"](q, kv, context, 0.1, config, engine, ws).columns.tolist()
+
+    first = choose()
+    assert first == choose()
+    assert first[0][:30] == list(range(30))
+    assert (ws.probe_lse[:, :64] != 0).all()
+    assert (ws.vertical[:, :1024] > 0).sum(1).tolist() == [60, 60]
+    assert (ws.slash[:, :1024] > 0).sum(1).tolist() == [200, 200]
+
+
+# prompts
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_a_needle_lies_at_its_depth_in_a_prompt_of_the_asked_length(haystack, tokenizer, depth):
+    needle = haystack.needle(500, depth, random.Random(0))
+    words = tokenizer.decode(needle.prompt).split()
+    assert len(words) == 500
+    at = words.index(f"{needle.answer}.")
+    assert abs(at / 500 - depth) < 0.08
+    [city] = set(CITIES) & {word.strip(".?") for word in words}
+    assert words[at - 2] == city
+    assert words[0] == "<user>" and words[-1] == "<assistant>"
+
+
+def test_a_needle_does_not_cut_a_sentence(haystack, tokenizer):
+    words = tokenizer.decode(haystack.needle(500, 0.5, random.Random(0)).prompt).split()
+    assert words[words.index("special") - 2].endswith(".")
+
+
+def test_an_echo_repeats_a_passage_that_goes_on(haystack):
+    prompt = haystack.echo(400, 16, random.Random(2))
+    assert len(prompt) == 400
+    cue = prompt[-16:]
+    [at] = [at for at in range(384) if prompt[at : at + 16] == cue]
+    assert at + 16 + greedy.ANSWER_TOKENS < 384
+
+
+def test_a_text_that_is_too_short_is_refused(haystack):
+    with pytest.raises(ValueError, match="2001 tokens of a text that has 2000"):
+        haystack.passage(2001, random.Random(0))
+
+
+# rows
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(8192, 12), (16384, 6), (32768, 3), (65536, 2), (131072, 2), (7, 12)])
+def test_long_prompts_are_timed_less_often(tokens, requests):
+    assert ttft.num_timed(tokens, 3) == requests
+
+
+def test_ttft_rows_hold_medians():
+    dense = {"8": {"seconds": [1.0, 9.0, 2.0]}}
+    sparse = {"8": {"seconds": [0.5, 1.0, 4.0], "sparse_tokens": 8, "density": 0.25}}
+    [row] = ttft.make_rows([8], {"dense": dense, "sparse": sparse})
+    assert row == {
+        "tokens": 8, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0, "speedup": 2.0, "sparse_tokens": 8, "density": 0.25,
+        "timed_requests": 3,
+    }  # fmt: skip
+
+
+def test_needle_rows_count_what_only_dense_attention_found():
+    dense = {str(n): {"hits": [True, True, False]} for n in (1, 8)}
+    sparse = {
+        "1": {"hits": [True, False, True], "density": 0.5, "sparse_tokens": 9},
+        "8": {"hits": [True, True, False], "density": 0.5, "sparse_tokens": 9},
+    }
+    one, eight = needles.make_rows(3, [1, 8], {"dense": dense, "sparse": sparse})
+    assert (one["dense_hits"], one["sparse_hits"], one["lost"], one["same_hits"]) == (2, 2, 1, True)
+    assert (eight["concurrency"], eight["lost"], eight["same_hits"]) == (8, 0, False)
+
+
+def test_greedy_rows_compare_with_dense():
+    tokens = list(range(greedy.ANSWER_TOKENS))
+    dense = {"tokens": [tokens], "first_logprobs": [{"4": -0.1, "5": -3.0}]}
+    sparse = {"tokens": [[*tokens[:30], 7, 7]], "first_logprobs": [{"4": -0.15, "9": -3.0}]}
+    rows = greedy.make_rows([[1, 2, 3]], {"dense": dense, "sparse": sparse, "control": dense})
+    assert (rows[0]["tokens"], rows[0]["equal_tokens"], rows[0]["logprob_diff"]) == (3, 30, 0.05)
+    assert (rows[0]["control_equal_tokens"], rows[0]["control_logprob_diff"]) == (greedy.ANSWER_TOKENS, 0)
+    summary = greedy.summarize(rows)
+    assert (summary["all_equal"], summary["control_all_equal"], summary["max_logprob_diff"]) == (0, 1, 0.05)
+
+
+def test_a_first_token_that_the_other_run_rules_out_is_an_error():
+    with pytest.raises(ValueError, match="first token 4"):
+        greedy.logprob_diff({"4": -0.1}, {"5": -0.1})
