@@ -64,7 +64,10 @@ class Haystack:
         """
         break_ = self._encode("\n\n")
         body = self.passage(tokens - cue - len(break_), rng)
-        at = rng.randrange(len(body) // 10, len(body) - 4 * cue)
+        room = len(body) - 4 * cue  # what follows the passage is no part of the cue
+        if room <= 0:
+            raise ValueError(f"a prompt of {tokens} tokens is too short to repeat {cue} of them.")
+        at = rng.randrange(room)
         return [*body, *break_, *body[at : at + cue]]
 
     def passage(self, tokens: int, rng: random.Random) -> list[int]:

@@ -122,7 +122,7 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
     engine = {
         "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
         "max_model_len": max_len, "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
-        "enable_prefix_caching": False, "disable_log_stats": True,
+        "enable_prefix_caching": False, "gpu_memory_utilization": 0.9, "disable_log_stats": True,
     }  # fmt: skip
     minference = {"vertical_size": options.vertical_size, "slash_size": options.slash_size}
     return {

@@ -14,8 +14,8 @@ __all__ = ["attend", "attend_on_hopper", "band_lists", "probe", "select"]
 
 
 def attend_on_hopper(q: torch.Tensor, *args: Any) -> None:
-    """See minference_vllm.reference.attend; head sizes that Hopper's kernel has no registers for run in Triton's."""
+    """See minference_vllm.reference.attend; what Hopper's kernel is not made for (head_dim 256) runs in Triton's."""
     # Gluon is not imported where it cannot run: its interface moves faster than Triton's.
     from minference_vllm.kernels import hopper
 
-    (hopper.attend if q.shape[2] in hopper.SUPPORTED_HEAD_DIMS else attend)(q, *args)
+    (hopper.attend if hopper.supports(q) else attend)(q, *args)

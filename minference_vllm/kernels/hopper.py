@@ -305,6 +305,11 @@ def _attend_kernel(
     )  # fmt: skip
 
 
+def supports(q: torch.Tensor) -> bool:
+    """Whether these queries' head size fits the registers of this kernel, and their type its matrix units."""
+    return q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in (torch.bfloat16, torch.float16)
+
+
 def attend(
     q: torch.Tensor,
     kv: PagedKV,

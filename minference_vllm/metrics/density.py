@@ -19,7 +19,7 @@ class DensityMeter:
         self._kept_pairs = kept_pairs
         self._interval = interval
         # Pinned: only then does a copy from the GPU return at once.
-        self._copy = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
+        self._copy = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self._arrived = torch.cuda.Event() if on_gpu else _HostEvent()
         self._copied_at = -math.inf
         self._causal_pairs: int | None = None  # at the copy in flight; None when there is none

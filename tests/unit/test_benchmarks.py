@@ -214,6 +214,8 @@ def test_an_echo_repeats_a_passage_that_goes_on(haystack):
 def test_a_text_that_is_too_short_is_refused(haystack):
     with pytest.raises(ValueError, match="2001 tokens of a text that has 2000"):
         haystack.passage(2001, random.Random(0))
+    with pytest.raises(ValueError, match="80 tokens is too short to repeat 16"):
+        haystack.echo(80, 16, random.Random(0))
 
 
 # rows
