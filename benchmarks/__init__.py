@@ -31,7 +31,7 @@ def argument_parser(description: str | None, tiny: str) -> argparse.ArgumentPars
     return parser
 
 
-def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (DENSE, SPARSE)) -> dict[str, dict[str, Any]]:
+def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (SPARSE, DENSE)) -> dict[str, dict[str, Any]]:
     """Run `python -m module` once for each kind of worker, one after the other.
 
     Args:

@@ -62,13 +62,13 @@ class PlanningMixin:
     def _plan(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         num_reqs, config = common.num_reqs, self._runtime.config
         seq_lens, is_prefilling = common.seq_lens_cpu_upper_bound, common.is_prefilling
-        if seq_lens is None or is_prefilling is None or min(len(seq_lens), len(is_prefilling)) < num_reqs:
+        if seq_lens is None or is_prefilling is None or len(seq_lens) < num_reqs:
             return Plan.all_dense(Reason.NO_HOST_METADATA, _possible_prefill_tokens(common, config.min_chunk))
         forbidden = compat.step_forbids_sparse(common, metadata)
         return make_plan(
             common.query_start_loc_cpu[: num_reqs + 1].numpy(),
             seq_lens[:num_reqs].numpy(),
-            is_prefilling[:num_reqs].numpy(),
+            is_prefilling[:num_reqs].numpy(),  # may lack the padding rows
             config,
             self._group_reason or (Reason(forbidden) if forbidden else None),
         )

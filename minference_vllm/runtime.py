@@ -47,7 +47,9 @@ class Runtime:
     def workspace(self, geometry: Geometry) -> Workspace:
         """The scratch for layers of this geometry, claimed when first asked for: in the profiling run."""
         if geometry not in self._workspaces:
-            workspace = Workspace.allocate(geometry, self.device)
+            # Claimed inside vLLM's inference mode, but warmed up outside it, where its tensors could not be written.
+            with torch.inference_mode(False):
+                workspace = Workspace.allocate(geometry, self.device)
             logger.info("MInference: %.0f MiB of scratch for %s", workspace.num_bytes / 2**20, geometry)
             self._workspaces[geometry] = replace(workspace, kept_pairs=self._kept_pairs)
         return self._workspaces[geometry]
