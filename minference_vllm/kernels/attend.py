@@ -52,7 +52,7 @@ def _attend_to(
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_rows", "context_len", "table_row"])
+@triton.jit(do_not_specialize=["num_rows", "context_len", "table_row", "stride_table"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr,
     bands_ptr, bands_below_ptr, columns_ptr, columns_below_ptr,

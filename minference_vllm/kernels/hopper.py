@@ -224,7 +224,7 @@ def _consume(
     gl.store(lse_ptr + position - context_len, lse, mask=(position >= context_len) & (position < seq_len))
 
 
-@gluon.jit(do_not_specialize=["num_rows", "context_len", "table_row"])
+@gluon.jit(do_not_specialize=["num_rows", "context_len", "table_row", "stride_table"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr,
     bands_ptr, bands_below_ptr, columns_ptr, columns_below_ptr,

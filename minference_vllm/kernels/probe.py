@@ -15,7 +15,7 @@ from minference_vllm.workspace import MASS_UNIT, PROBE_SPLITS, Workspace
 
 LOG2_E = 1.4426950408889634
 # Run-time integers whose value or alignment must not select another compiled variant.
-PLAIN = ["num_rows", "context_len", "table_row"]
+PLAIN = ["num_rows", "context_len", "table_row", "stride_table"]
 
 
 @triton.jit
