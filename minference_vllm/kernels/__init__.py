@@ -15,7 +15,6 @@ __all__ = ["attend", "attend_on_hopper", "band_lists", "probe", "select"]
 
 def attend_on_hopper(q: torch.Tensor, *args: Any) -> None:
     """See minference_vllm.reference.attend; what Hopper's kernel is not made for (head_dim 256) runs in Triton's."""
-    # Gluon is not imported where it cannot run: its interface moves faster than Triton's.
     from minference_vllm.kernels import hopper
 
     (hopper.attend if hopper.supports(q) else attend)(q, *args)

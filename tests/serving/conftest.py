@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers that the tests share: a start takes half a minute, and reading a prompt on a CPU as long."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import openai
+import pytest
+import torch
+
+from demo.server import SMALL_MODEL, Server, command, environment, minference_option, running, stop
+from tests.serving.prompts import TEXTS
+from tests.serving.server import MODEL, serving
+
+CHUNKS = "--max-num-batched-tokens=1024"
+# Every chunk of a prompt of a few thousand tokens passes the gate.
+LOW_GATE = {"min_seq_len": 1024, "min_chunk": 128}
+STOCK = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
+START_TIMEOUT_S = 300
+
+RIVAL = """
+def register():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, "rival.Backend")
+"""
+BAD_SETTINGS = {
+    "unknown key": {"vertical_sizes": 7},
+    "negative size": {"slash_size": -5},
+    "wrong type": {"min_seq_len": "lots"},
+}
+
+
+class Continuation(NamedTuple):
+    """What a server went on with after a text; for each token its log-probability and the runner-up's."""
+
+    tokens: list[str]
+    logprobs: list[dict[str, float]]
+
+
+class Start(NamedTuple):
+    """A `vllm serve` that should not have come up."""
+
+    status: int | None
+    log: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_machine() -> Iterator[None]:
+    """One thread: several wait for each other in every small operation, for ages where another process has the core.
+
+    A run that is asked to end stops its servers on the way out.
+    """
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"} if STOCK == "CPU_ATTN" else {}):
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))
+        yield
+        signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serving")
+
+
+@pytest.fixture(scope="session")
+def sparse(logs: Path) -> Iterator[Server]:
+    """Prompts go sparse in chunks of 1,024 tokens."""
+    with serving(logs / "sparse.log", CHUNKS, **LOW_GATE, vertical_size=256, slash_size=512) as server:
+        yield server
+
+
+def continuations(server: Server) -> list[Continuation]:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=600, max_retries=0)
+    results = []
+    for text in TEXTS:
+        reply = client.completions.create(model=str(MODEL), prompt=text, max_tokens=24, temperature=0, logprobs=2)
+        logprobs = reply.choices[0].logprobs
+        results.append(Continuation(logprobs.tokens, logprobs.top_logprobs))
+    return results
+
+
+@pytest.fixture(scope="session")
+def stock(logs: Path) -> list[Continuation]:
+    """What vLLM's own backend goes on with."""
+    with running(str(MODEL), logs / "stock.log", *SMALL_MODEL, CHUNKS, "--attention-backend", STOCK) as server:
+        return continuations(server)
+
+
+@pytest.fixture(scope="session")
+def rival(logs: Path) -> Path:
+    """A folder for PYTHONPATH with an installed plugin that takes the CUSTOM backend for itself."""
+    folder = logs / "rival"
+    metadata = folder / "rival-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (folder / "rival.py").write_text(RIVAL)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nrival = rival:register\n")
+    return folder
+
+
+class FullBudget(NamedTuple):
+    continuations: list[Continuation]
+    sparse_tokens: float
+    log: str
+
+
+@pytest.fixture(scope="session")
+def full_budget(logs: Path, rival: Path) -> FullBudget:
+    """The sparse path with every key kept, beside a rival plugin."""
+    everything = {"vertical_size": 10_000, "slash_size": 10_000}
+    paths = os.pathsep.join(filter(None, [str(rival), os.environ.get("PYTHONPATH")]))
+    with (
+        patch.dict(os.environ, {"PYTHONPATH": paths}),
+        serving(logs / "full.log", CHUNKS, **LOW_GATE, **everything) as server,
+    ):
+        results = continuations(server)
+        sparse_tokens = server.metric("minference_prefill_tokens_total", path="sparse")
+    return FullBudget(results, sparse_tokens, (logs / "full.log").read_text())
+
+
+def start(log: Path, options: list[str], environ: dict[str, str]) -> Start:
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command(str(MODEL), "--port=0", *SMALL_MODEL, *options),
+            env={**environment(str(MODEL)), **environ},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        status = process.wait(START_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        stop(process)
+    return Start(status, log.read_text(errors="replace"))
+
+
+@pytest.fixture(scope="session")
+def refused(logs: Path) -> dict[str, Start]:
+    """Starts with settings that nobody can serve, side by side."""
+    broken = logs / "broken.json"
+    broken.write_text(json.dumps({"vertical_size": 500})[:-1])
+    with ThreadPoolExecutor(4) as pool:
+        starts = {
+            name: pool.submit(start, logs / f"{name}.log", minference_option(**settings), {})
+            for name, settings in BAD_SETTINGS.items()
+        }
+        starts["broken file"] = pool.submit(start, logs / "broken.log", [], {"MINFERENCE_CONFIG": str(broken)})
+        return {name: future.result() for name, future in starts.items()}
