@@ -14,7 +14,12 @@ logger = logging.getLogger("vllm.minference")
 @functools.cache
 def warn_if_untested() -> None:
     """One warning where the installed vLLM is none that this release was tested with."""
-    version = importlib.metadata.version("vllm")
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # a source tree in the path, or a build of another name
+        import vllm
+
+        version = vllm.__version__
     release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if release not in TESTED:
         tested = " and ".join(".".join(map(str, release)) for release in TESTED)

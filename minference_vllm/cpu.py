@@ -19,8 +19,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from minference_vllm.impl import SparseLayerMixin
 from minference_vllm.index import PagedKV
-from minference_vllm.metadata import PlanningMixin, Step
-from minference_vllm.plan import Reason
+from minference_vllm.metadata import PlanningMixin
+from minference_vllm.plan import Reason, Step
 from minference_vllm.reference.dense import dense
 
 # With these a layer's rows are attended to as usual, only never sparsely: our own dense attention serves it.

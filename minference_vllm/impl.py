@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention layer on a GPU: FlashAttention's, but for the chunks that the step's plan names."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from minference_vllm import compat
 from minference_vllm.config import ConfigError, load_config
 from minference_vllm.index import PagedKV
 from minference_vllm.layers import LayerTraits
-from minference_vllm.metadata import Step, logger
-from minference_vllm.plan import Reason
+from minference_vllm.plan import Reason, Step
 from minference_vllm.runtime import Runtime
 from minference_vllm.workspace import Geometry
+
+logger = logging.getLogger("vllm.minference")
 
 _runtimes: dict[torch.device, Runtime] = {}
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import torch
@@ -12,22 +13,9 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
-from minference_vllm.plan import DenseRun, Plan, Reason, SparseChunk, make_plan
+from minference_vllm.plan import DenseRun, Plan, Reason, Step, make_plan
 
 logger = logging.getLogger("vllm.minference")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
-    """A step in which something runs sparse; the attribute `minference` of vLLM's metadata, else None.
-
-    Attributes:
-        chunks: requests' rows that run sparse.
-        dense_runs: the other rows, in runs of neighbouring requests, each with the metadata of a batch of its own.
-    """
-
-    chunks: tuple[SparseChunk, ...]
-    dense_runs: tuple[tuple[DenseRun, Any], ...]
 
 
 class PlanningMixin:
@@ -139,7 +127,7 @@ def _run_metadata(run: DenseRun, metadata: FlashAttentionMetadata) -> FlashAtten
 def _late_reason(name: str, layer: Attention, vllm_config: VllmConfig, kv_cache_spec: Any) -> Reason | None:
     """Why a layer stays dense, as far as its place in the model and its cache tell."""
     index = compat.layer_index(name)
-    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    num_layers = getattr(vllm_config.model_config.hf_text_config, "num_hidden_layers", math.inf)
     if getattr(layer, "is_draft_layer", False) or (index is not None and index >= num_layers):
         return Reason.DRAFT_LAYER
     if index is not None and index < layer.impl.runtime.config.dense_layers:

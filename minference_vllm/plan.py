@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -99,6 +99,19 @@ class Plan:
     def all_dense(cls, reason: Reason, tokens: int) -> "Plan":
         """The plan of a step whose rows cannot be told apart."""
         return cls((), (), {("dense", reason): tokens}, {("dense", reason): 1}) if tokens else cls((), (), {}, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step in which something runs sparse; the attribute `minference` of vLLM's metadata, else None.
+
+    Attributes:
+        chunks: requests' rows that run sparse.
+        dense_runs: the other rows, in runs of neighbouring requests, each with the metadata of a batch of its own.
+    """
+
+    chunks: tuple[SparseChunk, ...]
+    dense_runs: tuple[tuple[DenseRun, Any], ...]
 
 
 def make_plan(

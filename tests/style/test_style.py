@@ -25,6 +25,7 @@ LAYERS = (
     "metadata",
     "impl",
     "compat",
+    "layers",
     "runtime",
     "metrics",
     "attention",

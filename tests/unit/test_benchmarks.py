@@ -128,7 +128,7 @@ def test_each_worker_has_a_process_of_its_own(tmp_path, monkeypatch):
 def test_a_worker_that_fails_stops_the_benchmark(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text("raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
-    with pytest.raises(SystemExit, match="dense worker of toy failed with status 3"):
+    with pytest.raises(SystemExit, match="sparse worker of toy failed with status 3"):
         benchmarks.measure("toy", {})
 
 
