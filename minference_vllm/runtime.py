@@ -76,19 +76,20 @@ class Runtime:
         self._causal_pairs += sparse_heads * sum(chunk.causal_pairs for chunk in plan.chunks)
 
     def warm_up(self, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, geometry: Geometry) -> None:
-        """Compile every kernel this geometry will need, on two tiles of made-up keys, before the first request."""
+        """Compile every kernel this geometry will need, before the first request."""
         variant = (num_kv_heads, head_dim, page_size, dtype, geometry)
-        if variant in self._warm or self.device.type != "cuda":
-            return
-        self._warm.add(variant)
+        if variant not in self._warm and self.device.type == "cuda":
+            self._warm.add(variant)
+            self.dry_run(*variant)
+
+    def dry_run(self, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, geometry: Geometry) -> None:
+        """Sparse attention over two tiles of made-up keys; it is not counted."""
         rows = min(2 * TILE, geometry.max_seq_len, geometry.max_chunk)
         pages = -(-rows // page_size)
-        cache = torch.zeros(pages, page_size, num_kv_heads, 2 * head_dim, dtype=dtype, device=self.device).transpose(
-            1, 2
-        )
+        shape = (pages, page_size, num_kv_heads, 2 * head_dim)
+        k, v = torch.zeros(shape, dtype=dtype, device=self.device).transpose(1, 2).split(head_dim, dim=-1)
         table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
         q = torch.zeros(rows, geometry.num_qo_heads, head_dim, dtype=dtype, device=self.device)
-        k, v = cache.split(head_dim, dim=-1)
         kv = PagedKV(k, v, table, 0)
         self.run(q, kv, SparseChunk(0, 0, rows, 0), 1.0, geometry, torch.empty_like(q))
         self._kept_pairs.zero_()

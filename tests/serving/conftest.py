@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-import openai
 import pytest
 import torch
 
 from demo.server import SMALL_MODEL, Server, command, environment, minference_option, running, stop
-from tests.serving.prompts import TEXTS
+from tests.serving.client import Reply, complete, prefill_tokens
+from tests.serving.prompts import COPIES
 from tests.serving.server import MODEL, serving
 
-CHUNKS = "--max-num-batched-tokens=1024"
+CHUNK = 1024
+CHUNKED = f"--max-num-batched-tokens={CHUNK}"
 # Every chunk of a prompt of a few thousand tokens passes the gate.
-LOW_GATE = {"min_seq_len": 1024, "min_chunk": 128}
+MIN_CHUNK = 64
+LOW_GATE = {"min_seq_len": CHUNK, "min_chunk": MIN_CHUNK}
 STOCK = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
 START_TIMEOUT_S = 300
 
@@ -39,11 +41,10 @@ BAD_SETTINGS = {
 }
 
 
-class Continuation(NamedTuple):
-    """What a server went on with after a text; for each token its log-probability and the runner-up's."""
-
-    tokens: list[str]
-    logprobs: list[dict[str, float]]
+class FullBudget(NamedTuple):
+    replies: list[Reply]
+    sparse_tokens: float
+    log: str
 
 
 class Start(NamedTuple):
@@ -55,14 +56,17 @@ class Start(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def small_machine() -> Iterator[None]:
-    """One thread: several wait for each other in every small operation, for ages where another process has the core.
-
-    A run that is asked to end stops its servers on the way out.
-    """
+    """One thread a server: several would wait for each other in every small operation, the longer the busier a core."""
     with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"} if STOCK == "CPU_ATTN" else {}):
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))
         yield
-        signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stop_on_request() -> Iterator[None]:
+    """A run that is asked to end stops its servers on the way out."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))
+    yield
+    signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.fixture(scope="session")
@@ -73,25 +77,19 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sparse(logs: Path) -> Iterator[Server]:
     """Prompts go sparse in chunks of 1,024 tokens."""
-    with serving(logs / "sparse.log", CHUNKS, **LOW_GATE, vertical_size=256, slash_size=512) as server:
+    with serving(logs / "sparse.log", CHUNKED, **LOW_GATE, vertical_size=256, slash_size=512) as server:
         yield server
 
 
-def continuations(server: Server) -> list[Continuation]:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=600, max_retries=0)
-    results = []
-    for text in TEXTS:
-        reply = client.completions.create(model=str(MODEL), prompt=text, max_tokens=24, temperature=0, logprobs=2)
-        logprobs = reply.choices[0].logprobs
-        results.append(Continuation(logprobs.tokens, logprobs.top_logprobs))
-    return results
+def go_on(server: Server) -> list[Reply]:
+    return [complete(server, copy.prompt, "copies", 24) for copy in COPIES]
 
 
 @pytest.fixture(scope="session")
-def stock(logs: Path) -> list[Continuation]:
-    """What vLLM's own backend goes on with."""
-    with running(str(MODEL), logs / "stock.log", *SMALL_MODEL, CHUNKS, "--attention-backend", STOCK) as server:
-        return continuations(server)
+def stock(logs: Path) -> list[Reply]:
+    """What follows COPIES with vLLM's own backend."""
+    with running(str(MODEL), logs / "stock.log", *SMALL_MODEL, CHUNKED, "--attention-backend", STOCK) as server:
+        return go_on(server)
 
 
 @pytest.fixture(scope="session")
@@ -106,12 +104,6 @@ def rival(logs: Path) -> Path:
     return folder
 
 
-class FullBudget(NamedTuple):
-    continuations: list[Continuation]
-    sparse_tokens: float
-    log: str
-
-
 @pytest.fixture(scope="session")
 def full_budget(logs: Path, rival: Path) -> FullBudget:
     """The sparse path with every key kept, beside a rival plugin."""
@@ -119,11 +111,11 @@ def full_budget(logs: Path, rival: Path) -> FullBudget:
     paths = os.pathsep.join(filter(None, [str(rival), os.environ.get("PYTHONPATH")]))
     with (
         patch.dict(os.environ, {"PYTHONPATH": paths}),
-        serving(logs / "full.log", CHUNKS, **LOW_GATE, **everything) as server,
+        serving(logs / "full.log", CHUNKED, **LOW_GATE, **everything) as server,
     ):
-        results = continuations(server)
-        sparse_tokens = server.metric("minference_prefill_tokens_total", path="sparse")
-    return FullBudget(results, sparse_tokens, (logs / "full.log").read_text())
+        replies = go_on(server)
+        sparse_tokens = prefill_tokens(server, path="sparse")
+    return FullBudget(replies, sparse_tokens, (logs / "full.log").read_text())
 
 
 def start(log: Path, options: list[str], environ: dict[str, str]) -> Start:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the servers are asked: excerpts of a novel, 2,500 to 3,500 tokens long, with and without something to find."""
+"""What the servers go on with: texts of 2,200 to 2,900 tokens whose next words the small model is sure of.
+
+Where two tokens are about equally likely, the rounding of another kernel or chunk may swap them; the first 24 tokens
+after COPIES, and the first six after the other prompts, lead by more than a factor of three.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +27,21 @@ def excerpt(start: int, length: int) -> str:
     return "\n\n".join(paragraphs)
 
 
-def hide(fact: str, text: str) -> str:
-    """The text with one more paragraph in its middle."""
-    paragraphs = text.split("\n\n")
-    paragraphs.insert(len(paragraphs) // 2, fact)
-    return "\n\n".join(paragraphs)
-
-
 def ask(what: str, number: str, start: int) -> Question:
-    text = hide(f"The magic number of the {what} is {number}.", excerpt(start, 11_000))
-    return Question(f"{text}\n\nWhat is the magic number of the {what}? Answer with the number only.", number)
+    """A fact in the middle of a text, and at its end the sentence that it completes."""
+    sentence = f"The magic number of the {what} is"
+    paragraphs = excerpt(start, 11_000).split("\n\n")
+    paragraphs.insert(len(paragraphs) // 2, f"{sentence} {number}.")
+    return Question("\n\n".join([*paragraphs, sentence]), number)
+
+
+def begin_again(start: int) -> Question:
+    """A text, and after it its own first paragraphs up to the middle of a sentence: it goes on as it did before."""
+    text = excerpt(start, 8_500)
+    end = text.index(" ", 900)
+    return Question(f"{text}\n\n{text[:end]}", text[end : end + 40])
 
 
 LIBRARY = ask("library", "7421", 0)
 GARDEN = ask("garden", "3856", 9_000)
-TEXTS = [excerpt(0, 10_000), excerpt(6_000, 12_000), excerpt(11_000, 11_000)]
+COPIES = [begin_again(start) for start in (3_000, 9_000, 12_000)]

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints the kernel variants that requests select and the dry run did not; run by test_warm_up.py, needs no GPU.
+
+Triton chooses a variant by its arguments alone, so each launch is recorded in place of being compiled and run.
+"""
+
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from minference_vllm import kernels
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.engine import Engine
+from minference_vllm.plan import SparseChunk
+from minference_vllm.runtime import Runtime
+from minference_vllm.workspace import Geometry
+from tests.kernels.cases import Case, make_cache, make_queries
+
+MAX_LEN = 40_000
+REQUESTS = [
+    Case("odd lengths", num_rows=1025, context_len=20_001),
+    Case("aligned", num_rows=2048, context_len=32_768),
+    Case("no context", num_rows=3000, context_len=0),
+    Case("HND", num_rows=2000, context_len=17, layout="HND"),
+    Case("one KV head", num_rows=2000, context_len=16_000, num_kv_heads=1),
+]
+
+
+def recorder(seen: set[tuple[str, str]]):
+    """A stand-in for JITFunction.run that notes the function and what it would be compiled for."""
+
+    def run(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        binder = self.device_caches[0][4]
+        _, specialization, options = binder(*args, **kwargs, debug=False)
+        seen.add((self.fn.__qualname__, f"{specialization} {options}"))
+
+    return run
+
+
+def variants(case: Case, head_dim: int, attend) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """What the dry run selects, and what a request in a table of odd width selects."""
+    config = MInferenceConfig(probe_rows="both")
+    runtime = Runtime(config, torch.device("cpu"), publish=False)
+    runtime.engine = Engine("", kernels.probe, kernels.select, kernels.band_lists, attend)
+    geometry = Geometry(case.num_qo_heads, MAX_LEN, 8192, sum(config.probe_counts), config.vertical_size)
+    compiled: set[tuple[str, str]] = set()
+    JITFunction.run = recorder(compiled)
+    runtime.dry_run(case.num_kv_heads, head_dim, case.page_size, case.dtype, geometry)
+    requested: set[tuple[str, str]] = set()
+    JITFunction.run = recorder(requested)
+    q, kv = make_queries(case, torch.device("cpu")), make_cache(case, torch.device("cpu"))
+    chunk = SparseChunk(1, 0, case.num_rows, case.context_len)
+    runtime.run(q, kv, chunk, case.scale, geometry, torch.empty_like(q))
+    return compiled, requested
+
+
+def main() -> None:
+    target = GPUTarget("cuda", 90, 32)
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
+    count = 0
+    for case in REQUESTS:
+        for attend in (kernels.attend, kernels.attend_on_hopper):
+            compiled, requested = variants(case, case.head_dim, attend)
+            count += len(requested)
+            for name, variant in requested - compiled:
+                print(f"NEW in {case.name}: {name} {variant}")
+    print(f"{count} launches checked")
+
+
+if __name__ == "__main__":
+    main()

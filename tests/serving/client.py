@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy completions through the official client, and what the server counted meanwhile."""
+
+import json
+import time
+import urllib.request
+from typing import Any, NamedTuple
+
+import openai
+
+from demo.server import Server
+from tests.serving.server import MODEL
+
+Prompt = str | list[int]
+
+
+class Reply(NamedTuple):
+    text: str
+    prompt_tokens: int
+    first_logprob: float
+
+
+def _completion(server: Server, prompt: Prompt, salt: str, max_tokens: int, **options: Any) -> Any:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=600, max_retries=0)
+    extra = {"cache_salt": salt, "ignore_eos": True}
+    return client.completions.create(
+        model=str(MODEL), prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra, **options
+    )
+
+
+def complete(server: Server, prompt: Prompt, salt: str, max_tokens: int) -> Reply:
+    reply = _completion(server, prompt, salt, max_tokens, logprobs=1)
+    choice = reply.choices[0]
+    return Reply(choice.text, reply.usage.prompt_tokens, choice.logprobs.token_logprobs[0])
+
+
+def stream(server: Server, prompt: Prompt, salt: str, max_tokens: int) -> list[str]:
+    """The pieces in which the text arrives."""
+    return [event.choices[0].text for event in _completion(server, prompt, salt, max_tokens, stream=True)]
+
+
+def tokenize(server: Server, text: str) -> list[int]:
+    body = json.dumps({"model": str(MODEL), "prompt": text}).encode()
+    request = urllib.request.Request(f"{server.url}/tokenize", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)["tokens"]
+
+
+def prefill_tokens(server: Server, **labels: str) -> float:
+    """The counter, once it has stood still for longer than workers take to publish."""
+    value, since = -1.0, time.monotonic()
+    while time.monotonic() - since < 2.5:
+        if (now := server.metric("minference_prefill_tokens_total", **labels)) != value:
+            value, since = now, time.monotonic()
+        time.sleep(0.25)
+    return value
