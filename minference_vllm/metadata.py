@@ -31,9 +31,7 @@ class PlanningMixin:
         self._runtime = impls[0].runtime
         self._group_reason = None if sparse else impls[0].dense_reason
         self._sparse_heads = sum(impl.num_heads for impl in sparse)
-        counting = self._runtime.counting
-        if sparse or counting is None or counting._group_reason is not None:
-            self._runtime.counting = self
+        self._runtime.let_count(self, bool(sparse))
         for impl in sparse:
             impl.warm_up(kv_cache_spec.block_size)
         for reason in {impl.dense_reason for impl in impls} - {None}:
@@ -43,8 +41,7 @@ class PlanningMixin:
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         """Plan one step, and count it."""
         plan = self._plan(common, metadata)
-        if self._runtime.counting is self:
-            self._runtime.count(plan, self._sparse_heads)
+        self._runtime.count(self, plan, self._sparse_heads)
         return plan
 
     def _plan(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:

@@ -35,8 +35,8 @@ class Runtime:
         self.device = device
         self.engine = load_engine(config, device)
         self.counters = Counters(publish, config.log_every)
-        self.counting: object | None = None
-        """Who counts prefill tokens: one metadata builder, though every KV cache group has its own."""
+        self._counting_builder: object | None = None
+        self._counts_sparse = False
         self._kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
         self._causal_pairs = 0
         self._density = DensityMeter(self._kept_pairs, DENSITY_INTERVAL)
@@ -62,13 +62,21 @@ class Runtime:
         ws = self.workspace(geometry)
         sparse_prefill(q[rows], kv, chunk.context_len, scale, self.config, self.engine, ws, out[rows])
 
-    def count(self, plan: Plan, sparse_heads: int) -> None:
-        """Count a step before it is launched.
+    def let_count(self, builder: object, has_sparse_layers: bool) -> None:
+        """Every KV cache group has a builder that sees every token: the last one with sparse layers counts, if any."""
+        if has_sparse_layers or not self._counts_sparse:
+            self._counting_builder, self._counts_sparse = builder, has_sparse_layers
+
+    def count(self, builder: object, plan: Plan, sparse_heads: int) -> None:
+        """Count a step before it is launched, unless another builder does.
 
         Args:
+            builder: who planned it.
             plan: what the step does.
             sparse_heads: query heads, summed over layers, that run its chunks sparse.
         """
+        if builder is not self._counting_builder:
+            return
         for (path, reason), tokens in plan.tokens.items():
             self.counters.add_tokens(path, reason.value, tokens, plan.chunk_counts[path, reason])
         if reading := self._density.poll(self._causal_pairs, time.monotonic()):

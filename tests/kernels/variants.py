@@ -4,6 +4,7 @@
 Triton chooses a variant by its arguments alone, so each launch is recorded in place of being compiled and run.
 """
 
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -66,8 +67,8 @@ def main() -> None:
             compiled, requested = variants(case, case.head_dim, attend)
             count += len(requested)
             for name, variant in requested - compiled:
-                print(f"NEW in {case.name}: {name} {variant}")
-    print(f"{count} launches checked")
+                sys.stdout.write(f"NEW in {case.name}: {name} {variant}\n")
+    sys.stdout.write(f"{count} launches checked\n")
 
 
 if __name__ == "__main__":
