@@ -100,7 +100,7 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
         if attn_metadata is None:
             self.claim_scratch()
             return output
-        if self._is_stock:
+        if self._is_stock or output_scale is not None or output_block_scale is not None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )

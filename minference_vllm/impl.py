@@ -132,7 +132,8 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         if attn_metadata is None:
             self.claim_scratch()
         step: Step | None = getattr(attn_metadata, "minference", None)
-        if attn_metadata is None or step is None or self._stays_dense():
+        is_fused = output_scale is not None or output_block_scale is not None
+        if attn_metadata is None or step is None or is_fused or self._stays_dense():
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )

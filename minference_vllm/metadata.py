@@ -22,7 +22,7 @@ class PlanningMixin:
     """Planning, for a builder of whatever vLLM backend. Expects vLLM's AttentionMetadataBuilder beside it."""
 
     def attach_layers(self, vllm_config: VllmConfig, layer_names: list[str], kv_cache_spec: Any) -> None:
-        """Tell each layer of the group what only the builder knows of it, and settle who counts tokens."""
+        """Tell each layer of the group what only the builder knows of it."""
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = [layer.impl for layer in layers.values()]
         for name, layer in layers.items():
@@ -30,8 +30,8 @@ class PlanningMixin:
         sparse = [impl for impl in impls if impl.dense_reason is None]
         self._runtime = impls[0].runtime
         self._group_reason = None if sparse else impls[0].dense_reason
-        self._sparse_heads = sum(impl.num_heads for impl in sparse)
-        self._runtime.let_count(self, bool(sparse))
+        self._has_sparse_layers = bool(sparse)
+        self._runtime.join(self._has_sparse_layers)
         for impl in sparse:
             impl.warm_up(kv_cache_spec.block_size)
         for reason in {impl.dense_reason for impl in impls} - {None}:
@@ -41,7 +41,7 @@ class PlanningMixin:
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         """Plan one step, and count it."""
         plan = self._plan(common, metadata)
-        self._runtime.count(self, plan, self._sparse_heads)
+        self._runtime.count(self, self._has_sparse_layers, plan)
         return plan
 
     def _plan(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
@@ -92,7 +92,7 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         self, metadata: FlashAttentionMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> FlashAttentionMetadata:
         updated = super().update_block_table(metadata, blk_table, slot_mapping)
-        if step := metadata.minference:
+        if step := getattr(metadata, "minference", None):
             runs = tuple(run for run, _ in step.dense_runs)
             updated.minference = Step(step.chunks, tuple((run, _run_metadata(run, updated)) for run in runs))
         return updated

@@ -35,8 +35,8 @@ class Runtime:
         self.device = device
         self.engine = load_engine(config, device)
         self.counters = Counters(publish, config.log_every)
-        self._counting_builder: object | None = None
-        self._counts_sparse = False
+        self._has_sparse_layers = False
+        self._built: set[object] = set()
         self._kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
         self._causal_pairs = 0
         self._density = DensityMeter(self._kept_pairs, DENSITY_INTERVAL)
@@ -60,28 +60,33 @@ class Runtime:
         """Sparse attention of one layer for one chunk; q and out are the whole step's."""
         rows = slice(chunk.query_start, chunk.query_start + chunk.num_rows)
         ws = self.workspace(geometry)
+        self._causal_pairs += geometry.num_qo_heads * chunk.causal_pairs
         sparse_prefill(q[rows], kv, chunk.context_len, scale, self.config, self.engine, ws, out[rows])
 
-    def let_count(self, builder: object, has_sparse_layers: bool) -> None:
-        """Every KV cache group has a builder that sees every token: the last one with sparse layers counts, if any."""
-        if has_sparse_layers or not self._counts_sparse:
-            self._counting_builder, self._counts_sparse = builder, has_sparse_layers
+    def join(self, has_sparse_layers: bool) -> None:
+        """A metadata builder's layers may go sparse, or may not. Called before it counts."""
+        self._has_sparse_layers |= has_sparse_layers
 
-    def count(self, builder: object, plan: Plan, sparse_heads: int) -> None:
-        """Count a step before it is launched, unless another builder does.
+    def count(self, builder: object, has_sparse_layers: bool, plan: Plan) -> None:
+        """Count a step's prefill tokens before it is launched: once, though every KV cache group may plan it.
 
         Args:
             builder: who planned it.
+            has_sparse_layers: whether its layers may go sparse; if any do, those groups speak for the model.
             plan: what the step does.
-            sparse_heads: query heads, summed over layers, that run its chunks sparse.
         """
-        if builder is not self._counting_builder:
-            return
-        for (path, reason), tokens in plan.tokens.items():
-            self.counters.add_tokens(path, reason.value, tokens, plan.chunk_counts[path, reason])
-        if reading := self._density.poll(self._causal_pairs, time.monotonic()):
-            self.counters.set_density(*reading)
-        self._causal_pairs += sparse_heads * sum(chunk.causal_pairs for chunk in plan.chunks)
+        if has_sparse_layers is self._has_sparse_layers and self._opens_step(builder):
+            for (path, reason), tokens in plan.tokens.items():
+                self.counters.add_tokens(path, reason.value, tokens, plan.chunk_counts[path, reason])
+            if reading := self._density.poll(self._causal_pairs, time.monotonic()):
+                self.counters.set_density(*reading)
+
+    def _opens_step(self, builder: object) -> bool:
+        """Whether this is a step's first builder: each builds once a step, so one that comes round again opens one."""
+        if builder in self._built:
+            self._built.clear()
+        self._built.add(builder)
+        return len(self._built) == 1
 
     def warm_up(self, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, geometry: Geometry) -> None:
         """Compile every kernel this geometry will need, before the first request."""
@@ -101,3 +106,4 @@ class Runtime:
         kv = PagedKV(k, v, table, 0)
         self.run(q, kv, SparseChunk(0, 0, rows, 0), 1.0, geometry, torch.empty_like(q))
         self._kept_pairs.zero_()
+        self._causal_pairs = 0

@@ -39,7 +39,7 @@ def _probe_scores(
     # [NUM_PROBES, HEAD_DIM]
     b_q = tl.load(p_q, mask=(rows >= 0)[:, None], other=0.0)
     pages = tl.load(table_ptr + keys // PAGE_SIZE, mask=in_cache, other=0).to(tl.int64)
-    p_k = k_ptr + pages * stride_kp + (i_h // GROUP) * stride_kh + (keys % PAGE_SIZE) * stride_kt
+    p_k = k_ptr + pages * stride_kp + (i_h // GROUP).to(tl.int64) * stride_kh + (keys % PAGE_SIZE) * stride_kt
     # [HEAD_DIM, BLOCK_N]
     b_k = tl.load(p_k[None, :] + o_d[:, None], mask=in_cache[None, :], other=0.0)
     if UPCAST:

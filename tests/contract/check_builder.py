@@ -80,7 +80,6 @@ def test_a_step_without_prefill_carries_no_plan_and_is_not_counted(batch: tuple[
         pytest.param({"is_prefilling": None}, Reason.NO_HOST_METADATA, id="no prefill flags"),
         pytest.param({"seq_lens_cpu_upper_bound": None}, Reason.NO_HOST_METADATA, id="no lengths"),
         pytest.param({"seq_lens_cpu_upper_bound": torch.tensor([200])}, Reason.NO_HOST_METADATA, id="too few lengths"),
-        pytest.param({"is_prefilling": torch.tensor([True])}, Reason.NO_HOST_METADATA, id="too few flags"),
         pytest.param({"causal": False}, Reason.NOT_CAUSAL, id="not causal"),
         pytest.param({"causal": torch.ones(2, dtype=torch.int32)}, Reason.NOT_CAUSAL, id="causal by request"),
         pytest.param({"logits_indices_padded": torch.tensor([3])}, Reason.FAST_PREFILL, id="fast prefill"),
@@ -94,6 +93,14 @@ def test_a_step_runs_dense_for_a_named_reason(changes: dict[str, Any], reason: R
     after = counted(runtime)
     assert after.pop(("dense", reason.value)) == 280
     assert after == before
+
+
+def test_padding_rows_need_no_flags() -> None:
+    # vLLM pads requests for CUDA graphs, and some of its callers leave the flags at the real ones.
+    runtime, builder, _ = one_group()
+    common = make_common(LONG, Row(0), Row(0), is_prefilling=torch.tensor([True]))
+    assert builder.build(0, common).minference.chunks == (SparseChunk(0, 0, LONG.rows, LONG.context_len),)
+    assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
 
 
 @pytest.mark.parametrize(

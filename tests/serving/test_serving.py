@@ -4,6 +4,7 @@
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 
@@ -20,32 +21,39 @@ new_salts: Iterator[str] = map("salt {}".format, itertools.count())
 SURE_TOKENS = 6
 
 
+class Alone(NamedTuple):
+    """What followed each question when the server had nothing else to do, and what it counted."""
+
+    replies: dict[Question, Reply]
+    tokens: float
+    sparse_tokens: float
+
+
 @pytest.fixture(scope="module")
-def alone(sparse: Server) -> dict[Question, Reply]:
-    """What follows each question when the server has nothing else to do."""
-    return {question: complete(sparse, question.prompt, next(new_salts), 24) for question in (LIBRARY, GARDEN)}
+def alone(sparse: Server) -> Alone:
+    tokens, sparse_tokens = prefill_tokens(sparse), prefill_tokens(sparse, path="sparse")
+    replies = {question: complete(sparse, question.prompt, next(new_salts), 24) for question in (LIBRARY, GARDEN)}
+    return Alone(replies, prefill_tokens(sparse) - tokens, prefill_tokens(sparse, path="sparse") - sparse_tokens)
 
 
-def test_a_chunked_prompt_is_served_sparse_and_its_fact_is_found(sparse: Server) -> None:
-    before = prefill_tokens(sparse)
-    reply = complete(sparse, LIBRARY.prompt, next(new_salts), SURE_TOKENS)
-    assert LIBRARY.answer in reply.text
-    assert reply.prompt_tokens > 2 * CHUNK
-    # Every token of the prompt is counted once, and all went sparse: its last chunk is long enough, too.
-    assert prefill_tokens(sparse) - before == reply.prompt_tokens
-    assert prefill_tokens(sparse, path="dense") == 0
-    assert sparse.metric("minference_prefill_chunks_total", path="sparse") >= 3
+def test_chunked_prompts_are_served_sparse_and_their_facts_are_found(sparse: Server, alone: Alone) -> None:
+    for question, reply in alone.replies.items():
+        assert question.answer in reply.text
+        assert reply.prompt_tokens > 2 * CHUNK
+    # Every token of the prompts is counted once, and all went sparse: the last chunks are long enough, too.
+    assert alone.tokens == alone.sparse_tokens == sum(reply.prompt_tokens for reply in alone.replies.values())
+    assert sparse.metric("minference_prefill_chunks_total", path="sparse") >= 6
     assert 0 < sparse.metric("minference_density") < 0.95
 
 
-def test_concurrent_prompts_are_answered_as_each_alone(sparse: Server, alone: dict[Question, Reply]) -> None:
+def test_concurrent_prompts_are_answered_as_each_alone(sparse: Server, alone: Alone) -> None:
     before = prefill_tokens(sparse, path="sparse")
     with ThreadPoolExecutor(2) as pool:
-        futures = {q: pool.submit(complete, sparse, q.prompt, next(new_salts), SURE_TOKENS) for q in alone}
+        futures = {q: pool.submit(complete, sparse, q.prompt, next(new_salts), SURE_TOKENS) for q in alone.replies}
         together = {question: future.result() for question, future in futures.items()}
     for question, reply in together.items():
         assert question.answer in reply.text
-        assert alone[question].text.startswith(reply.text)
+        assert alone.replies[question].text.startswith(reply.text)
     # A chunk that they share leaves a short rest to one of them.
     total = sum(reply.prompt_tokens for reply in together.values())
     assert total - CHUNK < prefill_tokens(sparse, path="sparse") - before <= total
@@ -64,10 +72,10 @@ def test_a_repeated_prompt_reuses_its_prefix_and_goes_on_the_same(sparse: Server
     assert again.text == first.text
 
 
-def test_decoding_after_a_sparse_prefill_streams_what_it_returns(sparse: Server, alone: dict[Question, Reply]) -> None:
+def test_decoding_after_a_sparse_prefill_streams_what_it_returns(sparse: Server, alone: Alone) -> None:
     pieces = stream(sparse, LIBRARY.prompt, next(new_salts), 24)
     assert len(pieces) > 10
-    assert "".join(pieces) == alone[LIBRARY].text
+    assert "".join(pieces) == alone.replies[LIBRARY].text
 
 
 def test_with_the_full_budget_greedy_text_is_the_stock_backends(full_budget: FullBudget, stock: list[Reply]) -> None:

@@ -188,6 +188,13 @@ def test_an_empty_request_that_is_prefilling_is_not_counted() -> None:
     assert plan_of(Row(0, 5000), LONG).tokens == {OPEN: LONG.rows}
 
 
+def test_flags_may_lack_the_padding_rows() -> None:
+    query_start_loc, seq_lens, is_prefilling = arrays((DECODE, LONG, PADDING, PADDING))
+    plan = make_plan(query_start_loc, seq_lens, is_prefilling[:2], CONFIG)
+    assert plan == plan_of(DECODE, LONG, PADDING, PADDING)
+    assert plan.chunks
+
+
 def test_a_gate_of_zero_takes_every_prompt_of_min_chunk_rows() -> None:
     config = MInferenceConfig(min_seq_len=0, min_chunk=1)
     batch = (DECODE, Row(1), SHORT, PADDING, Row(1, 3))

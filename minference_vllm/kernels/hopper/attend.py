@@ -48,8 +48,8 @@ def _attend_kernel(
     i_h = i_kv * GROUP + i_g
     start_m = i_t * TILE
 
-    k_ptr += i_kv * stride_kh
-    v_ptr += i_kv * stride_kh
+    k_ptr += i_kv.to(gl.int64) * stride_kh
+    v_ptr += i_kv.to(gl.int64) * stride_kh
     table_ptr += table_row.to(gl.int64) * stride_table
     bands_ptr += i_h * stride_bands
     bands_below_ptr += i_h * stride_bands_below
