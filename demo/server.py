@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -60,15 +61,16 @@ def minference_option(**fields: object) -> list[str]:
 
 
 def environment(model: str) -> dict[str, str]:
-    """What the caller has set, over defaults for a small machine (vLLM reads VLLM_CPU_* on a CPU only)."""
-    defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # containers often hide the NUMA nodes that binding needs
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-    }
+    """What the caller has set, over defaults which start a small model on any machine."""
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if Path(model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
+    if version("vllm").endswith("+cpu"):
+        defaults |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # containers often hide the NUMA nodes that binding needs
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        }
     return {**defaults, **os.environ}
 
 

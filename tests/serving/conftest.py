@@ -21,11 +21,13 @@ from tests.serving.prompts import COPIES
 from tests.serving.server import MODEL, serving
 
 CHUNK = 1024
-CHUNKED = f"--max-num-batched-tokens={CHUNK}"
+ON_GPU = torch.cuda.is_available()
+# Several servers share the machine.
+OPTIONS = [f"--max-num-batched-tokens={CHUNK}", *(["--gpu-memory-utilization=0.15"] if ON_GPU else [])]
 # Every chunk of a prompt of a few thousand tokens passes the gate.
 MIN_CHUNK = 64
 LOW_GATE = {"min_seq_len": CHUNK, "min_chunk": MIN_CHUNK}
-STOCK = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
+STOCK = "FLASH_ATTN" if ON_GPU else "CPU_ATTN"
 START_TIMEOUT_S = 300
 
 RIVAL = """
@@ -57,7 +59,7 @@ class Start(NamedTuple):
 @pytest.fixture(scope="session", autouse=True)
 def small_machine() -> Iterator[None]:
     """One thread a server: several would wait for each other in every small operation, the longer the busier a core."""
-    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"} if STOCK == "CPU_ATTN" else {}):
+    with patch.dict(os.environ, {} if ON_GPU else {"OMP_NUM_THREADS": "1"}):
         yield
 
 
@@ -77,19 +79,12 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sparse(logs: Path) -> Iterator[Server]:
     """Prompts go sparse in chunks of 1,024 tokens."""
-    with serving(logs / "sparse.log", CHUNKED, **LOW_GATE, vertical_size=256, slash_size=512) as server:
+    with serving(logs / "sparse.log", *OPTIONS, **LOW_GATE, vertical_size=256, slash_size=512) as server:
         yield server
 
 
 def go_on(server: Server) -> list[Reply]:
     return [complete(server, copy.prompt, "copies", 24) for copy in COPIES]
-
-
-@pytest.fixture(scope="session")
-def stock(logs: Path) -> list[Reply]:
-    """What follows COPIES with vLLM's own backend."""
-    with running(str(MODEL), logs / "stock.log", *SMALL_MODEL, CHUNKED, "--attention-backend", STOCK) as server:
-        return go_on(server)
 
 
 @pytest.fixture(scope="session")
@@ -105,23 +100,29 @@ def rival(logs: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def full_budget(logs: Path, rival: Path) -> FullBudget:
-    """The sparse path with every key kept, beside a rival plugin."""
-    everything = {"vertical_size": 10_000, "slash_size": 10_000}
+def compared(logs: Path, rival: Path) -> tuple[FullBudget, list[Reply]]:
+    """What follows COPIES on the sparse path with every key kept, and with vLLM's own backend; both beside a rival."""
+
+    def full_budget() -> FullBudget:
+        everything = {"vertical_size": 10_000, "slash_size": 10_000}
+        with serving(logs / "full.log", *OPTIONS, **LOW_GATE, **everything) as server:
+            replies, sparse_tokens = go_on(server), prefill_tokens(server, path="sparse")
+        return FullBudget(replies, sparse_tokens, (logs / "full.log").read_text())
+
+    def stock() -> list[Reply]:
+        with running(str(MODEL), logs / "stock.log", *SMALL_MODEL, *OPTIONS, "--attention-backend", STOCK) as server:
+            return go_on(server)
+
     paths = os.pathsep.join(filter(None, [str(rival), os.environ.get("PYTHONPATH")]))
-    with (
-        patch.dict(os.environ, {"PYTHONPATH": paths}),
-        serving(logs / "full.log", CHUNKED, **LOW_GATE, **everything) as server,
-    ):
-        replies = go_on(server)
-        sparse_tokens = prefill_tokens(server, path="sparse")
-    return FullBudget(replies, sparse_tokens, (logs / "full.log").read_text())
+    with patch.dict(os.environ, {"PYTHONPATH": paths}), ThreadPoolExecutor(2) as pool:
+        ours, theirs = pool.submit(full_budget), pool.submit(stock)
+        return ours.result(), theirs.result()
 
 
 def start(log: Path, options: list[str], environ: dict[str, str]) -> Start:
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(str(MODEL), "--port=0", *SMALL_MODEL, *options),
+            command(str(MODEL), "--port=0", *SMALL_MODEL, *OPTIONS, *options),
             env={**environment(str(MODEL)), **environ},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -78,7 +78,8 @@ def test_decoding_after_a_sparse_prefill_streams_what_it_returns(sparse: Server,
     assert "".join(pieces) == alone.replies[LIBRARY].text
 
 
-def test_with_the_full_budget_greedy_text_is_the_stock_backends(full_budget: FullBudget, stock: list[Reply]) -> None:
+def test_with_the_full_budget_greedy_text_is_the_stock_backends(compared: tuple[FullBudget, list[Reply]]) -> None:
+    full_budget, stock = compared
     assert full_budget.sparse_tokens == sum(reply.prompt_tokens for reply in stock)
     for copy, ours, theirs in zip(COPIES, full_budget.replies, stock, strict=True):
         assert ours.text == theirs.text
@@ -87,7 +88,8 @@ def test_with_the_full_budget_greedy_text_is_the_stock_backends(full_budget: Ful
         assert ours.first_logprob == pytest.approx(theirs.first_logprob, abs=0.05)
 
 
-def test_another_plugin_on_our_backend_slot_is_reported_and_we_serve(full_budget: FullBudget) -> None:
+def test_another_plugin_on_our_backend_slot_is_reported_and_we_serve(compared: tuple[FullBudget, list[Reply]]) -> None:
+    full_budget, _ = compared
     (line,) = {line[line.index("CUSTOM") :] for line in full_budget.log.splitlines() if "rival.Backend" in line}
     assert "MInference takes it over" in line
     assert "VLLM_PLUGINS" in line
