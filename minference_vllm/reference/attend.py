@@ -39,14 +39,16 @@ def attend(
         own = torch.arange(tile * TILE, last, device=q.device)
         # [rows of the tile, its own keys]
         future = own > torch.arange(first, last, device=q.device)[:, None]
+        num_future = future.sum()
         for head in range(num_qo_heads):
             earlier = kept_before(index, head, tile)
             kept = torch.cat([earlier, own])
-            scores = q[rows, head].float() @ keys[head // group, kept].T * scale
+            scores = (q[rows, head].float() * scale) @ keys[head // group, kept].T
             scores[:, len(earlier) :].masked_fill_(future, -torch.inf)
             lse[head, rows] = scores.logsumexp(-1)
-            out[rows, head] = (scores.softmax(-1) @ values[head // group, kept]).to(out.dtype)
-            kept_pairs += scores.numel() - future.sum()
+            probabilities = scores.sub_(lse[head, rows, None]).exp_()
+            out[rows, head] = (probabilities @ values[head // group, kept]).to(out.dtype)
+            kept_pairs += scores.numel() - num_future
 
 
 def kept_before(index: SparseIndex, head: int, tile: int) -> torch.Tensor:

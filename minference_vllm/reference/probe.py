@@ -38,6 +38,7 @@ def probe(
     # [probe_rows, seq_len]
     distance = positions[:, None] - torch.arange(seq_len, device=q.device)
     visible = (distance >= 0) & (rows >= 0)[:, None]
+    diagonal = distance.clamp(min=0).flatten()
     for head in range(num_qo_heads):
         scores = q[rows.clamp(min=0), head].float() @ keys[head // group].float().T * scale
         scores = scores.masked_fill(~visible, -torch.inf)
@@ -47,4 +48,4 @@ def probe(
         ws.probe_lse[head, : len(rows)] = lse
         ws.vertical[head, :seq_len] = mass.sum(0, dtype=torch.int32)
         ws.slash[head, :seq_len] = 0
-        ws.slash[head].scatter_add_(0, distance[visible], mass[visible])
+        ws.slash[head].scatter_add_(0, diagonal, mass.flatten())
