@@ -80,10 +80,12 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
         if self._is_stock:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        num_tokens, page_size = len(slot_mapping), kv_cache.shape[2]
+        page_size = kv_cache.shape[2]
         # [num_tokens, num_kv_heads, 2 * head_size]
-        rows = torch.cat([key[:num_tokens], value[:num_tokens]], dim=-1)
-        kv_cache[slot_mapping // page_size, :, slot_mapping % page_size] = rows.to(kv_cache.dtype)
+        rows = torch.cat([key, value], dim=-1)[: len(slot_mapping)]
+        real = slot_mapping >= 0  # padding has no slot
+        slots = slot_mapping[real]
+        kv_cache[slots // page_size, :, slots % page_size] = rows[real].to(kv_cache.dtype)
 
     def forward(
         self,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold of sparse prefill whatever the numbers are, for the kernels and for their plain-torch twins."""
 
-import importlib
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -37,13 +36,6 @@ class Result(NamedTuple):
 @pytest.fixture(params=["reference", "triton", pytest.param("hopper", marks=[pytest.mark.gpu, pytest.mark.hopper])])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return ENGINES[request.param]
-
-
-@pytest.fixture(autouse=True)
-def few_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter pays for each program, and runs none side by side."""
-    if device.type == "cpu":
-        monkeypatch.setattr(importlib.import_module("minference_vllm.kernels.probe"), "PROBE_SPLITS", 2)
 
 
 def prefill(
