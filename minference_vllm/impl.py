@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
 
 from minference_vllm import compat
-from minference_vllm.config import ConfigError, load_config
+from minference_vllm.config import ConfigError, MInferenceConfig, load_config
 from minference_vllm.index import PagedKV
 from minference_vllm.layers import LayerTraits
 from minference_vllm.plan import Reason, Step
@@ -19,7 +19,7 @@ from minference_vllm.workspace import Geometry
 
 logger = logging.getLogger("vllm.minference")
 
-_runtimes: dict[torch.device, Runtime] = {}
+_runtimes: dict[tuple[torch.device, MInferenceConfig], Runtime] = {}
 
 
 class SparseLayerMixin:
@@ -98,15 +98,16 @@ class SparseLayerMixin:
 
 
 def _runtime(vllm_config: VllmConfig, device: torch.device) -> Runtime:
-    if device not in _runtimes:
-        try:
-            config = load_config(vllm_config.additional_config)
-            _runtimes[device] = Runtime(config, device, compat.reports_metrics())
-        except ConfigError as error:
-            # The exception ends in a traceback of the worker's; this line is for the user.
-            logger.error("MInference cannot start: %s", error)
-            raise
-    return _runtimes[device]
+    try:
+        config = load_config(vllm_config.additional_config)
+        # A process may hold one engine after another.
+        if (device, config) not in _runtimes:
+            _runtimes[device, config] = Runtime(config, device, compat.reports_metrics())
+    except ConfigError as error:
+        # The exception ends in a traceback of the worker's; this line is for the user.
+        logger.error("MInference cannot start: %s", error)
+        raise
+    return _runtimes[device, config]
 
 
 class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):

@@ -20,7 +20,6 @@ from minference_vllm.runtime import Runtime
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 16
 NUM_LAYERS = 4
 NAME = "model.layers.{}.self_attn.attn"
-GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 # Every key is kept, so that sparse attention must equal dense attention.
 EVERYTHING = 10_000
@@ -92,7 +91,7 @@ def make_impl(runtime: Runtime, config: Any = None, **changes: Any) -> MInferenc
     }
     with (
         patch.object(torch.cuda, "current_device", lambda: 0),
-        patch.object(impl_module, "_runtimes", {GPU: runtime}),
+        patch.object(impl_module, "_runtime", lambda *_: runtime),
         patch.object(impl_module, "get_current_vllm_config", lambda: config or make_config()),
     ):
         return MInferenceImpl(**{**plain, **changes})
