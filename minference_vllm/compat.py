@@ -6,6 +6,8 @@ import importlib.metadata
 import logging
 from typing import Any
 
+from minference_vllm.plan import Reason
+
 TESTED = ((0, 32), (0, 33))
 
 logger = logging.getLogger("vllm.minference")
@@ -55,19 +57,19 @@ def batch_invariant() -> bool:
     return bool(envs.VLLM_BATCH_INVARIANT)
 
 
-def step_forbids_sparse(common: Any, metadata: Any) -> str | None:
-    """Name of the plan.Reason for which a whole step must run dense, from vLLM's common and backend metadata."""
+def step_dense_reason(common: Any, metadata: Any) -> Reason | None:
+    """Why a whole step must run dense, from vLLM's common and backend metadata; None if it need not."""
     if common.causal is not True:
-        return "not_causal"
+        return Reason.NOT_CAUSAL
     if getattr(metadata, "use_cascade", False):
-        return "cascade"
+        return Reason.CASCADE
     if getattr(common, "logits_indices_padded", None) is not None:
-        return "kv_sharing_fast_prefill"
+        return Reason.FAST_PREFILL
     if any(
         getattr(metadata, name, None) is not None
         for name in ("mm_prefix_query_range_tensor", "mm_prefix_range_tensor", "mm_prefix_range")
     ):
-        return "mm_prefix"
+        return Reason.MM_PREFIX
     if getattr(metadata, "rswa_prefix_lens", None) is not None:
-        return "rswa"
+        return Reason.RSWA
     return None

@@ -49,13 +49,12 @@ class PlanningMixin:
         seq_lens, is_prefilling = common.seq_lens_cpu_upper_bound, common.is_prefilling
         if seq_lens is None or is_prefilling is None or len(seq_lens) < num_reqs:
             return Plan.all_dense(Reason.NO_HOST_METADATA, _possible_prefill_tokens(common, config.min_chunk))
-        forbidden = compat.step_forbids_sparse(common, metadata)
         return make_plan(
             common.query_start_loc_cpu[: num_reqs + 1].numpy(),
             seq_lens[:num_reqs].numpy(),
             is_prefilling[:num_reqs].numpy(),  # may lack the padding rows
             config,
-            self._group_reason or (Reason(forbidden) if forbidden else None),
+            self._group_reason or compat.step_dense_reason(common, metadata),
         )
 
 

@@ -5,6 +5,8 @@ One program is one tile of one query head. Its kept keys come as one stream of B
 under a causal mask, whole bands without a mask, then columns, those masked out that a band has already brought.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -159,7 +161,7 @@ def attend(
     """See minference_vllm.reference.attend."""
     num_rows, num_qo_heads, head_dim = q.shape
     num_tiles = triton.cdiv(context_len + num_rows, TILE) - context_len // TILE
-    block_n, num_warps, num_stages = _launch_shape(head_dim)
+    block_n, num_warps, num_stages = _launch_shape(head_dim, q.device)
     _attend_kernel[(num_tiles * num_qo_heads,)](
         q, kv.k, kv.v, kv.block_table, out, lse, kept_pairs,
         index.bands, index.bands_below, index.columns, index.columns_below,
@@ -174,6 +176,12 @@ def attend(
     )  # fmt: skip
 
 
-def _launch_shape(head_dim: int) -> tuple[int, int, int]:
-    """BLOCK_N, warps and pipeline stages that fill a Hopper or Ampere multiprocessor without spilling registers."""
+@functools.cache
+def _launch_shape(head_dim: int, device: torch.device) -> tuple[int, int, int]:
+    """BLOCK_N, warps and pipeline stages that fit the shared memory of any GPU of compute capability 8.0 and more."""
+    if head_dim == 256 and device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # torch's stubs lack it
+        # The wide shape takes 145 KiB, and GPUs for workstations have 99.
+        return (64, 8, 2) if shared >= 160 * 1024 else (32, 8, 1)
     return {64: (128, 8, 3), 128: (128, 8, 2), 256: (64, 8, 2)}[head_dim]
