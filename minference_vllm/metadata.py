@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
-from minference_vllm.plan import DenseRun, Plan, Reason, Step, make_plan
+from minference_vllm.plan import DenseRun, Plan, Reason, SparseChunk, Step, make_plan
 
 logger = logging.getLogger("vllm.minference")
 
@@ -79,7 +79,10 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
     ) -> FlashAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         # fast_build: the draft model's steps.
-        metadata.minference = None if fast_build else _step(self.plan_step(common_attn_metadata, metadata), metadata)
+        metadata.minference = None
+        if not fast_build:
+            plan = self.plan_step(common_attn_metadata, metadata)
+            metadata.minference = _step(plan.chunks, plan.dense_runs, metadata)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
@@ -92,15 +95,17 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
     ) -> FlashAttentionMetadata:
         updated = super().update_block_table(metadata, blk_table, slot_mapping)
         if step := getattr(metadata, "minference", None):
-            runs = tuple(run for run, _ in step.dense_runs)
-            updated.minference = Step(step.chunks, tuple((run, _run_metadata(run, updated)) for run in runs))
+            updated.minference = _step(step.chunks, tuple(run for run, _ in step.dense_runs), updated)
         return updated
 
 
-def _step(plan: Plan, metadata: FlashAttentionMetadata) -> Step | None:
-    if not plan.chunks:
+def _step(
+    chunks: tuple[SparseChunk, ...], dense_runs: tuple[DenseRun, ...], metadata: FlashAttentionMetadata
+) -> Step | None:
+    """What the layers go by; None if nothing runs sparse."""
+    if not chunks:
         return None
-    return Step(plan.chunks, tuple((run, _run_metadata(run, metadata)) for run in plan.dense_runs))
+    return Step(chunks, tuple((run, _run_metadata(run, metadata)) for run in dense_runs))
 
 
 def _run_metadata(run: DenseRun, metadata: FlashAttentionMetadata) -> FlashAttentionMetadata:

@@ -30,7 +30,6 @@ class Reason(StrEnum):
     MM_PREFIX = "mm_prefix"
     RSWA = "rswa"
     FAST_PREFILL = "kv_sharing_fast_prefill"
-    DRAFTING = "drafting"
 
     NOT_DECODER = "not_decoder"
     SLIDING_WINDOW = "sliding_window"

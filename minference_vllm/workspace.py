@@ -11,7 +11,7 @@ MASS_UNIT = 2.0**-23
 """Attention mass is counted in multiples of this: 128 probe rows of mass 1 still fit an int32."""
 
 PROBE_SPLITS = 32
-"""Key ranges that the probe's first pass works on side by side."""
+"""Key ranges that the probe's passes work on side by side."""
 
 SELECT_BINS = 2048
 """Weights that the selection tells apart."""

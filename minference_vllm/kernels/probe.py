@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 
 from minference_vllm.index import PagedKV
-from minference_vllm.kernels.strides import kv_strides
+from minference_vllm.kernels.launch import LOG2_E, kv_strides
 from minference_vllm.workspace import MASS_UNIT, PROBE_SPLITS, Workspace
 
-LOG2_E = 1.4426950408889634
 # Run-time integers whose value or alignment must not select another compiled variant.
 PLAIN = ["num_rows", "context_len", "table_row", "stride_table"]
 

@@ -9,17 +9,15 @@ exists, so no garbage ever enters a product.
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from minference_vllm.index import BAND, TILE, PagedKV, SparseIndex
+from minference_vllm.index import PagedKV, SparseIndex
 from minference_vllm.kernels.hopper.consume import consume
 from minference_vllm.kernels.hopper.produce import produce
-from minference_vllm.kernels.strides import kv_strides
+from minference_vllm.kernels.launch import attend_arguments, attend_constants, attend_grid
 
-LOG2_E = 1.4426950408889634
 SUPPORTED_HEAD_DIMS = (64, 128)
 CONSUMER_REGISTERS = gl.constexpr(216)
 # 12 warps share 64K registers; what the consumers leave goes to the producer.
@@ -123,16 +121,10 @@ def attend(
     kept_pairs: torch.Tensor,
 ) -> None:
     """See minference_vllm.reference.attend."""
-    num_rows, num_qo_heads, head_dim = q.shape
-    num_tiles = triton.cdiv(context_len + num_rows, TILE) - context_len // TILE
-    _attend_kernel[(num_tiles * num_qo_heads,)](
-        q, kv.k, kv.v, kv.block_table, out, lse, kept_pairs,
-        index.bands, index.bands_below, index.columns, index.columns_below,
-        num_rows, context_len, kv.row, scale * LOG2_E,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv), kv.block_table.stride(0),
-        lse.stride(0), index.bands.stride(0), index.bands_below.stride(0),
-        index.columns.stride(0), index.columns_below.stride(0),
-        GROUP=num_qo_heads // kv.k.shape[1], HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size,
-        TILE=TILE, BAND=BAND, STAGES=2 if head_dim == 128 else 4, LOG2_E=LOG2_E,
-        num_warps=4, maxnreg=REGISTERS_AT_LAUNCH,
-    )  # fmt: skip
+    _attend_kernel[attend_grid(q, context_len)](
+        *attend_arguments(q, kv, context_len, scale, index, out, lse, kept_pairs),
+        **attend_constants(q, kv),
+        STAGES=2 if q.shape[2] == 128 else 4,
+        num_warps=4,
+        maxnreg=REGISTERS_AT_LAUNCH,
+    )
