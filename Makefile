@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WEIGHTS := $(DEMO_MODEL)/model.safetensors
 
-.PHONY: help install demo serve test lint
+.PHONY: help install demo serve wheel test lint
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo                         answer a question about a 6,000-token text with sparse prefill'
 	@echo 'make serve MODEL=org/name [ARGS=] keep a server up, with more `vllm serve` options in ARGS'
+	@echo 'make wheel                        a wheel in dist/, with the CUDA library if there is an nvcc (README: Install)'
 	@echo 'make test [ARGS=]                 all tests that this machine can run, with more pytest options in ARGS'
 	@echo 'make lint                         ruff and mypy'
 	@echo 'Variables: VENV=$(VENV) PYTHON=$(PYTHON)'
@@ -27,6 +28,9 @@ serve: $(INSTALLED)
 	$(if $(MODEL),,$(error Which model? make serve MODEL=org/name or MODEL=directory))
 	$(BIN)/python -m demo.server $(MODEL) $(ARGS)
 
+wheel: $(INSTALLED)
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
 test: $(INSTALLED) $(WEIGHTS)
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -35,7 +39,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml demo/install.sh
+$(INSTALLED): pyproject.toml setup.py demo/install.sh $(wildcard csrc/*)
 	demo/install.sh $(PYTHON) $(VENV)
 	touch $@
 

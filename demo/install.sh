@@ -62,3 +62,4 @@ fi
 pip show --quiet vllm 2>/dev/null || "install_vllm_$device"
 say "Installing minference_vllm and its development tools"
 install --editable '.[dev]'
+[[ -e minference_vllm/_hopper.so ]] || say "No CUDA kernels for H100 and H200 were built (README, Install)"

@@ -4,6 +4,7 @@
 import functools
 import importlib.metadata
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from minference_vllm.plan import Reason
@@ -55,6 +56,20 @@ def batch_invariant() -> bool:
     from vllm import envs
 
     return bool(envs.VLLM_BATCH_INVARIANT)
+
+
+def flash_attention(head_dim: int) -> Callable[..., Any]:
+    """vLLM's FlashAttention over pages, in the version that vLLM picks here for this head size."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    return functools.partial(flash_attn_varlen_func, fa_version=get_flash_attn_version(head_size=head_dim))
+
+
+def text_config(model: str) -> Any:
+    """The language model's part of a model's configuration; `model` is a directory or a name on the hub."""
+    from vllm.transformers_utils.config import get_config, get_hf_text_config
+
+    return get_hf_text_config(get_config(model, trust_remote_code=False))
 
 
 def step_dense_reason(common: Any, metadata: Any) -> Reason | None:

@@ -51,8 +51,8 @@ class MInferenceConfig(BaseModel):
     dense_layers: int = Field(default=0, ge=0)
     """The first layers of the model, this many, always run dense."""
 
-    kernel: Literal["auto", "hopper", "triton", "reference"] = "auto"
-    """Which code attends: "hopper" on H100 and H200, "triton" on other GPUs, "reference" (plain torch) without one."""
+    kernel: Literal["auto", "cuda", "triton", "reference"] = "auto"
+    """Which code attends: "cuda" on H100 and H200 if it was built, else "triton", "reference" (torch) without a GPU."""
 
     log_every: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     """Seconds between log lines that say what ran sparse, when there was prefill; 0 turns them off."""

@@ -7,7 +7,12 @@ from typing import NamedTuple
 import torch
 
 TILE = 128
-"""Consecutive query rows, on absolute positions, that share one set of kept keys."""
+"""Consecutive query rows, on absolute positions, that one program attends for."""
+
+HALVES = 2
+
+HALF = TILE // HALVES
+"""Rows of a tile that share one set of bands."""
 
 BAND = 16
 """Keys in a band: the grain of slashes. Pages are multiples of it, so a band never straddles two pages."""
@@ -38,21 +43,26 @@ class PagedKV(NamedTuple):
 class SparseIndex:
     """Which keys each tile of one chunk attends to, per query head; every tensor on the device, sizes bounded up front.
 
-    The tile that starts at absolute row `t` (a multiple of TILE) attends to
-      * its own keys, `t .. t + TILE - 1`, causally;
-      * for each band offset `g >= 1` of its head with `BAND * g <= t`: the BAND keys from `t - BAND * g` on;
+    A row of half `h` (0, 1) of the tile that starts at absolute row `t` (a multiple of TILE) attends to
+      * the tile's own keys, `t .. t + TILE - 1`, causally;
+      * for each band offset `g >= 1` that its half sees with `BAND * g <= t`: the BAND keys from `t - BAND * g` on;
       * each column `c < t` of its head that no such band holds.
     Bands are shift-invariant, so the lists are per head and never per tile: 1M tokens cost megabytes.
 
+    Band offsets come in three kinds: those that both halves see, only the first, only the second.
+
     Attributes:
-        bands: [num_qo_heads, max_bands] int32, ascending band offsets; valid up to the head's count.
-        bands_below: [num_qo_heads, max_bands + 2] int32: how many kept offsets are smaller than g. It gives the prefix
-            that a tile may use (offsets up to t / BAND) and whether g is kept (bands_below[g + 1] > bands_below[g]).
+        bands: [num_qo_heads, 3, max_bands] int32, ascending band offsets by kind; valid up to the head's count.
+        bands_below: [num_qo_heads, 3, max_tiles + 1] int32: how many offsets of a kind tile m may use, the prefix up to
+            m * BANDS_PER_TILE.
+        band_halves: [num_qo_heads, max_bands + 1] uint8: bit h of [.., g] is set if half h sees offset g; [.., 0] is 0.
+            Kernels read it in words of 4 bytes, so it starts on a multiple of 4 and is an allocation of its own.
         columns: [num_qo_heads, max_columns] int32, ascending; valid up to the head's count.
         columns_below: [num_qo_heads, max_tiles + 1] int32: how many columns are smaller than TILE * m.
     """
 
     bands: torch.Tensor
     bands_below: torch.Tensor
+    band_halves: torch.Tensor
     columns: torch.Tensor
     columns_below: torch.Tensor

@@ -42,7 +42,7 @@ class Runtime:
         self._density = DensityMeter(self._kept_pairs, DENSITY_INTERVAL)
         self._workspaces: dict[Geometry, Workspace] = {}
         self._warm: set[tuple[object, ...]] = set()
-        logger.info("MInference: kernels %s, %s", self.engine.name, config)
+        logger.info("MInference: %s", config)
 
     def workspace(self, geometry: Geometry) -> Workspace:
         """The scratch for layers of this geometry, claimed when first asked for: in the profiling run."""

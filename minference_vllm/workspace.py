@@ -13,6 +13,9 @@ MASS_UNIT = 2.0**-23
 PROBE_SPLITS = 32
 """Key ranges that the probe's passes work on side by side."""
 
+PROBE_PARTIALS = 128
+"""Key ranges for which the partial softmax has room: the CUDA probe takes as many as fill the GPU."""
+
 SELECT_BINS = 2048
 """Weights that the selection tells apart."""
 
@@ -36,12 +39,12 @@ class Workspace:
     """Buffers that one chunk of one layer uses and the next one overwrites; nothing is allocated in a step.
 
     Attributes:
-        probe_max, probe_sum: [num_qo_heads, PROBE_SPLITS, num_probes] float32, partial softmax of the probe rows.
+        probe_max, probe_sum: [num_qo_heads, PROBE_PARTIALS, num_probes] float32, partial softmax of the probe rows.
         probe_lse: [num_qo_heads, num_probes] float32, natural log-sum-exp of the probe rows over all their keys.
         vertical, slash: [num_qo_heads, max_len] int32, attention mass of columns and diagonals (unit: MASS_UNIT).
         select_histogram: [num_qo_heads, SELECT_BINS] int32, entries of a row by weight.
         select_counts: [num_qo_heads, SELECT_SPLITS, 2] int32, entries of a range above and at the threshold.
-        columns, columns_below, bands, bands_below: see SparseIndex.
+        columns, columns_below, bands, bands_below, band_halves: see SparseIndex.
         slash_below: [num_qo_heads, max_bands + TILE / BAND + 1] int32, kept diagonals smaller than BAND * j.
         lse: [num_qo_heads, max_chunk] float32, natural log-sum-exp of every row over its kept keys.
         kept_pairs: [1] int64, row-key pairs attended to since the start; only ever added to.
@@ -58,6 +61,7 @@ class Workspace:
     columns_below: torch.Tensor
     bands: torch.Tensor
     bands_below: torch.Tensor
+    band_halves: torch.Tensor
     slash_below: torch.Tensor
     lse: torch.Tensor
     kept_pairs: torch.Tensor
@@ -73,8 +77,8 @@ class Workspace:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
-            probe_max=buffer(heads, PROBE_SPLITS, geometry.num_probes, dtype=torch.float32),
-            probe_sum=buffer(heads, PROBE_SPLITS, geometry.num_probes, dtype=torch.float32),
+            probe_max=buffer(heads, PROBE_PARTIALS, geometry.num_probes, dtype=torch.float32),
+            probe_sum=buffer(heads, PROBE_PARTIALS, geometry.num_probes, dtype=torch.float32),
             probe_lse=buffer(heads, geometry.num_probes, dtype=torch.float32),
             vertical=buffer(heads, length),
             slash=buffer(heads, length),
@@ -82,8 +86,9 @@ class Workspace:
             select_counts=buffer(heads, SELECT_SPLITS, 2),
             columns=buffer(heads, min(geometry.max_columns, length)),
             columns_below=buffer(heads, tiles + 1),
-            bands=buffer(heads, bands),
-            bands_below=buffer(heads, bands + 2),
+            bands=buffer(heads, 3, bands),
+            bands_below=buffer(heads, 3, tiles + 1),
+            band_halves=buffer(heads, bands + 1, dtype=torch.uint8),
             slash_below=buffer(heads, bands + TILE // BAND + 1),
             lse=buffer(heads, geometry.max_chunk, dtype=torch.float32),
             kept_pairs=buffer(1, dtype=torch.int64),

@@ -16,6 +16,8 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from minference_vllm.kernels.cuda import library
+
     has_gpu = torch.cuda.is_available()
     has_hopper = has_gpu and torch.cuda.get_device_capability()[0] == 9
     for item in items:
@@ -23,3 +25,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         elif item.get_closest_marker("hopper") and not has_hopper:
             item.add_marker(pytest.mark.skip(reason="needs an H100 or H200"))
+        elif item.get_closest_marker("hopper") and library.why_missing():
+            item.add_marker(pytest.mark.skip(reason=library.why_missing()))

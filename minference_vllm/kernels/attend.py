@@ -2,7 +2,8 @@
 """Attention of a chunk over the keys that a SparseIndex keeps, read from the pages through the block table.
 
 One program is one tile of one query head. Its kept keys come as one stream of BLOCK_N keys a step: the tile's own keys
-under a causal mask, whole bands without a mask, then columns, those masked out that a band has already brought.
+under a causal mask, bands that both halves of the tile see without a mask, then bands of one half and columns, each row
+masked out for the half that does not see the key or to which a band has already brought it.
 """
 
 import functools
@@ -55,14 +56,15 @@ def _attend_to(
 @triton.jit(do_not_specialize=["num_rows", "context_len", "table_row", "stride_table"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr,
-    bands_ptr, bands_below_ptr, columns_ptr, columns_below_ptr,
+    bands_ptr, bands_below_ptr, band_halves_ptr, columns_ptr, columns_below_ptr,
     num_rows, context_len, table_row, scale_log2,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse,
-    stride_bands, stride_bands_below, stride_columns, stride_columns_below,
+    stride_bands, stride_bands_kind, stride_bands_below, stride_bands_below_kind, stride_band_halves,
+    stride_columns, stride_columns_below,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr, BAND: tl.constexpr, BLOCK_N: tl.constexpr, LOG2_E: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    BANDS_PER_TILE: tl.constexpr = TILE // BAND
+    HALF: tl.constexpr = TILE // 2
     BANDS_PER_STEP: tl.constexpr = BLOCK_N // BAND
     seq_len = context_len + num_rows
     first_tile = context_len // TILE
@@ -79,7 +81,8 @@ def _attend_kernel(
     v_ptr += i_kv.to(tl.int64) * stride_kh
     table_ptr += table_row.to(tl.int64) * stride_table
     bands_ptr += i_h * stride_bands
-    bands_below_ptr += i_h * stride_bands_below
+    bands_below_ptr += i_h * stride_bands_below + i_t
+    band_halves_words = band_halves_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     columns_ptr += i_h * stride_columns
     columns_below_ptr += i_h * stride_columns_below
 
@@ -104,8 +107,11 @@ def _attend_kernel(
             k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
         )  # fmt: skip
 
-    num_bands = tl.load(bands_below_ptr + i_t * BANDS_PER_TILE + 1)
-    unmasked_bands = num_bands // BANDS_PER_STEP * BANDS_PER_STEP
+    # Bands that both halves see, only the first, only the second.
+    num_shared = tl.load(bands_below_ptr)
+    num_first = tl.load(bands_below_ptr + stride_bands_below_kind)
+    num_second = tl.load(bands_below_ptr + 2 * stride_bands_below_kind)
+    unmasked_bands = num_shared // BANDS_PER_STEP * BANDS_PER_STEP
     for start in range(0, unmasked_bands, BANDS_PER_STEP):
         offsets = tl.load(bands_ptr + start + o_n // BAND)
         keys = start_m - offsets * BAND + o_n % BAND
@@ -113,27 +119,41 @@ def _attend_kernel(
             b_q, acc, row_max, row_sum, keys, keys >= 0, keys[None, :] >= 0, scale_log2,
             k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, False, UPCAST,
         )  # fmt: skip
+
+    # A bit for each half, as in band_halves.
+    # [TILE]
+    row_half = tl.where(o_m - start_m < HALF, 1, 2)
+    num_bands = num_shared + num_first + num_second
     for start in range(unmasked_bands, num_bands, BANDS_PER_STEP):
-        listed = start + o_n // BAND < num_bands
-        offsets = tl.load(bands_ptr + start + o_n // BAND, mask=listed, other=0)
+        # [BLOCK_N], the three lists as one
+        entry = start + o_n // BAND
+        shared = entry < num_shared
+        first = entry < num_shared + num_first
+        halves = tl.where(shared, 3, tl.where(first, 1, tl.where(entry < num_bands, 2, 0)))
+        kind = tl.where(shared, 0, tl.where(first, 1, 2))
+        before = tl.where(shared, 0, tl.where(first, num_shared, num_shared + num_first))
+        offsets = tl.load(bands_ptr + kind * stride_bands_kind + entry - before, mask=halves > 0, other=0)
         keys = start_m - offsets * BAND + o_n % BAND
         acc, row_max, row_sum = _attend_to(
-            b_q, acc, row_max, row_sum, keys, listed, listed[None, :], scale_log2,
+            b_q, acc, row_max, row_sum, keys, halves > 0, (row_half[:, None] & halves[None, :]) != 0, scale_log2,
             k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
         )  # fmt: skip
 
     num_columns = tl.load(columns_below_ptr + i_t)
-    b_columns = tl.zeros([BLOCK_N], tl.int32)
+    first_columns = tl.zeros([BLOCK_N], tl.int32)
+    second_columns = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, num_columns, BLOCK_N):
         listed = start + o_n < num_columns
         keys = tl.load(columns_ptr + start + o_n, mask=listed, other=0)
-        offset = i_t * BANDS_PER_TILE - keys // BAND
-        below = tl.load(bands_below_ptr + offset, mask=listed, other=0)
-        below_next = tl.load(bands_below_ptr + offset + 1, mask=listed, other=0)
-        fresh = listed & (below == below_next)
-        b_columns += fresh.to(tl.int32)
+        # The halves to which no band has brought this column. Its byte is cut out of a word: a byte load would have
+        # Triton lay out the operands that it masks for 8-bit products, and hold Q twice.
+        place = i_h * stride_band_halves + i_t * (TILE // BAND) - keys // BAND
+        word = tl.load(band_halves_words + (place >> 2), mask=listed, other=-1)
+        halves = ~(word >> ((place & 3) * 8)) & 3
+        first_columns += halves & 1
+        second_columns += halves >> 1
         acc, row_max, row_sum = _attend_to(
-            b_q, acc, row_max, row_sum, keys, fresh, fresh[None, :], scale_log2,
+            b_q, acc, row_max, row_sum, keys, listed, (row_half[:, None] & halves[None, :]) != 0, scale_log2,
             k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
         )  # fmt: skip
 
@@ -141,7 +161,9 @@ def _attend_kernel(
     p_o = out_ptr + rows[:, None] * stride_ot + i_h * stride_oh + o_d[None, :]
     tl.store(p_o, b_o.to(out_ptr.dtype.element_ty), mask=in_chunk[:, None])
     tl.store(lse_ptr + i_h * stride_lse + rows, (row_max + tl.log2(row_sum)) / LOG2_E, mask=in_chunk)
-    before_tile = num_bands * BAND + tl.sum(b_columns, 0)
+    first_keys = (num_shared + num_first) * BAND + tl.sum(first_columns, 0)
+    second_keys = (num_shared + num_second) * BAND + tl.sum(second_columns, 0)
+    before_tile = tl.where(row_half == 1, first_keys, second_keys)
     kept = tl.sum(tl.where(in_chunk, before_tile + o_m - start_m + 1, 0), 0)
     tl.atomic_add(kept_ptr, kept.to(tl.int64), sem="relaxed")
 

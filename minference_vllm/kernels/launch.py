@@ -45,10 +45,11 @@ def attend_arguments(
     """Run-time arguments of the attending kernels, in their order; see minference_vllm.reference.attend."""
     return (
         q, kv.k, kv.v, kv.block_table, out, lse, kept_pairs,
-        index.bands, index.bands_below, index.columns, index.columns_below,
+        index.bands, index.bands_below, index.band_halves, index.columns, index.columns_below,
         len(q), context_len, kv.row, scale * LOG2_E,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv), kv.block_table.stride(0),
-        lse.stride(0), index.bands.stride(0), index.bands_below.stride(0),
+        lse.stride(0), index.bands.stride(0), index.bands.stride(1),
+        index.bands_below.stride(0), index.bands_below.stride(1), index.band_halves.stride(0),
         index.columns.stride(0), index.columns_below.stride(0),
     )  # fmt: skip
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a chunk over the keys that a SparseIndex keeps, tile by tile, in float32 on gathered keys."""
+"""Attention of a chunk over the keys that a SparseIndex keeps, half a tile at a time, in float32 on gathered keys."""
 
 import torch
 
-from minference_vllm.index import BAND, BANDS_PER_TILE, TILE, PagedKV, SparseIndex
+from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, PagedKV, SparseIndex
 from minference_vllm.reference.pages import gather
 
 
@@ -33,15 +33,17 @@ def attend(
     seq_len = context_len + num_rows
     keys, values = (cache.float() for cache in gather(kv, seq_len))
     group = num_qo_heads // len(keys)
-    for tile in range(context_len // TILE, (seq_len - 1) // TILE + 1):
-        first, last = max(tile * TILE, context_len), min(tile * TILE + TILE, seq_len)
+    for i in range(context_len // HALF, (seq_len - 1) // HALF + 1):
+        tile, half = divmod(i, HALVES)
+        first, last = max(i * HALF, context_len), min(i * HALF + HALF, seq_len)
         rows = slice(first - context_len, last - context_len)
+        # The tile's own keys, those past the half's last row left out: no row of the half sees them.
         own = torch.arange(tile * TILE, last, device=q.device)
-        # [rows of the tile, its own keys]
+        # [rows of the half, own keys]
         future = own > torch.arange(first, last, device=q.device)[:, None]
         num_future = future.sum()
         for head in range(num_qo_heads):
-            earlier = kept_before(index, head, tile)
+            earlier = kept_before(index, head, tile, half)
             kept = torch.cat([earlier, own])
             scores = (q[rows, head].float() * scale) @ keys[head // group, kept].T
             scores[:, len(earlier) :].masked_fill_(future, -torch.inf)
@@ -51,11 +53,11 @@ def attend(
             kept_pairs += scores.numel() - num_future
 
 
-def kept_before(index: SparseIndex, head: int, tile: int) -> torch.Tensor:
-    """[num_kept] int64, ascending: the keys before a tile that all its rows attend to."""
-    below = index.bands_below[head, : tile * BANDS_PER_TILE + 2]
-    offsets = (below[1:] > below[:-1]).nonzero().flatten()
-    kept = torch.zeros(tile * TILE, dtype=torch.bool, device=below.device)
-    kept.view(-1, BAND)[tile * BANDS_PER_TILE - offsets] = True
+def kept_before(index: SparseIndex, head: int, tile: int, half: int) -> torch.Tensor:
+    """[num_kept] int64, ascending: the keys before a tile that all rows of one of its halves attend to."""
+    kept = torch.zeros(tile * TILE, dtype=torch.bool, device=index.bands.device)
+    for kind in (0, 1 + half):
+        offsets = index.bands[head, kind, : index.bands_below[head, kind, tile]].long()
+        kept.view(-1, BAND)[tile * BANDS_PER_TILE - offsets] = True
     kept[index.columns[head, : index.columns_below[head, tile]].long()] = True
     return kept.nonzero().flatten()

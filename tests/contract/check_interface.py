@@ -41,6 +41,9 @@ INIT = (
     "num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype logits_soft_cap attn_type "
     "kv_sharing_target_layer_name sinks"
 )
+FLASH_ATTENTION = (
+    "q k v out cu_seqlens_q max_seqlen_q seqused_k max_seqlen_k softmax_scale causal block_table fa_version"
+)
 
 
 def parameters(function: Any) -> str:
@@ -77,6 +80,14 @@ def test_this_is_the_release() -> None:
 )
 def test_parameters_of_what_we_override_and_call(function: Any, expected: str) -> None:
     assert parameters(function) == expected
+
+
+def test_attention_can_be_called_as_tune_does() -> None:
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    inspect.signature(flash_attn_varlen_func).bind(**dict.fromkeys(FLASH_ATTENTION.split()))
+    inspect.signature(get_flash_attn_version).bind(head_size=128)
 
 
 @pytest.mark.parametrize(

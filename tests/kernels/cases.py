@@ -74,6 +74,7 @@ ADVERSARIAL = [
     Case("partial last page", num_rows=130, context_len=259, page_size=64),
     Case("full budget", vertical_size=10_000, slash_size=10_000),
     Case("every column, local band only", vertical_size=10_000, slash_size=16),
+    Case("bands of one half", num_rows=140, context_len=1000, num_qo_heads=2, num_kv_heads=1, slash_size=20),
 ]
 CASES = REGULAR + IRREGULAR + ADVERSARIAL
 GPU_CASES = [

@@ -11,15 +11,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from minference_vllm import kernels, reference
 from minference_vllm.attention import sparse_prefill
 from minference_vllm.engine import Engine
-from minference_vllm.index import BAND, BANDS_PER_TILE, TILE, PagedKV, SparseIndex
+from minference_vllm.index import PagedKV
+from minference_vllm.kernels import cuda
 from minference_vllm.reference.pages import gather
 from minference_vllm.workspace import Workspace
 from tests.kernels.cases import Case, make_cache, make_queries, make_workspace
+from tests.kernels.indexes import NOTHING, Kept, index_of, mask_of
 
 ENGINES = {
     "reference": Engine("reference", reference.probe, reference.select, reference.band_lists, reference.attend),
     "triton": Engine("triton", kernels.probe, kernels.select, kernels.band_lists, kernels.attend),
-    "hopper": Engine("hopper", kernels.probe, kernels.select, kernels.band_lists, kernels.attend_on_hopper),
+    "cuda": Engine("cuda", cuda.probe, kernels.select, kernels.band_lists, cuda.attend),
 }
 EVERYTHING = 10_000
 # Small, since an interpreted kernel takes seconds; still three tiles, the first and last of them partial.
@@ -33,7 +35,7 @@ class Result(NamedTuple):
     kept_pairs: int
 
 
-@pytest.fixture(params=["reference", "triton", pytest.param("hopper", marks=[pytest.mark.gpu, pytest.mark.hopper])])
+@pytest.fixture(params=["reference", "triton", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.hopper])])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return ENGINES[request.param]
 
@@ -142,60 +144,31 @@ def test_tensor_parallel_shards_are_slices_of_the_whole(engine: Engine, device: 
     assert kept_pairs == expected.kept_pairs
 
 
-def index_of(lists: list[tuple[list[int], list[int]]], case: Case, device: torch.device) -> SparseIndex:
-    """An index from each head's band offsets and columns, with garbage where nothing is listed."""
-    last_tile = (case.seq_len - 1) // TILE
-    num_bands = last_tile * BANDS_PER_TILE
-
-    def table(rows: list[list[int]], width: int) -> torch.Tensor:
-        padded = [[*row, *[2**30] * (width - len(row))] for row in rows]
-        return torch.tensor(padded, dtype=torch.int32, device=device)
-
-    def below(rows: list[list[int]], grain: int, count: int) -> torch.Tensor:
-        return table([[sum(entry < grain * j for entry in row) for j in range(count)] for row in rows], count)
-
-    bands, columns = ([list(row) for row in part] for part in zip(*lists, strict=True))
-    return SparseIndex(
-        table(bands, num_bands + 3),
-        below(bands, 1, num_bands + 2),
-        table(columns, 20),
-        below(columns, TILE, last_tile + 1),
-    )
-
-
-def mask_of(lists: list[tuple[list[int], list[int]]], case: Case) -> torch.Tensor:
-    """SparseIndex's definition, key by key: [num_qo_heads, num_rows, seq_len]."""
-    mask = torch.zeros(len(lists), case.num_rows, case.seq_len, dtype=torch.bool)
-    for head, (bands, columns) in enumerate(lists):
-        for row in range(case.context_len, case.seq_len):
-            tile = row // TILE * TILE
-            kept = set(range(tile, row + 1)) | {column for column in columns if column < tile}
-            for offset in bands:
-                if BAND * offset <= tile:
-                    kept |= set(range(tile - BAND * offset, tile - BAND * offset + BAND))
-            mask[head, row - case.context_len, list(kept)] = True
-    return mask
-
-
 @pytest.mark.parametrize(
-    "lists",
+    "heads",
     [
-        pytest.param([([], []), ([], [])], id="nothing but each tile's own keys"),
-        pytest.param([([1, 2, 9], []), ([], [])], id="no columns"),
-        pytest.param([([], [0, 5, 127, 130, 255, 261]), ([], [])], id="no bands, columns before, in and after a tile"),
-        pytest.param([([], [3]), ([4, 8, 16], [])], id="bands of one head, a column of the other"),
-        pytest.param([([8, 16], [0, 3, 15, 17]), ([1], [127, 128])], id="columns that a band already holds"),
+        pytest.param([NOTHING, NOTHING], id="nothing but each tile's own keys"),
+        pytest.param([Kept([1, 2, 9], [], [], []), NOTHING], id="no columns"),
+        pytest.param([Kept([], [], [], [0, 5, 127, 130, 255, 261]), NOTHING], id="columns before, in and after a tile"),
+        pytest.param([Kept([], [], [], [3]), Kept([4, 8, 16], [], [], [])], id="bands of a head, columns of the other"),
+        pytest.param([Kept([], [1, 8, 16], [], []), Kept([], [], [2, 9], [])], id="bands of one half"),
+        pytest.param([Kept([2, 7, 8], [1, 10], [3, 4, 16], []), NOTHING], id="bands of every kind"),
+        pytest.param(
+            [Kept([8], [16], [6], [0, 3, 15, 17, 40]), Kept([], [1], [7, 15], [16, 127, 128])],
+            id="columns that a band holds for one half or for both",
+        ),
+        pytest.param([Kept(list(range(1, 17)), [], [], []), NOTHING], id="whole steps of bands"),
     ],
 )
 def test_attention_covers_what_the_index_lists_and_nothing_else(
-    engine: Engine, lists: list[tuple[list[int], list[int]]], device: torch.device
+    engine: Engine, heads: list[Kept], device: torch.device
 ) -> None:
     q, kv = make_queries(SPARSE, device), make_cache(SPARSE, device)
     out, lse = torch.full_like(q, torch.nan), torch.zeros(2, SPARSE.num_rows, device=device)
     kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
-    index = index_of(lists, SPARSE, device)
+    index = index_of(heads, SPARSE, device)
     engine.attend(q, kv, SPARSE.context_len, SPARSE.scale, index, out, lse, kept_pairs)
-    mask = mask_of(lists, SPARSE).to(device)
+    mask = mask_of(heads, SPARSE).to(device)
     assert_close(out, dense(SPARSE, q, kv, mask))
     assert kept_pairs.item() == mask.sum()
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each Triton kernel against its plain-torch twin."""
+"""Each kernel against its plain-torch twin."""
+
+import itertools
 
 import pytest
 import torch
@@ -8,12 +10,14 @@ from minference_vllm import kernels, reference
 from minference_vllm.attention import sparse_prefill
 from minference_vllm.engine import Engine
 from minference_vllm.estimators import ESTIMATORS
-from minference_vllm.index import BAND, BANDS_PER_TILE, TILE
+from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, SparseIndex
+from minference_vllm.kernels import cuda
+from minference_vllm.reference.attend import kept_before
 from minference_vllm.workspace import MASS_UNIT
 from tests.kernels.cases import CASES, GPU_CASES, Case, make_cache, make_queries, make_workspace
 
 TRITON = Engine("triton", kernels.probe, kernels.select, kernels.band_lists, kernels.attend)
-HOPPER = Engine("hopper", kernels.probe, kernels.select, kernels.band_lists, kernels.attend_on_hopper)
+CUDA = Engine("cuda", cuda.probe, kernels.select, kernels.band_lists, cuda.attend)
 REFERENCE = Engine("reference", reference.probe, reference.select, reference.band_lists, reference.attend)
 
 every_case = pytest.mark.parametrize(
@@ -27,7 +31,7 @@ every_engine = pytest.mark.parametrize(
     "engine",
     [
         pytest.param(TRITON, id="triton"),
-        pytest.param(HOPPER, id="hopper", marks=[pytest.mark.gpu, pytest.mark.hopper]),
+        pytest.param(CUDA, id="cuda", marks=[pytest.mark.gpu, pytest.mark.hopper]),
     ],
 )
 
@@ -86,20 +90,55 @@ def test_select_keeps_exactly_what_a_stable_sort_keeps(
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("num_bands", [0, 8, 16, 2048, 4104])
-@pytest.mark.parametrize("kept", [0, 1, 100, 5000])
-def test_band_lists_agree(num_bands: int, kept: int, device: torch.device) -> None:
+def kept_diagonals(num_bands: int, kept: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three heads' kept diagonals, repeats allowed: [3, kept] distances, ascending, and slash_below of them."""
     generator = torch.Generator().manual_seed(kept)
     distances = torch.randint(0, (num_bands + BANDS_PER_TILE) * BAND, (3, kept), generator=generator).sort(1).values
     edges = torch.arange(num_bands + BANDS_PER_TILE + 1).mul(BAND).expand(3, -1).contiguous()
-    slash_below = torch.searchsorted(distances, edges).to(device, torch.int32)
+    return distances, torch.searchsorted(distances, edges).to(device, torch.int32)
+
+
+def band_buffers(num_bands: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """bands, bands_below and band_halves for three heads, cut out of larger ones and full of garbage."""
+    return (
+        torch.full((3, 3, num_bands + 3), -5, dtype=torch.int32, device=device),
+        torch.full((3, 3, num_bands // BANDS_PER_TILE + 4), -5, dtype=torch.int32, device=device)[..., :-3],
+        torch.full((3, num_bands + 4), 77, dtype=torch.uint8, device=device),
+    )
+
+
+@pytest.mark.parametrize("num_bands", [0, 8, 16, 2040, 2048, 4104])
+@pytest.mark.parametrize("kept", [0, 1, 100, 5000])
+def test_band_lists_agree(num_bands: int, kept: int, device: torch.device) -> None:
+    _, slash_below = kept_diagonals(num_bands, kept, device)
     results = []
     for engine in (REFERENCE, TRITON):
-        bands = torch.full((3, num_bands + 3), -5, dtype=torch.int32, device=device)
-        below = torch.full((3, num_bands + 4), -5, dtype=torch.int32, device=device)
-        engine.band_lists(slash_below, num_bands, bands, below)
-        results.append((bands, below))
+        buffers = band_buffers(num_bands, device)
+        engine.band_lists(slash_below, num_bands, *buffers)
+        # What lies past bands_below is another tile's and stays as it was.
+        results.append((*buffers, buffers[1]._base))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, 400])
+def test_a_half_keeps_the_bands_of_its_own_rows(kept: int, device: torch.device) -> None:
+    last_tile = 4
+    num_bands = last_tile * BANDS_PER_TILE
+    distances, slash_below = kept_diagonals(num_bands, kept, device)
+    bands, bands_below, band_halves = band_buffers(num_bands, device)
+    REFERENCE.band_lists(slash_below, num_bands, bands, bands_below, band_halves)
+    no_columns = torch.zeros(3, last_tile + 1, dtype=torch.int32, device=device)
+    index = SparseIndex(bands, bands_below, band_halves, no_columns, no_columns)
+    for head, tile, half in itertools.product(range(3), range(last_tile + 1), range(HALVES)):
+        start = tile * TILE
+        rows = torch.arange(start + half * HALF, start + half * HALF + HALF)
+        # [HALF, kept]
+        needed = rows[:, None] - distances[head]
+        keys = kept_before(index, head, tile, half).cpu()
+        assert torch.isin(needed[(needed >= 0) & (needed < start)], keys).all()
+        # A band of slack, since slash_below tells diagonals apart by BAND.
+        for first in keys[keys % BAND == 0].tolist():
+            assert ((needed > first - BAND) & (needed < first + 2 * BAND)).any()
 
 
 @every_case

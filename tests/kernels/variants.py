@@ -41,15 +41,15 @@ def recorder(seen: set[tuple[str, str]]):
     return run
 
 
-def variants(case: Case, head_dim: int, attend) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+def variants(case: Case) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """What the dry run selects, and what a request in a table of odd width selects."""
     config = MInferenceConfig(probe_rows="both")
     runtime = Runtime(config, torch.device("cpu"), publish=False)
-    runtime.engine = Engine("", kernels.probe, kernels.select, kernels.band_lists, attend)
+    runtime.engine = Engine("", kernels.probe, kernels.select, kernels.band_lists, kernels.attend)
     geometry = Geometry(case.num_qo_heads, MAX_LEN, 8192, sum(config.probe_counts), config.vertical_size)
     compiled: set[tuple[str, str]] = set()
     JITFunction.run = recorder(compiled)
-    runtime.dry_run(case.num_kv_heads, head_dim, case.page_size, case.dtype, geometry)
+    runtime.dry_run(case.num_kv_heads, case.head_dim, case.page_size, case.dtype, geometry)
     requested: set[tuple[str, str]] = set()
     JITFunction.run = recorder(requested)
     q, kv = make_queries(case, torch.device("cpu")), make_cache(case, torch.device("cpu"))
@@ -63,11 +63,10 @@ def main() -> None:
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
     count = 0
     for case in REQUESTS:
-        for attend in (kernels.attend, kernels.attend_on_hopper):
-            compiled, requested = variants(case, case.head_dim, attend)
-            count += len(requested)
-            for name, variant in requested - compiled:
-                sys.stdout.write(f"NEW in {case.name}: {name} {variant}\n")
+        compiled, requested = variants(case)
+        count += len(requested)
+        for name, variant in requested - compiled:
+            sys.stdout.write(f"NEW in {case.name}: {name} {variant}\n")
     sys.stdout.write(f"{count} launches checked\n")
 
 

@@ -25,7 +25,7 @@ LOWER_BOUNDS = {
 CHOICES = {
     "method": ["vertical_slash"],
     "probe_rows": ["last", "spread", "both"],
-    "kernel": ["auto", "triton", "reference"],
+    "kernel": ["auto", "cuda", "triton", "reference"],
 }
 # What JSON can say and the field's type is not; no string is read as a number, no number as a choice.
 WRONG_TYPES: dict[str, list[Any]] = {

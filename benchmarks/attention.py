@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attending kernel alone, beside FlashAttention-3, vLLM's vertical-slash kernel and MInference's own.
+
+    python -m benchmarks.attention --minference-sdist minference-0.1.6.0 --out benchmarks/results/h100-attention.json
+
+Every kernel is checked before it is timed, all in one run. Where the sdist comes from: benchmarks/minference_sdist.py.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks import peers, results, synthetic
+from benchmarks.cases import CASES, MILLION, PAGE_SIZE, TINY, Case, Inputs, Sets, configure, make_inputs
+from benchmarks.minference_sdist import MInference
+from benchmarks.peers import Attention, PeerMissing, TileIndex
+from benchmarks.timing import bf16_matmul_tflops, median, once, say
+from minference_vllm import reference
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.engine import Engine, load_engine
+from minference_vllm.index import TILE, PagedKV, SparseIndex
+from minference_vllm.workspace import Geometry, Workspace
+
+T = TypeVar("T")
+
+TOLERANCE = 1e-2
+MOST_OF_A_REASON = 300  # characters; CUDA's errors come with pages of advice
+LONG = 500_000  # tokens; from here on a dense call takes many seconds: one kernel, once
+
+FIELDS = (
+    "tokens", "num_qo_heads", "num_kv_heads", "head_dim", "vertical", "slash", "kernel", "kept", "kept_64x64",
+    "ours_ms", "ours_tflops", "choose_ms", "mi_triton_ms", "fa2_sparse_ms", "fa3_paged_ms", "fa3_contiguous_ms",
+    "fa3_paged128_ms", "probe_ms", "select_ms", "index_ms", "mi_index_ms", "chunk", "chunk_choose_ms",
+    "chunk_attend_ms", "scratch_mib", "relative_error", "mi_triton_error", "fa2_sparse_error", "fa3_paged_error",
+    "fa3_contiguous_error", "fa3_paged128_error", "mi_triton_vs_ours", "fa2_sparse_vs_ours",
+)  # fmt: skip
+"""Of every row; what was not measured is null, and settings["missing"] says why."""
+SHOWN = FIELDS[:16]
+
+SETTINGS = {
+    "timing": "CUDA events, median of 5 (3 if a call takes 50 ms) after 2 warm-ups; before each call 1 GiB is written, "
+    "which empties the L2 cache and keeps the GPU busy while the host launches",
+    "selection": "drawn for each query head with a fixed seed: verticals are 30 sinks and random columns, slashes half "
+    f"a contiguous local band and half clusters of {synthetic.CLUSTER}; put in the place of the probe's masses, then "
+    "selected and indexed; the peers get the same sets",
+    "ours": f"bf16, pages of {PAGE_SIZE} in random order, K and V side by side as vLLM lays them, the whole prompt as "
+    "one chunk; kept counts the row-key pairs that the kernel attends to; ours_tflops = 4 * head_dim * kept pairs / "
+    "ours_ms",
+    "choose_ms": "probe (last 64 rows) of the whole prompt + both selections + index, the masses of the probe unused; "
+    "probe_ms, select_ms (both) and index_ms are its parts; chunk_*: the last `chunk` tokens, the others as context",
+    "scratch_mib": "what a server with this longest request, chunks of `chunk` and these budgets claims",
+    "mi_triton": "MInference 0.1.6.0's host function and Triton kernel, contiguous K and V repeated for every query "
+    "head; mi_index_ms: its index, which both sparse peers use, without the sorting before it",
+    "fa2_sparse": "sparse_attn_func of vLLM's FlashAttention-2 build, contiguous K and V",
+    "fa3": "flash_attn_varlen_func of vLLM, fa_version 3, causal: contiguous; paged, on our pages; paged128, pages of "
+    "128; measured once for each shape",
+    "errors": "largest relative error over 4 tiles of 2 heads: ours against minference_vllm.reference on the same "
+    "index, each peer against exact attention on the keys that it keeps; *_vs_ours: the whole output, sampled, "
+    "against ours, whose set of keys is another",
+}
+
+
+def workspace(case: Case, config: MInferenceConfig, chunk: int, device: torch.device) -> Workspace:
+    probes = sum(config.probe_counts)
+    return Workspace.allocate(Geometry(case.num_qo_heads, case.tokens, chunk, probes, case.vertical), device)
+
+
+def our_error(inputs: Inputs, index: SparseIndex, out: torch.Tensor) -> float:
+    """Largest relative error over a few tiles and heads, against the reference on the same index."""
+    q, (k, v, *pages), scale = inputs
+    errors = []
+    for head in peers.sampled_heads(q):
+        of_head = SparseIndex(*(getattr(index, part.name)[head : head + 1] for part in fields(index)))
+        of_group = head // (q.shape[1] // k.shape[1])
+        kv = PagedKV(k[:, of_group : of_group + 1], v[:, of_group : of_group + 1], *pages)
+        for first in peers.sampled_rows(len(q), TILE):
+            rows = q[first : first + TILE, head : head + 1]
+            expected, lse = torch.empty_like(rows, dtype=torch.float32), rows.new_empty(1, TILE, dtype=torch.float32)
+            pairs = torch.zeros(1, dtype=torch.int64, device=q.device)
+            reference.attend(rows, kv, first, scale, of_head, expected, lse, pairs)
+            errors.append(peers.difference(out[first : first + TILE, head : head + 1], expected))
+    return peers.worst(errors)
+
+
+def time_choice(case: Case, inputs: Inputs, config: MInferenceConfig, engine: Engine, ws: Workspace) -> dict[str, Any]:
+    """Times of what comes before attending: ws.vertical and ws.slash hold the drawn masses and keep them."""
+    from minference_vllm.estimators.vertical_slash import index_masses
+
+    # Selecting from what the probe finds in random data would time another index than the one that is attended to.
+    unused = replace(ws, vertical=torch.empty_like(ws.vertical), slash=torch.empty_like(ws.slash))
+
+    def probe(context: int) -> None:
+        engine.probe(inputs.q[context:], inputs.kv, context, inputs.scale, *config.probe_counts, unused)
+
+    def index(engine: Engine = engine) -> None:
+        index_masses(case.tokens, config, engine, ws)
+
+    def choose(context: int) -> None:
+        probe(context)
+        index()
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    ms = partial(median, device=inputs.q.device)
+    return {
+        "choose_ms": ms(partial(choose, 0)),
+        "probe_ms": ms(partial(probe, 0)),
+        "select_ms": ms(partial(index, replace(engine, band_lists=nothing))),
+        "index_ms": ms(partial(index, replace(engine, select=nothing))),
+        "chunk_choose_ms": ms(partial(choose, case.tokens - case.chunk)),
+    }
+
+
+def measure_ours(case: Case, inputs: Inputs, sets: Sets, kernel: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """Fields of a row that are ours, and our output, [tokens, num_qo_heads, head_dim].
+
+    Raises:
+        SystemExit: the output is wrong.
+    """
+    from minference_vllm.estimators.vertical_slash import index_masses
+
+    device = inputs.q.device
+    config = configure(case, kernel)
+    engine = load_engine(config, device)
+    ws = workspace(case, config, case.tokens, device)
+    ws.vertical[:, : case.tokens] = sets.vertical
+    ws.slash[:, : case.tokens] = sets.slash
+    index = index_masses(case.tokens, config, engine, ws)
+    out = torch.full(inputs.q.shape, torch.nan, dtype=inputs.q.dtype, device=device)
+
+    def attend(context: int) -> None:
+        q, kv, scale = inputs
+        engine.attend(q[context:], kv, context, scale, index, out[context:], ws.lse, ws.kept_pairs)
+
+    attend(0)
+    pairs = int(ws.kept_pairs)
+    error = our_error(inputs, index, out)
+    if not (error <= TOLERANCE and out.sum().isfinite()):
+        raise SystemExit(f"{case}: our output ({engine.name}) is wrong, relative error {error:.1e}")
+    found: dict[str, Any] = {"kernel": engine.name, "kept": pairs / case.causal_pairs, "relative_error": error}
+    found["chunk"] = case.chunk
+    found["ours_ms"] = median(partial(attend, 0), device)
+    found["ours_tflops"] = 4 * case.head_dim * pairs / found["ours_ms"] / 1e9
+    found["chunk_attend_ms"] = median(partial(attend, case.tokens - case.chunk), device)
+    found["scratch_mib"] = workspace(case, config, case.chunk, torch.device("meta")).num_bytes / 2**20
+    return found | time_choice(case, inputs, config, engine, ws), out
+
+
+@dataclass
+class Bench:
+    """A run: the peers, and why some of them are missing.
+
+    Attributes:
+        missing: reasons by peer and case.
+    """
+
+    minference: MInference
+    tiny: bool
+    missing: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def attempt(self, peer: str, case: str, work: Callable[[], T]) -> T | None:
+        """What `work` returns, or None and the reason on record: a peer that fails must not take the others with it."""
+        try:
+            if self.tiny:
+                raise PeerMissing("the smoke test runs no peers")
+            return work()
+        except Exception as error:
+            reason = str(error) if isinstance(error, PeerMissing) else f"{type(error).__name__}: {error}"
+            self.missing.setdefault(peer, {})[case] = reason = reason[:MOST_OF_A_REASON]
+            say(f"{case}: {peer} is missing: {reason}")
+            return None
+
+    def dense(self, case: Case, inputs: Inputs) -> dict[str, Any]:
+        """Fields of the dense peers."""
+        found: dict[str, Any] = {}
+        for name in ("fa3_paged", "fa3_contiguous", "fa3_paged128"):
+            work = partial(measure_peer, name, getattr(peers, name), inputs, peers.every_key(inputs))
+            if case.tokens >= LONG and name != "fa3_paged":
+                work = partial(refuse, "dense calls of this length take many seconds: fa3_paged alone was timed, once")
+            found |= self.attempt(name, case.prompt, work) or {}
+        return found
+
+    def sparse(self, case: Case, inputs: Inputs, sets: Sets, ours: torch.Tensor) -> dict[str, Any]:
+        """Fields of the sparse peers."""
+
+        def build() -> tuple[TileIndex, dict[str, Any]]:
+            call = self.minference.index(Sets.chosen(sets.vertical), Sets.chosen(sets.slash), case.tokens)
+            index = call()
+            kept = index.kept_pairs() / case.causal_pairs
+            return index, {"kept_64x64": kept, "mi_index_ms": median(call, inputs.q.device)}
+
+        built = self.attempt("mi_index", str(case), build)
+        index, found = built or (None, {})
+        for name, peer in (("mi_triton", self.minference.triton), ("fa2_sparse", peers.fa2_sparse)):
+            work = partial(refuse, "it needs MInference's index, which is missing")
+            if index is not None:
+                work = partial(measure_peer, name, partial(peer, index=index), inputs, index.keys, ours)
+            found |= self.attempt(name, str(case), work) or {}
+        return found
+
+
+def measure_peer(
+    name: str,
+    peer: Callable[[Inputs], Attention],
+    inputs: Inputs,
+    keys: Callable[[int, int], torch.Tensor],
+    ours: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Fields of one peer: its time, its error, and how far it is from ours if that is given.
+
+    Raises:
+        PeerMissing: it cannot run, or its output is wrong.
+    """
+    call, device = peer(inputs), inputs.q.device
+    outputs: list[torch.Tensor] = []
+    ms = once(lambda: outputs.append(call()), device)
+    [out] = outputs
+    error = peers.relative_error(out, inputs, keys)
+    if not (error <= TOLERANCE and out.sum().isfinite()):
+        raise PeerMissing(f"its output is wrong, relative error {error:.1e}")
+    found = {f"{name}_error": error}
+    if ours is not None:
+        sample = slice(None, None, max(len(out) // 4096, 1))
+        found[f"{name}_vs_ours"] = peers.difference(out[sample], ours[sample])
+    outputs.clear()
+    del out
+    return found | {f"{name}_ms": ms if len(inputs.q) >= LONG else median(call, device)}
+
+
+def refuse(reason: str) -> dict[str, Any]:
+    raise PeerMissing(reason)
+
+
+def make_row(case: Case, found: dict[str, Any]) -> dict[str, Any]:
+    """A row with all FIELDS."""
+    values = case._asdict() | found
+    assert values.keys() <= set(FIELDS), values.keys() - set(FIELDS)
+    return {name: _rounded(values.get(name)) for name in FIELDS}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the result file")
+    parser.add_argument("--minference-sdist", type=Path, help="folder of the unpacked minference-0.1.6.0")
+    parser.add_argument("--million", action="store_true", help=f"{MILLION.prompt} as well")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kernel", default="auto", help="ours: a value of the setting of this name")
+    parser.add_argument("--tiny", action="store_true", help="smoke test on the CPU: toy sizes, the reference, no peers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    results.describe_run(options.tiny)
+    device = torch.device("cpu" if options.tiny else "cuda")
+    kernel = "reference" if options.tiny else options.kernel
+    bench = Bench(MInference(options.minference_sdist), options.tiny)
+    settings: dict[str, Any] = {**SETTINGS, "seed": options.seed, "missing": bench.missing}
+    settings["bf16_matmul_tflops"] = None if options.tiny else bf16_matmul_tflops(device)
+    rows = []
+    cases = TINY if options.tiny else CASES + (MILLION,) * options.million
+    for _, group in itertools.groupby(cases, key=lambda case: case.shape):
+        inputs = dense = None
+        for case in group:
+            inputs = inputs or make_inputs(case, device, options.seed)
+            sets = Sets.draw(case, MInferenceConfig().sink_tokens, device, options.seed + 1)
+            found, ours = measure_ours(case, inputs, sets, kernel)
+            say(f"{case}: ours {found['ours_ms']:.2f} ms, {found['ours_tflops']:.0f} TFLOP/s, kept {found['kept']:.4f}")
+            dense = bench.dense(case, inputs) if dense is None else dense
+            found |= dense | bench.sparse(case, inputs, sets, ours)
+            rows.append(make_row(case, found))
+            # After each case: what a run that is cut off has measured stays.
+            results.write(options.out, rows, options.tiny, settings=settings)
+            say(", ".join(f"{name} {value}" for name, value in rows[-1].items() if value is not None))
+    print(results.table([{name: row[name] for name in SHOWN} for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks.attention measures: prompts of random queries, keys and values, and drawn sets of kept keys."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import synthetic
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.index import PagedKV
+
+PAGE_SIZE = 16
+CHUNK = 16384
+LOCAL_TOKENS = 100
+
+
+class Case(NamedTuple):
+    """One row: a prompt and the sizes of its sets."""
+
+    tokens: int
+    vertical: int
+    slash: int
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What makes the inputs and the dense peers' times."""
+        return self.tokens, self.num_qo_heads, self.num_kv_heads, self.head_dim
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.tokens} tokens, {self.num_qo_heads}/{self.num_kv_heads} heads of {self.head_dim}"
+
+    @property
+    def causal_pairs(self) -> int:
+        return self.num_qo_heads * self.tokens * (self.tokens + 1) // 2
+
+    @property
+    def chunk(self) -> int:
+        return min(CHUNK, self.tokens // 2)
+
+    def __str__(self) -> str:
+        return f"{self.prompt}, {self.vertical}/{self.slash}"
+
+
+CASES = (
+    Case(131072, 1000, 6096),
+    Case(131072, 512, 2048),
+    Case(131072, 100, 800),
+    Case(131072, 3500, 100),
+    Case(32768, 1000, 6096),
+    Case(131072, 1000, 6096, 14, 2, 64),
+)
+MILLION = Case(1048576, 1000, 6096)
+TINY = (Case(1024, 60, 200, 4, 2, 64), Case(1024, 100, 51, 4, 2, 64))
+
+
+class Inputs(NamedTuple):
+    """One prompt of random queries, keys and values.
+
+    Attributes:
+        q: [tokens, num_qo_heads, head_dim], a view of packed q, k and v as a model's projection leaves it.
+        kv: the keys and values in pages, as vLLM keeps them.
+        scale: softmax scale.
+    """
+
+    q: torch.Tensor
+    kv: PagedKV
+    scale: float
+
+
+def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
+    """Random queries, keys and values, made on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = partial(torch.randn, dtype=torch.bfloat16, device=device, generator=generator)
+    q = normal(case.tokens, case.num_qo_heads + 2 * case.num_kv_heads, case.head_dim)[:, : case.num_qo_heads]
+    pages = case.tokens // PAGE_SIZE
+    cache = normal(pages, PAGE_SIZE, case.num_kv_heads, 2 * case.head_dim).transpose(1, 2)
+    table = torch.randperm(pages, device=device, generator=generator).int()[None]
+    return Inputs(q, PagedKV(*cache.split(case.head_dim, dim=-1), table, 0), case.head_dim**-0.5)
+
+
+class Sets(NamedTuple):
+    """Masses, [num_qo_heads, tokens] int32 each, under which exactly the drawn columns and diagonals are selected."""
+
+    vertical: torch.Tensor
+    slash: torch.Tensor
+
+    @classmethod
+    def draw(cls, case: Case, sinks: int, device: torch.device, seed: int) -> "Sets":
+        generator = torch.Generator(device).manual_seed(seed)
+        return cls(
+            synthetic.draw_columns(case.num_qo_heads, case.tokens, case.vertical, sinks, generator),
+            synthetic.draw_diagonals(case.num_qo_heads, case.tokens, case.slash, generator),
+        )
+
+    @staticmethod
+    def chosen(mass: torch.Tensor) -> torch.Tensor:
+        """[num_qo_heads, size] int32, ascending: what has mass."""
+        return mass.nonzero()[:, 1].view(len(mass), -1).int()
+
+
+def configure(case: Case, kernel: str) -> MInferenceConfig:
+    """Settings under which the drawn sets are selected: the forced diagonals lie within the drawn local band."""
+    local = min(LOCAL_TOKENS, case.slash - case.slash // 2)
+    sizes = {"vertical_size": case.vertical, "slash_size": case.slash, "local_tokens": local}
+    return MInferenceConfig.model_validate({**sizes, "kernel": kernel})

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a call takes on its device, and what has been measured so far."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+WARM_UPS = 2
+RUNS = 5
+SLOW_MS = 50.0
+RUNS_IF_SLOW = 3
+FLUSHED_BYTES = 2**30
+
+_START = time.monotonic()
+
+
+def median(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that the call takes on its device: the median of RUNS, or of RUNS_IF_SLOW, after WARM_UPS."""
+    warm_up = [once(call, device) for _ in range(WARM_UPS)][-1]
+    return statistics.median(once(call, device) for _ in range(RUNS if warm_up < SLOW_MS else RUNS_IF_SLOW))
+
+
+def once(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that the call takes on its device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # It empties the L2 cache, and the GPU is busy with it while the host launches the call.
+    _flushed(device).zero_()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def bf16_matmul_tflops(device: torch.device, size: int = 8192) -> float:
+    """What this card's matrix units reach on random data: the roof."""
+    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
+    return 2 * size**3 / median(lambda: a @ b, device) / 1e9
+
+
+def say(text: str) -> None:
+    """Progress: a run that is cut off has still shown its figures."""
+    print(f"{time.monotonic() - _START:7.1f} s  {text}", flush=True)
+
+
+@functools.cache
+def _flushed(device: torch.device) -> torch.Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the three parts of the attending kernel share: its arguments, its shared memory, the order of its work.
+//
+// A tile is 128 query rows of one head. Its kept keys come as a stream of stages of 128 keys: the tile's own keys, bands
+// for both of its halves or for one, columns. docs/design.md says what is kept.
+#pragma once
+
+#include "hopper.cuh"
+
+namespace attend {
+
+constexpr int TILE = 128;
+constexpr int HALF = 64;
+constexpr int BAND = 16;
+constexpr int BANDS_A_STAGE = TILE / BAND;
+constexpr int BANDS_A_TILE = TILE / BAND;
+constexpr int BOX = 64;  // elements of one swizzled row of shared memory
+
+// Kinds of bands and stages: seen by both halves, by the first, by the second.
+constexpr int SHARED = 0;
+constexpr int KINDS = 3;
+
+struct Params {
+    CUtensorMap q_map, k_map, v_map;
+    const char* k;  // for keys that are gathered one by one
+    const char* v;
+    const int32_t* block_table;  // this request's row
+    void* out;
+    float* lse;
+    unsigned long long* kept_pairs;
+    const int32_t* bands;
+    const int32_t* bands_below;
+    const uint8_t* band_halves;
+    const int32_t* columns;
+    const int32_t* columns_below;
+    int64_t stride_page, stride_kv_head, stride_token;  // bytes
+    int64_t stride_out_row, stride_out_head;            // elements
+    int64_t stride_lse;
+    int64_t stride_bands, stride_bands_kind, stride_below, stride_below_kind, stride_halves, stride_columns,
+        stride_columns_below;
+    int32_t page_size;
+    int32_t num_rows, context_len;
+    int32_t num_qo_heads, group;
+    int32_t heads_a_wave;  // programs that run at once, over heads of a group
+    float scale_log2;
+};
+
+template <int HEAD_DIM>
+struct Shape {
+    static constexpr int BLOCKS = HEAD_DIM / BOX;
+    // Values stay longer: until the scores of the next stage are softened.
+    static constexpr int KEY_STAGES = HEAD_DIM == 128 ? 2 : 4;
+    static constexpr int VALUE_STAGES = HEAD_DIM == 128 ? 4 : 6;
+    static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
+    static constexpr int QUERY_BLOCK_BYTES = HALF * hopper::SWIZZLE_BYTES;
+    static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
+    static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;  // of one half
+};
+
+// Registers a thread: two consumer warpgroups and a producer share 64K.
+constexpr int CONSUMER_REGISTERS = 216;
+constexpr int PRODUCER_REGISTERS = 72;
+constexpr int THREADS = 3 * hopper::WARPGROUP;
+
+// Half of the producer warpgroup brings keys, the other half values.
+constexpr int COPYING_THREADS = hopper::WARPGROUP / 2;
+constexpr int COPYING_WARPS = COPYING_THREADS / hopper::WARP;
+// Every copying thread, and once more each warp when it has written the mask.
+constexpr int FULL_ARRIVALS = COPYING_THREADS + COPYING_WARPS;
+// Every consuming warp; for a half that does not see a stage the producer arrives.
+constexpr int WARPS_A_HALF = hopper::WARPGROUP / hopper::WARP;
+constexpr int EMPTY_ARRIVALS = 2 * WARPS_A_HALF;
+
+template <int HEAD_DIM>
+struct alignas(1024) Storage {
+    using S = Shape<HEAD_DIM>;
+    char q[2][S::QUERY_BYTES];
+    char k[S::KEY_STAGES][S::KEY_BYTES];
+    char v[S::VALUE_STAGES][S::KEY_BYTES];
+    // One bit a key of a stage of columns: whether a half takes it from there.
+    uint32_t fresh[S::KEY_STAGES][2][TILE / 32];
+    // Whoever sees a stage waits at a barrier that is filled for nobody else: no phase passes that it does not see.
+    uint64_t k_full[S::KEY_STAGES][KINDS], v_full[S::VALUE_STAGES][KINDS];
+    uint64_t k_empty[S::KEY_STAGES], v_empty[S::VALUE_STAGES];
+    uint64_t q_full, q_empty;
+};
+
+// One tile of one head, and how much of each list it may use.
+struct Work {
+    int head, kv_head, tile;
+    int num_bands[KINDS];
+    int num_columns;
+
+    __device__ __forceinline__ int start_row() const { return tile * TILE; }
+};
+
+// In what stages a tile's bands come. Most stages bring eight bands that both halves see, without a mask. What is left of
+// those goes to each half with the bands that it alone sees, in private stages. A pair of private stages, one a half,
+// takes two loads for the work of one: pairs are spread among the shared stages, to load at an even pace.
+struct BandStages {
+    int shared, rest;      // stages, and bands that fill no stage
+    int bands[2], own[2];  // of each half's private stages, and how many stages that makes
+    int pairs, shared_a_pair;
+
+    __device__ __forceinline__ explicit BandStages(const Work& work)
+        : shared(work.num_bands[SHARED] / BANDS_A_STAGE), rest(work.num_bands[SHARED] % BANDS_A_STAGE) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            bands[half] = rest + work.num_bands[1 + half];
+            own[half] = (bands[half] + BANDS_A_STAGE - 1) / BANDS_A_STAGE;
+        }
+        // A half must not sit out two stages in a row: it leaves a slot of the ring two of its own stages later. The lists
+        // of one estimate differ by four bands at most; others are evened out by empty stages.
+        own[0] = max(own[0], own[1] - 1);
+        own[1] = max(own[1], own[0] - 1);
+        pairs = min(own[0], own[1]);
+        shared_a_pair = pairs > 0 ? shared / pairs : 0;
+    }
+
+    __device__ __forceinline__ int total() const { return shared + own[0] + own[1]; }
+
+    // Shared stages that come just before a pair; those that are left come after the last.
+    __device__ __forceinline__ int shared_before(int pair) const {
+        if (pair < pairs) return shared_a_pair;
+        return pair == pairs ? shared - pairs * shared_a_pair : 0;
+    }
+};
+
+struct Order {
+    int first_tile, num_tiles;
+
+    __device__ __forceinline__ explicit Order(const Params& p)
+        : first_tile(p.context_len / TILE), num_tiles((p.context_len + p.num_rows + TILE - 1) / TILE - first_tile) {}
+
+    __device__ __forceinline__ int size(const Params& p) const { return num_tiles * p.num_qo_heads; }
+
+    // Neighbouring programs are the heads of one KV group, then neighbouring tiles: they share keys in L2. The longest
+    // tiles come first, so that the short ones fill the tail. From wave to wave a program moves on to the next head of
+    // the group, since some heads keep more than others.
+    __device__ __forceinline__ Work at(const Params& p, int id) const {
+        const int tiles_before = id / p.group % num_tiles;
+        Work work;
+        work.kv_head = id / (p.group * num_tiles);
+        work.tile = first_tile + num_tiles - 1 - tiles_before;
+        work.head = work.kv_head * p.group + (id + tiles_before / p.heads_a_wave) % p.group;
+        const int32_t* below = p.bands_below + work.head * p.stride_below + work.tile;
+#pragma unroll
+        for (int kind = 0; kind < KINDS; ++kind) work.num_bands[kind] = __ldg(below + kind * p.stride_below_kind);
+        work.num_columns = __ldg(p.columns_below + work.head * p.stride_columns_below + work.tile);
+        return work;
+    }
+};
+
+}  // namespace attend

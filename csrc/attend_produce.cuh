@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+// The producer warpgroup of the attending kernel: finds a tile's kept keys in the pages and copies them into the ring.
+//
+// Bands come as boxes by the bulk copy engine, own keys and columns row by row by cp.async. Where they lie is looked up
+// stages ahead: list, block table and copy are a chain of three trips to L2. Slots of a stage that no listed key fills
+// keep what they held, a key of an earlier stage or zero, and are masked by the consumer: no garbage enters a product.
+#pragma once
+
+#include "attend.cuh"
+
+namespace attend {
+
+constexpr int BANDS_A_WARP = BANDS_A_STAGE / COPYING_WARPS;  // of a stage
+constexpr int STAGES_LOOKED_UP = hopper::WARP / BANDS_A_WARP;
+constexpr int ROWS_A_THREAD = TILE / COPYING_THREADS;
+
+constexpr int NOWHERE = -1;
+
+// Where a band begins, and the kind of its stage.
+struct Place {
+    int page, token, kind;
+};
+
+// A thread's keys of a stage, NOWHERE where it has none.
+struct Keys {
+    int key[ROWS_A_THREAD];
+};
+
+// Where they lie, and which halves see them in bands (bit 0: the first, bit 1: the second).
+struct Rows {
+    Keys keys;
+    int page[ROWS_A_THREAD];
+    uint32_t halves[ROWS_A_THREAD];
+};
+
+// The bands of one stage: `count` of a kind, from `start` on. The consumers go through the stages in the same order.
+struct BandList {
+    int kind, start, count;
+
+    __device__ __forceinline__ BandList(const BandStages& stages, int stage) {
+        const int round = stages.shared_a_pair + 2;
+        int index;
+        if (stage < stages.pairs * round) {
+            const int in_round = stage % round - stages.shared_a_pair;
+            kind = in_round < 0 ? SHARED : 1 + in_round;
+            index = stage / round;
+            if (kind == SHARED) index = index * stages.shared_a_pair + stage % round;
+        } else if (stage < stages.shared + 2 * stages.pairs) {
+            kind = SHARED;
+            index = stage - 2 * stages.pairs;
+        } else {
+            kind = stages.own[0] > stages.own[1] ? 1 : 2;
+            index = stage - stages.shared - stages.pairs;
+        }
+        start = index * BANDS_A_STAGE;
+        count = kind == SHARED ? stages.shared * BANDS_A_STAGE : kind == 1 ? stages.bands[0] : stages.bands[1];
+    }
+};
+
+// The keys' or the values' half of the ring, and where they come from.
+template <int HEAD_DIM>
+struct Stream {
+    using S = Shape<HEAD_DIM>;
+    const Params& p;
+    Storage<HEAD_DIM>& shared;
+    const bool is_keys;
+    const int thread;  // of COPYING_THREADS
+    const int warp = thread / hopper::WARP, lane = thread % hopper::WARP;
+    const CUtensorMap* const map;
+    const char* const source;
+    char (*const tiles)[S::KEY_BYTES];
+    uint64_t (*const full)[KINDS];
+    uint64_t* const empty;
+    const int num_slots;
+    int slot = 0;
+    uint32_t phase = 0;  // of `empty`'s barriers
+
+    __device__ __forceinline__ Stream(const Params& p, Storage<HEAD_DIM>& shared, bool is_keys, int thread)
+        : p(p),
+          shared(shared),
+          is_keys(is_keys),
+          thread(thread),
+          map(is_keys ? &p.k_map : &p.v_map),
+          source(is_keys ? p.k : p.v),
+          tiles(is_keys ? shared.k : shared.v),
+          full(is_keys ? shared.k_full : shared.v_full),
+          empty(is_keys ? shared.k_empty : shared.v_empty),
+          num_slots(is_keys ? S::KEY_STAGES : S::VALUE_STAGES) {}
+
+    __device__ __forceinline__ uint32_t place() const { return hopper::shared_address(tiles[slot]); }
+    __device__ __forceinline__ void wait_for_place() { hopper::wait(&empty[slot], phase ^ 1); }
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == num_slots) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+
+    // Look up this warp's bands of STAGES_LOOKED_UP stages from `first` on, a lane each.
+    __device__ __forceinline__ Place look_up_bands(const Work& work, const BandStages& stages, int first) const {
+        const int stage = first + lane / BANDS_A_WARP;
+        if (stage >= stages.total()) return {NOWHERE, 0, SHARED};
+        const BandList list(stages, stage);
+        const int entry = list.start + warp * BANDS_A_WARP + lane % BANDS_A_WARP;
+        if (entry >= list.count) return {NOWHERE, 0, list.kind};
+        const bool is_shared = list.kind == SHARED || entry < stages.rest;
+        const int index = list.kind == SHARED ? entry : is_shared ? stages.shared * BANDS_A_STAGE + entry : entry - stages.rest;
+        const int64_t kind = is_shared ? 0 : list.kind * p.stride_bands_kind;
+        const int key = work.start_row() - __ldg(p.bands + work.head * p.stride_bands + kind + index) * BAND;
+        return {__ldg(p.block_table + key / p.page_size), key % p.page_size, list.kind};
+    }
+
+    // Bring the stage that lies `ahead` in what was looked up.
+    __device__ __forceinline__ void bring_bands(const Work& work, Place looked_up, int ahead) {
+        constexpr int BAND_BYTES = BAND * HEAD_DIM * 2;
+        const uint32_t found = __ballot_sync(0xFFFFFFFF, looked_up.page != NOWHERE) >> (ahead * BANDS_A_WARP);
+        const int num_bands = __popc(found & ((1 << BANDS_A_WARP) - 1));
+        const int kind = __shfl_sync(0xFFFFFFFF, looked_up.kind, ahead * BANDS_A_WARP);
+        wait_for_place();
+        uint64_t* barrier = &full[slot][kind];
+        if (lane == 0) hopper::arrive_expecting(barrier, num_bands * BAND_BYTES);
+        if (thread == 0) hopper::arrive(barrier, FULL_ARRIVALS - COPYING_WARPS);
+        if (thread == 0 && kind != SHARED) hopper::arrive(&empty[slot], WARPS_A_HALF);
+        const uint32_t target = place() + warp * BANDS_A_WARP * BAND * hopper::SWIZZLE_BYTES;
+#pragma unroll
+        for (int band = 0; band < BANDS_A_WARP; ++band) {
+            const int from = ahead * BANDS_A_WARP + band;
+            const int page = __shfl_sync(0xFFFFFFFF, looked_up.page, from);
+            const int token = __shfl_sync(0xFFFFFFFF, looked_up.token, from);
+            if (lane != 0 || band >= num_bands) continue;
+#pragma unroll
+            for (int block = 0; block < S::BLOCKS; ++block) {
+                const uint32_t box = target + block * S::KEY_BLOCK_BYTES + band * BAND * hopper::SWIZZLE_BYTES;
+                hopper::copy_box(box, map, barrier, block * BOX, token, work.kv_head, page);
+            }
+        }
+        advance();
+    }
+
+    __device__ __forceinline__ Rows look_up(const Work& work, const Keys& keys, bool in_columns) const {
+        Rows rows;
+        rows.keys = keys;
+#pragma unroll
+        for (int part = 0; part < ROWS_A_THREAD; ++part) {
+            const int key = keys.key[part];
+            rows.page[part] = 0;
+            rows.halves[part] = 0;
+            if (key == NOWHERE) continue;
+            rows.page[part] = __ldg(p.block_table + key / p.page_size);
+            const int offset = work.tile * BANDS_A_TILE - key / BAND;
+            if (in_columns) rows.halves[part] = __ldg(p.band_halves + work.head * p.stride_halves + offset);
+        }
+        return rows;
+    }
+
+    __device__ __forceinline__ Keys own_keys(const Work& work) const {
+        const int last_key = p.context_len + p.num_rows - 1;
+        const int first = work.start_row() + thread;
+        return {min(first, last_key), min(first + COPYING_THREADS, last_key)};
+    }
+
+    __device__ __forceinline__ Keys columns(const Work& work, int start) const {
+        Keys keys;
+#pragma unroll
+        for (int part = 0; part < ROWS_A_THREAD; ++part) {
+            const int entry = start + thread + part * COPYING_THREADS;
+            keys.key[part] = NOWHERE;
+            if (entry < work.num_columns) keys.key[part] = __ldg(p.columns + work.head * p.stride_columns + entry);
+        }
+        return keys;
+    }
+
+    // Copy this warp's rows of a stage, those that its lanes have looked up. Returns which each half takes: bit
+    // 2 * part + half.
+    __device__ __forceinline__ uint32_t bring_rows(const Work& work, const Rows& rows) {
+        constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes a row
+        constexpr int ROWS_AT_ONCE = hopper::WARP / CHUNKS;
+        const int chunk = lane % CHUNKS;
+        uint32_t taken = 0;
+        wait_for_place();
+#pragma unroll
+        for (int part = 0; part < ROWS_A_THREAD; ++part) {
+            const uint32_t block = place() + chunk / 8 * S::KEY_BLOCK_BYTES;
+            const int first_row = part * COPYING_THREADS + warp * hopper::WARP;
+            const int key = rows.keys.key[part];
+            const int64_t in_cache = rows.page[part] * p.stride_page + key % p.page_size * p.stride_token;
+            const int64_t lies_at = key == NOWHERE ? NOWHERE : in_cache + work.kv_head * p.stride_kv_head;
+            if (key != NOWHERE) taken |= (rows.halves[part] ^ 3) << (2 * part);
+#pragma unroll 4
+            for (int i = 0; i < CHUNKS; ++i) {
+                const int from = i * ROWS_AT_ONCE + lane / CHUNKS;
+                const int64_t row_lies_at = __shfl_sync(0xFFFFFFFF, lies_at, from);
+                const int row = first_row + from;
+                const uint32_t target = block + row * hopper::SWIZZLE_BYTES + ((chunk % 8) ^ (row % 8)) * 16;
+                if (row_lies_at >= 0) hopper::copy_16_bytes(target, source + row_lies_at + chunk * 16);
+            }
+        }
+        hopper::arrive_after_copies(&full[slot][SHARED]);
+        if (is_keys) write_mask(shared.fresh[slot], taken);
+        if (lane == 0) hopper::arrive(&full[slot][SHARED]);
+        advance();
+        return taken;
+    }
+
+    __device__ __forceinline__ void write_mask(uint32_t (*fresh)[TILE / 32], uint32_t taken) const {
+#pragma unroll
+        for (int part = 0; part < ROWS_A_THREAD; ++part) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t bits = __ballot_sync(0xFFFFFFFF, taken >> (2 * part + half) & 1);
+                if (lane == 0) fresh[half][part * COPYING_WARPS + warp] = bits;
+            }
+        }
+    }
+
+    // Bring both halves' query rows, once the consumers need those of the tile before no more.
+    __device__ __forceinline__ void bring_queries(const Work& work, uint32_t phase) const {
+        hopper::wait(&shared.q_empty, phase ^ 1);
+        hopper::arrive_expecting(&shared.q_full, 2 * S::QUERY_BYTES);
+        for (int i = 0; i < 2 * S::BLOCKS; ++i) {
+            const int half = i / S::BLOCKS, block = i % S::BLOCKS;
+            const uint32_t target = hopper::shared_address(shared.q[half] + block * S::QUERY_BLOCK_BYTES);
+            // Rows that the chunk does not have come as zeros.
+            const int row = work.start_row() + half * HALF - p.context_len;
+            hopper::copy_box(target, &p.q_map, &shared.q_full, block * BOX, work.head, row);
+        }
+    }
+};
+
+// Row-key pairs that the halves of a tile attend to. `taken`: columns that a thread has brought for each half.
+__device__ __forceinline__ long long count_pairs(const Params& p, const Work& work, const int (&taken)[2], bool first) {
+    long long pairs = 0;
+    for (int half = 0; half < 2; ++half) {
+        const int begin = max(work.start_row() + half * HALF, p.context_len);
+        const int end = min(work.start_row() + (half + 1) * HALF, p.context_len + p.num_rows);
+        const long long rows = max(end - begin, 0);
+        pairs += rows * taken[half];
+        if (!first) continue;  // one thread counts what all have brought together
+        const int in_bands = BAND * (work.num_bands[SHARED] + work.num_bands[1 + half]);
+        pairs += rows * (in_bands + begin - work.start_row()) + rows * (rows + 1) / 2;
+    }
+    return pairs;
+}
+
+// Bring one tile's stages, in the order that the consumers expect them. Returns the pairs this thread has counted.
+template <int HEAD_DIM>
+__device__ __forceinline__ long long produce_tile(Stream<HEAD_DIM>& stream, const Work& work, uint32_t q_phase) {
+    const BandStages stages(work);
+    const Rows own = stream.look_up(work, stream.own_keys(work), false);
+    Keys next_columns = stream.columns(work, 0);
+    Place next_bands = stream.look_up_bands(work, stages, 0);
+    Rows next_rows = stream.look_up(work, next_columns, true);
+    next_columns = stream.columns(work, TILE);
+    stream.bring_rows(work, own);
+    if (stream.is_keys && stream.thread == 0) stream.bring_queries(work, q_phase);
+    __syncwarp();
+#pragma unroll 1
+    for (int first = 0; first < stages.total(); first += STAGES_LOOKED_UP) {
+        const Place bands = next_bands;
+        next_bands = stream.look_up_bands(work, stages, first + STAGES_LOOKED_UP);
+        const int looked_up = min(stages.total() - first, STAGES_LOOKED_UP);
+#pragma unroll 1
+        for (int ahead = 0; ahead < looked_up; ++ahead) stream.bring_bands(work, bands, ahead);
+    }
+    int taken[2] = {0, 0};
+#pragma unroll 1
+    for (int start = 0; start < work.num_columns; start += TILE) {
+        const Rows rows = next_rows;
+        next_rows = stream.look_up(work, next_columns, true);
+        next_columns = stream.columns(work, start + 2 * TILE);
+        const uint32_t bits = stream.bring_rows(work, rows);
+        taken[0] += __popc(bits & 0b0101);
+        taken[1] += __popc(bits & 0b1010);
+    }
+    return count_pairs(stream.p, work, taken, stream.thread == 0);
+}
+
+template <int HEAD_DIM>
+__device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shared, bool is_keys, int thread) {
+    Stream<HEAD_DIM> stream(p, shared, is_keys, thread);
+    const Order order(p);
+    uint32_t q_phase = 0;
+    long long pairs = 0;
+    Work work = order.at(p, min(int(blockIdx.x), order.size(p) - 1));
+    for (int id = blockIdx.x; id < order.size(p); id += gridDim.x) {
+        const Work next = order.at(p, min(id + int(gridDim.x), order.size(p) - 1));
+        pairs += produce_tile(stream, work, q_phase);
+        q_phase ^= 1;
+        work = next;
+    }
+    if (is_keys && pairs) atomicAdd(p.kept_pairs, (unsigned long long)pairs);
+}
+
+}  // namespace attend

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels use of Hopper (sm_90a), one PTX instruction a function: mbarriers, asynchronous copies, wgmma.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace hopper {
+
+constexpr int WARP = 32;
+constexpr int WARPGROUP = 128;
+// Shared memory that wgmma reads is swizzled in rows of 128 bytes, eight rows to an atom.
+constexpr int SWIZZLE_BYTES = 128;
+constexpr int ATOM_BYTES = 8 * SWIZZLE_BYTES;
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- mbarriers -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void init_barrier(uint64_t* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive(uint64_t* barrier, uint32_t count = 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Arrive, and let the phase wait for `bytes` of bulk copies too.
+__device__ __forceinline__ void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Arrive once all cp.async of this thread have landed.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- named barriers --------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void wait_named(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void arrive_named(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ---- copies ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void copy_16_bytes(uint32_t destination, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
+}
+
+__device__ __forceinline__ void copy_box(
+    uint32_t destination, const CUtensorMap* map, uint64_t* barrier, int x0, int x1, int x2
+) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+            "r"(destination),
+        "l"(map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "r"(x2)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_box(
+    uint32_t destination, const CUtensorMap* map, uint64_t* barrier, int x0, int x1, int x2, int x3
+) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];" ::"r"(destination),
+        "l"(map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+        : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// What cp.async wrote becomes visible to wgmma.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- registers, arithmetic ------------------------------------------------------------------------------------
+
+template <int COUNT>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two numbers side by side, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+    uint32_t packed;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    }
+    return packed;
+}
+
+// ---- wgmma -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Wait until at most PENDING committed groups still run.
+template <int PENDING>
+__device__ __forceinline__ void mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Descriptors of what lies `bytes` further on.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+// Keeps the compiler from moving reads of an accumulator over the wait for it.
+template <int COUNT>
+__device__ __forceinline__ void pin(float (&registers)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// Descriptor of a matrix in swizzled shared memory. `leading` is the distance in bytes between blocks of 64 elements
+// along the contiguous dimension (used if that is not the one summed over), `stride` that between groups of 8 rows.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = ATOM_BYTES) {
+    constexpr uint64_t SWIZZLE_128 = 1ull << 62;
+    return SWIZZLE_128 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
+}
+
+#define HOPPER_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define HOPPER_16(d, i) HOPPER_4(d, i), HOPPER_4(d, i + 4), HOPPER_4(d, i + 8), HOPPER_4(d, i + 12)
+#define HOPPER_NAMES_32                                                                                               \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define HOPPER_NAMES_64                                                                                              \
+    HOPPER_NAMES_32                                                                                                  \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "    \
+    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// D (+)= A B for 64 x N x 16, A and B in shared memory, both contiguous along the 16.
+template <typename T, bool ACCUMULATE>
+__device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) {
+#define HOPPER_MMA(TYPE)                                                                                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." \
+                 TYPE " {" HOPPER_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                                      \
+                 : HOPPER_16(d, 0), HOPPER_16(d, 16), HOPPER_16(d, 32), HOPPER_16(d, 48)                           \
+                 : "l"(a), "l"(b), "n"(int(ACCUMULATE)))
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        HOPPER_MMA("bf16");
+    } else {
+        HOPPER_MMA("f16");
+    }
+#undef HOPPER_MMA
+}
+
+// D += A B for 64 x N x 16, A in registers, B in shared memory and contiguous along N: N = 128 or 64 by the size of D.
+template <typename T>
+__device__ __forceinline__ void mma_add(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+#define HOPPER_MMA(TYPE)                                                                                             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" HOPPER_NAMES_64                   \
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                                       \
+                 : HOPPER_16(d, 0), HOPPER_16(d, 16), HOPPER_16(d, 32), HOPPER_16(d, 48)                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        HOPPER_MMA("bf16");
+    } else {
+        HOPPER_MMA("f16");
+    }
+#undef HOPPER_MMA
+}
+
+template <typename T>
+__device__ __forceinline__ void mma_add(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+#define HOPPER_MMA(TYPE)                                                                                            \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" HOPPER_NAMES_32                   \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"                                                      \
+                 : HOPPER_16(d, 0), HOPPER_16(d, 16)                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        HOPPER_MMA("bf16");
+    } else {
+        HOPPER_MMA("f16");
+    }
+#undef HOPPER_MMA
+}
+
+// D (+)= A B for 64 x 64 x 16, A and B in shared memory, both contiguous along the 16.
+template <typename T, bool ACCUMULATE>
+__device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
+#define HOPPER_MMA(TYPE)                                                                                          \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." \
+                 TYPE " {" HOPPER_NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                     \
+                 : HOPPER_16(d, 0), HOPPER_16(d, 16)                                                              \
+                 : "l"(a), "l"(b), "n"(int(ACCUMULATE)))
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        HOPPER_MMA("bf16");
+    } else {
+        HOPPER_MMA("f16");
+    }
+#undef HOPPER_MMA
+}
+
+#undef HOPPER_4
+#undef HOPPER_16
+#undef HOPPER_NAMES_32
+#undef HOPPER_NAMES_64
+
+}  // namespace hopper

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of 64 probe rows a head over all keys, summed by column and by diagonal, for Hopper (sm_90a): bf16 and
+// fp16, head_dim 64 and 128. Two passes over the keys, an exact softmax. Its twin: minference_vllm/reference/probe.py.
+//
+// Keys are read once a pass for all heads of a KV group. Masses are integers: atomics give the same sums in any order.
+
+#include "probe_lse.cuh"
+#include "probe_mass.cuh"
+#include "tensor_map.cuh"
+
+namespace probe {
+
+constexpr int MAX_SHARED_BYTES = 227 * 1024;
+
+// As many ranges of keys as take the fewest waves of programs, counted in tiles.
+inline int choose_splits(int programs_a_split, int num_tiles, int max_splits, int num_multiprocessors) {
+    constexpr int START = 4;  // what a program costs beside its tiles
+    int best = 1;
+    int64_t least = INT64_MAX;
+    for (int splits = 1; splits <= max_splits && splits <= num_tiles; ++splits) {
+        const int waves = (programs_a_split * splits + num_multiprocessors - 1) / num_multiprocessors;
+        const int64_t tiles = int64_t(waves) * ((num_tiles + splits - 1) / splits + START);
+        if (tiles < least) {
+            least = tiles;
+            best = splits;
+        }
+    }
+    return best;
+}
+
+template <int HEAD_DIM>
+cudaError_t launch(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
+    const int bytes = shared_bytes<HEAD_DIM>(p.batch_size, p.stages) + hopper::ATOM_BYTES;
+    constexpr auto LIMIT = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, LIMIT, MAX_SHARED_BYTES);
+    if (error != cudaSuccess) return error;
+    kernel<<<p.num_kv_heads * p.batches * p.splits, THREADS, bytes, stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <typename T, int HEAD_DIM>
+cudaError_t run(Params& p, cudaStream_t stream) {
+    p.stages = MAX_STAGES;
+    while (shared_bytes<HEAD_DIM>(p.batch_size, p.stages) + hopper::ATOM_BYTES > MAX_SHARED_BYTES) --p.stages;
+    const cudaError_t error = launch<HEAD_DIM>(lse_kernel<T, HEAD_DIM>, p, stream);
+    if (error != cudaSuccess) return error;
+    return launch<HEAD_DIM>(p.spread ? mass_kernel<T, HEAD_DIM, true> : mass_kernel<T, HEAD_DIM, false>, p, stream);
+}
+
+// With the most heads a program may have there are still two stages to overlap.
+static_assert(shared_bytes<128>(MAX_HEADS, 2) + hopper::ATOM_BYTES <= MAX_SHARED_BYTES);
+
+}  // namespace probe
+
+// See minference_vllm/kernels/cuda/probe.py, which mirrors it. Strides are in elements.
+struct MInferenceProbe {
+    const void *q, *k, *block_table;
+    void *partial_max, *partial_sum, *lse, *vertical, *slash;
+    int64_t stride_q_row, stride_q_head, stride_page, stride_kv_head, stride_token, stride_lse, stride_mass;
+    int32_t num_rows, context_len, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, is_bf16;
+    int32_t max_splits;           // that the partial sums have room for
+    int32_t num_multiprocessors;
+    int32_t spread;               // 64 rows over the whole chunk instead of its last 64
+    int32_t accumulate;           // add to the masses of other rows
+    float scale_log2;
+};
+
+static probe::Params make_params(const MInferenceProbe& a) {
+    constexpr int ELEMENT = 2;  // bytes
+    probe::Params p{};
+    p.q = static_cast<const char*>(a.q);
+    p.block_table = static_cast<const int32_t*>(a.block_table);
+    p.partial_max = static_cast<float*>(a.partial_max);
+    p.partial_sum = static_cast<float*>(a.partial_sum);
+    p.lse = static_cast<float*>(a.lse);
+    p.vertical = static_cast<int32_t*>(a.vertical);
+    p.slash = static_cast<int32_t*>(a.slash);
+    p.stride_q_row = a.stride_q_row * ELEMENT;
+    p.stride_q_head = a.stride_q_head * ELEMENT;
+    p.stride_lse = a.stride_lse;
+    p.stride_mass = a.stride_mass;
+    p.num_rows = a.num_rows;
+    p.context_len = a.context_len;
+    p.page_size = a.page_size;
+    p.num_kv_heads = a.num_kv_heads;
+    p.group = a.num_qo_heads / a.num_kv_heads;
+    p.batches = (p.group + probe::MAX_HEADS - 1) / probe::MAX_HEADS;
+    p.batch_size = (p.group + p.batches - 1) / p.batches;
+    p.num_tiles = (a.context_len + a.num_rows + probe::TILE - 1) / probe::TILE;
+    const int splits =
+        probe::choose_splits(p.num_kv_heads * p.batches, p.num_tiles, a.max_splits, a.num_multiprocessors);
+    p.tiles_each = (p.num_tiles + splits - 1) / splits;
+    p.splits = (p.num_tiles + p.tiles_each - 1) / p.tiles_each;
+    p.spread = a.spread;
+    p.accumulate = a.accumulate;
+    p.scale_log2 = a.scale_log2;
+    return p;
+}
+
+extern "C" int minference_probe(const MInferenceProbe* args, cudaStream_t stream) {
+    const MInferenceProbe& a = *args;
+    probe::Params p = make_params(a);
+    cudaError_t error = hopper::make_tensor_map<4>(
+        &p.k_map, a.is_bf16, a.k,
+        {uint64_t(a.head_dim), uint64_t(a.page_size), uint64_t(a.num_kv_heads), uint64_t(a.num_pages)},
+        {a.stride_token, a.stride_kv_head, a.stride_page}, {hopper::BOX_ELEMENTS, probe::BAND, 1, 1}
+    );
+    if (error != cudaSuccess) return error;
+    if (!a.accumulate) {
+        const size_t width = size_t(a.context_len + a.num_rows) * sizeof(int32_t);
+        error = cudaMemset2DAsync(a.slash, a.stride_mass * sizeof(int32_t), 0, width, a.num_qo_heads, stream);
+        if (error != cudaSuccess) return error;
+    }
+    if (a.head_dim == 128) {
+        return a.is_bf16 ? probe::run<__nv_bfloat16, 128>(p, stream) : probe::run<__half, 128>(p, stream);
+    }
+    if (a.head_dim == 64) {
+        return a.is_bf16 ? probe::run<__nv_bfloat16, 64>(p, stream) : probe::run<__half, 64>(p, stream);
+    }
+    return cudaErrorInvalidValue;
+}

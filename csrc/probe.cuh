@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both passes of the probe share: arguments, the work of a program, its shared memory, the probe rows.
+//
+// A program takes some heads of one KV group and a range of keys. A producer warp brings tiles of 128 consecutive keys
+// into a ring in shared memory; each head's 64 probe rows are one consumer warpgroup's, heads dealt out in turn.
+#pragma once
+
+#include "hopper.cuh"
+
+namespace probe {
+
+constexpr int NUM_PROBES = 64;
+constexpr int TILE = 128;  // keys
+constexpr int BAND = 16;   // consecutive keys of one page, a copy
+constexpr int BANDS = TILE / BAND;
+constexpr int MAX_HEADS = 8;  // of one program: their queries stay in shared memory
+constexpr int MAX_STAGES = 8;
+
+constexpr int CONSUMERS = 4;  // warpgroups
+constexpr int CONSUMER_THREADS = CONSUMERS * hopper::WARPGROUP;
+constexpr int THREADS = CONSUMER_THREADS + hopper::WARPGROUP;
+// 96 a thread at launch: 4 x 112 + 32 = 5 x 96.
+constexpr int CONSUMER_REGISTERS = 112;
+constexpr int PRODUCER_REGISTERS = 32;
+
+// Named barriers. Number 0 is __syncthreads'.
+constexpr int ALL_CONSUMERS = 1;
+constexpr int FIRST_TURN = 2;
+
+constexpr float NO_MAX = -1e30f;  // of a row that has seen no key
+
+struct Params {
+    CUtensorMap k_map;
+    const char* q;
+    const int32_t* block_table;  // this request's row
+    float* partial_max;          // [num_qo_heads, splits, NUM_PROBES], base 2
+    float* partial_sum;
+    float* lse;
+    int32_t* vertical;
+    int32_t* slash;
+    int64_t stride_q_row, stride_q_head;  // bytes
+    int64_t stride_lse, stride_mass;      // elements
+    int32_t num_rows, context_len, page_size;
+    int32_t num_kv_heads, group;
+    int32_t batches, batch_size;          // the heads of a group, at most MAX_HEADS at a time
+    int32_t splits, num_tiles, tiles_each;  // ranges of keys
+    int32_t stages;
+    int32_t spread, accumulate;
+    float scale_log2;
+
+    __device__ __forceinline__ int seq_len() const { return context_len + num_rows; }
+};
+
+// One program's share. Programs that read the same keys are neighbours, then those of the same tokens.
+struct Job {
+    int kv_head, first_head, num_heads;
+    int split, first_tile, num_tiles;
+
+    __device__ __forceinline__ explicit Job(const Params& p) {
+        const int batch = blockIdx.x % p.batches;
+        kv_head = blockIdx.x / p.batches % p.num_kv_heads;
+        split = blockIdx.x / p.batches / p.num_kv_heads;
+        first_head = kv_head * p.group + batch * p.batch_size;
+        num_heads = min(p.batch_size, p.group - batch * p.batch_size);
+        first_tile = split * p.tiles_each;
+        num_tiles = min(p.tiles_each, p.num_tiles - first_tile);
+    }
+};
+
+// Which rows are probed: the chunk's last ones, or as many spread evenly over it.
+struct Rows {
+    int num_rows, context_len;
+    bool spread;
+
+    __device__ __forceinline__ explicit Rows(const Params& p)
+        : num_rows(p.num_rows), context_len(p.context_len), spread(p.spread) {}
+
+    // Row of the chunk; negative if the chunk is too short to have it.
+    __device__ __forceinline__ int row(int probe) const {
+        return spread ? ((probe + 1) * num_rows) / NUM_PROBES - 1 : num_rows - NUM_PROBES + probe;
+    }
+    __device__ __forceinline__ int position(int probe) const { return context_len + row(probe); }
+
+    // Of the first row that the chunk has.
+    __device__ __forceinline__ int first_position() const { return context_len + max(row(0), 0); }
+};
+
+// The probe row that lies in a row of the queries' shared memory. The second pass gains by the order: a thread of
+// S^T = K Q^T, which holds columns 8 j + 2 t + {0, 1}, has the probe rows 4 i + t and sums diagonals by itself.
+__device__ __forceinline__ int probe_at(int place) { return (place & ~7) | (place & 1) << 2 | (place >> 1 & 3); }
+
+template <int HEAD_DIM>
+struct Shape {
+    static constexpr int BLOCKS = HEAD_DIM * 2 / hopper::SWIZZLE_BYTES;  // of 128 bytes a row
+    static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
+    static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
+    static constexpr int QUERY_BLOCK_BYTES = NUM_PROBES * hopper::SWIZZLE_BYTES;
+    static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;
+    static constexpr int STEPS_A_BLOCK = hopper::SWIZZLE_BYTES / 32;  // of 16 elements
+};
+
+struct Barriers {
+    uint64_t full[MAX_STAGES], empty[MAX_STAGES];
+};
+
+// Bytes that a pass keeps for each head: four floats a thread (first), log-sum-exps (second).
+constexpr int HEAD_BYTES = hopper::WARPGROUP * 4 * sizeof(float);
+
+template <int HEAD_DIM>
+__host__ __device__ constexpr int shared_bytes(int heads, int stages) {
+    return stages * Shape<HEAD_DIM>::KEY_BYTES + heads * (Shape<HEAD_DIM>::QUERY_BYTES + HEAD_BYTES) + sizeof(Barriers);
+}
+
+// Dynamic shared memory, cut up; sizes differ with the number of heads and stages.
+template <int HEAD_DIM>
+struct Shared {
+    using S = Shape<HEAD_DIM>;
+    char *keys, *queries, *heads;
+    Barriers* barriers;
+
+    __device__ __forceinline__ Shared(char* raw, const Params& p) {
+        // Swizzled atoms begin at multiples of 1024.
+        keys = raw + (-hopper::shared_address(raw) & (hopper::ATOM_BYTES - 1));
+        queries = keys + p.stages * S::KEY_BYTES;
+        heads = queries + p.batch_size * S::QUERY_BYTES;
+        barriers = reinterpret_cast<Barriers*>(heads + p.batch_size * HEAD_BYTES);
+    }
+};
+
+// A place in the ring and the parity of its barriers' phase.
+struct Ring {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ __forceinline__ void advance(int stages) {
+        if (++slot == stages) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+}  // namespace probe

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// How keys and queries come into the probe's shared memory.
+#pragma once
+
+#include "probe.cuh"
+
+namespace probe {
+
+// Barriers, before the producer and the consumers part.
+template <int HEAD_DIM>
+__device__ __forceinline__ void set_up(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
+    if (threadIdx.x == 0) {
+        hopper::prefetch_map(&p.k_map);
+        for (int i = 0; i < p.stages; ++i) {
+            hopper::init_barrier(&shared.barriers->full[i], 1);
+            // A warp of each warpgroup that has a head.
+            hopper::init_barrier(&shared.barriers->empty[i], min(job.num_heads, CONSUMERS) * 4);
+        }
+        hopper::fence_barrier_init();
+    }
+    __syncthreads();
+}
+
+// Where a band lies in the cache.
+struct Place {
+    int page, first;
+
+    __device__ __forceinline__ Place(const Params& p, int band) {
+        // Past the end the block table holds garbage: the last band stands in, no row sees those keys.
+        const int key = min(band, (p.seq_len() - 1) / BAND) * BAND;
+        page = __ldg(p.block_table + key / p.page_size);
+        first = key % p.page_size;
+    }
+};
+
+// One warp: lane l brings box l of each tile, a band's block of 128 bytes a key. The second pass goes BACKWARDS, since
+// the keys that the first has read last are still in L2.
+template <int HEAD_DIM, bool BACKWARDS>
+__device__ __forceinline__ void produce(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
+    using S = Shape<HEAD_DIM>;
+    const int lane = threadIdx.x % hopper::WARP;
+    const bool copies = lane < BANDS * S::BLOCKS;
+    const int band = lane / S::BLOCKS % BANDS, block = lane % S::BLOCKS;
+    const auto place = [&](int i) {
+        const int tile = job.first_tile + (BACKWARDS ? job.num_tiles - 1 - i : i);
+        return Place(p, tile * BANDS + band);
+    };
+    const uint32_t box =
+        hopper::shared_address(shared.keys) + block * S::KEY_BLOCK_BYTES + band * BAND * hopper::SWIZZLE_BYTES;
+    Ring ring;
+    Place next = place(0);
+    for (int i = 0; i < job.num_tiles; ++i) {
+        const Place here = next;
+        // Looked up a tile ahead.
+        if (i + 1 < job.num_tiles) next = place(i + 1);
+        uint64_t* full = &shared.barriers->full[ring.slot];
+        hopper::wait(&shared.barriers->empty[ring.slot], ring.phase ^ 1);
+        if (lane == 0) hopper::arrive_expecting(full, S::KEY_BYTES);
+        __syncwarp();
+        if (copies) {
+            hopper::copy_box(
+                box + ring.slot * S::KEY_BYTES, &p.k_map, full, block * (hopper::SWIZZLE_BYTES / 2), here.first,
+                job.kv_head, here.page
+            );
+        }
+        ring.advance(p.stages);
+    }
+}
+
+// All consumers: the probe rows of every head, swizzled as the tensor cores read them; zeros for rows that the chunk
+// does not have.
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_queries(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
+    using S = Shape<HEAD_DIM>;
+    constexpr int CHUNKS_A_BLOCK = hopper::SWIZZLE_BYTES / 16;
+    constexpr int CHUNKS = S::BLOCKS * CHUNKS_A_BLOCK;
+    const Rows rows(p);
+    for (int i = threadIdx.x; i < job.num_heads * NUM_PROBES * CHUNKS; i += CONSUMER_THREADS) {
+        const int chunk = i % CHUNKS, place = i / CHUNKS % NUM_PROBES, head = i / CHUNKS / NUM_PROBES;
+        const int row = rows.row(probe_at(place));
+        int4 elements = make_int4(0, 0, 0, 0);
+        if (row >= 0) {
+            const char* source = p.q + row * p.stride_q_row + (job.first_head + head) * p.stride_q_head + chunk * 16;
+            elements = __ldg(reinterpret_cast<const int4*>(source));
+        }
+        char* block = shared.queries + head * S::QUERY_BYTES + chunk / CHUNKS_A_BLOCK * S::QUERY_BLOCK_BYTES;
+        const int swizzled = (chunk ^ place) % CHUNKS_A_BLOCK;
+        *reinterpret_cast<int4*>(block + place * hopper::SWIZZLE_BYTES + swizzled * 16) = elements;
+    }
+    hopper::fence_async_proxy();
+}
+
+// Lets two of the four warpgroups use the tensor cores at a time, so that the others' arithmetic runs beside them: left
+// alone all four would multiply together, then all take exponentials together. Only where all have equally many heads.
+struct Turns {
+    bool taken, begins;
+    int own, next;
+
+    __device__ __forceinline__ Turns(int num_heads, int warpgroup)
+        : taken(num_heads % CONSUMERS == 0),
+          begins(warpgroup < CONSUMERS / 2),
+          own(FIRST_TURN + warpgroup),
+          next(FIRST_TURN + (warpgroup + CONSUMERS / 2) % CONSUMERS) {
+        if (!begins) pass();
+    }
+    __device__ __forceinline__ void wait() const {
+        if (taken) hopper::wait_named(own, 2 * hopper::WARPGROUP);
+    }
+    __device__ __forceinline__ void pass() const {
+        if (taken) hopper::arrive_named(next, 2 * hopper::WARPGROUP);
+    }
+    // Takes the last turn, so that no barrier is left half full.
+    __device__ __forceinline__ void finish() const {
+        if (begins) wait();
+    }
+};
+
+}  // namespace probe

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+// Second pass: the probe rows' probabilities, added up by column and by diagonal.
+#pragma once
+
+#include "probe_load.cuh"
+#include "probe_sums.cuh"
+
+namespace probe {
+
+// A head's log-sum-exps as threads read them: those of the rows 4 i + t side by side, padded against bank conflicts.
+constexpr int LSE_PITCH = ROWS_A_THREAD + 4;
+constexpr int LSE_A_HEAD = 4 * LSE_PITCH;
+static_assert(2 * LSE_A_HEAD * sizeof(float) <= HEAD_BYTES);  // with the table of positions, for one head
+
+// Log-sum-exp, base 2, of one row over all ranges of keys; -inf if it has seen no key.
+__device__ __forceinline__ float combine(const Params& p, int head, int probe) {
+    constexpr int AT_ONCE = 8;  // loads in flight
+    constexpr float LOWEST = -3e38f;
+    const int64_t first = int64_t(head) * p.splits * NUM_PROBES + probe;
+    float max = LOWEST, sum = 0.0f;
+    for (int start = 0; start < p.splits; start += AT_ONCE) {
+        float maxes[AT_ONCE], sums[AT_ONCE], new_max = max;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const bool ran = start + i < p.splits;
+            maxes[i] = ran ? p.partial_max[first + (start + i) * NUM_PROBES] : LOWEST;
+            sums[i] = ran ? p.partial_sum[first + (start + i) * NUM_PROBES] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) new_max = fmaxf(new_max, maxes[i]);
+        sum *= hopper::exp2_approx(max - new_max);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) sum += sums[i] * hopper::exp2_approx(maxes[i] - new_max);
+        max = new_max;
+    }
+    return max + log2f(sum);
+}
+
+// All consumers: finish the first pass for this program's heads. Behind them goes a table of the rows' positions.
+__device__ __forceinline__ void load_lse(const Params& p, const Job& job, float* shared_lse) {
+    constexpr float LN_2 = 0.6931471805599453f;
+    for (int i = threadIdx.x; i < job.num_heads * NUM_PROBES; i += CONSUMER_THREADS) {
+        const int head = i / NUM_PROBES, probe = i % NUM_PROBES;
+        const float lse = combine(p, job.first_head + head, probe);
+        if (job.split == 0) p.lse[(job.first_head + head) * p.stride_lse + probe] = lse * LN_2;
+        // +inf leaves no mass to a row that the chunk does not have.
+        shared_lse[head * LSE_A_HEAD + probe % 4 * LSE_PITCH + probe / 4] = lse == -INFINITY ? INFINITY : lse;
+    }
+    if (threadIdx.x < NUM_PROBES) {
+        const int probe = threadIdx.x;
+        reinterpret_cast<int*>(shared_lse + job.num_heads * LSE_A_HEAD)[probe] = Rows(p).position(probe);
+    }
+}
+
+// S^T = K Q^T for a tile and 64 rows. A warp gets 32 consecutive keys: of each 16, scores[h] takes the h-th eight.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void issue_transposed(float (&scores)[2][32], uint32_t queries, uint32_t keys) {
+    using S = Shape<HEAD_DIM>;
+    hopper::mma_fence();
+#pragma unroll
+    for (int step = 0; step < S::BLOCKS * S::STEPS_A_BLOCK; ++step) {
+        const int block = step / S::STEPS_A_BLOCK, inside = step % S::STEPS_A_BLOCK * 32;
+        const uint64_t b = hopper::advance(hopper::descriptor(queries, 0), block * S::QUERY_BLOCK_BYTES + inside);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint64_t first = hopper::descriptor(keys, 0, 2 * hopper::ATOM_BYTES);
+            const uint64_t a = hopper::advance(first, block * S::KEY_BLOCK_BYTES + inside + h * hopper::ATOM_BYTES);
+            if (step == 0) {
+                hopper::mma<T, false>(scores[h], a, b);
+            } else {
+                hopper::mma<T, true>(scores[h], a, b);
+            }
+        }
+    }
+    hopper::mma_commit();
+}
+
+// Where a thread's masses lie: rows 4 i + t, and keys 8 apart from the first on.
+template <bool SPREAD>
+struct Corner {
+    int t, first_key, first_position;
+    const int* positions;  // in shared memory: registers are short
+
+    __device__ __forceinline__ int position(int i) const {
+        return SPREAD ? positions[4 * i + t] : first_position + 4 * i + t;
+    }
+};
+
+template <bool SPREAD, bool MASKED>
+__device__ __forceinline__ void weigh(
+    const float (&scores)[2][32], const float* lse, float scale_log2, const Corner<SPREAD>& corner, Masses& mass
+) {
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+        const int last_key = MASKED ? corner.position(i) - corner.first_key : 0;
+#pragma unroll
+        for (int c = 0; c < KEYS_A_THREAD; ++c) {
+            const float score = scores[c % 2][i / 2 * 4 + c / 2 * 2 + i % 2];
+            float p = hopper::exp2_approx(fmaf(score, scale_log2, -lse[i]));
+            // A selection, since keys past the end may be NaN.
+            if (MASKED && 8 * c > last_key) p = 0.0f;
+            mass[i][c] = __float_as_uint(1.0f + p);
+        }
+    }
+}
+
+// Spread rows share no diagonals within a tile. A warp adds one row's 32 keys at once: they are neighbours in memory.
+__device__ __forceinline__ void add_entries(const Masses& mass, const Corner<true>& corner, int lane, int32_t* slash) {
+    slash -= corner.first_key + 8 * corner.t;
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+        const int4 positions = *reinterpret_cast<const int4*>(corner.positions + 4 * i);
+        uint32_t rows[4];
+        transpose(mass[i], rows, lane);
+        add_if_any(slash + positions.x, int(rows[0] - ONE));
+        add_if_any(slash + positions.y, int(rows[1] - ONE));
+        add_if_any(slash + positions.z, int(rows[2] - ONE));
+        add_if_any(slash + positions.w, int(rows[3] - ONE));
+    }
+}
+
+// Add one head's masses of a tile.
+template <bool SPREAD, bool MASKED>
+__device__ __forceinline__ void add_tile(
+    const Params& p, int head, int tile, int first_position, const float* shared_lse, const float* positions,
+    const Diagonals& diagonals, const float (&scores)[2][32]
+) {
+    const int lane = threadIdx.x % hopper::WARP;
+    const int warp_key = tile * TILE + threadIdx.x % hopper::WARPGROUP / hopper::WARP * KEYS_A_WARP;
+    const int t = lane % 4;
+    const Corner<SPREAD> corner{t, warp_key + lane / 4, first_position, reinterpret_cast<const int*>(positions)};
+    float lse[ROWS_A_THREAD];
+#pragma unroll
+    for (int i = 0; i < ROWS_A_THREAD; i += 4) {
+        *reinterpret_cast<float4*>(lse + i) = *reinterpret_cast<const float4*>(shared_lse + t * LSE_PITCH + i);
+    }
+    Masses mass;
+    weigh<SPREAD, MASKED>(scores, lse, p.scale_log2, corner, mass);
+
+    const int column = sum_column(mass, lane);
+    const int key = corner.first_key + 8 * t;
+    int32_t* vertical = p.vertical + head * p.stride_mass + key;
+    if (!MASKED || key < p.seq_len()) *vertical = column + (p.accumulate ? *vertical : 0);
+
+    int32_t* slash = p.slash + head * p.stride_mass;
+    if constexpr (SPREAD) {
+        add_entries(mass, corner, lane, slash);
+    } else {
+        int totals[Diagonals::KEPT];
+        diagonals.sum(mass, totals);
+        int32_t* first = slash + (first_position - warp_key + diagonals.first);
+#pragma unroll
+        for (int n = 0; n < Diagonals::KEPT; ++n) {
+            // Where no row sees a key there is no mass, and the address is none of the head's.
+            add_if_any(first + 32 * n, totals[n]);
+        }
+    }
+}
+
+template <typename T, int HEAD_DIM, bool SPREAD>
+__device__ __forceinline__ void consume_mass(
+    const Params& p, const Shared<HEAD_DIM>& shared, const Job& job, int warpgroup
+) {
+    using S = Shape<HEAD_DIM>;
+    const auto lse = reinterpret_cast<float*>(shared.heads);
+    load_queries(p, shared, job);
+    load_lse(p, job, lse);
+    hopper::wait_named(ALL_CONSUMERS, CONSUMER_THREADS);
+    if (warpgroup >= job.num_heads) return;
+
+    const float* positions = lse + job.num_heads * LSE_A_HEAD;
+    const int first = Rows(p).position(0), first_visible = Rows(p).first_position();
+    const Diagonals diagonals(threadIdx.x % hopper::WARP);
+    const Turns turns(job.num_heads, warpgroup);
+    Ring ring;
+    for (int tile = job.first_tile + job.num_tiles - 1; tile >= job.first_tile; --tile) {
+        const uint32_t keys = hopper::shared_address(shared.keys) + ring.slot * S::KEY_BYTES;
+        hopper::wait(&shared.barriers->full[ring.slot], ring.phase);
+        for (int head = warpgroup; head < job.num_heads; head += CONSUMERS) {
+            float scores[2][32];
+            turns.wait();
+            issue_transposed<T, HEAD_DIM>(scores, hopper::shared_address(shared.queries) + head * S::QUERY_BYTES, keys);
+            hopper::mma_wait<0>();
+            hopper::pin(scores[0]);
+            hopper::pin(scores[1]);
+            turns.pass();
+            if (head + CONSUMERS >= job.num_heads && threadIdx.x % hopper::WARP == 0) {
+                hopper::arrive(&shared.barriers->empty[ring.slot]);
+            }
+            const float* head_lse = lse + head * LSE_A_HEAD;
+            if (tile * TILE + TILE - 1 > first_visible) {
+                add_tile<SPREAD, true>(p, job.first_head + head, tile, first, head_lse, positions, diagonals, scores);
+            } else {
+                add_tile<SPREAD, false>(p, job.first_head + head, tile, first, head_lse, positions, diagonals, scores);
+            }
+        }
+        ring.advance(p.stages);
+    }
+    turns.finish();
+}
+
+template <typename T, int HEAD_DIM, bool SPREAD>
+__global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant__ Params p) {
+    extern __shared__ char raw[];
+    const Shared<HEAD_DIM> shared(raw, p);
+    const Job job(p);
+    set_up(p, shared, job);
+    // Read from lane 0: the compiler then knows that a warp does not part here.
+    const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
+    if (warpgroup == CONSUMERS) {
+        hopper::fewer_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x < CONSUMER_THREADS + hopper::WARP) produce<HEAD_DIM, true>(p, shared, job);
+    } else {
+        hopper::more_registers<CONSUMER_REGISTERS>();
+        consume_mass<T, HEAD_DIM, SPREAD>(p, shared, job, warpgroup);
+    }
+}
+
+}  // namespace probe

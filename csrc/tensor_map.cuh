@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side: descriptions of tensors in global memory for the bulk copy engine.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace hopper {
+
+constexpr int BOX_ELEMENTS = 64;  // 128 bytes of a 16-bit type: one swizzled row
+
+// The driver's encoder, found at run time: the library links to no libcuda.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+    static const auto encoder = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        const cudaError_t error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+        const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+        return found ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function) : nullptr;
+    }();
+    return encoder;
+}
+
+// Describe a tensor of a 16-bit type whose first dimension is contiguous.
+//   sizes: elements, `strides`: elements between neighbours along each dimension but the first, `box`: what one copy brings.
+// Reads outside the sizes give zeros.
+template <int RANK>
+cudaError_t make_tensor_map(
+    CUtensorMap* map, bool is_bf16, const void* base, const uint64_t (&sizes)[RANK], const int64_t (&strides)[RANK - 1],
+    const uint32_t (&box)[RANK]
+) {
+    const auto encode = tensor_map_encoder();
+    if (encode == nullptr) return cudaErrorNotSupported;
+    cuuint64_t bytes[RANK - 1];
+    cuuint32_t steps[RANK];
+    for (int i = 0; i < RANK; ++i) steps[i] = 1;
+    for (int i = 0; i + 1 < RANK; ++i) bytes[i] = uint64_t(strides[i]) * 2;
+    const CUresult result = encode(
+        map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, RANK,
+        const_cast<void*>(base), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
+    );
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace hopper

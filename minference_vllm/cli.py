@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `minference-vllm tune` finds the gate for a model on this machine."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from minference_vllm.config import CONFIG_FILE_VARIABLE, ConfigError, MInferenceConfig, load_config
+from minference_vllm.tuning.gate import MIN_SPEEDUP, Timing, crossover, write_gate
+from minference_vllm.tuning.heads import Heads, of_model
+
+LENGTHS = [1024 * k for k in (4, 8, 16, 24, 32, 48, 64, 96, 128)]
+FAILED, NEVER_WINS = 2, 3
+
+TUNE = f"""\
+Times one layer's attention at the end of prompts of growing length, dense (vLLM's FlashAttention) and sparse (this
+package's kernels, on drawn key sets), and writes the length from which sparse stays faster into a file of settings for
+{CONFIG_FILE_VARIABLE}. Its other settings are kept, and measured with.
+Exit status: 0 written, {FAILED} not measured, {NEVER_WINS} sparse never wins, nothing written."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return tune(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return FAILED
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Measure, decide, write; the exit status."""
+    config = load_config(None, {CONFIG_FILE_VARIABLE: str(options.out)} if options.out.exists() else {})
+    timings: list[Timing] = []
+    for timing in _measure(options, config):
+        if not timings:
+            print(f"{'tokens':>8} {'dense ms':>9} {'sparse ms':>9} {'speed-up':>9}")
+        print(f"{timing.tokens:8} {timing.dense_ms:9.3f} {timing.sparse_ms:9.3f} {timing.speedup:9.2f}", flush=True)
+        timings.append(timing)
+    gate = crossover(timings)
+    if gate is None:
+        print(f"At {timings[-1].tokens} tokens sparse is not {MIN_SPEEDUP} times as fast as dense: nothing is written.")
+        return NEVER_WINS
+    write_gate(options.out, gate)
+    print(f"Sparse wins from {gate} tokens on: min_seq_len = {gate} is in {options.out}.")
+    print(f"Serve with it: {CONFIG_FILE_VARIABLE}={options.out} vllm serve MODEL --attention-backend minference")
+    return 0
+
+
+def _measure(options: argparse.Namespace, config: MInferenceConfig) -> Iterator[Timing]:
+    import torch  # not for --help
+
+    if not torch.cuda.is_available():
+        raise ConfigError("tune measures on the GPU that will serve, and this machine has none.")
+    from minference_vllm.tuning.timing import measure
+
+    heads = _heads(options)
+    print(f"{heads}, chunks of {options.chunk}, {torch.cuda.get_device_name()}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    return measure(heads, config, device, sorted(options.lengths), options.chunk, options.repeats)
+
+
+def _heads(options: argparse.Namespace) -> Heads:
+    given = (options.heads, options.kv_heads, options.head_dim)
+    if options.model and not any(given):
+        heads = of_model(options.model)
+    elif all(given) and not options.model:
+        heads = Heads(*given)
+    else:
+        raise ConfigError("Give --model, or --heads, --kv-heads and --head-dim.")
+    return heads.on_rank(options.tensor_parallel_size)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minference-vllm", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("tune", description=TUNE, help="find min_seq_len for a model on this machine")
+    command.add_argument("--model", help="directory, or name on the hub: its config.json says the heads")
+    command.add_argument("--heads", type=_count, help="query heads, in place of --model")
+    command.add_argument("--kv-heads", type=_count)
+    command.add_argument("--head-dim", type=_count)
+    command.add_argument("--tensor-parallel-size", type=_count, default=1, help="GPUs that share the heads")
+    command.add_argument("--chunk", type=_count, default=8192, help="the server's --max-num-batched-tokens")
+    command.add_argument("--lengths", type=_count, nargs="+", default=LENGTHS, help="prompt lengths, in tokens")
+    command.add_argument("--repeats", type=_count, default=20, help="timed runs at each length")
+    out, usual = os.environ.get(CONFIG_FILE_VARIABLE), "minference.json"
+    named = f"the file to write; default: the one that {CONFIG_FILE_VARIABLE} names, else {usual}"
+    command.add_argument("--out", type=Path, default=out or usual, help=named)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

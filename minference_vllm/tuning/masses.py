@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention masses as real prompts have them, drawn: random queries and keys attend to everything alike.
+
+Verticals are the sinks and random columns. Slashes are half a contiguous local band and half clusters at random
+distances.
+"""
+
+import torch
+
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.workspace import Workspace
+
+CLUSTER = 50  # neighbouring diagonals
+CHOSEN = 1 << 20  # mass of a drawn entry; any other has none
+
+
+class KeySets:
+    """Masses under which exactly the drawn columns and diagonals are selected; drawn once for each prompt length."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._drawn: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def overwrite(self, ws: Workspace, seq_len: int, config: MInferenceConfig) -> None:
+        """Replace the probe's masses of a chunk that ends at seq_len."""
+        num_heads, device = len(ws.vertical), ws.vertical.device
+        if (num_heads, seq_len) not in self._drawn:
+            generator = torch.Generator(device).manual_seed(self._seed + seq_len)
+            vertical = draw_columns(num_heads, seq_len, config.vertical_size, config.sink_tokens, generator)
+            slash = draw_diagonals(num_heads, seq_len, config.slash_size, generator)
+            self._drawn[num_heads, seq_len] = vertical, slash
+        vertical, slash = self._drawn[num_heads, seq_len]
+        ws.vertical[:, :seq_len].copy_(vertical)
+        ws.slash[:, :seq_len].copy_(slash)
+
+
+def draw_columns(num_heads: int, seq_len: int, size: int, sinks: int, generator: torch.Generator) -> torch.Tensor:
+    """[num_heads, seq_len] int32 masses: `size` columns (all, if there are fewer), the first `sinks` among them."""
+    mass = torch.zeros(num_heads, seq_len, dtype=torch.int32, device=generator.device)
+    mass[:, :sinks] = CHOSEN
+    size = min(size, seq_len)
+    if size > sinks:
+        score = torch.rand(num_heads, seq_len - sinks, device=generator.device, generator=generator)
+        mass.scatter_(1, score.topk(size - sinks).indices + sinks, CHOSEN)
+    return mass
+
+
+def draw_diagonals(num_heads: int, seq_len: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """[num_heads, seq_len] int32 masses: half of `size` next to the row, half in clusters that do not overlap."""
+    device = generator.device
+    mass = torch.zeros(num_heads, seq_len, dtype=torch.int32, device=device)
+    if size >= seq_len:
+        return mass.fill_(CHOSEN)
+    local = size - size // 2
+    mass[:, :local] = CHOSEN
+    # Slots of CLUSTER distances; where they begin differs from head to head.
+    phase = torch.randint(CLUSTER, (num_heads, 1), device=device, generator=generator)
+    num_slots = max((seq_len - local) // CLUSTER - 1, 0)
+    num_clusters = min(-(-(size // 2) // CLUSTER), num_slots)
+    score = torch.rand(num_heads, num_slots, device=device, generator=generator)
+    start = score.topk(num_clusters).indices * CLUSTER + local + phase
+    distance = start[:, :, None] + torch.arange(CLUSTER, device=device)
+    # The last cluster is cut short, so that the budget is met exactly.
+    return mass.scatter_(1, distance.flatten(1)[:, : size // 2], CHOSEN)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times dense and sparse attention of one layer, as a server would run them: over pages, chunk by chunk."""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from minference_vllm import compat
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.engine import load_engine
+from minference_vllm.estimators.vertical_slash import index_masses
+from minference_vllm.index import PagedKV
+from minference_vllm.tuning.gate import Timing
+from minference_vllm.tuning.heads import Heads
+from minference_vllm.tuning.masses import KeySets
+from minference_vllm.workspace import Geometry, Workspace
+
+PAGE_SIZE = 16  # vLLM's default
+WARM_UPS = 3
+SEED = 0
+
+Run = Callable[[], torch.Tensor]
+
+
+class Layer:
+    """One layer's cache, filled with random keys and values, and what attends to it.
+
+    Args:
+        heads: of one GPU.
+        config: budgets and kernel.
+        device: where to measure.
+        max_len: the longest context.
+        chunk: query rows at the end of each context.
+    """
+
+    def __init__(self, heads: Heads, config: MInferenceConfig, device: torch.device, max_len: int, chunk: int) -> None:
+        self.heads, self.config, self.chunk = heads, config, chunk
+        self.scale = heads.head_dim**-0.5
+        self.generator = torch.Generator(device).manual_seed(SEED)
+        pages = -(-max_len // PAGE_SIZE)
+        cache = self._random(pages, PAGE_SIZE, heads.num_kv_heads, 2 * heads.head_dim)
+        k, v = cache.transpose(1, 2).split(heads.head_dim, dim=-1)
+        # Pages of a busy server lie in no order.
+        table = torch.randperm(pages, device=device, generator=self.generator).to(torch.int32)[None]
+        self.kv = PagedKV(k, v, table, 0)
+        self.engine = load_engine(config, device)
+        self.flash_attention = compat.flash_attention(heads.head_dim)
+        geometry = Geometry(heads.num_qo_heads, max_len, chunk, sum(config.probe_counts), config.vertical_size)
+        self.ws = Workspace.allocate(geometry, device)
+        # The probe fills ws; the index is made from these.
+        self.drawn = replace(self.ws, vertical=self.ws.vertical.clone(), slash=self.ws.slash.clone())
+
+    def attentions(self, tokens: int) -> tuple[Run, Run]:
+        """Dense and sparse attention of the last chunk of a prompt of so many tokens, into the same output."""
+        rows = min(self.chunk, tokens)
+        context_len = tokens - rows
+        q = self._random(rows, self.heads.num_qo_heads, self.heads.head_dim)
+        out, (k, v, table, _) = torch.empty_like(q), self.kv
+        starts = torch.tensor([0, rows], dtype=torch.int32, device=q.device)
+        seq_lens = torch.tensor([tokens], dtype=torch.int32, device=q.device)
+        KeySets(SEED).overwrite(self.drawn, tokens, self.config)
+
+        def dense() -> torch.Tensor:
+            self.flash_attention(
+                q=q, k=k.transpose(1, 2), v=v.transpose(1, 2), out=out, cu_seqlens_q=starts, max_seqlen_q=rows,
+                seqused_k=seq_lens, max_seqlen_k=tokens, softmax_scale=self.scale, causal=True, block_table=table,
+            )  # fmt: skip
+            return out
+
+        def sparse() -> torch.Tensor:
+            num_last, num_spread = self.config.probe_counts
+            self.engine.probe(q, self.kv, context_len, self.scale, num_last, num_spread, self.ws)
+            index = index_masses(tokens, self.config, self.engine, self.drawn)
+            ws = self.ws
+            self.engine.attend(q, self.kv, context_len, self.scale, index, out, ws.lse, ws.kept_pairs)
+            return out
+
+        return dense, sparse
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        device = self.generator.device
+        return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=self.generator)
+
+
+def measure(
+    heads: Heads, config: MInferenceConfig, device: torch.device, lengths: Sequence[int], chunk: int, repeats: int
+) -> Iterator[Timing]:
+    """Dense and sparse times at each length, as they come."""
+    layer = Layer(heads, config, device, max(lengths), chunk)
+    for tokens in lengths:
+        yield Timing(tokens, *median_ms(layer.attentions(tokens), repeats))
+
+
+def median_ms(runs: Sequence[Run], repeats: int) -> list[float]:
+    """Median GPU time of each, run in turns so that a change of clock meets them all."""
+    for run in [*runs] * WARM_UPS:
+        run()
+    spans = [[_timed(run) for run in runs] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    return [statistics.median(start.elapsed_time(end) for start, end in of_run) for of_run in zip(*spans, strict=True)]
+
+
+def _timed(run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    return start, end

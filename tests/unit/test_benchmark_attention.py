@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks.attention without a GPU: its smoke run, its sets, what it makes of the peers' indexes, its figures."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import attention, minference_sdist, peers, plots, results
+from benchmarks.cases import TINY, Case, Sets, configure, make_inputs
+from benchmarks.minference_sdist import MInference
+from benchmarks.peers import BLOCK, PeerMissing, TileIndex
+from minference_vllm.reference.pages import gather
+
+RUN = {
+    "gpu": "a card", "driver": "1", "commit": "abc", "vllm": "0", "torch": "0", "date": "2026-11-23T00:00:00+00:00",
+}  # fmt: skip
+CPU = torch.device("cpu")
+PEERS = ("mi_index", "mi_triton", "fa2_sparse", "fa3_paged", "fa3_contiguous", "fa3_paged128")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> dict:
+    """What the smoke run writes."""
+    path = tmp_path_factory.mktemp("result") / "a.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "describe_run", lambda without_gpu: RUN)
+        patch.setattr(sys, "argv", ["attention", "--tiny", "--out", str(path)])
+        attention.main()
+    return json.loads(path.read_text())
+
+
+# the smoke run
+
+
+def test_rows_have_every_field_in_order(result):
+    assert [tuple(row) for row in result["rows"]] == [attention.FIELDS] * len(TINY)
+    issue = "tokens vertical slash kept ours_ms ours_tflops choose_ms mi_triton_ms fa2_sparse_ms fa3_paged_ms"
+    assert {*issue.split(), "fa3_contiguous_ms"} <= set(attention.SHOWN)
+
+
+def test_rows_hold_what_was_measured(result):
+    for case, row in zip(TINY, result["rows"], strict=True):
+        assert Case(*(row[name] for name in Case._fields)) == case
+        assert row["kernel"] == "reference"
+        assert 0.1 < row["kept"] < 1 and row["relative_error"] < 1e-2 and row["chunk"] == 512
+        ours = ("ours_ms", "choose_ms", "probe_ms", "select_ms", "index_ms", "chunk_choose_ms", "chunk_attend_ms")
+        assert all(row[name] > 0 for name in ours)
+        pairs = row["kept"] * 4 * 1024 * 1025 / 2
+        assert row["ours_tflops"] == pytest.approx(4 * 64 * pairs / row["ours_ms"] / 1e9, rel=1e-3)
+
+
+def test_a_missing_peer_is_null_and_its_reason_on_record(result):
+    for case, row in zip(TINY, result["rows"], strict=True):
+        assert {row[name] for name in row if name.startswith(("mi_", "fa2_", "fa3_"))} == {None}
+        for peer in PEERS:
+            missing = result["settings"]["missing"][peer]
+            assert missing[str(case) if not peer.startswith("fa3") else case.prompt] == "the smoke test runs no peers"
+
+
+def test_a_wrong_output_of_ours_stops_the_benchmark(monkeypatch):
+    case = TINY[0]
+    monkeypatch.setattr(attention, "our_error", lambda *_: float("nan"))
+    with pytest.raises(SystemExit, match="our output"):
+        attention.measure_ours(case, make_inputs(case, CPU, 0), Sets.draw(case, 30, CPU, 1), "reference")
+
+
+# sets
+
+
+@pytest.mark.parametrize("case", [*TINY, Case(32768, 1000, 6096, 2, 1)])
+def test_sets_meet_the_budgets_and_the_forced_entries_lie_within_them(case):
+    config, sets = configure(case, "reference"), Sets.draw(case, 30, CPU, 1)
+    vertical, slash = Sets.chosen(sets.vertical), Sets.chosen(sets.slash)
+    assert vertical.shape == (case.num_qo_heads, case.vertical) and slash.shape == (case.num_qo_heads, case.slash)
+    assert (vertical.diff() > 0).all() and (slash.diff() > 0).all() and slash.dtype == torch.int32
+    forced = torch.arange(max(config.sink_tokens, config.local_tokens), dtype=torch.int32)
+    assert (vertical[:, : config.sink_tokens] == forced[: config.sink_tokens]).all()
+    assert (slash[:, : config.local_tokens] == forced[: config.local_tokens]).all()
+
+
+# peers
+
+
+def tile_index(num_tiles: int, blocks: list[list[int]], columns: list[list[int]]) -> TileIndex:
+    """One head's index, from the kept blocks and columns of each tile."""
+    count = [torch.tensor([[[len(tile) for tile in kept]]], dtype=torch.int32) for kept in (blocks, columns)]
+    padded = [
+        torch.tensor([[[tile + [0] * (num_tiles - len(tile)) for tile in kept]]], dtype=torch.int32)
+        for kept in (blocks, columns)
+    ]
+    return TileIndex(count[0], padded[0], count[1], padded[1])
+
+
+def test_pairs_of_64_x_64_tiles_are_counted_without_the_future():
+    index = tile_index(3, [[0], [20, 84], [100, 164]], [[], [3], [0, 7, 9]])
+    for tile in range(3):
+        assert len(index.keys(0, tile * BLOCK)) == len(set(index.keys(0, tile * BLOCK).tolist()))
+    rows = torch.arange(3 * BLOCK)
+    expected = sum(int((index.keys(0, int(row) // BLOCK * BLOCK) <= row).sum()) for row in rows)
+    assert index.kept_pairs() == expected
+
+
+def test_other_pages_hold_the_same_keys():
+    inputs = make_inputs(TINY[0], CPU, 0)
+    for before, after in zip(gather(inputs.kv, 1024), gather(peers.repaged(inputs.kv, 1024, 128), 1024), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_the_check_of_a_peer_sees_its_keys_and_no_future():
+    inputs = make_inputs(Case(256, 1, 1, 4, 2, 64), CPU, 0)
+    k, v = (cache.repeat_interleave(2, 0) for cache in gather(inputs.kv, 256))
+    q = inputs.q.transpose(0, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+    beyond = torch.arange(320)
+    assert peers.relative_error(out, inputs, peers.every_key(inputs)) < 1e-2
+    assert peers.relative_error(out, inputs, lambda head, first: beyond) < 1e-2
+    assert peers.relative_error(out, inputs, lambda head, first: beyond[beyond != 5]) > 1e-2
+    out[255, 3] = torch.nan
+    assert not peers.relative_error(out, inputs, peers.every_key(inputs)) <= 1e-2
+
+
+def test_the_reason_of_a_peer_that_fails_is_kept():
+    bench = attention.Bench(MInference(None), tiny=False)
+    assert bench.attempt("a", "case", lambda: torch.zeros(2).view(3)) is None
+    assert bench.missing["a"]["case"].startswith("RuntimeError: shape")
+    sets = Sets.draw(TINY[0], 30, CPU, 1)
+    found = bench.sparse(TINY[0], make_inputs(TINY[0], CPU, 0), sets, torch.empty(0))
+    assert found == {} and bench.missing["mi_index"] == {str(TINY[0]): "--minference-sdist was not given"}
+    assert set(bench.missing) == {"a", "mi_index", "mi_triton", "fa2_sparse"}
+
+
+def test_the_index_of_the_sdist_is_refused_where_it_overflows():
+    with pytest.raises(PeerMissing, match="32 bits"):
+        MInference(None).index(torch.empty(32, 1), torch.empty(32, 6096), 1048576)
+
+
+def test_only_the_kernel_and_its_launcher_are_compiled():
+    source = (
+        "#include <pybind11/stl.h>\n#include <torch/extension.h>\n#include <cuda.h>\n"
+        "void convert_vertical_slash_indexes_64x64(\n    int a) {}\n\nstd::vector<at::Tensor> f(int a) {}\n"
+    )
+    kept = minference_sdist.without_binding(source)
+    launcher = 'extern "C" void convert_vertical_slash_indexes_64x64( int a) {}'
+    assert " ".join(kept.split()) == f"#include <cuda.h> {launcher}"
+    with pytest.raises(PeerMissing, match="not that of"):
+        minference_sdist.without_binding("another file")
+
+
+# figures
+
+
+def measured(row: dict) -> dict:
+    """The row as if every peer had run."""
+    times = {name: 2.0 for name in row if name.endswith("_ms")}
+    return {**row, **times, "kept_64x64": 0.1}
+
+
+def test_speed_counts_what_the_kernel_itself_attends_to(result):
+    row = measured(result["rows"][0])
+    ours, triton, _, dense, _ = plots.KERNELS
+    all_pairs = 4 * 64 * 4 * 1024 * 1025 / 2 / 2.0 / 1e9
+    assert plots.tflops(row, ours) == pytest.approx(row["kept"] * all_pairs)
+    assert plots.tflops(row, triton) == pytest.approx(0.1 * all_pairs)
+    assert plots.tflops(row, dense) == pytest.approx(all_pairs)
+    assert plots.tflops({**row, "kept_64x64": None}, triton) is None
+    assert plots.tflops({**row, "fa3_paged_ms": None}, dense) is None
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_figures_are_made_from_the_json_alone(tmp_path, monkeypatch, result, complete):
+    pytest.importorskip("matplotlib")
+    rows = [measured(row) for row in result["rows"]] if complete else result["rows"]
+    path = tmp_path / "h100.json"
+    path.write_text(json.dumps({**result, "rows": rows, "settings": {"bf16_matmul_tflops": 798.0}}))
+    for folder in ("one", "two"):
+        monkeypatch.setattr(sys, "argv", ["plots", str(path), "--out", str(tmp_path / folder)])
+        plots.main()
+    for name in ("h100-ms.svg", "h100-tflops.svg"):
+        assert "ours, paged" in (tmp_path / "one" / name).read_text()
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
