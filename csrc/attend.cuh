@@ -92,6 +92,11 @@ struct Work {
     int num_columns;
 
     __device__ __forceinline__ int start_row() const { return tile * TILE; }
+
+    // Whether the request ends within the tile: its own keys then are copied row by row.
+    __device__ __forceinline__ bool is_cut_short(const Params& p) const {
+        return start_row() + TILE > p.context_len + p.num_rows;
+    }
 };
 
 // In what stages a tile's bands come. Most stages bring eight bands that both halves see, without a mask. What is left of

@@ -48,7 +48,8 @@ struct Consumer {
     uint32_t scored_phase;
     bool scored_by_rows;  // whether cp.async brought them
 
-    int adding = NONE;       // slot of the stage whose values are being added
+    int steps_left;       // of the tile, after this one
+    int adding = NONE;    // slot of the stage whose values are being added
 
     float scores[SCORES];  // of the next stage, then exponentials of the scored one's
     float acc[OUTPUTS];
@@ -62,18 +63,6 @@ struct Consumer {
     // One arrival a warp: the other warps of the group may still be reading.
     __device__ __forceinline__ void leave(uint64_t* barrier) const {
         if (lane == 0) hopper::arrive(barrier);
-    }
-
-    // The two consumers start their products in turn, so that one's softmax runs under the other's products.
-    __device__ __forceinline__ void take_turn() const {
-#ifdef PINGPONG
-        hopper::wait_named(1 + half, 2 * hopper::WARPGROUP);
-#endif
-    }
-    __device__ __forceinline__ void give_turn() const {
-#ifdef PINGPONG
-        hopper::arrive_named(2 - half, 2 * hopper::WARPGROUP);
-#endif
     }
 
     __device__ __forceinline__ void start_scores() {
@@ -149,21 +138,19 @@ struct Consumer {
     __device__ __forceinline__ int column(int i) const { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
     // Wait for the next stage's keys, and note where its values will be.
-    template <bool IS_PRIVATE, bool BY_ROWS>
-    __device__ __forceinline__ void wait_for_keys() {
+    template <bool IS_PRIVATE>
+    __device__ __forceinline__ void wait_for_keys(bool by_rows) {
         scored_kind = IS_PRIVATE ? 1 + half : SHARED;
         scored_slot = value_slot;
         scored_phase = value_phases[IS_PRIVATE] >> value_slot & 1;
-        scored_by_rows = BY_ROWS;
+        scored_by_rows = by_rows;
         hopper::wait(&shared.k_full[key_slot][scored_kind], key_phases[IS_PRIVATE] >> key_slot & 1);
-        if (BY_ROWS) hopper::fence_async_proxy();
         key_phases[IS_PRIVATE] ^= 1 << key_slot;
         value_phases[IS_PRIVATE] ^= 1 << value_slot;
     }
 
     __device__ __forceinline__ void wait_for_values() {
         hopper::wait(&shared.v_full[scored_slot][scored_kind], scored_phase);
-        if (scored_by_rows) hopper::fence_async_proxy();
     }
 
     __device__ __forceinline__ void advance() {
@@ -172,12 +159,14 @@ struct Consumer {
     }
 
     // The tile's own keys: the first stage, which gives every row a finite maximum.
-    __device__ __forceinline__ void begin() {
-        wait_for_keys<false, true>();
+    __device__ __forceinline__ void begin(bool by_rows) {
+        wait_for_keys<false>(by_rows);
+        if (by_rows) hopper::fence_async_proxy();
         start_scores();
         hopper::mma_wait<0>();
         hopper::pin(scores);
         leave(&shared.k_empty[key_slot]);
+        if (steps_left == 0) leave(&shared.q_empty);
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
             const bool future = column(i) > half * HALF + row + i / 2 % 2 * 8;
@@ -204,15 +193,17 @@ struct Consumer {
         wait_for_values();
         prepare_adding();
         const int values = scored_slot;
-        wait_for_keys<IS_PRIVATE, BY_ROWS>();
-        if (!IS_PRIVATE) take_turn();
+        const bool any_by_rows = scored_by_rows || BY_ROWS;
+        wait_for_keys<IS_PRIVATE>(BY_ROWS);
+        if (any_by_rows) hopper::fence_async_proxy();
         start_scores();
         start_values(values);
-        if (!IS_PRIVATE) give_turn();
         hopper::mma_wait<1>();
         hopper::pin(scores);
         keep();
+        if (BY_ROWS) __syncwarp();  // all lanes have read the mask
         leave(&shared.k_empty[key_slot]);
+        if (--steps_left == 0) leave(&shared.q_empty);
         soften();
         advance();
     }
@@ -245,9 +236,10 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void attend_to(const Work& work) {
-        begin();
         const BandStages stages(work);
         const int mine = half == 0 ? stages.own[0] : stages.own[1], other = half == 0 ? stages.own[1] : stages.own[0];
+        steps_left = stages.shared + mine + (work.num_columns + TILE - 1) / TILE;
+        begin(work.is_cut_short(p));
         int bands = half == 0 ? stages.bands[0] : stages.bands[1];
 #pragma unroll 1
         for (int pair = 0;; ++pair) {
@@ -262,39 +254,59 @@ struct Consumer {
         }
 #pragma unroll 1
         for (int entries = work.num_columns; entries > 0; entries -= TILE) step_columns();
-        leave(&shared.q_empty);
         finish_adding();
         wait_for_values();
+        if (scored_by_rows) hopper::fence_async_proxy();
         prepare_adding();
         start_values(scored_slot);
         finish_adding();
     }
 
+    // Rows leave in pieces of 16 bytes: the four lanes that hold a row swap what they have of four such pieces.
     __device__ __forceinline__ void write(const Work& work) {
-        using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
-        T* out = static_cast<T*>(p.out) + work.head * p.stride_out_head + lane % 4 * 2;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float total = row_total(sum[r]);
-            const int in_chunk = work.start_row() + half * HALF + row + r * 8 - p.context_len;
-            if (in_chunk < 0 || in_chunk >= p.num_rows) continue;
             const float inverse = 1.f / total;
-            T* out_row = out + in_chunk * p.stride_out_row;
+            const int in_chunk = work.start_row() + half * HALF + row + r * 8 - p.context_len;
+            const bool is_in_chunk = in_chunk >= 0 && in_chunk < p.num_rows;
+            T* out = static_cast<T*>(p.out) + in_chunk * p.stride_out_row + work.head * p.stride_out_head;
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 8; ++i) {
-                const uint32_t both =
-                    hopper::pack<T>(acc[4 * i + 2 * r] * inverse, acc[4 * i + 2 * r + 1] * inverse);
-                *reinterpret_cast<Pair*>(out_row + i * 8) = reinterpret_cast<const Pair&>(both);
+            for (int first = 0; first < HEAD_DIM / 8; first += 4) {
+                uint32_t piece[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float* both = &acc[4 * (first + i) + 2 * r];
+                    piece[i] = hopper::pack<T>(both[0] * inverse, both[1] * inverse);
+                }
+                swap_in_quad<1>(piece[0], piece[1]);
+                swap_in_quad<1>(piece[2], piece[3]);
+                swap_in_quad<2>(piece[0], piece[2]);
+                swap_in_quad<2>(piece[1], piece[3]);
+                if (is_in_chunk) {
+                    auto* target = reinterpret_cast<uint4*>(out + (first + lane % 4) * 8);
+                    *target = make_uint4(piece[0], piece[1], piece[2], piece[3]);
+                }
             }
-            if (lane % 4 == 0) p.lse[work.head * p.stride_lse + in_chunk] = (maximum[r] + log2f(total)) * LN_2;
+            if (is_in_chunk && lane % 4 == 0) {
+                p.lse[work.head * p.stride_lse + in_chunk] = (maximum[r] + log2f(total)) * LN_2;
+            }
         }
+    }
+
+    // One step of a transposition over four lanes: lanes without BIT give `second` for the other's `first`.
+    template <int BIT>
+    __device__ __forceinline__ void swap_in_quad(uint32_t& first, uint32_t& second) const {
+        const bool has_bit = lane & BIT;
+        const uint32_t got = __shfl_xor_sync(0xFFFFFFFF, has_bit ? first : second, BIT);
+        first = has_bit ? got : first;
+        second = has_bit ? second : got;
     }
 };
 
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread) {
     Consumer<T, HEAD_DIM> consumer(p, shared, half, thread);
-    if (half == 1) consumer.give_turn();
     const Order order(p);
     uint32_t q_phase = 0;
     for (int id = blockIdx.x; id < order.size(p); id += gridDim.x) {

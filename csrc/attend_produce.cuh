@@ -97,27 +97,33 @@ struct Stream {
         }
     }
 
-    // Look up this warp's bands of STAGES_LOOKED_UP stages from `first` on, a lane each.
+    // Look up this warp's bands of STAGES_LOOKED_UP stages from `first` on, a lane each. Stage -1 is the tile's own keys.
     __device__ __forceinline__ Place look_up_bands(const Work& work, const BandStages& stages, int first) const {
-        const int stage = first + lane / BANDS_A_WARP;
+        const int stage = first + lane / BANDS_A_WARP, in_stage = warp * BANDS_A_WARP + lane % BANDS_A_WARP;
         if (stage >= stages.total()) return {NOWHERE, 0, SHARED};
+        if (stage < 0) return look_up_band(work.start_row() + in_stage * BAND, SHARED);
         const BandList list(stages, stage);
-        const int entry = list.start + warp * BANDS_A_WARP + lane % BANDS_A_WARP;
+        const int entry = list.start + in_stage;
         if (entry >= list.count) return {NOWHERE, 0, list.kind};
         const bool is_shared = list.kind == SHARED || entry < stages.rest;
         const int index = list.kind == SHARED ? entry : is_shared ? stages.shared * BANDS_A_STAGE + entry : entry - stages.rest;
         const int64_t kind = is_shared ? 0 : list.kind * p.stride_bands_kind;
-        const int key = work.start_row() - __ldg(p.bands + work.head * p.stride_bands + kind + index) * BAND;
-        return {__ldg(p.block_table + key / p.page_size), key % p.page_size, list.kind};
+        const int offset = __ldg(p.bands + work.head * p.stride_bands + kind + index);
+        return look_up_band(work.start_row() - offset * BAND, list.kind);
+    }
+
+    __device__ __forceinline__ Place look_up_band(int key, int kind) const {
+        return {__ldg(p.block_table + key / p.page_size), key % p.page_size, kind};
     }
 
     // Bring the stage that lies `ahead` in what was looked up.
     __device__ __forceinline__ void bring_bands(const Work& work, Place looked_up, int ahead) {
         constexpr int BAND_BYTES = BAND * HEAD_DIM * 2;
+        wait_for_place();
+        // The ballot also keeps lanes from waiting here still when the barrier is two phases on.
         const uint32_t found = __ballot_sync(0xFFFFFFFF, looked_up.page != NOWHERE) >> (ahead * BANDS_A_WARP);
         const int num_bands = __popc(found & ((1 << BANDS_A_WARP) - 1));
         const int kind = __shfl_sync(0xFFFFFFFF, looked_up.kind, ahead * BANDS_A_WARP);
-        wait_for_place();
         uint64_t* barrier = &full[slot][kind];
         if (lane == 0) hopper::arrive_expecting(barrier, num_bands * BAND_BYTES);
         if (thread == 0) hopper::arrive(barrier, FULL_ARRIVALS - COPYING_WARPS);
@@ -243,26 +249,52 @@ __device__ __forceinline__ long long count_pairs(const Params& p, const Work& wo
     return pairs;
 }
 
-// Bring one tile's stages, in the order that the consumers expect them. Returns the pairs this thread has counted.
+// What is looked up before a tile begins.
+struct Ahead {
+    Place bands;
+    Rows columns;
+    Keys more_columns;
+};
+
 template <int HEAD_DIM>
-__device__ __forceinline__ long long produce_tile(Stream<HEAD_DIM>& stream, const Work& work, uint32_t q_phase) {
+__device__ __forceinline__ Ahead look_ahead(const Stream<HEAD_DIM>& stream, const Work& work) {
+    Ahead ahead;
+    const Keys columns = stream.columns(work, 0);
+    ahead.bands = stream.look_up_bands(work, BandStages(work), work.is_cut_short(stream.p) ? 0 : -1);
+    ahead.columns = stream.look_up(work, columns, true);
+    ahead.more_columns = stream.columns(work, TILE);
+    return ahead;
+}
+
+// Bring one tile's stages, in the order that the consumers expect them, and look ahead to the next tile. Returns the pairs
+// that this thread has counted.
+template <int HEAD_DIM>
+__device__ __forceinline__ long long produce_tile(
+    Stream<HEAD_DIM>& stream, const Work& work, const Work& next, Ahead& ahead, uint32_t q_phase
+) {
     const BandStages stages(work);
-    const Rows own = stream.look_up(work, stream.own_keys(work), false);
-    Keys next_columns = stream.columns(work, 0);
-    Place next_bands = stream.look_up_bands(work, stages, 0);
-    Rows next_rows = stream.look_up(work, next_columns, true);
-    next_columns = stream.columns(work, TILE);
-    stream.bring_rows(work, own);
+    int base = -1;  // the first stage looked up: the tile's own keys
+    if (work.is_cut_short(stream.p)) {
+        base = 0;
+        stream.bring_rows(work, stream.look_up(work, stream.own_keys(work), false));
+    } else {
+        stream.bring_bands(work, ahead.bands, 0);
+    }
     if (stream.is_keys && stream.thread == 0) stream.bring_queries(work, q_phase);
     __syncwarp();
+    Place bands = ahead.bands, next_bands = stream.look_up_bands(work, stages, base + STAGES_LOOKED_UP);
 #pragma unroll 1
-    for (int first = 0; first < stages.total(); first += STAGES_LOOKED_UP) {
-        const Place bands = next_bands;
-        next_bands = stream.look_up_bands(work, stages, first + STAGES_LOOKED_UP);
-        const int looked_up = min(stages.total() - first, STAGES_LOOKED_UP);
-#pragma unroll 1
-        for (int ahead = 0; ahead < looked_up; ++ahead) stream.bring_bands(work, bands, ahead);
+    for (int stage = 0; stage < stages.total(); ++stage) {
+        if (stage == base + STAGES_LOOKED_UP) {
+            base = stage;
+            bands = next_bands;
+            next_bands = stream.look_up_bands(work, stages, base + STAGES_LOOKED_UP);
+        }
+        stream.bring_bands(work, bands, stage - base);
     }
+    Rows next_rows = ahead.columns;
+    Keys next_columns = ahead.more_columns;
+    ahead = look_ahead(stream, next);
     int taken[2] = {0, 0};
 #pragma unroll 1
     for (int start = 0; start < work.num_columns; start += TILE) {
@@ -282,10 +314,12 @@ __device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shar
     const Order order(p);
     uint32_t q_phase = 0;
     long long pairs = 0;
-    Work work = order.at(p, min(int(blockIdx.x), order.size(p) - 1));
-    for (int id = blockIdx.x; id < order.size(p); id += gridDim.x) {
-        const Work next = order.at(p, min(id + int(gridDim.x), order.size(p) - 1));
-        pairs += produce_tile(stream, work, q_phase);
+    const int last = order.size(p) - 1;
+    Work work = order.at(p, min(int(blockIdx.x), last));
+    Ahead ahead = look_ahead(stream, work);
+    for (int id = blockIdx.x; id <= last; id += gridDim.x) {
+        const Work next = order.at(p, min(id + int(gridDim.x), last));
+        pairs += produce_tile(stream, work, next, ahead, q_phase);
         q_phase ^= 1;
         work = next;
     }

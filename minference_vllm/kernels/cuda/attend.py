@@ -37,11 +37,11 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def supports(q: torch.Tensor, kv: PagedKV) -> bool:
+def supports(q: torch.Tensor, kv: PagedKV, out: torch.Tensor) -> bool:
     """Whether the kernel is made for this head size and type, and for tensors that lie like these."""
-    strides = (q.stride(0), q.stride(1), *kv_strides(kv))
+    strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv))
     is_made_for = q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in (torch.bfloat16, torch.float16)
-    return is_made_for and library.are_aligned((q, kv.k, kv.v), strides)
+    return is_made_for and library.are_aligned((q, kv.k, kv.v, out), strides)
 
 
 def attend(
@@ -55,7 +55,7 @@ def attend(
     kept_pairs: torch.Tensor,
 ) -> None:
     """See minference_vllm.reference.attend."""
-    if not supports(q, kv):
+    if not supports(q, kv, out):
         attend_in_triton(q, kv, context_len, scale, index, out, lse, kept_pairs)
         return
     num_pages, num_kv_heads, page_size, head_dim = kv.k.shape
