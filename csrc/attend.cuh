@@ -49,8 +49,8 @@ template <int HEAD_DIM>
 struct Shape {
     static constexpr int BLOCKS = HEAD_DIM / BOX;
     // Values stay longer: until the scores of the next stage are softened.
-    static constexpr int KEY_STAGES = HEAD_DIM == 128 ? 2 : 4;
-    static constexpr int VALUE_STAGES = HEAD_DIM == 128 ? 4 : 6;
+    static constexpr int KEY_STAGES = HEAD_DIM == 128 ? 3 : 5;
+    static constexpr int VALUE_STAGES = HEAD_DIM == 128 ? 3 : 5;
     static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
     static constexpr int QUERY_BLOCK_BYTES = HALF * hopper::SWIZZLE_BYTES;
     static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
