@@ -110,13 +110,13 @@ def _card() -> tuple[str, str]:
 
 
 def _commit() -> str:
-    """The commit that is measured, with "+dirty" when the tree differs from it."""
+    """The commit that is measured: COMMIT_VARIABLE's, else git's, with "+dirty" when the tree differs from it."""
+    if commit := os.environ.get(COMMIT_VARIABLE, ""):
+        return commit
     try:
         commit = _output(["git", "rev-parse", "--verify", "HEAD"])
         changes = _output(["git", "status", "--porcelain", "--", *MEASURED])
     except ResultError as error:
-        if commit := os.environ.get(COMMIT_VARIABLE, ""):
-            return commit
         raise ResultError(f"The commit is unknown: {error} Set {COMMIT_VARIABLE} in a copy without history.") from None
     return f"{commit}+dirty" if changes else commit
 

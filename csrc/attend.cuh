@@ -48,7 +48,8 @@ struct Params {
 template <int HEAD_DIM>
 struct Shape {
     static constexpr int BLOCKS = HEAD_DIM / BOX;
-    // Values stay longer: until the scores of the next stage are softened.
+    // As many as shared memory holds. Values stay longer than keys, until the next stage's scores are softened; yet two
+    // slots for keys and four for values were slower.
     static constexpr int KEY_STAGES = HEAD_DIM == 128 ? 3 : 5;
     static constexpr int VALUE_STAGES = HEAD_DIM == 128 ? 3 : 5;
     static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
@@ -130,6 +131,45 @@ struct BandStages {
         return pair == pairs ? shared - pairs * shared_a_pair : 0;
     }
 };
+
+// The bands of one stage: `count` of a kind, from `start` on. The consumers go through the stages in this order.
+struct BandList {
+    int kind, start, count;
+
+    __device__ __forceinline__ BandList(const BandStages& stages, int stage) {
+        const int round = stages.shared_a_pair + 2;
+        int index;
+        if (stage < stages.pairs * round) {
+            const int in_round = stage % round - stages.shared_a_pair;
+            kind = in_round < 0 ? SHARED : 1 + in_round;
+            index = stage / round;
+            if (kind == SHARED) index = index * stages.shared_a_pair + stage % round;
+        } else if (stage < stages.shared + 2 * stages.pairs) {
+            kind = SHARED;
+            index = stage - 2 * stages.pairs;
+        } else {
+            kind = stages.own[0] > stages.own[1] ? 1 : 2;
+            index = stage - stages.shared - stages.pairs;
+        }
+        start = index * BANDS_A_STAGE;
+        count = kind == SHARED ? stages.shared * BANDS_A_STAGE : kind == 1 ? stages.bands[0] : stages.bands[1];
+    }
+};
+
+// Row-key pairs that the halves of a tile attend to. `taken`: columns that a thread has brought for each half.
+__device__ __forceinline__ long long count_pairs(const Params& p, const Work& work, const int (&taken)[2], bool first) {
+    long long pairs = 0;
+    for (int half = 0; half < 2; ++half) {
+        const int begin = max(work.start_row() + half * HALF, p.context_len);
+        const int end = min(work.start_row() + (half + 1) * HALF, p.context_len + p.num_rows);
+        const long long rows = max(end - begin, 0);
+        pairs += rows * taken[half];
+        if (!first) continue;  // one thread counts what all have brought together
+        const int in_bands = BAND * (work.num_bands[SHARED] + work.num_bands[1 + half]);
+        pairs += rows * (in_bands + begin - work.start_row()) + rows * (rows + 1) / 2;
+    }
+    return pairs;
+}
 
 struct Order {
     int first_tile, num_tiles;

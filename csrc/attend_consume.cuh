@@ -2,27 +2,13 @@
 // A consumer warpgroup of the attending kernel: online softmax attention of 64 query rows over the stages of the ring.
 //
 // The scores of a stage are computed while the values of the stage before are added up (FlashAttention-3,
-// arXiv 2407.08608, section 3.2). wgmma's accumulator gives lane (g = lane / 4, t = lane % 4) of warp w the rows
-// 16 w + g and 16 w + g + 8, and in each block of eight columns the columns 2 t and 2 t + 1.
+// arXiv 2407.08608, section 3.2).
 #pragma once
 
 #include "attend.cuh"
+#include "attend_lanes.cuh"
 
 namespace attend {
-
-constexpr int SCORES = HALF * TILE / hopper::WARPGROUP;  // a thread
-constexpr float LN_2 = 0.6931471805599453f;
-
-// The largest of the four lanes that hold a row; likewise the sum.
-__device__ __forceinline__ float row_maximum(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
-}
-
-__device__ __forceinline__ float row_total(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFF, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
-}
 
 template <typename T, int HEAD_DIM>
 struct Consumer {
@@ -34,7 +20,7 @@ struct Consumer {
     const int half;
     const int thread;  // of the warpgroup
     const int lane = thread % hopper::WARP;
-    const int row = thread / hopper::WARP * 16 + lane / 4;  // this thread's first; its second is 8 further on
+    const int row = first_row(thread);
 
     static constexpr int NONE = -1;
 
@@ -48,8 +34,8 @@ struct Consumer {
     uint32_t scored_phase;
     bool scored_by_rows;  // whether cp.async brought them
 
-    int steps_left;       // of the tile, after this one
-    int adding = NONE;    // slot of the stage whose values are being added
+    int steps_left;     // of the tile, after this one
+    int adding = NONE;  // slot of the stage whose values are being added
 
     float scores[SCORES];  // of the next stage, then exponentials of the scored one's
     float acc[OUTPUTS];
@@ -135,8 +121,6 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ int column(int i) const { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
-
     // Wait for the next stage's keys, and note where its values will be.
     template <bool IS_PRIVATE>
     __device__ __forceinline__ void wait_for_keys(bool by_rows) {
@@ -169,7 +153,7 @@ struct Consumer {
         if (steps_left == 0) leave(&shared.q_empty);
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
-            const bool future = column(i) > half * HALF + row + i / 2 % 2 * 8;
+            const bool future = column(lane, i) > half * HALF + row + i / 2 % 2 * 8;
             scores[i] = future ? -INFINITY : scores[i];
         }
 #pragma unroll
@@ -216,7 +200,7 @@ struct Consumer {
         step<true, false>([&] {
             if (keys >= TILE) return;
 #pragma unroll
-            for (int i = 0; i < SCORES; ++i) scores[i] = column(i) < keys ? scores[i] : -INFINITY;
+            for (int i = 0; i < SCORES; ++i) scores[i] = column(lane, i) < keys ? scores[i] : -INFINITY;
         });
     }
 
@@ -279,10 +263,7 @@ struct Consumer {
                     const float* both = &acc[4 * (first + i) + 2 * r];
                     piece[i] = hopper::pack<T>(both[0] * inverse, both[1] * inverse);
                 }
-                swap_in_quad<1>(piece[0], piece[1]);
-                swap_in_quad<1>(piece[2], piece[3]);
-                swap_in_quad<2>(piece[0], piece[2]);
-                swap_in_quad<2>(piece[1], piece[3]);
+                transpose_in_quad(lane, piece);
                 if (is_in_chunk) {
                     auto* target = reinterpret_cast<uint4*>(out + (first + lane % 4) * 8);
                     *target = make_uint4(piece[0], piece[1], piece[2], piece[3]);
@@ -292,15 +273,6 @@ struct Consumer {
                 p.lse[work.head * p.stride_lse + in_chunk] = (maximum[r] + log2f(total)) * LN_2;
             }
         }
-    }
-
-    // One step of a transposition over four lanes: lanes without BIT give `second` for the other's `first`.
-    template <int BIT>
-    __device__ __forceinline__ void swap_in_quad(uint32_t& first, uint32_t& second) const {
-        const bool has_bit = lane & BIT;
-        const uint32_t got = __shfl_xor_sync(0xFFFFFFFF, has_bit ? first : second, BIT);
-        first = has_bit ? got : first;
-        second = has_bit ? second : got;
     }
 };
 

@@ -33,30 +33,6 @@ struct Rows {
     uint32_t halves[ROWS_A_THREAD];
 };
 
-// The bands of one stage: `count` of a kind, from `start` on. The consumers go through the stages in the same order.
-struct BandList {
-    int kind, start, count;
-
-    __device__ __forceinline__ BandList(const BandStages& stages, int stage) {
-        const int round = stages.shared_a_pair + 2;
-        int index;
-        if (stage < stages.pairs * round) {
-            const int in_round = stage % round - stages.shared_a_pair;
-            kind = in_round < 0 ? SHARED : 1 + in_round;
-            index = stage / round;
-            if (kind == SHARED) index = index * stages.shared_a_pair + stage % round;
-        } else if (stage < stages.shared + 2 * stages.pairs) {
-            kind = SHARED;
-            index = stage - 2 * stages.pairs;
-        } else {
-            kind = stages.own[0] > stages.own[1] ? 1 : 2;
-            index = stage - stages.shared - stages.pairs;
-        }
-        start = index * BANDS_A_STAGE;
-        count = kind == SHARED ? stages.shared * BANDS_A_STAGE : kind == 1 ? stages.bands[0] : stages.bands[1];
-    }
-};
-
 // The keys' or the values' half of the ring, and where they come from.
 template <int HEAD_DIM>
 struct Stream {
@@ -106,7 +82,8 @@ struct Stream {
         const int entry = list.start + in_stage;
         if (entry >= list.count) return {NOWHERE, 0, list.kind};
         const bool is_shared = list.kind == SHARED || entry < stages.rest;
-        const int index = list.kind == SHARED ? entry : is_shared ? stages.shared * BANDS_A_STAGE + entry : entry - stages.rest;
+        const int rest = is_shared ? stages.shared * BANDS_A_STAGE + entry : entry - stages.rest;
+        const int index = list.kind == SHARED ? entry : rest;
         const int64_t kind = is_shared ? 0 : list.kind * p.stride_bands_kind;
         const int offset = __ldg(p.bands + work.head * p.stride_bands + kind + index);
         return look_up_band(work.start_row() - offset * BAND, list.kind);
@@ -233,21 +210,6 @@ struct Stream {
         }
     }
 };
-
-// Row-key pairs that the halves of a tile attend to. `taken`: columns that a thread has brought for each half.
-__device__ __forceinline__ long long count_pairs(const Params& p, const Work& work, const int (&taken)[2], bool first) {
-    long long pairs = 0;
-    for (int half = 0; half < 2; ++half) {
-        const int begin = max(work.start_row() + half * HALF, p.context_len);
-        const int end = min(work.start_row() + (half + 1) * HALF, p.context_len + p.num_rows);
-        const long long rows = max(end - begin, 0);
-        pairs += rows * taken[half];
-        if (!first) continue;  // one thread counts what all have brought together
-        const int in_bands = BAND * (work.num_bands[SHARED] + work.num_bands[1 + half]);
-        pairs += rows * (in_bands + begin - work.start_row()) + rows * (rows + 1) / 2;
-    }
-    return pairs;
-}
 
 // What is looked up before a tile begins.
 struct Ahead {
