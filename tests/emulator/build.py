@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels of csrc/ as a library for the CPU, made by g++; the headers beside this stand for the GPU.
+
+The sources stay as they are but for what g++ cannot read: launches, dynamic shared memory, one PTX instruction.
+"""
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+# They are all that touches PTX and the driver; headers here stand for them.
+REPLACED = ("hopper.cuh", "tensor_map.cuh")
+FLAGS = (
+    "-std=c++20", "-O2", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-Wno-unknown-pragmas",
+    "-fno-gnu-unique",  # several such libraries may be loaded at once
+)  # fmt: skip
+
+
+class Edit(NamedTuple):
+    """What is to be found once in a file of csrc/, and what comes in its place."""
+
+    file: str
+    pattern: str
+    replacement: str
+
+
+SHARED_MEMORY = r"extern __shared__ char raw\[\];", "char* const raw = emulator::shared_memory;"
+LAUNCH = (
+    r"kernel<<<(.*), THREADS, (\w+), stream>>>\(p\);",
+    r"emulator::launch(\1, THREADS, \2, [=] { kernel(p); });",
+)
+NEEDED = (
+    Edit("attend.cu", *SHARED_MEMORY),
+    Edit("attend.cu", *LAUNCH),
+    Edit("probe_lse.cuh", *SHARED_MEMORY),
+    Edit("probe_mass.cuh", *SHARED_MEMORY),
+    Edit("probe.cu", *LAUNCH),
+    Edit("probe_sums.cuh", r'asm volatile\(.*?: "memory"\);', "*address += value;"),
+)
+
+
+def prepare(folder: Path, edits: Iterable[Edit]) -> None:
+    """Copy the sources into `folder`, edited."""
+    for path in (*CSRC.iterdir(), *HERE.glob("*.cuh"), HERE / "kernels.cpp"):
+        if path.parent == HERE or path.name not in REPLACED:
+            shutil.copy(path, folder)
+    for edit in edits:
+        path = folder / edit.file
+        text, times = re.subn(edit.pattern, edit.replacement, path.read_text(), flags=re.DOTALL)
+        assert times == 1, f"{edit.file}: {edit.pattern} is there {times} times"
+        path.write_text(text)
+
+
+def can_leave_out(number: int, file: str, statements: str) -> Edit:
+    """The kernel skips `statements` when the library is told to leave out this number."""
+    return Edit(file, re.escape(statements), f"if (emulator::left_out != {number}) {{ {statements} }}")
+
+
+class Build:
+    """A library under way: g++ runs until its functions are asked for.
+
+    Args:
+        edits: what breaks the kernels.
+    """
+
+    def __init__(self, folder: Path, edits: Iterable[Edit] = ()) -> None:
+        prepare(folder, (*NEEDED, *edits))
+        self.path = folder / "kernels.so"
+        command = ["g++", *FLAGS, "-o", self.path, "kernels.cpp"]
+        self.process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+
+    @functools.cached_property
+    def functions(self) -> ctypes.CDLL:
+        _, messages = self.process.communicate()
+        assert self.process.returncode == 0, messages
+        functions = ctypes.CDLL(str(self.path))
+        functions.minference_error.restype = ctypes.c_char_p
+        return functions

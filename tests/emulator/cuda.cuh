@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// The words of CUDA C++ that the kernels use, for g++.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+using std::max;
+using std::min;
+
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+struct __half {
+    uint16_t bits;
+};
+
+struct Dim {
+    int x;
+};
+inline Dim threadIdx, blockIdx, gridDim;
+
+template <typename T>
+T __ldg(const T* pointer) {
+    return *pointer;
+}
+
+// One fibre runs at a time.
+template <typename T>
+void atomicAdd(T* address, T value) {
+    *address += value;
+}
+
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+
+inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands for csrc/hopper.cuh: the same functions, emulated.
+//
+// Not modelled: programs side by side, how many registers there are, fences but the one between cp.async and wgmma, the
+// weak order of memory between threads, the hardware's rounding within a wgmma, bank conflicts, time.
+#pragma once
+
+#include <type_traits>
+
+#include "runtime.cuh"
+
+namespace hopper {
+
+constexpr int WARP = 32;
+constexpr int WARPGROUP = 128;
+constexpr int SWIZZLE_BYTES = 128;
+constexpr int ATOM_BYTES = 8 * SWIZZLE_BYTES;
+
+inline uint32_t shared_address(const void* pointer) { return emulator::address_of(pointer); }
+
+// ---- barriers --------------------------------------------------------------------------------------------------
+
+inline void init_barrier(uint64_t* barrier, int arrivals) { emulator::create_barrier(barrier, arrivals); }
+inline void fence_barrier_init() {}
+inline void arrive(uint64_t* barrier, uint32_t count = 1) { emulator::arrive(emulator::number_of(barrier), count); }
+inline void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
+    emulator::arrive(emulator::number_of(barrier), 1, bytes);
+}
+inline void arrive_after_copies(uint64_t* barrier) { emulator::arrive_after_copies(emulator::number_of(barrier)); }
+inline void wait(uint64_t* barrier, uint32_t parity) { emulator::wait_for_phase(emulator::number_of(barrier), parity); }
+inline void wait_named(int barrier, int threads) { emulator::wait_at_named(barrier, threads); }
+inline void arrive_named(int barrier, int threads) { emulator::arrive_at_named(barrier, threads); }
+
+// ---- copies ----------------------------------------------------------------------------------------------------
+
+inline void copy_16_bytes(uint32_t destination, const void* source) {
+    emulator::copy_piece(destination, static_cast<const char*>(source));
+}
+
+template <typename... Coordinates>
+void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, Coordinates... x) {
+    emulator::copy_box(destination, map, emulator::number_of(barrier), {x...});
+}
+
+inline void prefetch_map(const CUtensorMap*) {}
+
+// For the warp: lanes that are still to come meet the others at the wgmma.
+inline void fence_async_proxy() { emulator::own_warp().fenced = emulator::now + 1; }
+
+// ---- registers, arithmetic -------------------------------------------------------------------------------------
+
+template <int COUNT>
+void more_registers() {
+    emulator::meet("setmaxnreg");
+}
+
+template <int COUNT>
+void fewer_registers() {
+    emulator::meet("setmaxnreg");
+}
+
+inline float exp2_approx(float x) {
+    constexpr float SMALLEST_NORMAL = 1.1754944e-38f;
+    const float y = exp2f(x);
+    return y < SMALLEST_NORMAL ? 0.0f : y;
+}
+
+template <typename T>
+constexpr bool IS_BF16 = std::is_same_v<T, __nv_bfloat16>;
+
+template <typename T>
+uint32_t pack(float first, float second) {
+    return emulator::narrow(first, IS_BF16<T>) | uint32_t(emulator::narrow(second, IS_BF16<T>)) << 16;
+}
+
+// ---- wgmma -----------------------------------------------------------------------------------------------------
+
+inline void mma_fence() {}
+inline void mma_commit() { emulator::commit(); }
+
+template <int PENDING>
+void mma_wait() {
+    emulator::wait_for_products(PENDING);
+}
+
+inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+template <int COUNT>
+void pin(float (&)[COUNT]) {}
+
+inline uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = ATOM_BYTES) {
+    return uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
+}
+
+// D has 64 rows over 128 threads: twice as many columns as a thread has registers.
+template <typename T, bool ACCUMULATE, int COUNT>
+void mma(float (&d)[COUNT], uint64_t a, uint64_t b) {
+    emulator::issue({a, b, 2 * COUNT, ACCUMULATE, IS_BF16<T>, false}, d, nullptr);
+}
+
+template <typename T, int COUNT>
+void mma_add(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b) {
+    emulator::issue({0, b, 2 * COUNT, true, IS_BF16<T>, true}, d, a);
+}
+
+}  // namespace hopper

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of csrc/, prepared by build.py, and what a test sets before each call of one.
+
+#include "attend.cu"
+#include "probe.cu"
+
+extern "C" void emulator_begin(int seed, int left_out) {
+    emulator::generator.seed(seed);
+    emulator::left_out = left_out;
+    emulator::described.clear();
+    emulator::failed = false;
+    emulator::report[0] = 0;
+}

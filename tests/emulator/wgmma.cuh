@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// wgmma, a warp at a time: carried out after it was issued, at the latest when it is waited for.
+#pragma once
+
+#include <immintrin.h>
+
+#include "warps.cuh"
+
+namespace emulator {
+
+constexpr int DEPTH = 16;  // summed over by one wgmma
+constexpr int WARPS_A_GROUP = 4;
+constexpr int ROWS = 16;  // of a warp
+constexpr int MAX_COLUMNS = 128;
+
+// ---- numbers ---------------------------------------------------------------------------------------------------
+
+inline float widen(uint16_t bits, bool is_bf16) {
+    if (!is_bf16) return _cvtsh_ss(bits);
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+// To the nearest, ties to even.
+inline uint16_t narrow(float x, bool is_bf16) {
+    if (!is_bf16) return _cvtss_sh(x, 0);
+    if (std::isnan(x)) return 0x7FFF;
+    const uint32_t bits = __float_as_uint(x);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+// ---- operands --------------------------------------------------------------------------------------------------
+
+struct Matrix {
+    uint32_t start, leading, stride;  // bytes
+
+    explicit Matrix(uint64_t descriptor)
+        : start(field(descriptor, 0)), leading(field(descriptor, 16)), stride(field(descriptor, 32)) {}
+
+    static uint32_t field(uint64_t descriptor, int bit) { return uint32_t(descriptor >> bit & 0x3FFF) << 4; }
+
+    // Eight elements of a matrix that is contiguous along the dimension summed over.
+    uint32_t along_depth(int row, int k) const { return start + row / 8 * stride + row % 8 * 128 + k * 2; }
+
+    // Eight elements of one that is contiguous along the other.
+    uint32_t along_columns(int k, int column) const {
+        return start + column / 64 * leading + k / 8 * stride + k % 8 * 128 + column % 64 * 2;
+    }
+};
+
+inline void read_eight(uint32_t address, const Product& product, float* elements) {
+    address = swizzle(address);
+    const uint64_t written = writing_turn(address);
+    const bool is_visible = written == 0 || written < product.fenced;
+    EMULATOR_CHECK(is_visible, "wgmma reads what cp.async wrote to %u, with no proxy fence between", address);
+    uint16_t bits[8];
+    memcpy(bits, locate(address), sizeof bits);
+    for (int i = 0; i < 8; ++i) elements[i] = widen(bits[i], product.is_bf16);
+}
+
+inline void read_a(const Product& product, int warp_in_group, float (&a)[ROWS][DEPTH]) {
+    if (product.from_registers) {
+        for (int l = 0; l < LANES; ++l) {
+            for (int i = 0; i < 8; ++i) {
+                const uint16_t bits = product.a_registers[l][i / 2] >> 16 * (i % 2);
+                a[l / 4 + i / 2 % 2 * 8][l % 4 * 2 + i / 4 * 8 + i % 2] = widen(bits, product.is_bf16);
+            }
+        }
+        return;
+    }
+    const Matrix matrix(product.a);
+    for (int row = 0; row < ROWS; ++row) {
+        for (int k = 0; k < DEPTH; k += 8) {
+            read_eight(matrix.along_depth(warp_in_group * ROWS + row, k), product, &a[row][k]);
+        }
+    }
+}
+
+inline void read_b(const Product& product, float (&b)[DEPTH][MAX_COLUMNS]) {
+    const Matrix matrix(product.b);
+    if (product.from_registers) {
+        for (int k = 0; k < DEPTH; ++k) {
+            for (int column = 0; column < product.columns; column += 8) {
+                read_eight(matrix.along_columns(k, column), product, &b[k][column]);
+            }
+        }
+        return;
+    }
+    for (int column = 0; column < product.columns; ++column) {
+        for (int k = 0; k < DEPTH; k += 8) {
+            float eight[8];
+            read_eight(matrix.along_depth(column, k), product, eight);
+            for (int i = 0; i < 8; ++i) b[k + i][column] = eight[i];
+        }
+    }
+}
+
+// ---- issue, carry out, wait ------------------------------------------------------------------------------------
+
+// The warp's oldest product, if all its lanes have issued it.
+inline void carry_out_next(Warp& warp) {
+    const Product& product = warp.products.front();
+    const int warp_in_group = int(&warp - warps.data()) % WARPS_A_GROUP;
+    float a[ROWS][DEPTH], b[DEPTH][MAX_COLUMNS];
+    read_a(product, warp_in_group, a);
+    read_b(product, b);
+    for (int row = 0; row < ROWS; ++row) {
+        float sums[MAX_COLUMNS] = {};
+        for (int k = 0; k < DEPTH; ++k) {
+            for (int column = 0; column < MAX_COLUMNS; ++column) sums[column] += a[row][k] * b[k][column];
+        }
+        for (int column = 0; column < product.columns; ++column) {
+            float* registers = product.accumulators[row % 8 * 4 + column % 8 / 2];
+            float& d = registers[column / 8 * 4 + row / 8 * 2 + column % 2];
+            d = product.accumulate ? d + sums[column] : sums[column];
+        }
+    }
+    warp.products.pop_front();
+    ++warp.carried_out;
+}
+
+inline bool can_carry_out(const Warp& warp) { return !warp.products.empty() && warp.products.front().is_issued(); }
+
+inline void issue(const Product& wanted, float* accumulators, const uint32_t* a_registers) {
+    Warp& warp = own_warp();
+    const size_t place = warp.issued[lane()]++ - warp.carried_out;
+    if (place == warp.products.size()) warp.products.push_back(wanted);
+    Product& product = warp.products[place];
+    const bool is_same = product.a == wanted.a && product.b == wanted.b && product.columns == wanted.columns &&
+                         product.accumulate == wanted.accumulate && product.from_registers == wanted.from_registers;
+    EMULATOR_CHECK(is_same, "lanes of a warp issue different wgmma");
+    product.accumulators[lane()] = accumulators;
+    product.a_registers[lane()] = a_registers;
+    if (++product.lanes < LANES) return;
+    product.fenced = warp.fenced;
+    while (pace.mma == Mma::AT_ONCE && can_carry_out(warp)) carry_out_next(warp);
+}
+
+inline void commit() { own_warp().committed[lane()].push_back(own_warp().issued[lane()]); }
+
+inline void wait_for_products(int pending) {
+    meet("wait for wgmma");
+    Warp& warp = own_warp();
+    auto& committed = warp.committed[lane()];
+    if (int(committed.size()) <= pending) return;
+    const long target = committed[committed.size() - 1 - pending];
+    const int first_warp = threadIdx.x / (WARPS_A_GROUP * LANES) * WARPS_A_GROUP;
+    const auto all_issued = [=] {
+        for (int i = 0; i < WARPS_A_GROUP; ++i) {
+            if (warps[first_warp + i].issued[0] < target) return false;
+        }
+        return true;
+    };
+    if (pace.coupled) wait_until(all_issued, "wgmma of the group's other warps");
+    while (warp.carried_out < target) carry_out_next(warp);
+    committed.erase(committed.begin(), committed.end() - pending);
+}
+
+// What is under way goes on beside the threads.
+inline void carry_out_some() {
+    if (pace.mma != Mma::BETWEEN || draw(6)) return;
+    Warp& warp = warps[draw(warps.size())];
+    for (int count = 1 + draw(6); count > 0 && can_carry_out(warp); --count) carry_out_next(warp);
+}
+
+}  // namespace emulator
