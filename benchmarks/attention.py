@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks import peers, results, synthetic
+from benchmarks import peers, results
 from benchmarks.cases import CASES, MILLION, PAGE_SIZE, TINY, Case, Inputs, Sets, configure, make_inputs
 from benchmarks.minference_sdist import MInference
 from benchmarks.peers import Attention, PeerMissing, TileIndex
@@ -25,6 +25,7 @@ from minference_vllm import reference
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.engine import Engine, load_engine
 from minference_vllm.index import TILE, PagedKV, SparseIndex
+from minference_vllm.tuning.masses import CLUSTER
 from minference_vllm.workspace import Geometry, Workspace
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ SETTINGS = {
     "timing": "CUDA events, median of 5 (3 if a call takes 50 ms) after 2 warm-ups; before each call 1 GiB is written, "
     "which empties the L2 cache and keeps the GPU busy while the host launches",
     "selection": "drawn for each query head with a fixed seed: verticals are 30 sinks and random columns, slashes half "
-    f"a contiguous local band and half clusters of {synthetic.CLUSTER}; put in the place of the probe's masses, then "
+    f"a contiguous local band and half clusters of {CLUSTER}; put in the place of the probe's masses, then "
     "selected and indexed; the peers get the same sets",
     "ours": f"bf16, pages of {PAGE_SIZE} in random order, K and V side by side as vLLM lays them, the whole prompt as "
     "one chunk; kept counts the row-key pairs that the kernel attends to; ours_tflops = 4 * head_dim * kept pairs / "

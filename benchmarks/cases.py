@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import synthetic
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.index import PagedKV
+from minference_vllm.tuning.masses import draw_columns, draw_diagonals
 
 PAGE_SIZE = 16
 CHUNK = 16384
@@ -93,8 +93,8 @@ class Sets(NamedTuple):
     def draw(cls, case: Case, sinks: int, device: torch.device, seed: int) -> "Sets":
         generator = torch.Generator(device).manual_seed(seed)
         return cls(
-            synthetic.draw_columns(case.num_qo_heads, case.tokens, case.vertical, sinks, generator),
-            synthetic.draw_diagonals(case.num_qo_heads, case.tokens, case.slash, generator),
+            draw_columns(case.num_qo_heads, case.tokens, case.vertical, sinks, generator),
+            draw_diagonals(case.num_qo_heads, case.tokens, case.slash, generator),
         )
 
     @staticmethod

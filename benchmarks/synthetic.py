@@ -15,10 +15,8 @@ from minference_vllm.config import MInferenceConfig
 from minference_vllm.engine import Engine
 from minference_vllm.estimators import ESTIMATORS
 from minference_vllm.index import PagedKV, SparseIndex
-from minference_vllm.tuning.masses import CLUSTER, KeySets, draw_columns, draw_diagonals
+from minference_vllm.tuning.masses import CLUSTER, KeySets
 from minference_vllm.workspace import Workspace
-
-__all__ = ["CLUSTER", "DESCRIPTION", "KeySets", "draw_columns", "draw_diagonals", "install"]
 
 DESCRIPTION = (
     "synthetic: the probe, the selection and the index run in full, but between probe and selection its masses are "

@@ -6,7 +6,7 @@
 
 #include "attend_consume.cuh"
 #include "attend_produce.cuh"
-#include "tensor_map.cuh"
+#include "cache_map.cuh"
 
 namespace attend {
 
@@ -79,21 +79,13 @@ struct MInferenceAttend {
 };
 
 static cudaError_t describe_tensors(const MInferenceAttend& a, attend::Params& p) {
-    const bool is_bf16 = a.is_bf16;
-    const cudaError_t error = hopper::make_tensor_map<3>(
-        &p.q_map, is_bf16, a.q, {uint64_t(a.head_dim), uint64_t(a.num_qo_heads), uint64_t(a.num_rows)},
+    cudaError_t error = hopper::make_tensor_map<3>(
+        &p.q_map, a.is_bf16, a.q, {uint64_t(a.head_dim), uint64_t(a.num_qo_heads), uint64_t(a.num_rows)},
         {a.stride_q_head, a.stride_q_row}, {hopper::BOX_ELEMENTS, 1, attend::HALF}
     );
-    if (error != cudaSuccess) return error;
-    for (const bool is_keys : {true, false}) {
-        const cudaError_t error = hopper::make_tensor_map<4>(
-            is_keys ? &p.k_map : &p.v_map, is_bf16, is_keys ? a.k : a.v,
-            {uint64_t(a.head_dim), uint64_t(a.page_size), uint64_t(a.num_kv_heads), uint64_t(a.num_pages)},
-            {a.stride_token, a.stride_kv_head, a.stride_page}, {hopper::BOX_ELEMENTS, attend::BAND, 1, 1}
-        );
-        if (error != cudaSuccess) return error;
-    }
-    return cudaSuccess;
+    if (error == cudaSuccess) error = hopper::make_cache_map(&p.k_map, a.k, a, attend::BAND);
+    if (error == cudaSuccess) error = hopper::make_cache_map(&p.v_map, a.v, a, attend::BAND);
+    return error;
 }
 
 extern "C" int minference_attend(const MInferenceAttend* args, cudaStream_t stream) {

@@ -14,7 +14,6 @@ constexpr int HALF = 64;
 constexpr int BAND = 16;
 constexpr int BANDS_A_STAGE = TILE / BAND;
 constexpr int BANDS_A_TILE = TILE / BAND;
-constexpr int BOX = 64;  // elements of one swizzled row of shared memory
 
 // Kinds of bands and stages: seen by both halves, by the first, by the second.
 constexpr int SHARED = 0;
@@ -47,7 +46,7 @@ struct Params {
 
 template <int HEAD_DIM>
 struct Shape {
-    static constexpr int BLOCKS = HEAD_DIM / BOX;
+    static constexpr int BLOCKS = HEAD_DIM / hopper::BOX_ELEMENTS;
     // As many as shared memory holds. Values stay longer than keys, until the next stage's scores are softened; yet two
     // slots for keys and four for values were slower.
     static constexpr int KEY_STAGES = HEAD_DIM == 128 ? 3 : 5;

@@ -115,7 +115,7 @@ struct Stream {
 #pragma unroll
             for (int block = 0; block < S::BLOCKS; ++block) {
                 const uint32_t box = target + block * S::KEY_BLOCK_BYTES + band * BAND * hopper::SWIZZLE_BYTES;
-                hopper::copy_box(box, map, barrier, block * BOX, token, work.kv_head, page);
+                hopper::copy_box(box, map, barrier, block * hopper::BOX_ELEMENTS, token, work.kv_head, page);
             }
         }
         advance();
@@ -206,7 +206,7 @@ struct Stream {
             const uint32_t target = hopper::shared_address(shared.q[half] + block * S::QUERY_BLOCK_BYTES);
             // Rows that the chunk does not have come as zeros.
             const int row = work.start_row() + half * HALF - p.context_len;
-            hopper::copy_box(target, &p.q_map, &shared.q_full, block * BOX, work.head, row);
+            hopper::copy_box(target, &p.q_map, &shared.q_full, block * hopper::BOX_ELEMENTS, work.head, row);
         }
     }
 };

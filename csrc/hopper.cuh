@@ -17,6 +17,7 @@ constexpr int WARPGROUP = 128;
 // Shared memory that wgmma reads is swizzled in rows of 128 bytes, eight rows to an atom.
 constexpr int SWIZZLE_BYTES = 128;
 constexpr int ATOM_BYTES = 8 * SWIZZLE_BYTES;
+constexpr int BOX_ELEMENTS = SWIZZLE_BYTES / 2;  // of a 16-bit type: one swizzled row
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -112,6 +113,7 @@ __device__ __forceinline__ void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Volatile: it stays before the waits that follow it.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -6,7 +6,7 @@
 
 #include "probe_lse.cuh"
 #include "probe_mass.cuh"
-#include "tensor_map.cuh"
+#include "cache_map.cuh"
 
 namespace probe {
 
@@ -100,11 +100,7 @@ static probe::Params make_params(const MInferenceProbe& a) {
 extern "C" int minference_probe(const MInferenceProbe* args, cudaStream_t stream) {
     const MInferenceProbe& a = *args;
     probe::Params p = make_params(a);
-    cudaError_t error = hopper::make_tensor_map<4>(
-        &p.k_map, a.is_bf16, a.k,
-        {uint64_t(a.head_dim), uint64_t(a.page_size), uint64_t(a.num_kv_heads), uint64_t(a.num_pages)},
-        {a.stride_token, a.stride_kv_head, a.stride_page}, {hopper::BOX_ELEMENTS, probe::BAND, 1, 1}
-    );
+    cudaError_t error = hopper::make_cache_map(&p.k_map, a.k, a, probe::BAND);
     if (error != cudaSuccess) return error;
     if (!a.accumulate) {
         const size_t width = size_t(a.context_len + a.num_rows) * sizeof(int32_t);

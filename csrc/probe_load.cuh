@@ -59,7 +59,7 @@ __device__ __forceinline__ void produce(const Params& p, const Shared<HEAD_DIM>&
         __syncwarp();
         if (copies) {
             hopper::copy_box(
-                box + ring.slot * S::KEY_BYTES, &p.k_map, full, block * (hopper::SWIZZLE_BYTES / 2), here.first,
+                box + ring.slot * S::KEY_BYTES, &p.k_map, full, block * hopper::BOX_ELEMENTS, here.first,
                 job.kv_head, here.page
             );
         }
@@ -114,5 +114,22 @@ struct Turns {
         if (begins) wait();
     }
 };
+
+// One program of a pass: the last warpgroup produces, the others consume.
+template <int HEAD_DIM, bool BACKWARDS, typename Consume>
+__device__ __forceinline__ void run_program(const Params& p, char* raw, Consume consume) {
+    const Shared<HEAD_DIM> shared(raw, p);
+    const Job job(p);
+    set_up(p, shared, job);
+    // Read from lane 0: the compiler then knows that a warp does not part here.
+    const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
+    if (warpgroup == CONSUMERS) {
+        hopper::fewer_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x < CONSUMER_THREADS + hopper::WARP) produce<HEAD_DIM, BACKWARDS>(p, shared, job);
+    } else {
+        hopper::more_registers<CONSUMER_REGISTERS>();
+        consume(p, shared, job, warpgroup);
+    }
+}
 
 }  // namespace probe

@@ -202,18 +202,7 @@ __device__ __forceinline__ void consume_mass(
 template <typename T, int HEAD_DIM, bool SPREAD>
 __global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
-    const Shared<HEAD_DIM> shared(raw, p);
-    const Job job(p);
-    set_up(p, shared, job);
-    // Read from lane 0: the compiler then knows that a warp does not part here.
-    const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
-    if (warpgroup == CONSUMERS) {
-        hopper::fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < CONSUMER_THREADS + hopper::WARP) produce<HEAD_DIM, true>(p, shared, job);
-    } else {
-        hopper::more_registers<CONSUMER_REGISTERS>();
-        consume_mass<T, HEAD_DIM, SPREAD>(p, shared, job, warpgroup);
-    }
+    run_program<HEAD_DIM, true>(p, raw, consume_mass<T, HEAD_DIM, SPREAD>);
 }
 
 }  // namespace probe

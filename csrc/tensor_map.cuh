@@ -9,8 +9,6 @@
 
 namespace hopper {
 
-constexpr int BOX_ELEMENTS = 64;  // 128 bytes of a 16-bit type: one swizzled row
-
 // The driver's encoder, found at run time: the library links to no libcuda.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     static const auto encoder = [] {

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.index import PagedKV, SparseIndex
-from minference_vllm.kernels.launch import attend_arguments, attend_constants, attend_grid
+from minference_vllm.index import BAND, TILE, PagedKV, SparseIndex
+from minference_vllm.kernels.launch import LOG2_E, kv_strides
 
 
 @triton.jit
@@ -179,15 +179,22 @@ def attend(
     kept_pairs: torch.Tensor,
 ) -> None:
     """See minference_vllm.reference.attend."""
-    block_n, num_warps, num_stages = _launch_shape(q.shape[2], q.device)
-    _attend_kernel[attend_grid(q, context_len)](
-        *attend_arguments(q, kv, context_len, scale, index, out, lse, kept_pairs),
-        **attend_constants(q, kv),
-        BLOCK_N=block_n,
+    num_rows, num_qo_heads, head_dim = q.shape
+    block_n, num_warps, num_stages = _launch_shape(head_dim, q.device)
+    num_tiles = triton.cdiv(context_len + num_rows, TILE) - context_len // TILE
+    _attend_kernel[(num_tiles * num_qo_heads,)](
+        q, kv.k, kv.v, kv.block_table, out, lse, kept_pairs,
+        index.bands, index.bands_below, index.band_halves, index.columns, index.columns_below,
+        num_rows, context_len, kv.row, scale * LOG2_E,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv), kv.block_table.stride(0),
+        lse.stride(0), index.bands.stride(0), index.bands.stride(1),
+        index.bands_below.stride(0), index.bands_below.stride(1), index.band_halves.stride(0),
+        index.columns.stride(0), index.columns_below.stride(0),
+        GROUP=num_qo_heads // kv.k.shape[1], HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size,
+        TILE=TILE, BAND=BAND, BLOCK_N=block_n, LOG2_E=LOG2_E,
         UPCAST=not q.is_cuda,  # the interpreter's dot is wrong for bf16
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
 
 
 @functools.cache

@@ -6,8 +6,6 @@
 
 namespace hopper {
 
-constexpr int BOX_ELEMENTS = 64;
-
 template <int RANK>
 cudaError_t make_tensor_map(
     CUtensorMap* map, bool, const void* base, const uint64_t (&sizes)[RANK], const int64_t (&strides)[RANK - 1],

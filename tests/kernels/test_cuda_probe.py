@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minference_vllm import reference
-from minference_vllm.kernels.cuda.probe import SUPPORTED_HEAD_DIMS, probe, supports
+from minference_vllm.kernels.cuda.library import SUPPORTED_HEAD_DIMS
+from minference_vllm.kernels.cuda.probe import probe, supports
 from minference_vllm.workspace import MASS_UNIT, Workspace
 from tests.kernels.cases import CASES, GPU_CASES, Case, make_cache, make_queries, make_workspace
 

@@ -9,14 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minference_vllm import reference
-from minference_vllm.engine import Engine
 from minference_vllm.estimators import ESTIMATORS
 from minference_vllm.index import PagedKV, SparseIndex
-from minference_vllm.kernels import cuda
 from minference_vllm.kernels.cuda import library
 from tests.emulator.build import Build, can_leave_out
 from tests.kernels.cases import CASES, Case, make_cache, make_queries, make_workspace
+from tests.kernels.engines import CUDA, REFERENCE
 from tests.kernels.indexes import NOTHING, Kept, index_of
 
 pytestmark = [
@@ -26,7 +24,6 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 SEEDS = 3
-REFERENCE = Engine("reference", reference.probe, reference.select, reference.band_lists, reference.attend)
 SUPPORTED = [case for case in CASES if case.dtype != torch.float32 and case.head_dim in (64, 128)]
 
 PROBE_CASES = [
@@ -73,7 +70,7 @@ HAND_WRITTEN = {
 
 
 class Emulated:
-    """Stands for minference_vllm.kernels.cuda.library."""
+    """Stands for the library of CUDA kernels."""
 
     def __init__(self, functions: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
         self.functions = functions
@@ -118,7 +115,7 @@ def estimated_index(case: Case, q: torch.Tensor, kv: PagedKV) -> SparseIndex:
 def check_attend(case: Case, index: SparseIndex, q: torch.Tensor, kv: PagedKV) -> None:
     """Against the reference; nothing is written past the chunk's rows."""
     results = []
-    for attend in (reference.attend, cuda.attend):
+    for attend in (REFERENCE.attend, CUDA.attend):
         out = torch.full((case.num_rows + 1, *q.shape[1:]), 7.0, dtype=q.dtype)
         lse, pairs = torch.full((case.num_qo_heads, case.num_rows + 5), 7.0), torch.zeros(1, dtype=torch.int64)
         attend(q, kv, case.context_len, case.scale, index, out[:-1], lse, pairs)
@@ -152,7 +149,7 @@ def test_attend_takes_any_index(emulated: Emulated, heads: list[Kept], head_dim:
 def check_probe(case: Case) -> None:
     q, kv, config = make_queries(case, CPU), make_cache(case, CPU), case.config()
     results = []
-    for probe in (reference.probe, cuda.probe):
+    for probe in (REFERENCE.probe, CUDA.probe):
         ws = make_workspace(case, config, CPU)
         for left_over in (ws.vertical, ws.slash, ws.probe_lse):
             left_over.fill_(7)

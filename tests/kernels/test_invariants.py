@@ -8,21 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from minference_vllm import kernels, reference
 from minference_vllm.attention import sparse_prefill
 from minference_vllm.engine import Engine
 from minference_vllm.index import PagedKV
-from minference_vllm.kernels import cuda
 from minference_vllm.reference.pages import gather
 from minference_vllm.workspace import Workspace
 from tests.kernels.cases import Case, make_cache, make_queries, make_workspace
+from tests.kernels.engines import CUDA, REFERENCE, TRITON
 from tests.kernels.indexes import NOTHING, Kept, index_of, mask_of
 
-ENGINES = {
-    "reference": Engine("reference", reference.probe, reference.select, reference.band_lists, reference.attend),
-    "triton": Engine("triton", kernels.probe, kernels.select, kernels.band_lists, kernels.attend),
-    "cuda": Engine("cuda", cuda.probe, kernels.select, kernels.band_lists, cuda.attend),
-}
+ENGINES = {engine.name: engine for engine in (REFERENCE, TRITON, CUDA)}
 EVERYTHING = 10_000
 # Small, since an interpreted kernel takes seconds; still three tiles, the first and last of them partial.
 SPARSE = Case("", num_rows=170, context_len=110, num_qo_heads=2, num_kv_heads=1, vertical_size=8, slash_size=17)

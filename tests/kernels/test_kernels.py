@@ -6,19 +6,14 @@ import itertools
 import pytest
 import torch
 
-from minference_vllm import kernels, reference
 from minference_vllm.attention import sparse_prefill
 from minference_vllm.engine import Engine
 from minference_vllm.estimators import ESTIMATORS
 from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, SparseIndex
-from minference_vllm.kernels import cuda
 from minference_vllm.reference.attend import kept_before
 from minference_vllm.workspace import MASS_UNIT
 from tests.kernels.cases import CASES, GPU_CASES, Case, make_cache, make_queries, make_workspace
-
-TRITON = Engine("triton", kernels.probe, kernels.select, kernels.band_lists, kernels.attend)
-CUDA = Engine("cuda", cuda.probe, kernels.select, kernels.band_lists, cuda.attend)
-REFERENCE = Engine("reference", reference.probe, reference.select, reference.band_lists, reference.attend)
+from tests.kernels.engines import CUDA, REFERENCE, TRITON
 
 every_case = pytest.mark.parametrize(
     "case",

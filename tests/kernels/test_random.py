@@ -6,15 +6,12 @@ import random
 import pytest
 import torch
 
-from minference_vllm import kernels, reference
-from minference_vllm.engine import Engine
 from minference_vllm.estimators.vertical_slash import index_masses
 from minference_vllm.index import SparseIndex
-from minference_vllm.kernels import cuda
 from minference_vllm.workspace import Workspace
 from tests.kernels.cases import Case, make_cache, make_queries, make_workspace
+from tests.kernels.engines import CUDA, REFERENCE, TRITON
 
-REFERENCE = Engine("reference", reference.probe, reference.select, reference.band_lists, reference.attend)
 GROUPS, SHAPES_A_GROUP = 20, 25
 
 
@@ -49,17 +46,17 @@ def random_index(case: Case, ws: Workspace, generator: torch.Generator) -> Spars
 @pytest.mark.parametrize("group", range(GROUPS))
 @pytest.mark.parametrize(
     "attend",
-    [pytest.param(kernels.attend, id="triton"), pytest.param(cuda.attend, id="cuda", marks=pytest.mark.hopper)],
+    [pytest.param(TRITON.attend, id="triton"), pytest.param(CUDA.attend, id="cuda", marks=pytest.mark.hopper)],
 )
 def test_attend_matches_the_reference_on_random_shapes(attend, group: int, device: torch.device) -> None:
     rng, generator = random.Random(group), torch.Generator().manual_seed(group)
-    for _ in range(SHAPES_A_GROUP if attend is cuda.attend else 1):  # a variant of the Triton kernel takes seconds
+    for _ in range(SHAPES_A_GROUP if attend is CUDA.attend else 1):  # a variant of the Triton kernel takes seconds
         case = random_case(rng)
         q, kv = make_queries(case, device), make_cache(case, device)
         ws = make_workspace(case, case.config(), device)
         index = random_index(case, ws, generator)
         results = []
-        for function in (reference.attend, attend):
+        for function in (REFERENCE.attend, attend):
             out, lse = torch.full_like(q, torch.nan), torch.full_like(ws.lse, torch.nan)
             pairs = torch.zeros_like(ws.kept_pairs)
             function(q, kv, case.context_len, case.scale, index, out, lse, pairs)

@@ -12,13 +12,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from minference_vllm import kernels
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.engine import Engine
 from minference_vllm.plan import SparseChunk
 from minference_vllm.runtime import Runtime
 from minference_vllm.workspace import Geometry
 from tests.kernels.cases import Case, make_cache, make_queries
+from tests.kernels.engines import TRITON
 
 MAX_LEN = 40_000
 REQUESTS = [
@@ -45,7 +44,7 @@ def variants(case: Case) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """What the dry run selects, and what a request in a table of odd width selects."""
     config = MInferenceConfig(probe_rows="both")
     runtime = Runtime(config, torch.device("cpu"), publish=False)
-    runtime.engine = Engine("", kernels.probe, kernels.select, kernels.band_lists, kernels.attend)
+    runtime.engine = TRITON
     geometry = Geometry(case.num_qo_heads, MAX_LEN, 8192, sum(config.probe_counts), config.vertical_size)
     compiled: set[tuple[str, str]] = set()
     JITFunction.run = recorder(compiled)

@@ -15,6 +15,7 @@ from minference_vllm.config import MInferenceConfig
 from minference_vllm.engine import load_engine
 from minference_vllm.estimators import ESTIMATORS
 from minference_vllm.index import PagedKV
+from minference_vllm.tuning import masses
 from minference_vllm.workspace import Geometry, Workspace
 
 RUN = {"gpu": "a card", "driver": "1", "commit": "abc"}
@@ -138,27 +139,27 @@ def test_a_worker_that_fails_stops_the_benchmark(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("seq_len", "columns", "slashes"), [(8000, 1000, 6096), (8000, 100, 801), (300, 30, 120)])
 def test_drawn_sets_meet_the_budget(seq_len, columns, slashes):
     generator = torch.Generator().manual_seed(0)
-    vertical = synthetic.draw_columns(3, seq_len, columns, 30, generator)
-    slash = synthetic.draw_diagonals(3, seq_len, slashes, generator)
+    vertical = masses.draw_columns(3, seq_len, columns, 30, generator)
+    slash = masses.draw_diagonals(3, seq_len, slashes, generator)
     assert (vertical > 0).sum(1).tolist() == [min(columns, seq_len)] * 3
     assert (vertical[:, :30] > 0).all()
     drawn = (slash > 0).sum(1)
     # Where clusters fill nearly the whole length, the last slots find no room.
-    assert (drawn <= slashes).all() and (drawn > slashes - 2 * synthetic.CLUSTER).all()
+    assert (drawn <= slashes).all() and (drawn > slashes - 2 * masses.CLUSTER).all()
     assert (slash[:, : slashes // 2] > 0).all()
 
 
 def test_far_from_full_the_budget_of_diagonals_is_met_exactly():
-    slash = synthetic.draw_diagonals(4, 32768, 6096, torch.Generator().manual_seed(1))
+    slash = masses.draw_diagonals(4, 32768, 6096, torch.Generator().manual_seed(1))
     assert (slash > 0).sum(1).tolist() == [6096] * 4
     assert not torch.equal(slash[0], slash[1])
 
 
 def test_a_budget_beyond_the_prompt_keeps_everything():
     generator = torch.Generator()
-    assert (synthetic.draw_columns(2, 200, 1000, 30, generator) > 0).all()
-    assert (synthetic.draw_diagonals(2, 200, 6096, generator) > 0).all()
-    assert (synthetic.draw_columns(2, 20, 1000, 30, generator) > 0).all()
+    assert (masses.draw_columns(2, 200, 1000, 30, generator) > 0).all()
+    assert (masses.draw_diagonals(2, 200, 6096, generator) > 0).all()
+    assert (masses.draw_columns(2, 20, 1000, 30, generator) > 0).all()
 
 
 def test_the_estimator_selects_the_drawn_sets_after_a_real_probe(monkeypatch):

@@ -10,8 +10,6 @@ from minference_vllm.kernels.attend import attend as attend_in_triton
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.launch import LOG2_E, kv_strides
 
-SUPPORTED_HEAD_DIMS = (64, 128)
-
 POINTERS = (
     "q", "k", "v", "out", "lse", "kept_pairs",
     "block_table", "bands", "bands_below", "band_halves", "columns", "columns_below",
@@ -29,19 +27,13 @@ SIZES = (
 class _Arguments(ctypes.Structure):
     """Mirrors MInferenceAttend in csrc/attend.cu."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        *((f"stride_{name}", ctypes.c_int64) for name in STRIDES),
-        *((name, ctypes.c_int32) for name in SIZES),
-        ("scale_log2", ctypes.c_float),
-    ]
+    _fields_ = library.arguments_of(POINTERS, STRIDES, SIZES)
 
 
 def supports(q: torch.Tensor, kv: PagedKV, out: torch.Tensor) -> bool:
     """Whether the kernel is made for this head size and type, and for tensors that lie like these."""
     strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv))
-    is_made_for = q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in (torch.bfloat16, torch.float16)
-    return is_made_for and library.are_aligned((q, kv.k, kv.v, out), strides)
+    return library.takes(q, (q, kv.k, kv.v, out), strides)
 
 
 def attend(

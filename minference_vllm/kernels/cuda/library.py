@@ -3,12 +3,14 @@
 
 import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PATH = Path(__file__).parents[2] / "_hopper.so"
+SUPPORTED_HEAD_DIMS = (64, 128)
 # The bulk copy engine wants addresses and strides that are multiples of this.
 ALIGNMENT_BYTES = 16
 
@@ -44,9 +46,9 @@ def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> 
     Raises:
         RuntimeError: CUDA refused.
     """
-    library = _open()
-    if isinstance(library, str):
-        raise RuntimeError(library)
+    library = load()
+    if library is None:
+        raise RuntimeError(why_missing())
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     if error := library[function](ctypes.byref(arguments), stream):
         describe = library.minference_error
@@ -54,10 +56,29 @@ def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> 
         raise RuntimeError(f"{function}: {describe(error).decode()}")
 
 
-def are_aligned(tensors: Iterable[torch.Tensor], strides: Iterable[int]) -> bool:
-    """Whether the bulk copy engine can read 16-bit elements from these addresses in these strides (elements)."""
-    return all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors) and all(
-        2 * stride % ALIGNMENT_BYTES == 0 for stride in strides
+def arguments_of(pointers: Sequence[str], strides: Sequence[str], sizes: Sequence[str]) -> list[tuple[str, Any]]:
+    """Fields of the structure that a function of the library takes: its C twin names them in the same order."""
+    return [
+        *((name, ctypes.c_void_p) for name in pointers),
+        *((f"stride_{name}", ctypes.c_int64) for name in strides),
+        *((name, ctypes.c_int32) for name in sizes),
+        ("scale_log2", ctypes.c_float),
+    ]
+
+
+def takes(q: torch.Tensor, tensors: Iterable[torch.Tensor], strides: Iterable[int]) -> bool:
+    """Whether the kernels are made for this head size and type, and can read tensors that lie like these.
+
+    Args:
+        q: [num_rows, num_qo_heads, head_dim].
+        tensors: all that a kernel reads or writes in pieces of ALIGNMENT_BYTES.
+        strides: theirs, in elements.
+    """
+    is_made_for = q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in (torch.bfloat16, torch.float16)
+    return (
+        is_made_for
+        and all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors)
+        and all(stride * q.element_size() % ALIGNMENT_BYTES == 0 for stride in strides)
     )
 
 

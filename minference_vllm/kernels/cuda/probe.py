@@ -11,7 +11,6 @@ from minference_vllm.kernels.launch import LOG2_E, kv_strides
 from minference_vllm.kernels.probe import probe as probe_in_triton
 from minference_vllm.workspace import MASS_UNIT, Workspace
 
-SUPPORTED_HEAD_DIMS = (64, 128)
 GROUP = 64
 """Rows that one call probes."""
 assert MASS_UNIT == 2.0**-23  # the kernel reads masses off the bits of 1 + p
@@ -27,19 +26,13 @@ SIZES = (
 class _Arguments(ctypes.Structure):
     """Mirrors MInferenceProbe in csrc/probe.cu."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        *((f"stride_{name}", ctypes.c_int64) for name in STRIDES),
-        *((name, ctypes.c_int32) for name in SIZES),
-        ("scale_log2", ctypes.c_float),
-    ]
+    _fields_ = library.arguments_of(POINTERS, STRIDES, SIZES)
 
 
 def supports(q: torch.Tensor, kv: PagedKV) -> bool:
     """Whether the kernel is made for this head size and type, and for tensors that lie like these."""
     strides = (q.stride(0), q.stride(1), *kv_strides(kv))
-    is_made_for = q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in (torch.bfloat16, torch.float16)
-    return is_made_for and library.are_aligned((q, kv.k), strides)
+    return library.takes(q, (q, kv.k), strides)
 
 
 def probe(

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side: a request's keys or values in their pages, for the bulk copy engine.
+#pragma once
+
+#include "hopper.cuh"
+#include "tensor_map.cuh"
+
+namespace hopper {
+
+// Describe the keys or the values, from `base` on, of the cache whose sizes and strides `a` holds; coordinates are element,
+// token in its page, KV head, page. A copy brings `keys` keys of one page.
+template <typename Arguments>
+cudaError_t make_cache_map(CUtensorMap* map, const void* base, const Arguments& a, uint32_t keys) {
+    return make_tensor_map<4>(
+        map, a.is_bf16, base,
+        {uint64_t(a.head_dim), uint64_t(a.page_size), uint64_t(a.num_kv_heads), uint64_t(a.num_pages)},
+        {a.stride_token, a.stride_kv_head, a.stride_page}, {BOX_ELEMENTS, keys, 1, 1}
+    );
+}
+
+}  // namespace hopper
