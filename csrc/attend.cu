@@ -21,21 +21,17 @@ __global__ void __launch_bounds__(THREADS, 1) attend_kernel(const __grid_constan
         hopper::prefetch_map(&p.q_map);
         hopper::prefetch_map(&p.k_map);
         hopper::prefetch_map(&p.v_map);
-        for (int i = 0; i < S::KEY_STAGES; ++i) {
-            for (auto& full : shared.k_full[i]) hopper::init_barrier(&full, FULL_ARRIVALS);
-            hopper::init_barrier(&shared.k_empty[i], EMPTY_ARRIVALS);
-        }
-        for (int i = 0; i < S::VALUE_STAGES; ++i) {
-            for (auto& full : shared.v_full[i]) hopper::init_barrier(&full, FULL_ARRIVALS);
-            hopper::init_barrier(&shared.v_empty[i], EMPTY_ARRIVALS);
+        for (int i = 0; i < 2 * S::STAGES; ++i) {
+            for (auto& full : shared.full[i / S::STAGES][i % S::STAGES]) hopper::init_barrier(&full, FULL_ARRIVALS);
+            hopper::init_barrier(&shared.empty[i / S::STAGES][i % S::STAGES], EMPTY_ARRIVALS);
         }
         hopper::init_barrier(&shared.q_full, 1);
         hopper::init_barrier(&shared.q_empty, EMPTY_ARRIVALS);
         hopper::fence_barrier_init();
     }
     // No stage fills every slot: what is left must be finite, for zero times NaN is NaN.
-    for (int i = threadIdx.x * 16; i < int(sizeof(shared.v)); i += THREADS * 16) {
-        *reinterpret_cast<uint4*>(&shared.v[0][0] + i) = {};
+    for (int i = threadIdx.x * 16; i < int(sizeof(shared.ring[VALUES])); i += THREADS * 16) {
+        *reinterpret_cast<uint4*>(&shared.ring[VALUES][0][0] + i) = {};
     }
     hopper::fence_async_proxy();
     __syncthreads();
@@ -45,8 +41,8 @@ __global__ void __launch_bounds__(THREADS, 1) attend_kernel(const __grid_constan
     const int thread = threadIdx.x % hopper::WARPGROUP;
     if (group == 0) {
         hopper::fewer_registers<PRODUCER_REGISTERS>();
-        const bool is_keys = __shfl_sync(0xFFFFFFFF, thread / COPYING_THREADS, 0) == 0;
-        produce<HEAD_DIM>(p, shared, is_keys, thread % COPYING_THREADS);
+        const int which = __shfl_sync(0xFFFFFFFF, thread / COPYING_THREADS, 0);
+        produce<HEAD_DIM>(p, shared, which, thread % COPYING_THREADS);
     } else {
         hopper::more_registers<CONSUMER_REGISTERS>();
         consume<T, HEAD_DIM>(p, shared, group - 1, thread);

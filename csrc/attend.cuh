@@ -19,6 +19,9 @@ constexpr int BANDS_A_TILE = TILE / BAND;
 constexpr int SHARED = 0;
 constexpr int KINDS = 3;
 
+constexpr int KEYS = 0;
+constexpr int VALUES = 1;
+
 struct Params {
     CUtensorMap q_map, k_map, v_map;
     const char* k;  // for keys that are gathered one by one
@@ -47,20 +50,20 @@ struct Params {
 template <int HEAD_DIM>
 struct Shape {
     static constexpr int BLOCKS = HEAD_DIM / hopper::BOX_ELEMENTS;
-    // As many as shared memory holds. Values stay longer than keys, until the next stage's scores are softened; yet two
-    // slots for keys and four for values were slower.
-    static constexpr int KEY_STAGES = HEAD_DIM == 128 ? 3 : 5;
-    static constexpr int VALUE_STAGES = HEAD_DIM == 128 ? 3 : 5;
+    static constexpr int STAGES = HEAD_DIM == 128 ? 3 : 5;  // as many as shared memory holds
     static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
     static constexpr int QUERY_BLOCK_BYTES = HALF * hopper::SWIZZLE_BYTES;
     static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
     static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;  // of one half
 };
 
-// Registers a thread: two consumer warpgroups and a producer share 64K.
+constexpr int THREADS = 3 * hopper::WARPGROUP;
+
+// Registers a thread. Warpgroups can only take what others give of those that the kernel was launched with.
+constexpr int LAUNCH_REGISTERS = (1 << 16) / THREADS / 8 * 8;
 constexpr int CONSUMER_REGISTERS = 216;
 constexpr int PRODUCER_REGISTERS = 72;
-constexpr int THREADS = 3 * hopper::WARPGROUP;
+static_assert(2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * LAUNCH_REGISTERS);
 
 // Half of the producer warpgroup brings keys, the other half values.
 constexpr int COPYING_THREADS = hopper::WARPGROUP / 2;
@@ -70,20 +73,6 @@ constexpr int FULL_ARRIVALS = COPYING_THREADS + COPYING_WARPS;
 // Every consuming warp; for a half that does not see a stage the producer arrives.
 constexpr int WARPS_A_HALF = hopper::WARPGROUP / hopper::WARP;
 constexpr int EMPTY_ARRIVALS = 2 * WARPS_A_HALF;
-
-template <int HEAD_DIM>
-struct alignas(1024) Storage {
-    using S = Shape<HEAD_DIM>;
-    char q[2][S::QUERY_BYTES];
-    char k[S::KEY_STAGES][S::KEY_BYTES];
-    char v[S::VALUE_STAGES][S::KEY_BYTES];
-    // One bit a key of a stage of columns: whether a half takes it from there.
-    uint32_t fresh[S::KEY_STAGES][2][TILE / 32];
-    // Whoever sees a stage waits at a barrier that is filled for nobody else: no phase passes that it does not see.
-    uint64_t k_full[S::KEY_STAGES][KINDS], v_full[S::VALUE_STAGES][KINDS];
-    uint64_t k_empty[S::KEY_STAGES], v_empty[S::VALUE_STAGES];
-    uint64_t q_full, q_empty;
-};
 
 // One tile of one head, and how much of each list it may use.
 struct Work {
@@ -97,6 +86,21 @@ struct Work {
     __device__ __forceinline__ bool is_cut_short(const Params& p) const {
         return start_row() + TILE > p.context_len + p.num_rows;
     }
+};
+
+template <int HEAD_DIM>
+struct alignas(1024) Storage {
+    using S = Shape<HEAD_DIM>;
+    char q[2][S::QUERY_BYTES];
+    char ring[2][S::STAGES][S::KEY_BYTES];  // of KEYS and of VALUES
+    // One bit a key of a stage of columns: whether a half takes it from there.
+    uint32_t fresh[S::STAGES][2][TILE / 32];
+    // Whoever sees a stage waits at a barrier that is filled for nobody else: no phase passes that it does not see.
+    uint64_t full[2][S::STAGES][KINDS];
+    uint64_t empty[2][S::STAGES];
+    uint64_t q_full, q_empty;
+    Work work;     // the tile whose queries `q` holds
+    bool is_over;  // that tile is one too many
 };
 
 // In what stages a tile's bands come. Most stages bring eight bands that both halves see, without a mask. What is left of
@@ -123,12 +127,6 @@ struct BandStages {
     }
 
     __device__ __forceinline__ int total() const { return shared + own[0] + own[1]; }
-
-    // Shared stages that come just before a pair; those that are left come after the last.
-    __device__ __forceinline__ int shared_before(int pair) const {
-        if (pair < pairs) return shared_a_pair;
-        return pair == pairs ? shared - pairs * shared_a_pair : 0;
-    }
 };
 
 // The bands of one stage: `count` of a kind, from `start` on. The consumers go through the stages in this order.

@@ -22,26 +22,22 @@ struct Consumer {
     const int lane = thread % hopper::WARP;
     const int row = first_row(thread);
 
-    static constexpr int NONE = -1;
-
-    // Where the next stage's keys and values are, and the phases of the barriers of shared and of this half's stages, a bit
-    // a slot.
-    int key_slot = 0, value_slot = 0;
-    uint32_t key_phases[2] = {}, value_phases[2] = {};
+    // Where the next stage is, and the phases of the barriers of shared and of this half's stages, a bit a slot.
+    int slot = 0;
+    uint32_t phases[2] = {};
+    uint32_t q_phase = 0;
 
     // The stage whose values come next.
     int scored_slot, scored_kind;
     uint32_t scored_phase;
     bool scored_by_rows;  // whether cp.async brought them
 
-    int steps_left;     // of the tile, after this one
-    int adding = NONE;  // slot of the stage whose values are being added
+    int steps_left;  // of the tile, after this one
 
-    float scores[SCORES];  // of the next stage, then exponentials of the scored one's
+    float first_scores[SCORES];  // of the next tile's first stage
     float acc[OUTPUTS];
-    uint32_t probabilities[SCORES / 8][4];
-    float maximum[2], sum[2];  // of scaled scores (base 2); the sum of this thread's columns
-    float shrink[2];           // what `acc` is to be multiplied by before more is added
+    uint32_t probabilities[SCORES / 8][4];  // of the scored stage
+    float maximum[2], sum[2];               // of scaled scores (base 2); the sum of this thread's columns
 
     __device__ __forceinline__ Consumer(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread)
         : p(p), shared(shared), half(half), thread(thread) {}
@@ -51,9 +47,11 @@ struct Consumer {
         if (lane == 0) hopper::arrive(barrier);
     }
 
-    __device__ __forceinline__ void start_scores() {
+    // Start on the scores of the next stage, of as many of its keys as there is room for.
+    template <int COUNT>
+    __device__ __forceinline__ void start_scores(float (&scores)[COUNT]) {
         const uint32_t q = hopper::shared_address(shared.q[half]);
-        const uint32_t k = hopper::shared_address(shared.k[key_slot]);
+        const uint32_t k = hopper::shared_address(shared.ring[KEYS][slot]);
         const uint64_t first_a = hopper::descriptor(q, 16), first_b = hopper::descriptor(k, 16);
         hopper::mma_fence();
 #pragma unroll
@@ -69,8 +67,9 @@ struct Consumer {
         hopper::mma_commit();
     }
 
+    // Start to add the scored stage's values, from their slot.
     __device__ __forceinline__ void start_values(int its_slot) {
-        const uint32_t v = hopper::shared_address(shared.v[its_slot]);
+        const uint32_t v = hopper::shared_address(shared.ring[VALUES][its_slot]);
         const uint64_t first_b = hopper::descriptor(v, S::KEY_BLOCK_BYTES);
         hopper::mma_fence();
 #pragma unroll
@@ -79,136 +78,154 @@ struct Consumer {
             hopper::mma_add<T>(acc, probabilities[i], b);
         }
         hopper::mma_commit();
-        adding = its_slot;
     }
 
-    __device__ __forceinline__ void finish_adding() {
+    __device__ __forceinline__ void finish_values(int its_slot) {
         hopper::mma_wait<0>();
         hopper::pin(acc);
-        if (adding != NONE) leave(&shared.v_empty[adding]);
-        adding = NONE;
+        leave(&shared.empty[VALUES][its_slot]);
     }
 
-    // Online softmax: `scores` become exponentials.
-    __device__ __forceinline__ void soften() {
+    // Online softmax: scores become probabilities. Returns what sums and outputs so far are multiplied by.
+    template <int COUNT>
+    __device__ __forceinline__ float2 soften(const float (&scores)[COUNT]) {
         const float highest[2] = {maximum[0], maximum[1]};
-        float top[2] = {scores[0], scores[2]};
+        float top[2] = {scores[0], scores[2]}, shrink[2];
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores[i]);
+        for (int i = 0; i < COUNT; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores[i]);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             maximum[r] = fmaxf(highest[r], row_maximum(top[r]) * p.scale_log2);
             shrink[r] = hopper::exp2_approx(highest[r] - maximum[r]);
             sum[r] *= shrink[r];
         }
+        // Accumulator blocks of eight columns become operand blocks of sixteen.
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i) {
-            scores[i] = hopper::exp2_approx(fmaf(scores[i], p.scale_log2, -maximum[i / 2 % 2]));
-            sum[i / 2 % 2] += scores[i];
+        for (int i = 0; i < COUNT; i += 2) {
+            float both[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                both[j] = hopper::exp2_approx(fmaf(scores[i + j], p.scale_log2, -maximum[i / 2 % 2]));
+                sum[i / 2 % 2] += both[j];
+            }
+            probabilities[i / 8][i / 2 % 4] = hopper::pack<T>(both[0], both[1]);
         }
+        // Not to add what a narrow stage lacks would take a branch between products, which costs more.
+#pragma unroll
+        for (int i = COUNT; i < SCORES; i += 2) probabilities[i / 8][i / 2 % 4] = 0;
+        return {shrink[0], shrink[1]};
     }
 
-    // Make ready to add the scored stage's values. Accumulator blocks of eight columns become operand blocks of sixteen.
-    __device__ __forceinline__ void prepare_adding() {
+    // Maxima seldom rise after the first few stages.
+    __device__ __forceinline__ void rescale(float2 shrink) {
+        if (!__any_sync(0xFFFFFFFF, shrink.x < 1.f || shrink.y < 1.f)) return;
 #pragma unroll
-        for (int i = 0; i < SCORES / 2; ++i) {
-            probabilities[i / 4][i % 4] = hopper::pack<T>(scores[2 * i], scores[2 * i + 1]);
-        }
-        // Maxima seldom rise after the first few stages.
-        if (__any_sync(0xFFFFFFFF, shrink[0] < 1.f || shrink[1] < 1.f)) {
-#pragma unroll
-            for (int i = 0; i < OUTPUTS; ++i) acc[i] *= shrink[i / 2 % 2];
-        }
+        for (int i = 0; i < OUTPUTS; ++i) acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;
     }
 
     // Wait for the next stage's keys, and note where its values will be.
     template <bool IS_PRIVATE>
     __device__ __forceinline__ void wait_for_keys(bool by_rows) {
         scored_kind = IS_PRIVATE ? 1 + half : SHARED;
-        scored_slot = value_slot;
-        scored_phase = value_phases[IS_PRIVATE] >> value_slot & 1;
+        scored_slot = slot;
+        scored_phase = phases[IS_PRIVATE] >> slot & 1;
         scored_by_rows = by_rows;
-        hopper::wait(&shared.k_full[key_slot][scored_kind], key_phases[IS_PRIVATE] >> key_slot & 1);
-        key_phases[IS_PRIVATE] ^= 1 << key_slot;
-        value_phases[IS_PRIVATE] ^= 1 << value_slot;
+        hopper::wait(&shared.full[KEYS][slot][scored_kind], scored_phase);
+        phases[IS_PRIVATE] ^= 1 << slot;
     }
 
     __device__ __forceinline__ void wait_for_values() {
-        hopper::wait(&shared.v_full[scored_slot][scored_kind], scored_phase);
+        hopper::wait(&shared.full[VALUES][scored_slot][scored_kind], scored_phase);
     }
 
     __device__ __forceinline__ void advance() {
-        key_slot = key_slot + 1 == S::KEY_STAGES ? 0 : key_slot + 1;
-        value_slot = value_slot + 1 == S::VALUE_STAGES ? 0 : value_slot + 1;
+        slot = slot + 1 == S::STAGES ? 0 : slot + 1;
     }
 
-    // The tile's own keys: the first stage, which gives every row a finite maximum.
-    __device__ __forceinline__ void begin(bool by_rows) {
+    // Take the next tile, and start on the scores of its first stage: its own keys. Returns whether it is one too many.
+    __device__ __forceinline__ bool take(Work& work) {
+        hopper::wait(&shared.q_full, q_phase);
+        q_phase ^= 1;
+        work = shared.work;
+        const bool is_over = shared.is_over;
+        const bool by_rows = work.is_cut_short(p);
         wait_for_keys<false>(by_rows);
         if (by_rows) hopper::fence_async_proxy();
-        start_scores();
+        start_scores(first_scores);
+        return is_over;
+    }
+
+    __device__ __forceinline__ void finish_first_scores() {
         hopper::mma_wait<0>();
-        hopper::pin(scores);
-        leave(&shared.k_empty[key_slot]);
+        hopper::pin(first_scores);
+        leave(&shared.empty[KEYS][slot]);
+    }
+
+    // The tile's own keys give every row a finite maximum.
+    __device__ __forceinline__ void begin() {
         if (steps_left == 0) leave(&shared.q_empty);
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
             const bool future = column(lane, i) > half * HALF + row + i / 2 % 2 * 8;
-            scores[i] = future ? -INFINITY : scores[i];
+            first_scores[i] = future ? -INFINITY : first_scores[i];
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             maximum[r] = -1e30f;
             sum[r] = 0.f;
         }
-        soften();
+        soften(first_scores);
 #pragma unroll
         for (int i = 0; i < OUTPUTS; ++i) acc[i] = 0.f;
         advance();
     }
 
-    // The next stage's scores over the values of the stage before. `keep` masks scores; it may read the stage's mask.
-    //
-    // What is being added is waited for at the next step's start, in another turn of a loop: right after the exponentials,
-    // the assembler would move the wait before them, and they are to run meanwhile.
-    template <bool IS_PRIVATE, bool BY_ROWS, typename Keep>
+    // The next stage's scores and the values of the stage before. `keep` masks scores; it may read the stage's mask.
+    template <int WIDTH, bool IS_PRIVATE, bool BY_ROWS, typename Keep>
     __device__ __forceinline__ void step(Keep keep) {
-        finish_adding();
         wait_for_values();
-        prepare_adding();
         const int values = scored_slot;
         const bool any_by_rows = scored_by_rows || BY_ROWS;
         wait_for_keys<IS_PRIVATE>(BY_ROWS);
         if (any_by_rows) hopper::fence_async_proxy();
-        start_scores();
+        float scores[WIDTH / 2];
+        start_scores(scores);
         start_values(values);
         hopper::mma_wait<1>();
         hopper::pin(scores);
-        keep();
+        keep(scores);
         if (BY_ROWS) __syncwarp();  // all lanes have read the mask
-        leave(&shared.k_empty[key_slot]);
+        leave(&shared.empty[KEYS][slot]);
         if (--steps_left == 0) leave(&shared.q_empty);
-        soften();
+        // Over the exponentials would be later: the slot's next copy is worth more.
+        finish_values(values);
+        rescale(soften(scores));
         advance();
     }
 
     __device__ __forceinline__ void step_shared() {
-        step<false, false>([] {});
+        step<TILE, false, false>([](auto&) {});
     }
 
+    template <int WIDTH>
     __device__ __forceinline__ void step_private(int keys) {
-        step<true, false>([&] {
-            if (keys >= TILE) return;
+        step<WIDTH, true, false>([&](auto& scores) {
+            if (keys >= WIDTH) return;
 #pragma unroll
-            for (int i = 0; i < SCORES; ++i) scores[i] = column(lane, i) < keys ? scores[i] : -INFINITY;
+            for (int i = 0; i < WIDTH / 2; ++i) scores[i] = column(lane, i) < keys ? scores[i] : -INFINITY;
         });
     }
 
+    template <int WIDTH>
     __device__ __forceinline__ void step_columns() {
-        step<false, true>([&] {
-            const uint32_t* fresh = shared.fresh[key_slot][half];
+        step<WIDTH, false, true>([&](auto& scores) {
+            const uint32_t* fresh = shared.fresh[slot][half];
+            uint32_t all = fresh[0];
 #pragma unroll
-            for (int word = 0; word < TILE / 32; ++word) {
+            for (int word = 1; word < WIDTH / 32; ++word) all &= fresh[word];
+            if (all == 0xFFFFFFFF) return;
+#pragma unroll
+            for (int word = 0; word < WIDTH / 32; ++word) {
                 const uint32_t bits = fresh[word] >> (lane % 4 * 2);
 #pragma unroll
                 for (int i = 0; i < SCORES / 4; ++i) {
@@ -221,29 +238,36 @@ struct Consumer {
 
     __device__ __forceinline__ void attend_to(const Work& work) {
         const BandStages stages(work);
-        const int mine = half == 0 ? stages.own[0] : stages.own[1], other = half == 0 ? stages.own[1] : stages.own[0];
-        steps_left = stages.shared + mine + (work.num_columns + TILE - 1) / TILE;
-        begin(work.is_cut_short(p));
-        int bands = half == 0 ? stages.bands[0] : stages.bands[1];
+        steps_left = stages.shared + (half == 0 ? stages.own[0] : stages.own[1]) + (work.num_columns + TILE - 1) / TILE;
+        begin();
+        const int shared_at_end = stages.shared - stages.pairs * stages.shared_a_pair;
+        const int alone = half == 0 ? stages.own[0] - stages.own[1] : stages.own[1] - stages.own[0];
+        int keys = (half == 0 ? stages.bands[0] : stages.bands[1]) * BAND;
 #pragma unroll 1
-        for (int pair = 0;; ++pair) {
+        for (int pairs = stages.pairs;; --pairs, keys -= TILE) {
 #pragma unroll 1
-            for (int i = stages.shared_before(pair); i > 0; --i) step_shared();
-            if (pair >= mine && pair >= other) break;
+            for (int i = pairs > 0 ? stages.shared_a_pair : shared_at_end; i > 0; --i) step_shared();
+            const bool is_mine = pairs > 0 || alone > 0, is_others = pairs > 0 || alone < 0;
             // The other half's stage is none of this half's business.
-            if (half == 1 && pair < other) advance();
-            if (pair < mine) step_private(bands * BAND);
-            if (half == 0 && pair < other) advance();
-            bands -= BANDS_A_STAGE;
+            if (half == 1 && is_others) advance();
+            if (is_mine) {
+                if (keys > HALF) {
+                    step_private<TILE>(keys);
+                } else {
+                    step_private<HALF>(keys);
+                }
+            }
+            if (half == 0 && is_others) advance();
+            if (pairs == 0) break;
         }
+        int columns = work.num_columns;
 #pragma unroll 1
-        for (int entries = work.num_columns; entries > 0; entries -= TILE) step_columns();
-        finish_adding();
+        for (; columns > HALF; columns -= TILE) step_columns<TILE>();
+        if (columns > 0) step_columns<HALF>();
         wait_for_values();
         if (scored_by_rows) hopper::fence_async_proxy();
-        prepare_adding();
         start_values(scored_slot);
-        finish_adding();
+        finish_values(scored_slot);
     }
 
     // Rows leave in pieces of 16 bytes: the four lanes that hold a row swap what they have of four such pieces.
@@ -279,14 +303,15 @@ struct Consumer {
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread) {
     Consumer<T, HEAD_DIM> consumer(p, shared, half, thread);
-    const Order order(p);
-    uint32_t q_phase = 0;
-    for (int id = blockIdx.x; id < order.size(p); id += gridDim.x) {
-        const Work work = order.at(p, id);
-        hopper::wait(&shared.q_full, q_phase);
-        q_phase ^= 1;
+    Work work, next;
+    bool is_over = consumer.take(work);
+    consumer.finish_first_scores();
+    while (!is_over) {
         consumer.attend_to(work);
+        is_over = consumer.take(next);
         consumer.write(work);
+        consumer.finish_first_scores();
+        work = next;
     }
 }
 

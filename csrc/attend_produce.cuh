@@ -39,35 +39,27 @@ struct Stream {
     using S = Shape<HEAD_DIM>;
     const Params& p;
     Storage<HEAD_DIM>& shared;
-    const bool is_keys;
+    const int which;   // KEYS or VALUES
     const int thread;  // of COPYING_THREADS
     const int warp = thread / hopper::WARP, lane = thread % hopper::WARP;
     const CUtensorMap* const map;
     const char* const source;
-    char (*const tiles)[S::KEY_BYTES];
-    uint64_t (*const full)[KINDS];
-    uint64_t* const empty;
-    const int num_slots;
     int slot = 0;
     uint32_t phase = 0;  // of `empty`'s barriers
 
-    __device__ __forceinline__ Stream(const Params& p, Storage<HEAD_DIM>& shared, bool is_keys, int thread)
+    __device__ __forceinline__ Stream(const Params& p, Storage<HEAD_DIM>& shared, int which, int thread)
         : p(p),
           shared(shared),
-          is_keys(is_keys),
+          which(which),
           thread(thread),
-          map(is_keys ? &p.k_map : &p.v_map),
-          source(is_keys ? p.k : p.v),
-          tiles(is_keys ? shared.k : shared.v),
-          full(is_keys ? shared.k_full : shared.v_full),
-          empty(is_keys ? shared.k_empty : shared.v_empty),
-          num_slots(is_keys ? S::KEY_STAGES : S::VALUE_STAGES) {}
+          map(which == KEYS ? &p.k_map : &p.v_map),
+          source(which == KEYS ? p.k : p.v) {}
 
-    __device__ __forceinline__ uint32_t place() const { return hopper::shared_address(tiles[slot]); }
-    __device__ __forceinline__ void wait_for_place() { hopper::wait(&empty[slot], phase ^ 1); }
+    __device__ __forceinline__ uint32_t place() const { return hopper::shared_address(shared.ring[which][slot]); }
+    __device__ __forceinline__ void wait_for_place() { hopper::wait(&shared.empty[which][slot], phase ^ 1); }
 
     __device__ __forceinline__ void advance() {
-        if (++slot == num_slots) {
+        if (++slot == S::STAGES) {
             slot = 0;
             phase ^= 1;
         }
@@ -101,10 +93,10 @@ struct Stream {
         const uint32_t found = __ballot_sync(0xFFFFFFFF, looked_up.page != NOWHERE) >> (ahead * BANDS_A_WARP);
         const int num_bands = __popc(found & ((1 << BANDS_A_WARP) - 1));
         const int kind = __shfl_sync(0xFFFFFFFF, looked_up.kind, ahead * BANDS_A_WARP);
-        uint64_t* barrier = &full[slot][kind];
+        uint64_t* barrier = &shared.full[which][slot][kind];
         if (lane == 0) hopper::arrive_expecting(barrier, num_bands * BAND_BYTES);
         if (thread == 0) hopper::arrive(barrier, FULL_ARRIVALS - COPYING_WARPS);
-        if (thread == 0 && kind != SHARED) hopper::arrive(&empty[slot], WARPS_A_HALF);
+        if (thread == 0 && kind != SHARED) hopper::arrive(&shared.empty[which][slot], WARPS_A_HALF);
         const uint32_t target = place() + warp * BANDS_A_WARP * BAND * hopper::SWIZZLE_BYTES;
 #pragma unroll
         for (int band = 0; band < BANDS_A_WARP; ++band) {
@@ -179,9 +171,9 @@ struct Stream {
                 if (row_lies_at >= 0) hopper::copy_16_bytes(target, source + row_lies_at + chunk * 16);
             }
         }
-        hopper::arrive_after_copies(&full[slot][SHARED]);
-        if (is_keys) write_mask(shared.fresh[slot], taken);
-        if (lane == 0) hopper::arrive(&full[slot][SHARED]);
+        hopper::arrive_after_copies(&shared.full[which][slot][SHARED]);
+        if (which == KEYS) write_mask(shared.fresh[slot], taken);
+        if (lane == 0) hopper::arrive(&shared.full[which][slot][SHARED]);
         advance();
         return taken;
     }
@@ -197,9 +189,19 @@ struct Stream {
         }
     }
 
-    // Bring both halves' query rows, once the consumers need those of the tile before no more.
-    __device__ __forceinline__ void bring_queries(const Work& work, uint32_t phase) const {
+    // Nobody has read a tile's query rows before: from memory they would come late.
+    __device__ __forceinline__ void prefetch_queries(const Work& work) const {
+        if (thread >= 2) return;
+        const int row = work.start_row() + thread * HALF - p.context_len;
+#pragma unroll 1
+        for (int i = 0; i < HEAD_DIM; i += hopper::BOX_ELEMENTS) hopper::prefetch_box(&p.q_map, i, work.head, row);
+    }
+
+    // Hand a tile to the consumers with its query rows, once they need those of the tile before no more.
+    __device__ __forceinline__ void bring_queries(const Work& work, bool is_over, uint32_t phase) const {
         hopper::wait(&shared.q_empty, phase ^ 1);
+        shared.work = work;
+        shared.is_over = is_over;
         hopper::arrive_expecting(&shared.q_full, 2 * S::QUERY_BYTES);
         for (int i = 0; i < 2 * S::BLOCKS; ++i) {
             const int half = i / S::BLOCKS, block = i % S::BLOCKS;
@@ -228,22 +230,28 @@ __device__ __forceinline__ Ahead look_ahead(const Stream<HEAD_DIM>& stream, cons
     return ahead;
 }
 
-// Bring one tile's stages, in the order that the consumers expect them, and look ahead to the next tile. Returns the pairs
-// that this thread has counted.
+// Bring a tile's first stage, its own keys, and its queries.
 template <int HEAD_DIM>
-__device__ __forceinline__ long long produce_tile(
-    Stream<HEAD_DIM>& stream, const Work& work, const Work& next, Ahead& ahead, uint32_t q_phase
+__device__ __forceinline__ void begin_tile(
+    Stream<HEAD_DIM>& stream, const Work& work, const Ahead& ahead, bool is_over, uint32_t q_phase
 ) {
-    const BandStages stages(work);
-    int base = -1;  // the first stage looked up: the tile's own keys
     if (work.is_cut_short(stream.p)) {
-        base = 0;
         stream.bring_rows(work, stream.look_up(work, stream.own_keys(work), false));
     } else {
         stream.bring_bands(work, ahead.bands, 0);
     }
-    if (stream.is_keys && stream.thread == 0) stream.bring_queries(work, q_phase);
+    if (stream.which == KEYS && stream.thread == 0) stream.bring_queries(work, is_over, q_phase);
     __syncwarp();
+}
+
+// Bring a tile's other stages, in the order that the consumers expect them, and look ahead to the next tile. Returns the
+// pairs that this thread has counted.
+template <int HEAD_DIM>
+__device__ __forceinline__ long long produce_tile(
+    Stream<HEAD_DIM>& stream, const Work& work, const Work& next, Ahead& ahead
+) {
+    const BandStages stages(work);
+    int base = work.is_cut_short(stream.p) ? 0 : -1;  // the first stage looked up
     Place bands = ahead.bands, next_bands = stream.look_up_bands(work, stages, base + STAGES_LOOKED_UP);
 #pragma unroll 1
     for (int stage = 0; stage < stages.total(); ++stage) {
@@ -271,21 +279,26 @@ __device__ __forceinline__ long long produce_tile(
 }
 
 template <int HEAD_DIM>
-__device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shared, bool is_keys, int thread) {
-    Stream<HEAD_DIM> stream(p, shared, is_keys, thread);
+__device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shared, int which, int thread) {
+    Stream<HEAD_DIM> stream(p, shared, which, thread);
     const Order order(p);
     uint32_t q_phase = 0;
     long long pairs = 0;
     const int last = order.size(p) - 1;
     Work work = order.at(p, min(int(blockIdx.x), last));
     Ahead ahead = look_ahead(stream, work);
-    for (int id = blockIdx.x; id <= last; id += gridDim.x) {
+    for (int id = blockIdx.x;; id += gridDim.x) {
+        // The consumers end a tile over the beginning of the next, the last one too.
+        const bool is_over = id > last;
+        if (which == KEYS || !is_over) begin_tile(stream, work, ahead, is_over, q_phase);
+        if (is_over) break;
         const Work next = order.at(p, min(id + int(gridDim.x), last));
-        pairs += produce_tile(stream, work, next, ahead, q_phase);
+        if (which == KEYS) stream.prefetch_queries(next);
+        pairs += produce_tile(stream, work, next, ahead);
         q_phase ^= 1;
         work = next;
     }
-    if (is_keys && pairs) atomicAdd(p.kept_pairs, (unsigned long long)pairs);
+    if (which == KEYS && pairs) atomicAdd(p.kept_pairs, (unsigned long long)pairs);
 }
 
 }  // namespace attend

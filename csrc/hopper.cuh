@@ -94,6 +94,12 @@ __device__ __forceinline__ void copy_box(
         : "memory");
 }
 
+// As far as L2.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int x0, int x1, int x2) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x0), "r"(x1), "r"(x2)
+                 : "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -17,6 +17,10 @@
 using std::max;
 using std::min;
 
+struct float2 {
+    float x, y;
+};
+
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };

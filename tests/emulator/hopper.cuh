@@ -43,6 +43,7 @@ void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, C
     emulator::copy_box(destination, map, emulator::number_of(barrier), {x...});
 }
 
+inline void prefetch_box(const CUtensorMap*, int, int, int) {}
 inline void prefetch_map(const CUtensorMap*) {}
 
 // For the warp: lanes that are still to come meet the others at the wgmma.

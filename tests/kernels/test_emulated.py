@@ -39,8 +39,11 @@ ATTEND_BREAKS = {
     "the halves' stages are not evened out": ("attend.cuh", "own[0] = max(own[0], own[1] - 1);"),
     "values are left while they are added": ("attend_consume.cuh", "hopper::mma_wait<0>();\n        hopper::pin(acc);"),
     "gathered keys are multiplied unfenced": ("attend_consume.cuh", "if (any_by_rows) hopper::fence_async_proxy();"),
-    "scores are not masked": ("attend_consume.cuh", "keep();"),
-    "keys are copied over others in use": ("attend_produce.cuh", "hopper::wait(&empty[slot], phase ^ 1);"),
+    "scores are not masked": ("attend_consume.cuh", "keep(scores);"),
+    "keys are copied over others in use": (
+        "attend_produce.cuh",
+        "hopper::wait(&shared.empty[which][slot], phase ^ 1);",
+    ),
     "queries are never left": ("attend_consume.cuh", "if (--steps_left == 0) leave(&shared.q_empty);"),
 }
 PROBE_BREAKS = {
