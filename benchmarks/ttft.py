@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time to first token, dense and sparse, on the shape of Llama-3.1-8B with made-up weights.
 
-    python -m benchmarks.ttft --tokens 8192 32768 131072 --out benchmarks/results/h100-e2e.json
+    python -m benchmarks.ttft --sizes 1000:6096 512:2048 --out benchmarks/results/h100-ttft.json
 
 Time to first token is the wall time of `LLM.generate` for one prompt and one token, on an idle engine.
 """
@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,10 +42,26 @@ TINY = {
     "head_dim": 64,
     "vocab_size": 1024,
 }
-TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16, "vertical_size": 100, "slash_size": 200}
+TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16}
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
 MOST_FOR_SHORT = 4
+
+
+class Sizes(NamedTuple):
+    """How many columns and diagonals each head keeps."""
+
+    vertical: int
+    slash: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Sizes":
+        vertical, slash = text.split(":")
+        return cls(int(vertical), int(slash))
+
+    def __str__(self) -> str:
+        return f"{self.vertical}:{self.slash}"
+
 
 NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
 
@@ -96,14 +112,19 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def make_rows(tokens: list[int], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def make_rows(
+    sizes: Sizes, layers: int, dense_found: dict[str, Any], sparse_found: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A row for each prompt length of what the two workers found."""
     rows = []
-    for n in tokens:
-        dense, sparse = found[DENSE][str(n)], found[SPARSE][str(n)]
+    for n, dense in dense_found.items():
+        sparse = sparse_found[n]
         dense_s, sparse_s = statistics.median(dense["seconds"]), statistics.median(sparse["seconds"])
         rows.append(
             {
-                "tokens": n,
+                "tokens": int(n),
+                **sizes._asdict(),
+                "layers": layers,
                 "dense_ttft_s": round(dense_s, 4),
                 "sparse_ttft_s": round(sparse_s, 4),
                 "speedup": round(dense_s / sparse_s, 4),
@@ -124,10 +145,8 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
         "max_model_len": max_len, "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
         "enable_prefix_caching": False, "gpu_memory_utilization": 0.9, "disable_log_stats": True,
     }  # fmt: skip
-    minference = {"vertical_size": options.vertical_size, "slash_size": options.slash_size}
     return {
         "engine": engine,
-        "minference": TINY_SETTINGS if options.tiny else minference,
         "dense_backend": options.dense_backend,
         "vocab_size": shape["vocab_size"],
         **{name: getattr(options, name) for name in ("tokens", "repeats", "seed", "natural")},
@@ -142,15 +161,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3, help="timed requests, if neither very long nor very short")
     parser.add_argument("--chunk", type=int, default=16384, help="max_num_batched_tokens")
-    parser.add_argument("--vertical-size", type=int, default=1000)
-    parser.add_argument("--slash-size", type=int, default=6096)
+    parser.add_argument("--sizes", type=Sizes.parse, nargs="+", default=[Sizes(1000, 6096)], help="vertical:slash")
     parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
     options = parser.parse_args()
     results.describe_run(options.tiny)
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory)
-        found = measure("benchmarks.ttft", spec)
-    rows = make_rows(options.tokens, found)
+        found = measure("benchmarks.ttft", spec, [DENSE])
+        rows, settings_of = [], {}
+        for sizes in options.sizes:
+            minference = {**(TINY_SETTINGS if options.tiny else {}), "vertical_size": sizes.vertical}
+            minference["slash_size"] = sizes.slash
+            of_sizes = measure("benchmarks.ttft", {**spec, "minference": minference}, [SPARSE])[SPARSE]
+            rows += make_rows(sizes, options.layers, found[DENSE], of_sizes)
+            found[f"{SPARSE} {sizes}"] = of_sizes
+            settings_of[str(sizes)] = resolved(minference)
     engine = {key: value for key, value in spec["engine"].items() if key != "model"}
     settings = {
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
@@ -159,7 +184,7 @@ def main() -> None:
         "prompts": "random token ids",
         "engine": engine,
         "dense": {"attention_backend": options.dense_backend},
-        "sparse": {"attention_backend": SPARSE_BACKEND, "minference": resolved(spec["minference"])},
+        "sparse": {"attention_backend": SPARSE_BACKEND, "minference": settings_of},
         "selection": NATURAL if options.natural else synthetic.DESCRIPTION,
     }
     seconds = {kind: {n: of["seconds"] for n, of in by_length.items()} for kind, by_length in found.items()}

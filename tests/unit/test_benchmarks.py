@@ -230,10 +230,10 @@ def test_long_prompts_are_timed_less_often(tokens, requests):
 def test_ttft_rows_hold_medians():
     dense = {"8": {"seconds": [1.0, 9.0, 2.0]}}
     sparse = {"8": {"seconds": [0.5, 1.0, 4.0], "sparse_tokens": 8, "density": 0.25}}
-    [row] = ttft.make_rows([8], {"dense": dense, "sparse": sparse})
+    [row] = ttft.make_rows(ttft.Sizes.parse("30:200"), 4, dense, sparse)
     assert row == {
-        "tokens": 8, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0, "speedup": 2.0, "sparse_tokens": 8, "density": 0.25,
-        "timed_requests": 3,
+        "tokens": 8, "vertical": 30, "slash": 200, "layers": 4, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0,
+        "speedup": 2.0, "sparse_tokens": 8, "density": 0.25, "timed_requests": 3,
     }  # fmt: skip
 
 
