@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks against vLLM's own attention. Every engine runs alone, in a process of its own: it wants the whole GPU."""
+"""Benchmarks against vLLM's own attention, every engine in a process of its own."""
 
 import argparse
 import json
@@ -17,6 +17,12 @@ DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "MINFERENCE"
 
 SETTLE_SECONDS = 0.1  # longer than the plugin waits between two reads of the density
 SETTLE_STEPS = 8
+
+# The worker must reach into its engine, and nothing of it may outlive the measurement: one process an engine.
+ENVIRON = {
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 Worker = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -43,8 +49,6 @@ def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (SPARSE, D
         What each worker found, by its name.
     """
     found = {}
-    # One process an engine: the worker must reach into it, and nothing of it may outlive the measurement.
-    environ = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
         spec_path, result = Path(directory, "spec.json"), Path(directory, "result.json")
         spec_path.write_text(json.dumps({**spec, "result": str(result)}))
@@ -52,7 +56,7 @@ def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (SPARSE, D
             print(f"==> {kind}", flush=True)
             start = time.monotonic()
             command = [sys.executable, "-m", module, "--worker", kind, "--spec", str(spec_path)]
-            if status := subprocess.run(command, env=environ).returncode:
+            if status := subprocess.run(command, env={**os.environ, **ENVIRON}).returncode:
                 sys.exit(f"The {kind} worker of {module} failed with status {status}; its output above says why.")
             found[kind] = json.loads(result.read_text())
             result.unlink()

@@ -46,7 +46,7 @@ SHOWN = FIELDS[:16]
 
 SETTINGS = {
     "timing": "CUDA events, median of 5 (15 if a call takes less than 2 ms, 3 if it takes 50 ms) after a quarter of a "
-    "second without work, in which the clock recovers from the power limit, and 2 warm-ups; before each call 1 GiB is "
+    "second without work, in which the clock recovers from the power limit, and 2 warm-ups; before each call 3 GiB are "
     "written, which empties the L2 cache and keeps the GPU busy while the host launches",
     "selection": "drawn for each query head with a fixed seed: verticals are 30 sinks and random columns, slashes half "
     f"a contiguous local band and half clusters of {CLUSTER}; put in the place of the probe's masses, then "

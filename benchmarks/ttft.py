@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,12 @@ from benchmarks import (
     SPARSE_BACKEND,
     argument_parser,
     load_engine,
-    measure,
     resolved,
     results,
-    serve_worker,
     sparse_work,
     synthetic,
 )
+from benchmarks.side_by_side import EngineProcess, serve_requests
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -43,6 +43,7 @@ TINY = {
     "vocab_size": 1024,
 }
 TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16}
+MEMORY_OF_EACH = 0.47  # of the GPU's: two engines are up at a time
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
 MOST_FOR_SHORT = 4
@@ -83,57 +84,61 @@ def write_model(directory: str, shape: dict[str, int], layers: int, max_len: int
     Path(directory, "config.json").write_text(json.dumps(model))
 
 
-def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Times, sparse tokens and density by prompt length."""
+def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """An engine, and what times a request of it: {"tokens": prompt length, "count": whether to say what ran sparse}."""
     from vllm import SamplingParams
 
     if kind == SPARSE and not spec["natural"]:
         synthetic.install(spec["seed"])
     llm = load_engine(kind, spec)
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-
-    def seconds(prompt: dict[str, Any]) -> float:
-        start = time.perf_counter()
-        llm.generate([prompt], one, use_tqdm=False)
-        return time.perf_counter() - start
-
     random = np.random.default_rng(spec["seed"])
     prompts = {n: {"prompt_token_ids": random.integers(10, spec["vocab_size"], n).tolist()} for n in spec["tokens"]}
-    found: dict[str, dict[str, Any]] = {}
-    for n, prompt in prompts.items():
-        before = sparse_work(llm) if kind == SPARSE else None
-        print(f"    {n} tokens, warm-up: {seconds(prompt):.3f} s", flush=True)
-        delta = sparse_work(llm).since(before) if before else None
-        found[str(n)] = {"sparse_tokens": delta.sparse_tokens, "density": delta.density} if delta else {}
-    for n, prompt in prompts.items():
-        times = [seconds(prompt) for _ in range(num_timed(n, spec["repeats"]))]
-        print(f"    {n} tokens: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
-        found[str(n)]["seconds"] = [round(t, 4) for t in times]
-    return found
+
+    def seconds(tokens: int) -> float:
+        start = time.perf_counter()
+        llm.generate([prompts[tokens]], one, use_tqdm=False)
+        return time.perf_counter() - start
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if not request["count"]:
+            return {"seconds": seconds(request["tokens"])}
+        before = sparse_work(llm)
+        found = {"seconds": seconds(request["tokens"])}
+        delta = sparse_work(llm).since(before)
+        return {**found, "sparse_tokens": delta.sparse_tokens, "density": delta.density}
+
+    return answer
 
 
-def make_rows(
-    sizes: Sizes, layers: int, dense_found: dict[str, Any], sparse_found: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """A row for each prompt length of what the two workers found."""
-    rows = []
-    for n, dense in dense_found.items():
-        sparse = sparse_found[n]
-        dense_s, sparse_s = statistics.median(dense["seconds"]), statistics.median(sparse["seconds"])
-        rows.append(
-            {
-                "tokens": int(n),
-                **sizes._asdict(),
-                "layers": layers,
-                "dense_ttft_s": round(dense_s, 4),
-                "sparse_ttft_s": round(sparse_s, 4),
-                "speedup": round(dense_s / sparse_s, 4),
-                "sparse_tokens": sparse["sparse_tokens"],
-                "density": sparse["density"],
-                "timed_requests": len(sparse["seconds"]),
-            }
-        )
-    return rows
+def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, repeats: int) -> dict[str, Any]:
+    """Both engines' times for one prompt length, and what ran sparse, after a request of each to warm up."""
+    found = sparse.ask({"tokens": tokens, "count": True})
+    dense.ask({"tokens": tokens, "count": False})
+    seconds: dict[str, list[float]] = {DENSE: [], SPARSE: []}
+    for i in range(num_timed(tokens, repeats)):
+        # Who comes first changes: the clock depends on what ran before.
+        for engine in (dense, sparse) if i % 2 else (sparse, dense):
+            seconds[engine.kind].append(round(engine.ask({"tokens": tokens, "count": False})["seconds"], 4))
+    for kind, times in seconds.items():
+        print(f"    {tokens} tokens, {kind}: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
+    return {**seconds, "sparse_tokens": found["sparse_tokens"], "density": found["density"]}
+
+
+def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
+    """A row of what time_side_by_side found."""
+    dense_s, sparse_s = statistics.median(found[DENSE]), statistics.median(found[SPARSE])
+    return {
+        "tokens": tokens,
+        **sizes._asdict(),
+        "layers": layers,
+        "dense_ttft_s": round(dense_s, 4),
+        "sparse_ttft_s": round(sparse_s, 4),
+        "speedup": round(dense_s / sparse_s, 4),
+        "sparse_tokens": found["sparse_tokens"],
+        "density": found["density"],
+        "timed_requests": len(found[SPARSE]),
+    }
 
 
 def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
     engine = {
         "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
         "max_model_len": max_len, "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
-        "enable_prefix_caching": False, "gpu_memory_utilization": 0.9, "disable_log_stats": True,
+        "enable_prefix_caching": False, "gpu_memory_utilization": MEMORY_OF_EACH, "disable_log_stats": True,
     }  # fmt: skip
     return {
         "engine": engine,
@@ -153,8 +158,23 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
     }
 
 
+def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a result file; each engine's come under "sparse" as it is started."""
+    return {
+        "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
+        "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
+        "side, take in turns after one each to warm up",
+        "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
+        "prompts": "random token ids",
+        "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
+        "dense": {"attention_backend": options.dense_backend},
+        "sparse": {"attention_backend": SPARSE_BACKEND},
+        "selection": NATURAL if options.natural else synthetic.DESCRIPTION,
+    }
+
+
 def main() -> None:
-    if serve_worker(worker):
+    if serve_requests(start_engine):
         return
     parser = argument_parser(__doc__, "a few layers of a toy shape, the gate at 256 tokens")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072], help="prompt lengths")
@@ -165,30 +185,22 @@ def main() -> None:
     parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
     options = parser.parse_args()
     results.describe_run(options.tiny)
+    rows, seconds = [], {}
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory)
-        found = measure("benchmarks.ttft", spec, [DENSE])
-        rows, settings_of = [], {}
-        for sizes in options.sizes:
-            minference = {**(TINY_SETTINGS if options.tiny else {}), "vertical_size": sizes.vertical}
-            minference["slash_size"] = sizes.slash
-            of_sizes = measure("benchmarks.ttft", {**spec, "minference": minference}, [SPARSE])[SPARSE]
-            rows += make_rows(sizes, options.layers, found[DENSE], of_sizes)
-            found[f"{SPARSE} {sizes}"] = of_sizes
-            settings_of[str(sizes)] = resolved(minference)
-    engine = {key: value for key, value in spec["engine"].items() if key != "model"}
-    settings = {
-        "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
-        "the caller's process; the median of the timed requests, after one of every length to warm up",
-        "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
-        "prompts": "random token ids",
-        "engine": engine,
-        "dense": {"attention_backend": options.dense_backend},
-        "sparse": {"attention_backend": SPARSE_BACKEND, "minference": settings_of},
-        "selection": NATURAL if options.natural else synthetic.DESCRIPTION,
-    }
-    seconds = {kind: {n: of["seconds"] for n, of in by_length.items()} for kind, by_length in found.items()}
-    results.write(options.out, rows, options.tiny, settings=settings, seconds=seconds)
+        settings = describe(options, spec)
+        with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
+            for sizes in options.sizes:
+                minference = {"vertical_size": sizes.vertical, "slash_size": sizes.slash}
+                minference |= TINY_SETTINGS if options.tiny else {}
+                settings["sparse"][str(sizes)] = resolved(minference)
+                with EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}) as sparse:
+                    for tokens in options.tokens:
+                        found = time_side_by_side(dense, sparse, tokens, options.repeats)
+                        seconds[f"{sizes}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
+                        rows.append(make_row(sizes, options.layers, tokens, found))
+                        # After each row: what a run that is cut off has measured stays.
+                        results.write(options.out, rows, options.tiny, settings=settings, seconds=seconds)
     print(results.table(rows))
 
 
