@@ -29,6 +29,7 @@ from benchmarks import (
     synthetic,
 )
 from benchmarks.side_by_side import EngineProcess, serve_requests
+from minference_vllm.plan import Plan
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -100,9 +101,12 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         llm.generate([prompts[tokens]], one, use_tqdm=False)
         return time.perf_counter() - start
 
+    plans = time_plans()
+
     def answer(request: dict[str, Any]) -> dict[str, Any]:
+        plans.clear()
         if not request["count"]:
-            return {"seconds": seconds(request["tokens"])}
+            return {"seconds": seconds(request["tokens"]), "plan_us": plans}
         before = sparse_work(llm)
         found = {"seconds": seconds(request["tokens"])}
         delta = sparse_work(llm).since(before)
@@ -111,18 +115,38 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
     return answer
 
 
+def time_plans() -> list[float]:
+    """Microseconds of host time that the plugin's planning takes in each step from now on, in this process."""
+    from minference_vllm.metadata import PlanningMixin
+
+    plan_step, times = PlanningMixin.plan_step, []
+
+    def timed(self: PlanningMixin, *arguments: Any) -> Plan:
+        start = time.perf_counter()
+        plan = plan_step(self, *arguments)
+        times.append(1e6 * (time.perf_counter() - start))
+        return plan
+
+    PlanningMixin.plan_step = timed  # type: ignore[method-assign]
+    return times
+
+
 def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, repeats: int) -> dict[str, Any]:
     """Both engines' times for one prompt length, and what ran sparse, after a request of each to warm up."""
     found = sparse.ask({"tokens": tokens, "count": True})
     dense.ask({"tokens": tokens, "count": False})
     seconds: dict[str, list[float]] = {DENSE: [], SPARSE: []}
+    plan_us: list[float] = []
     for i in range(num_timed(tokens, repeats)):
         # Who comes first changes: the clock depends on what ran before.
         for engine in (dense, sparse) if i % 2 else (sparse, dense):
-            seconds[engine.kind].append(round(engine.ask({"tokens": tokens, "count": False})["seconds"], 4))
+            reply = engine.ask({"tokens": tokens, "count": False})
+            seconds[engine.kind].append(round(reply["seconds"], 4))
+            plan_us += reply["plan_us"]
     for kind, times in seconds.items():
         print(f"    {tokens} tokens, {kind}: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
-    return {**seconds, "sparse_tokens": found["sparse_tokens"], "density": found["density"]}
+    # The dense engine plans nothing.
+    return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}, "plan_us": plan_us}
 
 
 def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +162,7 @@ def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> d
         "sparse_tokens": found["sparse_tokens"],
         "density": found["density"],
         "timed_requests": len(found[SPARSE]),
+        "plan_us": round(statistics.median(found["plan_us"]), 1),
     }
 
 
@@ -164,6 +189,8 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
         "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
         "side, take in turns after one each to warm up",
+        "plan_us": "host time that the plugin adds to a step for planning it, median; to that comes a third of a "
+        "microsecond a layer, for the check whether anything of the step is sparse",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
         "prompts": "random token ids",
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},

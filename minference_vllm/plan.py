@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of a step go sparse: decided once a step, from host data alone."""
 
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
@@ -82,17 +82,20 @@ class DenseRun(NamedTuple):
     max_seq_len: int
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a step does. `chunks` is empty when the whole step runs dense, as if the plugin were not there."""
+class Plan(NamedTuple):
+    """What a step does. `chunks` is empty when the whole step runs dense, as if the plugin were not there.
+
+    Attributes:
+        chunks: what runs sparse.
+        dense_runs: the other rows, if anything runs sparse.
+        tokens: prefill tokens of this step by path and reason; decode rows are not prefill.
+        chunk_counts: prefill chunks (requests' shares of this step), likewise.
+    """
 
     chunks: tuple[SparseChunk, ...]
     dense_runs: tuple[DenseRun, ...]
     tokens: dict[tuple[Path, Reason], int]
-    """Prefill tokens of this step by path and reason; decode rows are not prefill."""
-
     chunk_counts: dict[tuple[Path, Reason], int]
-    """Prefill chunks (requests' shares of this step), likewise."""
 
     @classmethod
     def all_dense(cls, reason: Reason, tokens: int) -> "Plan":
@@ -119,32 +122,36 @@ def make_plan(
     is_prefilling: np.ndarray,
     config: MInferenceConfig,
     dense_reason: Reason | None = None,
+    find_step_reason: Callable[[], Reason | None] | None = None,
 ) -> Plan:
-    """Split a step into sparse chunks and dense runs. Costs nothing for a step of decode rows, however many.
+    """Split a step into sparse chunks and dense runs. Costs little for a step of decode rows, however many.
 
     Args:
         query_start_loc: [num_reqs + 1] int, first query row of each request.
         seq_lens: [num_reqs] int, keys of each request, its rows of this step included; exact for prefill rows.
         is_prefilling: [num_reqs] bool, whether the request still reads its prompt.
         config: the gate.
-        dense_reason: set when something about the whole step or layer group forbids sparse attention.
+        dense_reason: set when something about the layers forbids sparse attention.
+        find_step_reason: says what about the step forbids it; called only if a chunk passes the gate.
     """
     chunks: list[SparseChunk] = []
-    tokens: Counter[tuple[Path, Reason]] = Counter()
-    counts: Counter[tuple[Path, Reason]] = Counter()
-    for request in np.flatnonzero(is_prefilling).tolist():
+    tokens: dict[tuple[Path, Reason], int] = {}
+    counts: dict[tuple[Path, Reason], int] = {}
+    for request in is_prefilling.nonzero()[0].tolist():
         start, end = int(query_start_loc[request]), int(query_start_loc[request + 1])
         rows, seq_len = end - start, int(seq_lens[request])
         if rows == 0:  # padding
             continue
         reason = dense_reason or _gate(rows, seq_len, config)
-        path: Path = "sparse" if reason is Reason.GATE_OPEN else "dense"
-        tokens[path, reason] += rows
-        counts[path, reason] += 1
-        if path == "sparse":
+        if reason is Reason.GATE_OPEN and find_step_reason is not None:
+            reason = find_step_reason() or reason
+        if reason is Reason.GATE_OPEN:
             chunks.append(SparseChunk(request, start, rows, seq_len - rows))
+        label: tuple[Path, Reason] = ("sparse" if reason is Reason.GATE_OPEN else "dense", reason)
+        tokens[label] = tokens.get(label, 0) + rows
+        counts[label] = counts.get(label, 0) + 1
     dense_runs = _gaps(chunks, query_start_loc, seq_lens) if chunks else ()
-    return Plan(tuple(chunks), dense_runs, dict(tokens), dict(counts))
+    return Plan(tuple(chunks), dense_runs, tokens, counts)
 
 
 def _gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:

@@ -23,7 +23,7 @@ class DensityMeter:
         self._arrived = torch.cuda.Event() if on_gpu else _HostEvent()
         self._copied_at = -math.inf
         self._causal_pairs: int | None = None  # at the copy in flight; None when there is none
-        self._kept_total = 0
+        self._kept_total = self._causal_total = 0  # as last handed over
 
     def poll(self, causal_pairs_so_far: int, now: float) -> tuple[int, int] | None:
         """Call once a step, before its launches, on the stream that the kernels run on.
@@ -33,9 +33,11 @@ class DensityMeter:
             now: monotonic clock, seconds.
 
         Returns:
-            (kept, causal) pairs since start, both of the same launches; None when no copy has arrived.
+            (kept, causal) pairs since start, both of the same launches; None when no copy has arrived, or nothing was
+            enqueued since the last.
         """
-        if self._causal_pairs is None and now - self._copied_at >= self._interval:
+        is_due = now - self._copied_at >= self._interval
+        if self._causal_pairs is None and is_due and causal_pairs_so_far != self._causal_total:
             self._copy.copy_(self._kept_pairs, non_blocking=True)
             self._arrived.record()
             self._causal_pairs, self._copied_at = causal_pairs_so_far, now
@@ -43,8 +45,8 @@ class DensityMeter:
             return None
         # Days of long prompts overflow 64 bits; the pairs of one interval never do.
         self._kept_total += (int(self._copy) - self._kept_total) % 2**64
-        causal_pairs, self._causal_pairs = self._causal_pairs, None
-        return self._kept_total, causal_pairs
+        self._causal_total, self._causal_pairs = self._causal_pairs, None
+        return self._kept_total, self._causal_total
 
 
 class _HostEvent:

@@ -43,10 +43,21 @@ def test_on_the_host_a_poll_reads_directly(kept_pairs):
 
 def test_between_two_copies_lies_at_least_the_interval(kept_pairs):
     meter = DensityMeter(kept_pairs, interval=2.0)
-    assert meter.poll(0, now=10.0) == (0, 0)
+    assert meter.poll(10, now=10.0) == (0, 10)
     kept_pairs += 30
     assert meter.poll(100, now=11.9) is None
     assert meter.poll(100, now=12.0) == (30, 100)
+
+
+def test_steps_without_sparse_work_copy_nothing(kept_pairs, event):
+    meter = DensityMeter(kept_pairs)
+    assert meter.poll(0, now=0.0) is None
+    assert event.records == 0
+    assert meter.poll(100, now=1.0) is None
+    event.arrived = True
+    assert meter.poll(100, now=2.0) == (0, 100)
+    assert meter.poll(100, now=9.0) is None
+    assert event.records == 1
 
 
 def test_nothing_is_returned_before_the_copy_arrives(kept_pairs, event):

@@ -123,6 +123,23 @@ def test_a_reason_against_the_whole_step_keeps_it_dense_and_is_counted(reason: R
     assert plan == Plan((), (), {label: LONG.rows + SHORT.rows + LATER_CHUNK.rows}, {label: 3})
 
 
+def test_what_forbids_a_step_is_asked_only_of_chunks_that_pass_the_gate():
+    asked = []
+
+    def cascade() -> Reason:
+        asked.append(True)
+        return Reason.CASCADE
+
+    def plan_with(*batch: Row) -> Plan:
+        return make_plan(*arrays(batch), CONFIG, None, cascade)
+
+    assert plan_with(DECODE, SHORT).tokens == {TOO_SHORT: SHORT.rows}
+    assert not asked
+    plan = plan_with(DECODE, SHORT, LONG)
+    assert plan.tokens == {TOO_SHORT: SHORT.rows, ("dense", Reason.CASCADE): LONG.rows}
+    assert not plan.chunks and asked
+
+
 @pytest.mark.parametrize(
     "batch",
     [
