@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A consumer warpgroup of the attending kernel: online softmax attention of 64 query rows over the stages of the ring.
 //
-// The scores of a stage are computed while the values of the stage before are added up (FlashAttention-3,
-// arXiv 2407.08608, section 3.2).
+// The scores of a stage and the values of the stage before go to the tensor cores together (FlashAttention-3, arXiv
+// 2407.08608, section 3.2), and so do the end of a tile and the beginning of the next.
 #pragma once
 
 #include "attend.cuh"
@@ -197,7 +197,7 @@ struct Consumer {
         if (BY_ROWS) __syncwarp();  // all lanes have read the mask
         leave(&shared.empty[KEYS][slot]);
         if (--steps_left == 0) leave(&shared.q_empty);
-        // Over the exponentials would be later: the slot's next copy is worth more.
+        // The exponentials could run meanwhile, but the slot's next copy is worth more.
         finish_values(values);
         rescale(soften(scores));
         advance();
@@ -240,8 +240,9 @@ struct Consumer {
         const BandStages stages(work);
         steps_left = stages.shared + (half == 0 ? stages.own[0] : stages.own[1]) + (work.num_columns + TILE - 1) / TILE;
         begin();
-        const int shared_at_end = stages.shared - stages.pairs * stages.shared_a_pair;
+        // Private stages of this half without one of the other's: 1, 0, or -1 where it is the other way round.
         const int alone = half == 0 ? stages.own[0] - stages.own[1] : stages.own[1] - stages.own[0];
+        const int shared_at_end = stages.shared - stages.pairs * stages.shared_a_pair;
         int keys = (half == 0 ? stages.bands[0] : stages.bands[1]) * BAND;
 #pragma unroll 1
         for (int pairs = stages.pairs;; --pairs, keys -= TILE) {
