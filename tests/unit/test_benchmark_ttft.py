@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How benchmarks.ttft asks two engines in turns, and what it makes of their times. None starts an engine."""
+
+import pytest
+
+from benchmarks import results, ttft
+from benchmarks.side_by_side import EngineProcess
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(8192, 12), (16384, 6), (32768, 3), (65536, 2), (131072, 2), (7, 12)])
+def test_long_prompts_are_timed_less_often(tokens, requests):
+    assert ttft.num_timed(tokens, 3) == requests
+
+
+def test_ttft_rows_hold_medians():
+    found = {
+        "dense": [1.0, 9.0, 2.0],
+        "sparse": [0.5, 1.0, 4.0],
+        "sparse_tokens": 8,
+        "density": 0.25,
+        "plan_us": [9, 7],
+    }
+    assert ttft.make_row(ttft.Sizes.parse("30:200"), 4, 8, found) == {
+        "tokens": 8, "vertical": 30, "slash": 200, "layers": 4, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0,
+        "speedup": 2.0, "sparse_tokens": 8, "density": 0.25, "timed_requests": 3,
+        "plan_us": 8,
+    }  # fmt: skip
+
+
+class Taker:
+    """Stands for an engine; notes whose turn it was."""
+
+    def __init__(self, kind, seconds, turns):
+        self.kind, self.seconds, self.turns = kind, seconds, turns
+
+    def ask(self, request):
+        self.turns.append((self.kind, request["count"]))
+        return {
+            "seconds": self.seconds,
+            "sparse_tokens": 5,
+            "density": 0.5,
+            "plan_us": [self.seconds] * (self.seconds < 2),
+        }
+
+
+def test_engines_take_turns_and_both_come_first_at_times():
+    turns = []
+    found = ttft.time_side_by_side(Taker("dense", 2.0, turns), Taker("sparse", 1.0, turns), 65536, 2)
+    assert found == {"dense": [2.0] * 2, "sparse": [1.0] * 2, "sparse_tokens": 5, "density": 0.5, "plan_us": [1.0] * 2}
+    assert turns[:2] == [("sparse", True), ("dense", False)]
+    assert [kind for kind, _ in turns[2:]] == ["sparse", "dense", "dense", "sparse"]
+
+
+def test_engines_that_are_up_at_once_answer_in_turns(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(
+        "from benchmarks.side_by_side import serve_requests\n"
+        "assert serve_requests(lambda kind, spec: lambda request: [kind, spec['n'] + request])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
+    with EngineProcess("toy", "dense", {"n": 10}) as dense, EngineProcess("toy", "sparse", {"n": 20}) as sparse:
+        assert [dense.ask(1), sparse.ask(1), dense.ask(2)] == [["dense", 11], ["sparse", 21], ["dense", 12]]
+
+
+def test_an_engine_that_fails_stops_the_benchmark(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text("raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
+    with pytest.raises(SystemExit, match="dense engine ended with status 3"):
+        EngineProcess("toy", "dense", {})
