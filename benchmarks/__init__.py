@@ -2,13 +2,7 @@
 """Benchmarks against vLLM's own attention, every engine in a process of its own."""
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +11,6 @@ DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "MINFERENCE"
 
 SETTLE_SECONDS = 0.1  # longer than the plugin waits between two reads of the density
 SETTLE_STEPS = 8
-
-# The worker must reach into its engine, and nothing of it may outlive the measurement: one process an engine.
-ENVIRON = {
-    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-
-Worker = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 def argument_parser(description: str | None, tiny: str) -> argparse.ArgumentParser:
@@ -35,46 +21,6 @@ def argument_parser(description: str | None, tiny: str) -> argparse.ArgumentPars
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help=f"smoke test, runs without a GPU: {tiny}")
     return parser
-
-
-def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (SPARSE, DENSE)) -> dict[str, dict[str, Any]]:
-    """Run `python -m module` once for each kind of worker, one after the other.
-
-    Args:
-        module: a benchmark whose main() begins with `serve_worker`.
-        spec: what every worker is told, as JSON.
-        kinds: names of the workers.
-
-    Returns:
-        What each worker found, by its name.
-    """
-    found = {}
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
-        spec_path, result = Path(directory, "spec.json"), Path(directory, "result.json")
-        spec_path.write_text(json.dumps({**spec, "result": str(result)}))
-        for kind in kinds:
-            print(f"==> {kind}", flush=True)
-            start = time.monotonic()
-            command = [sys.executable, "-m", module, "--worker", kind, "--spec", str(spec_path)]
-            if status := subprocess.run(command, env={**os.environ, **ENVIRON}).returncode:
-                sys.exit(f"The {kind} worker of {module} failed with status {status}; its output above says why.")
-            found[kind] = json.loads(result.read_text())
-            result.unlink()
-            print(f"==> {kind} took {time.monotonic() - start:.0f} s", flush=True)
-    return found
-
-
-def serve_worker(worker: Worker) -> bool:
-    """In a process that `measure` started: run the worker, leave what it found, return True."""
-    if "--worker" not in sys.argv:
-        return False
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--worker", required=True)
-    parser.add_argument("--spec", type=Path, required=True)
-    options = parser.parse_args()
-    spec = json.loads(options.spec.read_text())
-    Path(spec["result"]).write_text(json.dumps(worker(options.worker, spec)))
-    return True
 
 
 def load_engine(kind: str, spec: dict[str, Any]) -> Any:

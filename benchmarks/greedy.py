@@ -20,12 +20,11 @@ from benchmarks import (
     argument_parser,
     haystack,
     load_engine,
-    measure,
     resolved,
     results,
-    serve_worker,
     sparse_work,
 )
+from benchmarks.processes import measure, serve_worker
 
 CONTROL, CONTROL_BACKEND = "control", "TRITON_ATTN"
 ANSWER_TOKENS = 32

@@ -16,12 +16,11 @@ from benchmarks import (
     argument_parser,
     haystack,
     load_engine,
-    measure,
     resolved,
     results,
-    serve_worker,
     sparse_work,
 )
+from benchmarks.processes import measure, serve_worker
 
 ANSWER_TOKENS = 24
 SETTINGS = {"min_seq_len": 4096, "min_chunk": 1024}

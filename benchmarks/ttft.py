@@ -28,7 +28,7 @@ from benchmarks import (
     sparse_work,
     synthetic,
 )
-from benchmarks.side_by_side import EngineProcess, serve_requests
+from benchmarks.processes import EngineProcess, serve_requests
 from minference_vllm.plan import Plan
 
 LLAMA_8B = {

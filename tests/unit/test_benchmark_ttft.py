@@ -4,7 +4,7 @@
 import pytest
 
 from benchmarks import results, ttft
-from benchmarks.side_by_side import EngineProcess
+from benchmarks.processes import EngineProcess
 
 
 @pytest.mark.parametrize(("tokens", "requests"), [(8192, 12), (16384, 6), (32768, 3), (65536, 2), (131072, 2), (7, 12)])
@@ -53,7 +53,7 @@ def test_engines_take_turns_and_both_come_first_at_times():
 
 def test_engines_that_are_up_at_once_answer_in_turns(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(
-        "from benchmarks.side_by_side import serve_requests\n"
+        "from benchmarks.processes import serve_requests\n"
         "assert serve_requests(lambda kind, spec: lambda request: [kind, spec['n'] + request])\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
@@ -64,5 +64,5 @@ def test_engines_that_are_up_at_once_answer_in_turns(tmp_path, monkeypatch):
 def test_an_engine_that_fails_stops_the_benchmark(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text("raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
-    with pytest.raises(SystemExit, match="dense engine ended with status 3"):
+    with pytest.raises(SystemExit, match="dense engine of toy ended with status 3"):
         EngineProcess("toy", "dense", {})

@@ -8,8 +8,7 @@ import subprocess
 import pytest
 import torch
 
-import benchmarks
-from benchmarks import greedy, needles, results, synthetic
+from benchmarks import greedy, needles, processes, results, synthetic
 from benchmarks.haystack import CITIES, Haystack
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.engine import load_engine
@@ -114,11 +113,12 @@ def test_a_card_that_cannot_be_named_is_an_error(monkeypatch):
 
 def test_each_worker_has_a_process_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(
-        "import os, benchmarks\n"
-        "assert benchmarks.serve_worker(lambda kind, spec: {'kind': kind, 'n': spec['n'], 'pid': os.getpid()})\n"
+        "import os\n"
+        "from benchmarks.processes import serve_worker\n"
+        "assert serve_worker(lambda kind, spec: {'kind': kind, 'n': spec['n'], 'pid': os.getpid()})\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
-    found = benchmarks.measure("toy", {"n": 3})
+    found = processes.measure("toy", {"n": 3})
     assert {kind: (of["kind"], of["n"]) for kind, of in found.items()} == {
         "dense": ("dense", 3),
         "sparse": ("sparse", 3),
@@ -129,8 +129,8 @@ def test_each_worker_has_a_process_of_its_own(tmp_path, monkeypatch):
 def test_a_worker_that_fails_stops_the_benchmark(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text("raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
-    with pytest.raises(SystemExit, match="sparse worker of toy failed with status 3"):
-        benchmarks.measure("toy", {})
+    with pytest.raises(SystemExit, match="sparse engine of toy ended with status 3"):
+        processes.measure("toy", {})
 
 
 # synthetic sets
