@@ -10,14 +10,9 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace hopper {
+#include "hopper_sizes.cuh"
 
-constexpr int WARP = 32;
-constexpr int WARPGROUP = 128;
-// Shared memory that wgmma reads is swizzled in rows of 128 bytes, eight rows to an atom.
-constexpr int SWIZZLE_BYTES = 128;
-constexpr int ATOM_BYTES = 8 * SWIZZLE_BYTES;
-constexpr int BOX_ELEMENTS = SWIZZLE_BYTES / 2;  // of a 16-bit type: one swizzled row
+namespace hopper {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

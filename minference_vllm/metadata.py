@@ -14,12 +14,9 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
-from minference_vllm.plan import DenseRun, Plan, Reason, SparseChunk, Step, make_plan
+from minference_vllm.plan import NOTHING, DenseRun, Plan, Reason, SparseChunk, Step, make_plan
 
 logger = logging.getLogger("vllm.minference")
-
-NOTHING = Plan((), (), {}, {})
-"""The plan of a step that only decodes."""
 
 
 class PlanningMixin:

@@ -100,7 +100,11 @@ class Plan(NamedTuple):
     @classmethod
     def all_dense(cls, reason: Reason, tokens: int) -> "Plan":
         """The plan of a step whose rows cannot be told apart."""
-        return cls((), (), {("dense", reason): tokens}, {("dense", reason): 1}) if tokens else cls((), (), {}, {})
+        return cls((), (), {("dense", reason): tokens}, {("dense", reason): 1}) if tokens else NOTHING
+
+
+NOTHING = Plan((), (), {}, {})
+"""The plan of a step without prefill."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,10 @@
 
 #include <type_traits>
 
+#include "hopper_sizes.cuh"
 #include "runtime.cuh"
 
 namespace hopper {
-
-constexpr int WARP = 32;
-constexpr int WARPGROUP = 128;
-constexpr int SWIZZLE_BYTES = 128;
-constexpr int ATOM_BYTES = 8 * SWIZZLE_BYTES;
-constexpr int BOX_ELEMENTS = SWIZZLE_BYTES / 2;
 
 inline uint32_t shared_address(const void* pointer) { return emulator::address_of(pointer); }
 
