@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_kernel(const __grid_constan
             for (auto& full : shared.full[i / S::STAGES][i % S::STAGES]) hopper::init_barrier(&full, FULL_ARRIVALS);
             hopper::init_barrier(&shared.empty[i / S::STAGES][i % S::STAGES], EMPTY_ARRIVALS);
         }
+        for (auto& full : shared.drawn_full) hopper::init_barrier(&full, 1);
         hopper::init_barrier(&shared.q_full, 1);
         hopper::init_barrier(&shared.q_empty, EMPTY_ARRIVALS);
         hopper::fence_barrier_init();
@@ -64,7 +65,7 @@ cudaError_t launch(const Params& p, int num_programs, cudaStream_t stream) {
 // See minference_vllm/kernels/cuda/attend.py, which mirrors it. Strides are in elements.
 struct MInferenceAttend {
     const void *q, *k, *v;
-    void *out, *lse, *kept_pairs;
+    void *out, *lse, *kept_pairs, *num_drawn;
     const void *block_table, *bands, *bands_below, *band_halves, *columns, *columns_below;
     int64_t stride_q_row, stride_q_head, stride_out_row, stride_out_head;
     int64_t stride_page, stride_kv_head, stride_token, stride_lse;
@@ -91,6 +92,7 @@ extern "C" int minference_attend(const MInferenceAttend* args, cudaStream_t stre
     if (const cudaError_t error = describe_tensors(a, p); error != cudaSuccess) return error;
     p.k = static_cast<const char*>(a.k);
     p.v = static_cast<const char*>(a.v);
+    p.num_drawn = static_cast<unsigned*>(a.num_drawn);
     p.block_table = static_cast<const int32_t*>(a.block_table);
     p.out = a.out;
     p.lse = static_cast<float*>(a.lse);

@@ -19,6 +19,10 @@ constexpr int BANDS_A_TILE = TILE / BAND;
 constexpr int SHARED = 0;
 constexpr int KINDS = 3;
 
+// Room for tiles that are drawn. The threads that copy keys and those that copy values are fewer tiles apart, for the
+// ring holds fewer stages.
+constexpr int DRAWN = 8;
+
 constexpr int KEYS = 0;
 constexpr int VALUES = 1;
 
@@ -30,6 +34,7 @@ struct Params {
     void* out;
     float* lse;
     unsigned long long* kept_pairs;
+    unsigned* num_drawn;  // tiles of this launch; zero before and after
     const int32_t* bands;
     const int32_t* bands_below;
     const uint8_t* band_halves;
@@ -51,6 +56,7 @@ template <int HEAD_DIM>
 struct Shape {
     static constexpr int BLOCKS = HEAD_DIM / hopper::BOX_ELEMENTS;
     static constexpr int STAGES = HEAD_DIM == 128 ? 3 : 5;  // as many as shared memory holds
+    static_assert(STAGES + 2 < DRAWN);
     static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
     static constexpr int QUERY_BLOCK_BYTES = HALF * hopper::SWIZZLE_BYTES;
     static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
@@ -61,8 +67,8 @@ constexpr int THREADS = 3 * hopper::WARPGROUP;
 
 // Registers a thread. Warpgroups can only take what others give of those that the kernel was launched with.
 constexpr int LAUNCH_REGISTERS = (1 << 16) / THREADS / 8 * 8;
-constexpr int CONSUMER_REGISTERS = 216;
-constexpr int PRODUCER_REGISTERS = 72;
+constexpr int CONSUMER_REGISTERS = 200;
+constexpr int PRODUCER_REGISTERS = 104;
 static_assert(2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * LAUNCH_REGISTERS);
 
 // Half of the producer warpgroup brings keys, the other half values.
@@ -101,6 +107,9 @@ struct alignas(1024) Storage {
     uint64_t q_full, q_empty;
     Work work;     // the tile whose queries `q` holds
     bool is_over;  // that tile is one too many
+    // What is drawn for the threads that copy: numbers of tiles.
+    int drawn[DRAWN];
+    uint64_t drawn_full[DRAWN];
 };
 
 // In what stages a tile's bands come. Most stages bring eight bands that both halves see, without a mask. What is left of

@@ -10,9 +10,18 @@
 
 namespace attend {
 
+// A stage whose scores are under way or done: where its values will be.
+struct Scored {
+    int slot, kind;
+    uint32_t phase;
+    bool by_rows;  // whether cp.async brings them
+};
+
 template <typename T, int HEAD_DIM>
 struct Consumer {
     using S = Shape<HEAD_DIM>;
+    // Of a stage's probabilities, over a thread's columns: fp16 must hold each.
+    static constexpr float HIGHEST_SUM = 1 << 15;
     static constexpr int OUTPUTS = HALF * HEAD_DIM / hopper::WARPGROUP;  // a thread
 
     const Params& p;
@@ -27,17 +36,15 @@ struct Consumer {
     uint32_t phases[2] = {};
     uint32_t q_phase = 0;
 
-    // The stage whose values come next.
-    int scored_slot, scored_kind;
-    uint32_t scored_phase;
-    bool scored_by_rows;  // whether cp.async brought them
+    Scored scored;  // the stage whose values come next
 
     int steps_left;  // of the tile, after this one
 
     float first_scores[SCORES];  // of the next tile's first stage
     float acc[OUTPUTS];
     uint32_t probabilities[SCORES / 8][4];  // of the scored stage
-    float maximum[2], sum[2];               // of scaled scores (base 2); the sum of this thread's columns
+    float maximum[2];  // of scaled scores (base 2), or near it: add_stage says how near
+    float sum[2];      // of this thread's columns
 
     __device__ __forceinline__ Consumer(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread)
         : p(p), shared(shared), half(half), thread(thread) {}
@@ -46,6 +53,11 @@ struct Consumer {
     __device__ __forceinline__ void leave(uint64_t* barrier) const {
         if (lane == 0) hopper::arrive(barrier);
     }
+
+    // The two halves take turns to hand products to the tensor cores, which else run both halves' at once: both would then
+    // be done, and compute exponentials, at the same time (FlashAttention-3, section 3.1).
+    __device__ __forceinline__ void take_turn() const { hopper::wait_named(1 + half, 2 * hopper::WARPGROUP); }
+    __device__ __forceinline__ void pass_turn() const { hopper::arrive_named(2 - half, 2 * hopper::WARPGROUP); }
 
     // Start on the scores of the next stage, of as many of its keys as there is room for.
     template <int COUNT>
@@ -86,19 +98,25 @@ struct Consumer {
         leave(&shared.empty[VALUES][its_slot]);
     }
 
-    // Online softmax: scores become probabilities. Returns what sums and outputs so far are multiplied by.
+    // Raise the maxima to those of a stage's scores. Returns what sums and outputs so far are to be multiplied by.
     template <int COUNT>
-    __device__ __forceinline__ float2 soften(const float (&scores)[COUNT]) {
-        const float highest[2] = {maximum[0], maximum[1]};
+    __device__ __forceinline__ float2 raise_maximum(const float (&scores)[COUNT]) {
         float top[2] = {scores[0], scores[2]}, shrink[2];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores[i]);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            maximum[r] = fmaxf(highest[r], row_maximum(top[r]) * p.scale_log2);
-            shrink[r] = hopper::exp2_approx(highest[r] - maximum[r]);
-            sum[r] *= shrink[r];
+            const float before = maximum[r];
+            maximum[r] = fmaxf(before, row_maximum(top[r]) * p.scale_log2);
+            shrink[r] = hopper::exp2_approx(before - maximum[r]);
         }
+        return {shrink[0], shrink[1]};
+    }
+
+    // Scores become probabilities, as multiples of that of `maximum`. Returns their sums.
+    template <int COUNT>
+    __device__ __forceinline__ float2 soften(const float (&scores)[COUNT]) {
+        float added[2] = {};
         // Accumulator blocks of eight columns become operand blocks of sixteen.
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
@@ -106,36 +124,45 @@ struct Consumer {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 both[j] = hopper::exp2_approx(fmaf(scores[i + j], p.scale_log2, -maximum[i / 2 % 2]));
-                sum[i / 2 % 2] += both[j];
+                added[i / 2 % 2] += both[j];
             }
             probabilities[i / 8][i / 2 % 4] = hopper::pack<T>(both[0], both[1]);
         }
         // Not to add what a narrow stage lacks would take a branch between products, which costs more.
 #pragma unroll
         for (int i = COUNT; i < SCORES; i += 2) probabilities[i / 8][i / 2 % 4] = 0;
-        return {shrink[0], shrink[1]};
+        return {added[0], added[1]};
     }
 
-    // Maxima seldom rise after the first few stages.
-    __device__ __forceinline__ void rescale(float2 shrink) {
-        if (!__any_sync(0xFFFFFFFF, shrink.x < 1.f || shrink.y < 1.f)) return;
+    // Online softmax of a stage. Any reference near the maximum serves it, so that of earlier stages does, until the sums
+    // say that it lies too low: maxima are seldom looked for after a tile's first stages.
+    template <int COUNT>
+    __device__ __forceinline__ void add_stage(const float (&scores)[COUNT]) {
+        float2 added = soften(scores);
+        if (__any_sync(0xFFFFFFFF, added.x > HIGHEST_SUM || added.y > HIGHEST_SUM)) {
+            const float2 shrink = raise_maximum(scores);
+            sum[0] *= shrink.x;
+            sum[1] *= shrink.y;
 #pragma unroll
-        for (int i = 0; i < OUTPUTS; ++i) acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;
+            for (int i = 0; i < OUTPUTS; ++i) acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;
+            added = soften(scores);
+        }
+        sum[0] += added.x;
+        sum[1] += added.y;
     }
 
     // Wait for the next stage's keys, and note where its values will be.
     template <bool IS_PRIVATE>
     __device__ __forceinline__ void wait_for_keys(bool by_rows) {
-        scored_kind = IS_PRIVATE ? 1 + half : SHARED;
-        scored_slot = slot;
-        scored_phase = phases[IS_PRIVATE] >> slot & 1;
-        scored_by_rows = by_rows;
-        hopper::wait(&shared.full[KEYS][slot][scored_kind], scored_phase);
+        scored = {slot, IS_PRIVATE ? 1 + half : SHARED, phases[IS_PRIVATE] >> slot & 1, by_rows};
+        hopper::wait(&shared.full[KEYS][slot][scored.kind], scored.phase);
+        if (by_rows) hopper::fence_async_proxy();
         phases[IS_PRIVATE] ^= 1 << slot;
     }
 
-    __device__ __forceinline__ void wait_for_values() {
-        hopper::wait(&shared.full[VALUES][scored_slot][scored_kind], scored_phase);
+    __device__ __forceinline__ void wait_for_values(const Scored& its) {
+        hopper::wait(&shared.full[VALUES][its.slot][its.kind], its.phase);
+        if (its.by_rows) hopper::fence_async_proxy();
     }
 
     __device__ __forceinline__ void advance() {
@@ -150,7 +177,6 @@ struct Consumer {
         const bool is_over = shared.is_over;
         const bool by_rows = work.is_cut_short(p);
         wait_for_keys<false>(by_rows);
-        if (by_rows) hopper::fence_async_proxy();
         start_scores(first_scores);
         return is_over;
     }
@@ -169,12 +195,11 @@ struct Consumer {
             const bool future = column(lane, i) > half * HALF + row + i / 2 % 2 * 8;
             first_scores[i] = future ? -INFINITY : first_scores[i];
         }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            maximum[r] = -1e30f;
-            sum[r] = 0.f;
-        }
-        soften(first_scores);
+        maximum[0] = maximum[1] = -INFINITY;
+        raise_maximum(first_scores);
+        const float2 added = soften(first_scores);
+        sum[0] = added.x;
+        sum[1] = added.y;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; ++i) acc[i] = 0.f;
         advance();
@@ -183,14 +208,14 @@ struct Consumer {
     // The next stage's scores and the values of the stage before. `keep` masks scores; it may read the stage's mask.
     template <int WIDTH, bool IS_PRIVATE, bool BY_ROWS, typename Keep>
     __device__ __forceinline__ void step(Keep keep) {
-        wait_for_values();
-        const int values = scored_slot;
-        const bool any_by_rows = scored_by_rows || BY_ROWS;
+        const Scored before = scored;
         wait_for_keys<IS_PRIVATE>(BY_ROWS);
-        if (any_by_rows) hopper::fence_async_proxy();
         float scores[WIDTH / 2];
+        take_turn();
         start_scores(scores);
-        start_values(values);
+        wait_for_values(before);
+        start_values(before.slot);
+        pass_turn();
         hopper::mma_wait<1>();
         hopper::pin(scores);
         keep(scores);
@@ -198,8 +223,8 @@ struct Consumer {
         leave(&shared.empty[KEYS][slot]);
         if (--steps_left == 0) leave(&shared.q_empty);
         // The exponentials could run meanwhile, but the slot's next copy is worth more.
-        finish_values(values);
-        rescale(soften(scores));
+        finish_values(before.slot);
+        add_stage(scores);
         advance();
     }
 
@@ -257,6 +282,9 @@ struct Consumer {
                 } else {
                     step_private<HALF>(keys);
                 }
+            } else if (is_others) {
+                take_turn();
+                pass_turn();
             }
             if (half == 0 && is_others) advance();
             if (pairs == 0) break;
@@ -265,10 +293,9 @@ struct Consumer {
 #pragma unroll 1
         for (; columns > HALF; columns -= TILE) step_columns<TILE>();
         if (columns > 0) step_columns<HALF>();
-        wait_for_values();
-        if (scored_by_rows) hopper::fence_async_proxy();
-        start_values(scored_slot);
-        finish_values(scored_slot);
+        wait_for_values(scored);
+        start_values(scored.slot);
+        finish_values(scored.slot);
     }
 
     // Rows leave in pieces of 16 bytes: the four lanes that hold a row swap what they have of four such pieces.
@@ -305,6 +332,7 @@ template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread) {
     Consumer<T, HEAD_DIM> consumer(p, shared, half, thread);
     Work work, next;
+    if (half == 1) consumer.pass_turn();
     bool is_over = consumer.take(work);
     consumer.finish_first_scores();
     while (!is_over) {
@@ -314,6 +342,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shar
         consumer.finish_first_scores();
         work = next;
     }
+    if (half == 0) consumer.take_turn();
 }
 
 }  // namespace attend

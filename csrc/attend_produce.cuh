@@ -189,6 +189,18 @@ struct Stream {
         }
     }
 
+    // Draw the number of the tile after this one. Programs differ in speed: whoever is early takes more. Every program draws
+    // one number too many, so there are as many draws as tiles, and the last one leaves zero for the next launch.
+    __device__ __forceinline__ void draw(int last, int turn) const {
+        shared.drawn[turn % DRAWN] = gridDim.x + atomicInc(p.num_drawn, last);
+        hopper::arrive(&shared.drawn_full[turn % DRAWN]);
+    }
+
+    __device__ __forceinline__ int drawn(int turn) const {
+        hopper::wait(&shared.drawn_full[turn % DRAWN], turn / DRAWN & 1);
+        return shared.drawn[turn % DRAWN];
+    }
+
     // Nobody has read a tile's query rows before: from memory they would come late.
     __device__ __forceinline__ void prefetch_queries(const Work& work) const {
         if (thread >= 2) return;
@@ -208,7 +220,9 @@ struct Stream {
             const uint32_t target = hopper::shared_address(shared.q[half] + block * S::QUERY_BLOCK_BYTES);
             // Rows that the chunk does not have come as zeros.
             const int row = work.start_row() + half * HALF - p.context_len;
-            hopper::copy_box(target, &p.q_map, &shared.q_full, block * hopper::BOX_ELEMENTS, work.head, row);
+            hopper::copy_box(
+                target, &p.q_map, &shared.q_full, hopper::Keep::SHORTLY, block * hopper::BOX_ELEMENTS, work.head, row
+            );
         }
     }
 };
@@ -244,15 +258,12 @@ __device__ __forceinline__ void begin_tile(
     __syncwarp();
 }
 
-// Bring a tile's other stages, in the order that the consumers expect them, and look ahead to the next tile. Returns the
-// pairs that this thread has counted.
+// Bring a tile's bands, in the stages that the consumers expect.
 template <int HEAD_DIM>
-__device__ __forceinline__ long long produce_tile(
-    Stream<HEAD_DIM>& stream, const Work& work, const Work& next, Ahead& ahead
-) {
+__device__ __forceinline__ void produce_bands(Stream<HEAD_DIM>& stream, const Work& work, Place bands) {
     const BandStages stages(work);
     int base = work.is_cut_short(stream.p) ? 0 : -1;  // the first stage looked up
-    Place bands = ahead.bands, next_bands = stream.look_up_bands(work, stages, base + STAGES_LOOKED_UP);
+    Place next_bands = stream.look_up_bands(work, stages, base + STAGES_LOOKED_UP);
 #pragma unroll 1
     for (int stage = 0; stage < stages.total(); ++stage) {
         if (stage == base + STAGES_LOOKED_UP) {
@@ -262,9 +273,13 @@ __device__ __forceinline__ long long produce_tile(
         }
         stream.bring_bands(work, bands, stage - base);
     }
-    Rows next_rows = ahead.columns;
-    Keys next_columns = ahead.more_columns;
-    ahead = look_ahead(stream, next);
+}
+
+// Bring a tile's columns. Returns the tile's pairs that this thread has counted.
+template <int HEAD_DIM>
+__device__ __forceinline__ long long produce_columns(
+    Stream<HEAD_DIM>& stream, const Work& work, Rows next_rows, Keys next_columns
+) {
     int taken[2] = {0, 0};
 #pragma unroll 1
     for (int start = 0; start < work.num_columns; start += TILE) {
@@ -282,20 +297,27 @@ template <int HEAD_DIM>
 __device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shared, int which, int thread) {
     Stream<HEAD_DIM> stream(p, shared, which, thread);
     const Order order(p);
-    uint32_t q_phase = 0;
     long long pairs = 0;
     const int last = order.size(p) - 1;
-    Work work = order.at(p, min(int(blockIdx.x), last));
+    int id = blockIdx.x;
+    Work work = order.at(p, min(id, last));
     Ahead ahead = look_ahead(stream, work);
-    for (int id = blockIdx.x;; id += gridDim.x) {
+#pragma unroll 1
+    for (int turn = 0;; ++turn) {
         // The consumers end a tile over the beginning of the next, the last one too.
         const bool is_over = id > last;
-        if (which == KEYS || !is_over) begin_tile(stream, work, ahead, is_over, q_phase);
+        if (which == KEYS || !is_over) begin_tile(stream, work, ahead, is_over, turn & 1);
         if (is_over) break;
-        const Work next = order.at(p, min(id + int(gridDim.x), last));
+        if (which == KEYS && thread == 0) stream.draw(last, turn);
+        __syncwarp();
+        produce_bands(stream, work, ahead.bands);
+        id = stream.drawn(turn);
+        const Work next = order.at(p, min(id, last));
         if (which == KEYS) stream.prefetch_queries(next);
-        pairs += produce_tile(stream, work, next, ahead);
-        q_phase ^= 1;
+        const Rows columns = ahead.columns;
+        const Keys more_columns = ahead.more_columns;
+        ahead = look_ahead(stream, next);
+        pairs += produce_columns(stream, work, columns, more_columns);
         work = next;
     }
     if (which == KEYS && pairs) atomicAdd(p.kept_pairs, (unsigned long long)pairs);

@@ -56,6 +56,12 @@ void atomicAdd(T* address, T value) {
     *address += value;
 }
 
+inline uint32_t atomicInc(uint32_t* address, uint32_t last) {
+    const uint32_t before = *address;
+    *address = before >= last ? 0 : before + 1;
+    return before;
+}
+
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline uint32_t __float_as_uint(float x) {

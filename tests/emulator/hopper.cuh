@@ -33,9 +33,16 @@ inline void copy_16_bytes(uint32_t destination, const void* source) {
     emulator::copy_piece(destination, static_cast<const char*>(source));
 }
 
+enum class Keep { SHORTLY };
+
 template <typename... Coordinates>
 void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, Coordinates... x) {
     emulator::copy_box(destination, map, emulator::number_of(barrier), {x...});
+}
+
+template <typename... Coordinates>
+void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, Keep, Coordinates... x) {
+    copy_box(destination, map, barrier, x...);
 }
 
 inline void prefetch_box(const CUtensorMap*, int, int, int) {}

@@ -105,6 +105,15 @@ def make_cache(case: Case, device: torch.device, seed: int = 0) -> PagedKV:
     return PagedKV(k, v, table.to(device), 1)
 
 
+def make_rising_cache(case: Case, device: torch.device) -> PagedKV:
+    """A cache whose keys grow with their distance: a kernel that goes from near to far finds ever higher scores."""
+    kv = make_cache(case, device)
+    pages = kv.block_table[kv.row, : -(-case.seq_len // case.page_size)].long()
+    growth = torch.linspace(40, 1, len(pages), device=device, dtype=case.dtype)
+    kv.k[pages] = kv.k[pages] * growth[:, None, None, None]
+    return kv
+
+
 def make_queries(case: Case, device: torch.device, seed: int = 1) -> torch.Tensor:
     """[num_rows, num_qo_heads, head_dim], a strided view as vLLM cuts it out of the fused projection."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 """The CUDA kernels on the CPU, where tests/emulator stands for the GPU: copies and wgmma come late, in random order."""
 
 import ctypes
+import itertools
 import platform
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from minference_vllm.estimators import ESTIMATORS
 from minference_vllm.index import PagedKV, SparseIndex
 from minference_vllm.kernels.cuda import library
 from tests.emulator.build import Build, can_leave_out
-from tests.kernels.cases import CASES, Case, make_cache, make_queries, make_workspace
+from tests.kernels.cases import CASES, Case, make_cache, make_queries, make_rising_cache, make_workspace
 from tests.kernels.engines import CUDA, REFERENCE
 from tests.kernels.indexes import NOTHING, Kept, index_of
 
@@ -38,12 +39,14 @@ GROUP_OF_EIGHT = PROBE_CASES[-2]
 ATTEND_BREAKS = {
     "the halves' stages are not evened out": ("attend.cuh", "own[0] = max(own[0], own[1] - 1);"),
     "values are left while they are added": ("attend_consume.cuh", "hopper::mma_wait<0>();\n        hopper::pin(acc);"),
-    "gathered keys are multiplied unfenced": ("attend_consume.cuh", "if (any_by_rows) hopper::fence_async_proxy();"),
+    "gathered keys are multiplied unfenced": ("attend_consume.cuh", "if (by_rows) hopper::fence_async_proxy();"),
     "scores are not masked": ("attend_consume.cuh", "keep(scores);"),
     "keys are copied over others in use": (
         "attend_produce.cuh",
         "hopper::wait(&shared.empty[which][slot], phase ^ 1);",
     ),
+    "outputs do not follow the maximum": ("attend_consume.cuh", "acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;"),
+    "the halves are out of turn": ("attend_consume.cuh", "if (half == 1) consumer.pass_turn();"),
     "queries are never left": ("attend_consume.cuh", "if (--steps_left == 0) leave(&shared.q_empty);"),
 }
 PROBE_BREAKS = {
@@ -82,11 +85,15 @@ class Emulated:
         monkeypatch.setattr(library, "launch", self.launch)
         # So few that a program goes through several tiles.
         monkeypatch.setattr(library, "num_multiprocessors", lambda device: 1 + self.seed % 3)
+        # One of this test: a kernel that breaks off does not leave zero.
+        self.counter = torch.zeros(1, dtype=torch.int32)
+        monkeypatch.setattr(library, "counter", lambda device: self.counter)
 
     def launch(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
         self.functions.emulator_begin(self.seed, self.left_out)
         if error := self.functions[function](ctypes.byref(arguments), None):
             raise RuntimeError(f"{function}, seed {self.seed}: {self.functions.minference_error(error).decode()}")
+        assert self.counter.item() == 0, "the next launch would count on from there"
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +156,14 @@ def test_attend_takes_any_index(emulated: Emulated, heads: list[Kept], head_dim:
         check_attend(case, index, q, kv)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_attend_follows_scores_that_rise(emulated: Emulated, dtype: torch.dtype) -> None:
+    case = replace(LATE, dtype=dtype)
+    q, kv = make_queries(case, CPU), make_rising_cache(case, CPU)
+    for heads in HAND_WRITTEN.values():
+        check_attend(case, index_of(heads, case, CPU), q, kv)
+
+
 def check_probe(case: Case) -> None:
     q, kv, config = make_queries(case, CPU), make_cache(case, CPU), case.config()
     results = []
@@ -175,15 +190,18 @@ def test_probe_matches_the_reference(emulated: Emulated, case: Case, dtype: torc
 
 @pytest.mark.parametrize("broken", [pytest.param(statements, id=name) for name, statements in ATTEND_BREAKS.items()])
 def test_a_broken_attend_is_noticed(breakable: Emulated, broken: tuple[str, str]) -> None:
-    q, kv = make_queries(LATE, CPU), make_cache(LATE, CPU)
+    q, caches = make_queries(LATE, CPU), (make_cache(LATE, CPU), make_rising_cache(LATE, CPU))
     indexes = [index_of(heads, LATE, CPU) for heads in HAND_WRITTEN.values()]
-    for index in indexes:
-        check_attend(LATE, index, q, kv)
+
+    def check_all() -> None:
+        for kv, index in itertools.product(caches, indexes):
+            check_attend(LATE, index, q, kv)
+
+    check_all()
     breakable.left_out = BREAKS.index(broken)
     with pytest.raises((AssertionError, RuntimeError)):
         for breakable.seed in range(10):
-            for index in indexes:
-                check_attend(LATE, index, q, kv)
+            check_all()
 
 
 @pytest.mark.parametrize("broken", [pytest.param(statements, id=name) for name, statements in PROBE_BREAKS.items()])

@@ -11,7 +11,7 @@ from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.launch import LOG2_E, kv_strides
 
 POINTERS = (
-    "q", "k", "v", "out", "lse", "kept_pairs",
+    "q", "k", "v", "out", "lse", "kept_pairs", "num_drawn",
     "block_table", "bands", "bands_below", "band_halves", "columns", "columns_below",
 )  # fmt: skip
 STRIDES = (
@@ -54,8 +54,9 @@ def attend(
     page, kv_head, token = kv_strides(kv)
     arguments = _Arguments(
         q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), out.data_ptr(), lse.data_ptr(), kept_pairs.data_ptr(),
-        kv.block_table[kv.row].data_ptr(), index.bands.data_ptr(), index.bands_below.data_ptr(),
-        index.band_halves.data_ptr(), index.columns.data_ptr(), index.columns_below.data_ptr(),
+        library.counter(q.device).data_ptr(), kv.block_table[kv.row].data_ptr(),
+        index.bands.data_ptr(), index.bands_below.data_ptr(), index.band_halves.data_ptr(),
+        index.columns.data_ptr(), index.columns_below.data_ptr(),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), page, kv_head or token, token, lse.stride(0),
         index.bands.stride(0), index.bands.stride(1), index.bands_below.stride(0), index.bands_below.stride(1),
         index.band_halves.stride(0), index.columns.stride(0), index.columns_below.stride(0),

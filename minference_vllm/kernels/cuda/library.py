@@ -82,6 +82,16 @@ def takes(q: torch.Tensor, tensors: Iterable[torch.Tensor], strides: Iterable[in
     )
 
 
+def counter(device: torch.device) -> torch.Tensor:
+    """One int32 for a kernel to count in, zero between launches. Each stream has its own, for streams run side by side."""
+    return _counter(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+
+
+@functools.cache
+def _counter(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
