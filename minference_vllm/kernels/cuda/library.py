@@ -83,7 +83,7 @@ def takes(q: torch.Tensor, tensors: Iterable[torch.Tensor], strides: Iterable[in
 
 
 def counter(device: torch.device) -> torch.Tensor:
-    """One int32 for a kernel to count in, zero between launches. Each stream has its own, for streams run side by side."""
+    """One int32 for a kernel to count in, zero between launches. Streams run side by side, so each has its own."""
     return _counter(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
 
 
