@@ -175,6 +175,7 @@ struct Consumer {
         q_phase ^= 1;
         work = shared.work;
         const bool is_over = shared.is_over;
+        __syncwarp();  // all lanes have read it before one says that its room is free
         const bool by_rows = work.is_cut_short(p);
         wait_for_keys<false>(by_rows);
         start_scores(first_scores);
