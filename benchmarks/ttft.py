@@ -47,7 +47,9 @@ TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16}
 MEMORY_OF_EACH = 0.47  # of the GPU's: two engines are up at a time
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
-MOST_FOR_SHORT = 4
+MOST_FOR_SHORT = 16
+BURST = 64  # short requests at once, to keep an engine busy
+BURST_TOKENS = 128  # of each: prompt, then answer
 
 
 class Sizes(NamedTuple):
@@ -69,10 +71,10 @@ NATURAL = "natural: the plugin chooses by itself; made-up weights have no patter
 
 
 def num_timed(tokens: int, repeats: int) -> int:
-    """Timed requests: fewer of the long ones, which differ little, more of the short ones, which are cheap."""
+    """Timed requests: few of the long ones, which differ little, many of the short ones, which differ by percents."""
     if tokens >= LONG:
         return min(repeats, 2)
-    return repeats * min(max(SHORT // tokens, 1), MOST_FOR_SHORT)
+    return repeats * min(max(SHORT // tokens, 1) ** 2, MOST_FOR_SHORT)
 
 
 def write_model(directory: str, shape: dict[str, int], layers: int, max_len: int) -> None:
@@ -86,7 +88,10 @@ def write_model(directory: str, shape: dict[str, int], layers: int, max_len: int
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """An engine, and what times a request of it: {"tokens": prompt length, "count": whether to say what ran sparse}."""
+    """An engine, and what times a request of it: {"tokens": prompt length, "count": whether to say what ran sparse}.
+
+    To {"burst": number of requests} it only says how long planning took while it served those at once.
+    """
     from vllm import SamplingParams
 
     if kind == SPARSE and not spec["natural"]:
@@ -102,9 +107,14 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         return time.perf_counter() - start
 
     plans = time_plans()
+    many = SamplingParams(temperature=0, max_tokens=BURST_TOKENS, ignore_eos=True, detokenize=False)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         plans.clear()
+        if "burst" in request:
+            ids = random.integers(10, spec["vocab_size"], (request["burst"], BURST_TOKENS)).tolist()
+            llm.generate([{"prompt_token_ids": prompt} for prompt in ids], many, use_tqdm=False)
+            return {"plan_us": plans}
         if not request["count"]:
             return {"seconds": seconds(request["tokens"]), "plan_us": plans}
         before = sparse_work(llm)
@@ -149,6 +159,13 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}, "plan_us": plan_us}
 
 
+def time_busy_plans(sparse: EngineProcess) -> dict[str, Any]:
+    """Microseconds of planning in each step of an engine that goes from step to step without a pause."""
+    sparse.ask({"burst": BURST})
+    plan_us = sparse.ask({"burst": BURST})["plan_us"]
+    return {"steps": len(plan_us), "median_us": round(statistics.median(plan_us), 1)}
+
+
 def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
     """A row of what time_side_by_side found."""
     dense_s, sparse_s = statistics.median(found[DENSE]), statistics.median(found[SPARSE])
@@ -189,7 +206,9 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
         "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
         "side, take in turns after one each to warm up",
-        "plan_us": "host time that the plugin adds to a step for planning it, median; to that comes a third of a "
+        "plan_us": "host time that the plugin adds to a step for planning it, median; in the rows on an engine that "
+        "was idle, whose caches are cold, in busy_plans on one that serves "
+        f"{BURST} requests of {BURST_TOKENS} tokens and answers of {BURST_TOKENS} at once; to that comes a third of a "
         "microsecond a layer, for the check whether anything of the step is sparse",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
         "prompts": "random token ids",
@@ -212,7 +231,7 @@ def main() -> None:
     parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
     options = parser.parse_args()
     results.describe_run(options.tiny)
-    rows, seconds = [], {}
+    rows, seconds, busy_plans = [], {}, {}
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory)
         settings = describe(options, spec)
@@ -222,12 +241,15 @@ def main() -> None:
                 minference |= TINY_SETTINGS if options.tiny else {}
                 settings["sparse"][str(sizes)] = resolved(minference)
                 with EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}) as sparse:
+                    busy_plans[str(sizes)] = time_busy_plans(sparse)
                     for tokens in options.tokens:
                         found = time_side_by_side(dense, sparse, tokens, options.repeats)
                         seconds[f"{sizes}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
                         rows.append(make_row(sizes, options.layers, tokens, found))
                         # After each row: what a run that is cut off has measured stays.
-                        results.write(options.out, rows, options.tiny, settings=settings, seconds=seconds)
+                        results.write(
+                            options.out, rows, options.tiny, settings=settings, busy_plans=busy_plans, seconds=seconds
+                        )
     print(results.table(rows))
 
 

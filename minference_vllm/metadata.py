@@ -46,18 +46,17 @@ class PlanningMixin:
         return plan
 
     def _plan(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
+        # Every call into PyTorch or NumPy shows here: this runs in every step, and most steps only decode.
+        if common.max_query_len == 1:
+            return NOTHING
         num_reqs, config = common.num_reqs, self._runtime.config
         seq_lens, is_prefilling = common.seq_lens_cpu_upper_bound, common.is_prefilling
-        if seq_lens is None or is_prefilling is None or len(seq_lens) < num_reqs:
+        if seq_lens is None or is_prefilling is None or seq_lens.shape[0] < num_reqs:
             return Plan.all_dense(Reason.NO_HOST_METADATA, _possible_prefill_tokens(common, config.min_chunk))
-        # NumPy first: it slices in a tenth of PyTorch's time, and this runs in every step.
-        prefilling = is_prefilling.numpy()[:num_reqs]  # may lack the padding rows
-        if not prefilling.any():
-            return NOTHING
         return make_plan(
             common.query_start_loc_cpu.numpy()[: num_reqs + 1],
             seq_lens.numpy()[:num_reqs],
-            prefilling,
+            is_prefilling.numpy()[:num_reqs],  # may lack the padding rows
             config,
             self._group_reason,
             functools.partial(compat.step_dense_reason, common, metadata),

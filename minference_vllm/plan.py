@@ -130,6 +130,9 @@ def make_plan(
 ) -> Plan:
     """Split a step into sparse chunks and dense runs. Costs little for a step of decode rows, however many.
 
+    A request's last prompt token alone, all that a prefix cache may leave of it, is a decode row in all but name, and
+    is not counted.
+
     Args:
         query_start_loc: [num_reqs + 1] int, first query row of each request.
         seq_lens: [num_reqs] int, keys of each request, its rows of this step included; exact for prefill rows.
@@ -144,7 +147,7 @@ def make_plan(
     for request in is_prefilling.nonzero()[0].tolist():
         start, end = int(query_start_loc[request]), int(query_start_loc[request + 1])
         rows, seq_len = end - start, int(seq_lens[request])
-        if rows == 0:  # padding
+        if rows <= 1:  # padding has none
             continue
         reason = dense_reason or _gate(rows, seq_len, config)
         if reason is Reason.GATE_OPEN and find_step_reason is not None:

@@ -62,15 +62,16 @@ def check(plan: Plan, batch: tuple[Row, ...], config: MInferenceConfig = CONFIG)
             label = SHORT_CHUNK
         else:
             label = OPEN
-        sparse = row.prefill and row.rows > 0 and label == OPEN
+        is_prefill = row.prefill and row.rows > 1
+        sparse = is_prefill and label == OPEN
         if sparse:
             chunks.append(SparseChunk(request, len(path_of_row), row.rows, row.context_len))
-        if row.prefill and row.rows:
+        if is_prefill:
             counts[label] += 1
         for _ in range(row.rows):
             path_of_row.append("sparse" if sparse else "dense")
             request_of_row.append(request)
-            tokens[label] += row.prefill
+            tokens[label] += is_prefill
     assert plan.chunks == tuple(chunks)
     assert plan.tokens == {label: count for label, count in tokens.items() if count}
     assert plan.chunk_counts == counts
@@ -105,7 +106,7 @@ def check_runs(
         pytest.param(Row(100, 900), OPEN, id="chunk of exactly min_chunk that reaches min_seq_len"),
         pytest.param(Row(100, 899), TOO_SHORT, id="chunk that stays below min_seq_len"),
         pytest.param(Row(99, 5000), SHORT_CHUNK, id="chunk one row shorter than min_chunk"),
-        pytest.param(Row(1, 5000), SHORT_CHUNK, id="last token of a prompt"),
+        pytest.param(Row(2, 5000), SHORT_CHUNK, id="last tokens of a prompt"),
         pytest.param(Row(50, 50), TOO_SHORT, id="short in both: the prompt is what the user sees"),
     ],
 )
@@ -201,6 +202,11 @@ def test_a_resumed_request_past_its_prompt_is_dense_and_not_counted_as_prefill()
     check(plan, (resumed, LONG))
 
 
+def test_the_last_token_of_a_prompt_is_a_decode_row() -> None:
+    assert plan_of(Row(1, 5000)) == plan_of(DECODE)
+    assert plan_of(Row(1, 5000), LONG) == plan_of(DECODE, LONG)
+
+
 def test_an_empty_request_that_is_prefilling_is_not_counted() -> None:
     assert plan_of(Row(0, 5000), LONG).tokens == {OPEN: LONG.rows}
 
@@ -214,9 +220,9 @@ def test_flags_may_lack_the_padding_rows() -> None:
 
 def test_a_gate_of_zero_takes_every_prompt_of_min_chunk_rows() -> None:
     config = MInferenceConfig(min_seq_len=0, min_chunk=1)
-    batch = (DECODE, Row(1), SHORT, PADDING, Row(1, 3))
+    batch = (DECODE, Row(2), SHORT, PADDING, Row(1, 3), Row(2, 3))
     plan = plan_of(*batch, config=config)
-    assert [chunk.request for chunk in plan.chunks] == [1, 2, 4]
+    assert [chunk.request for chunk in plan.chunks] == [1, 2, 5]
     check(plan, batch, config)
 
 
