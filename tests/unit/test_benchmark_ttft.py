@@ -7,7 +7,9 @@ from benchmarks import results, ttft
 from benchmarks.processes import EngineProcess
 
 
-@pytest.mark.parametrize(("tokens", "requests"), [(8192, 48), (16384, 12), (32768, 3), (65536, 2), (131072, 2), (7, 48)])
+@pytest.mark.parametrize(
+    ("tokens", "requests"), [(8192, 48), (16384, 12), (32768, 3), (65536, 2), (131072, 2), (7, 48)]
+)
 def test_long_prompts_are_timed_less_often(tokens, requests):
     assert ttft.num_timed(tokens, 3) == requests
 
