@@ -7,6 +7,8 @@
 
 #include "attend.cuh"
 #include "attend_lanes.cuh"
+#include "attend_softmax.cuh"
+#include "attend_write.cuh"
 
 namespace attend {
 
@@ -20,8 +22,6 @@ struct Scored {
 template <typename T, int HEAD_DIM>
 struct Consumer {
     using S = Shape<HEAD_DIM>;
-    // Of a stage's probabilities, over a thread's columns: fp16 must hold each.
-    static constexpr float HIGHEST_SUM = 1 << 15;
     static constexpr int OUTPUTS = HALF * HEAD_DIM / hopper::WARPGROUP;  // a thread
 
     const Params& p;
@@ -42,9 +42,8 @@ struct Consumer {
 
     float first_scores[SCORES];  // of the next tile's first stage
     float acc[OUTPUTS];
-    uint32_t probabilities[SCORES / 8][4];  // of the scored stage
-    float maximum[2];  // of scaled scores (base 2), or near it: add_stage says how near
-    float sum[2];      // of this thread's columns
+    Softmax<T> softmax;
+    Probabilities probabilities;  // of the scored stage
 
     __device__ __forceinline__ Consumer(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread)
         : p(p), shared(shared), half(half), thread(thread) {}
@@ -98,59 +97,6 @@ struct Consumer {
         leave(&shared.empty[VALUES][its_slot]);
     }
 
-    // Raise the maxima to those of a stage's scores. Returns what sums and outputs so far are to be multiplied by.
-    template <int COUNT>
-    __device__ __forceinline__ float2 raise_maximum(const float (&scores)[COUNT]) {
-        float top[2] = {scores[0], scores[2]}, shrink[2];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores[i]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float before = maximum[r];
-            maximum[r] = fmaxf(before, row_maximum(top[r]) * p.scale_log2);
-            shrink[r] = hopper::exp2_approx(before - maximum[r]);
-        }
-        return {shrink[0], shrink[1]};
-    }
-
-    // Scores become probabilities, as multiples of that of `maximum`. Returns their sums.
-    template <int COUNT>
-    __device__ __forceinline__ float2 soften(const float (&scores)[COUNT]) {
-        float added[2] = {};
-        // Accumulator blocks of eight columns become operand blocks of sixteen.
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 2) {
-            float both[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                both[j] = hopper::exp2_approx(fmaf(scores[i + j], p.scale_log2, -maximum[i / 2 % 2]));
-                added[i / 2 % 2] += both[j];
-            }
-            probabilities[i / 8][i / 2 % 4] = hopper::pack<T>(both[0], both[1]);
-        }
-        // Not to add what a narrow stage lacks would take a branch between products, which costs more.
-#pragma unroll
-        for (int i = COUNT; i < SCORES; i += 2) probabilities[i / 8][i / 2 % 4] = 0;
-        return {added[0], added[1]};
-    }
-
-    // Online softmax of a stage. Any reference near the maximum serves it, so that of earlier stages does, until the sums
-    // say that it lies too low: maxima are seldom looked for after a tile's first stages.
-    template <int COUNT>
-    __device__ __forceinline__ void add_stage(const float (&scores)[COUNT]) {
-        float2 added = soften(scores);
-        if (__any_sync(0xFFFFFFFF, added.x > HIGHEST_SUM || added.y > HIGHEST_SUM)) {
-            const float2 shrink = raise_maximum(scores);
-            sum[0] *= shrink.x;
-            sum[1] *= shrink.y;
-#pragma unroll
-            for (int i = 0; i < OUTPUTS; ++i) acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;
-            added = soften(scores);
-        }
-        sum[0] += added.x;
-        sum[1] += added.y;
-    }
-
     // Wait for the next stage's keys, and note where its values will be.
     template <bool IS_PRIVATE>
     __device__ __forceinline__ void wait_for_keys(bool by_rows) {
@@ -196,11 +142,7 @@ struct Consumer {
             const bool future = column(lane, i) > half * HALF + row + i / 2 % 2 * 8;
             first_scores[i] = future ? -INFINITY : first_scores[i];
         }
-        maximum[0] = maximum[1] = -INFINITY;
-        raise_maximum(first_scores);
-        const float2 added = soften(first_scores);
-        sum[0] = added.x;
-        sum[1] = added.y;
+        softmax.begin(first_scores, p.scale_log2, probabilities);
 #pragma unroll
         for (int i = 0; i < OUTPUTS; ++i) acc[i] = 0.f;
         advance();
@@ -225,7 +167,7 @@ struct Consumer {
         if (--steps_left == 0) leave(&shared.q_empty);
         // The exponentials could run meanwhile, but the slot's next copy is worth more.
         finish_values(before.slot);
-        add_stage(scores);
+        softmax.add(scores, p.scale_log2, probabilities, acc);
         advance();
     }
 
@@ -298,35 +240,6 @@ struct Consumer {
         start_values(scored.slot);
         finish_values(scored.slot);
     }
-
-    // Rows leave in pieces of 16 bytes: the four lanes that hold a row swap what they have of four such pieces.
-    __device__ __forceinline__ void write(const Work& work) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float total = row_total(sum[r]);
-            const float inverse = 1.f / total;
-            const int in_chunk = work.start_row() + half * HALF + row + r * 8 - p.context_len;
-            const bool is_in_chunk = in_chunk >= 0 && in_chunk < p.num_rows;
-            T* out = static_cast<T*>(p.out) + in_chunk * p.stride_out_row + work.head * p.stride_out_head;
-#pragma unroll
-            for (int first = 0; first < HEAD_DIM / 8; first += 4) {
-                uint32_t piece[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float* both = &acc[4 * (first + i) + 2 * r];
-                    piece[i] = hopper::pack<T>(both[0] * inverse, both[1] * inverse);
-                }
-                transpose_in_quad(lane, piece);
-                if (is_in_chunk) {
-                    auto* target = reinterpret_cast<uint4*>(out + (first + lane % 4) * 8);
-                    *target = make_uint4(piece[0], piece[1], piece[2], piece[3]);
-                }
-            }
-            if (is_in_chunk && lane % 4 == 0) {
-                p.lse[work.head * p.stride_lse + in_chunk] = (maximum[r] + log2f(total)) * LN_2;
-            }
-        }
-    }
 };
 
 template <typename T, int HEAD_DIM>
@@ -339,7 +252,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shar
     while (!is_over) {
         consumer.attend_to(work);
         is_over = consumer.take(next);
-        consumer.write(work);
+        write<T, HEAD_DIM>(p, work, consumer.lane, half * HALF + consumer.row, consumer.acc, consumer.softmax);
         consumer.finish_first_scores();
         work = next;
     }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attend.cuh"
+#include "attend_tiles.cuh"
 
 namespace attend {
 
@@ -188,43 +189,6 @@ struct Stream {
             }
         }
     }
-
-    // Draw the number of the tile after this one. Programs differ in speed: whoever is early takes more. Every program draws
-    // one number too many, so there are as many draws as tiles, and the last one leaves zero for the next launch.
-    __device__ __forceinline__ void draw(int last, int turn) const {
-        shared.drawn[turn % DRAWN] = gridDim.x + atomicInc(p.num_drawn, last);
-        hopper::arrive(&shared.drawn_full[turn % DRAWN]);
-    }
-
-    __device__ __forceinline__ int drawn(int turn) const {
-        hopper::wait(&shared.drawn_full[turn % DRAWN], turn / DRAWN & 1);
-        return shared.drawn[turn % DRAWN];
-    }
-
-    // Nobody has read a tile's query rows before: from memory they would come late.
-    __device__ __forceinline__ void prefetch_queries(const Work& work) const {
-        if (thread >= 2) return;
-        const int row = work.start_row() + thread * HALF - p.context_len;
-#pragma unroll 1
-        for (int i = 0; i < HEAD_DIM; i += hopper::BOX_ELEMENTS) hopper::prefetch_box(&p.q_map, i, work.head, row);
-    }
-
-    // Hand a tile to the consumers with its query rows, once they need those of the tile before no more.
-    __device__ __forceinline__ void bring_queries(const Work& work, bool is_over, uint32_t phase) const {
-        hopper::wait(&shared.q_empty, phase ^ 1);
-        shared.work = work;
-        shared.is_over = is_over;
-        hopper::arrive_expecting(&shared.q_full, 2 * S::QUERY_BYTES);
-        for (int i = 0; i < 2 * S::BLOCKS; ++i) {
-            const int half = i / S::BLOCKS, block = i % S::BLOCKS;
-            const uint32_t target = hopper::shared_address(shared.q[half] + block * S::QUERY_BLOCK_BYTES);
-            // Rows that the chunk does not have come as zeros.
-            const int row = work.start_row() + half * HALF - p.context_len;
-            hopper::copy_box(
-                target, &p.q_map, &shared.q_full, hopper::Keep::SHORTLY, block * hopper::BOX_ELEMENTS, work.head, row
-            );
-        }
-    }
 };
 
 // What is looked up before a tile begins.
@@ -254,7 +218,7 @@ __device__ __forceinline__ void begin_tile(
     } else {
         stream.bring_bands(work, ahead.bands, 0);
     }
-    if (stream.which == KEYS && stream.thread == 0) stream.bring_queries(work, is_over, q_phase);
+    if (stream.which == KEYS && stream.thread == 0) bring_queries(stream.p, stream.shared, work, is_over, q_phase);
     __syncwarp();
 }
 
@@ -308,12 +272,12 @@ __device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shar
         const bool is_over = id > last;
         if (which == KEYS || !is_over) begin_tile(stream, work, ahead, is_over, turn & 1);
         if (is_over) break;
-        if (which == KEYS && thread == 0) stream.draw(last, turn);
+        if (which == KEYS && thread == 0) draw(p, shared, last, turn);
         __syncwarp();
         produce_bands(stream, work, ahead.bands);
-        id = stream.drawn(turn);
+        id = drawn(shared, turn);
         const Work next = order.at(p, min(id, last));
-        if (which == KEYS) stream.prefetch_queries(next);
+        if (which == KEYS) prefetch_queries<HEAD_DIM>(p, next, thread);
         const Rows columns = ahead.columns;
         const Keys more_columns = ahead.more_columns;
         ahead = look_ahead(stream, next);

@@ -69,16 +69,16 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t destination, const void* 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
 }
 
-// How long L2 shall keep what is copied: what createpolicy gives for all of an access.
-enum class Keep : uint64_t { SHORTLY = 0x12F0000000000000 };
+// To L2, about what is copied; in the code that createpolicy gives it.
+enum class CacheHint : uint64_t { EVICT_FIRST = 0x12F0000000000000 };
 
 __device__ __forceinline__ void copy_box(
-    uint32_t destination, const CUtensorMap* map, uint64_t* barrier, Keep keep, int x0, int x1, int x2
+    uint32_t destination, const CUtensorMap* map, uint64_t* barrier, CacheHint hint, int x0, int x1, int x2
 ) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
         "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
-        "l"(map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "r"(x2), "l"(keep)
+        "l"(map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "r"(x2), "l"(hint)
         : "memory");
 }
 

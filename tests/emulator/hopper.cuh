@@ -33,7 +33,7 @@ inline void copy_16_bytes(uint32_t destination, const void* source) {
     emulator::copy_piece(destination, static_cast<const char*>(source));
 }
 
-enum class Keep { SHORTLY };
+enum class CacheHint { EVICT_FIRST };
 
 template <typename... Coordinates>
 void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, Coordinates... x) {
@@ -41,7 +41,7 @@ void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, C
 }
 
 template <typename... Coordinates>
-void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, Keep, Coordinates... x) {
+void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, CacheHint, Coordinates... x) {
     copy_box(destination, map, barrier, x...);
 }
 

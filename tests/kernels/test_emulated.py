@@ -45,7 +45,7 @@ ATTEND_BREAKS = {
         "attend_produce.cuh",
         "hopper::wait(&shared.empty[which][slot], phase ^ 1);",
     ),
-    "outputs do not follow the maximum": ("attend_consume.cuh", "acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;"),
+    "outputs do not follow the reference": ("attend_softmax.cuh", "acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;"),
     "the halves are out of turn": ("attend_consume.cuh", "if (half == 1) consumer.pass_turn();"),
     "queries are never left": ("attend_consume.cuh", "if (--steps_left == 0) leave(&shared.q_empty);"),
 }

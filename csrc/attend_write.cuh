@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attending kernel's output: normalised rows and their log-sum-exp.
+#pragma once
+
+#include "attend.cuh"
+#include "attend_lanes.cuh"
+#include "attend_softmax.cuh"
+
+namespace attend {
+
+// Rows leave in pieces of 16 bytes: the four lanes that hold a row swap what they have of four such pieces.
+//   first_row: of the thread's two, within the tile.
+template <typename T, int HEAD_DIM, int OUTPUTS>
+__device__ __forceinline__ void write(
+    const Params& p, const Work& work, int lane, int first_row, const float (&acc)[OUTPUTS], const Softmax<T>& softmax
+) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float total = row_total(softmax.sum[r]);
+        const float inverse = 1.f / total;
+        const int in_chunk = work.start_row() + first_row + r * 8 - p.context_len;
+        const bool is_in_chunk = in_chunk >= 0 && in_chunk < p.num_rows;
+        T* out = static_cast<T*>(p.out) + in_chunk * p.stride_out_row + work.head * p.stride_out_head;
+#pragma unroll
+        for (int first = 0; first < HEAD_DIM / 8; first += 4) {
+            uint32_t piece[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* both = &acc[4 * (first + i) + 2 * r];
+                piece[i] = hopper::pack<T>(both[0] * inverse, both[1] * inverse);
+            }
+            transpose_in_quad(lane, piece);
+            if (is_in_chunk) {
+                auto* target = reinterpret_cast<uint4*>(out + (first + lane % 4) * 8);
+                *target = make_uint4(piece[0], piece[1], piece[2], piece[3]);
+            }
+        }
+        if (is_in_chunk && lane % 4 == 0) {
+            p.lse[work.head * p.stride_lse + in_chunk] = (softmax.reference[r] + log2f(total)) * LN_2;
+        }
+    }
+}
+
+}  // namespace attend
