@@ -13,6 +13,7 @@ WEIGHTS := $(DEMO_MODEL)/model.safetensors
 
 help:
 	@echo 'make demo                         answer a question about a 6,000-token text with sparse prefill'
+	@echo 'make install                      the environment that all others use, once'
 	@echo 'make serve MODEL=org/name [ARGS=] keep a server up, with more `vllm serve` options in ARGS'
 	@echo 'make wheel                        a wheel in dist/, with the CUDA library if there is an nvcc (README: Install)'
 	@echo 'make test [ARGS=]                 all tests that this machine can run, with more pytest options in ARGS'

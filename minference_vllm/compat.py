@@ -76,14 +76,9 @@ def step_dense_reason(common: Any, metadata: Any) -> Reason | None:
     """Why a whole step must run dense, from vLLM's common and backend metadata; None if it need not."""
     if common.causal is not True:
         return Reason.NOT_CAUSAL
-    if getattr(metadata, "use_cascade", False):
-        return Reason.CASCADE
     if getattr(common, "logits_indices_padded", None) is not None:
         return Reason.FAST_PREFILL
-    if any(
-        getattr(metadata, name, None) is not None
-        for name in ("mm_prefix_query_range_tensor", "mm_prefix_range_tensor", "mm_prefix_range")
-    ):
+    if getattr(metadata, "mm_prefix_query_range_tensor", None) is not None:
         return Reason.MM_PREFIX
     if getattr(metadata, "rswa_prefix_lens", None) is not None:
         return Reason.RSWA

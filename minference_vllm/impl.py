@@ -65,6 +65,7 @@ class SparseLayerMixin:
             shares_kv=self.kv_sharing_target_layer_name is not None,
             is_context_parallel=parallel.decode_context_parallel_size > 1
             or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            is_micro_batched=parallel.use_ubatching,
             is_batch_invariant=compat.batch_invariant(),
             head_dim=self.head_size,
         ).dense_reason

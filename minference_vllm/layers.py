@@ -21,6 +21,7 @@ class LayerTraits:
     has_quantized_kv: bool
     shares_kv: bool
     is_context_parallel: bool
+    is_micro_batched: bool
     is_batch_invariant: bool
     head_dim: int
 
@@ -39,6 +40,8 @@ _RULES: tuple[tuple[Reason, Callable[[LayerTraits], bool]], ...] = (
     (Reason.QUANTIZED_KV, lambda layer: layer.has_quantized_kv),
     (Reason.KV_SHARING, lambda layer: layer.shares_kv),
     (Reason.CONTEXT_PARALLEL, lambda layer: layer.is_context_parallel),
+    # Micro-batches run side by side, and the scratch is one.
+    (Reason.MICRO_BATCHING, lambda layer: layer.is_micro_batched),
     (Reason.BATCH_INVARIANT, lambda layer: layer.is_batch_invariant),
     (Reason.HEAD_DIM, lambda layer: layer.head_dim not in SUPPORTED_HEAD_DIMS),
 )

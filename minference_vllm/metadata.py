@@ -30,6 +30,7 @@ class PlanningMixin:
             layer.impl.settle(_late_reason(name, layer, vllm_config, kv_cache_spec))
         sparse = [impl for impl in impls if impl.dense_reason is None]
         self._runtime = impls[0].runtime
+        self._group = layer_names[0]
         self._group_reason = None if sparse else impls[0].dense_reason
         self._has_sparse_layers = bool(sparse)
         self._runtime.join(self._has_sparse_layers)
@@ -42,7 +43,7 @@ class PlanningMixin:
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         """Plan one step, and count it."""
         plan = self._plan(common, metadata)
-        self._runtime.count(self, self._has_sparse_layers, plan)
+        self._runtime.count(self._group, self._has_sparse_layers, plan)
         return plan
 
     def _plan(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:

@@ -36,13 +36,14 @@ class Runtime:
         self.engine = load_engine(config, device)
         self.counters = Counters(publish, config.log_every)
         self._has_sparse_layers = False
-        self._built: set[object] = set()
+        self._counted: set[str] = set()
         self._kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
         self._causal_pairs = 0
         self._density = DensityMeter(self._kept_pairs, DENSITY_INTERVAL)
         self._workspaces: dict[Geometry, Workspace] = {}
         self._warm: set[tuple[object, ...]] = set()
-        logger.info("MInference: %s", config)
+        if publish:  # every rank has the same
+            logger.info("MInference: %s", config)
 
     def workspace(self, geometry: Geometry) -> Workspace:
         """The scratch for layers of this geometry, claimed when first asked for: in the profiling run."""
@@ -67,26 +68,26 @@ class Runtime:
         """A metadata builder's layers may go sparse, or may not. Called before it counts."""
         self._has_sparse_layers |= has_sparse_layers
 
-    def count(self, builder: object, has_sparse_layers: bool, plan: Plan) -> None:
+    def count(self, group: str, has_sparse_layers: bool, plan: Plan) -> None:
         """Count a step's prefill tokens before it is launched: once, though every KV cache group may plan it.
 
         Args:
-            builder: who planned it.
+            group: whose builder planned it.
             has_sparse_layers: whether its layers may go sparse; if any do, those groups speak for the model.
             plan: what the step does.
         """
-        if has_sparse_layers is self._has_sparse_layers and self._opens_step(builder):
+        if has_sparse_layers is self._has_sparse_layers and self._opens_step(group):
             for (path, reason), tokens in plan.tokens.items():
                 self.counters.add_tokens(path, reason.value, tokens, plan.chunk_counts[path, reason])
             if reading := self._density.poll(self._causal_pairs, time.monotonic()):
                 self.counters.set_density(*reading)
 
-    def _opens_step(self, builder: object) -> bool:
-        """Whether this is a step's first builder: each builds once a step, so one that comes round again opens one."""
-        if builder in self._built:
-            self._built.clear()
-        self._built.add(builder)
-        return len(self._built) == 1
+    def _opens_step(self, group: str) -> bool:
+        """Whether this is the first group of a step or micro-batch. Each comes once: one that returns opens the next."""
+        if group in self._counted:
+            self._counted.clear()
+        self._counted.add(group)
+        return len(self._counted) == 1
 
     def warm_up(self, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, geometry: Geometry) -> None:
         """Compile every kernel this geometry will need, before the first request."""

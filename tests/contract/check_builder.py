@@ -19,6 +19,7 @@ from tests.contract.fakes import (
     MIXED,
     NAME,
     NUM_LAYERS,
+    SHORT,
     Row,
     counted,
     make_builder,
@@ -168,6 +169,18 @@ def test_the_place_of_a_layer_decides(name: str, is_draft_layer: bool, reason: R
     assert (builder.build(0, make_common(LONG)).minference is None) == (reason is not None)
     label = ("dense", reason.value) if reason else ("sparse", "gate_open")
     assert counted(runtime) == {label: LONG.rows}
+
+
+def test_both_micro_batches_of_a_step_are_counted() -> None:
+    # vLLM gives each micro-batch builders of its own.
+    runtime = make_runtime()
+    config = make_config(ubatching=True)
+    groups = [{NAME.format(group): make_impl(runtime, config)} for group in range(2)]
+    builders = [[make_builder(group) for group in groups] for _ in range(2)]
+    for _ in range(3):  # steps
+        for micro_batch, common in zip(builders, (make_common(LONG), make_common(SHORT)), strict=True):
+            assert all(builder.build(0, common).minference is None for builder in micro_batch)
+    assert counted(runtime) == {("dense", "micro_batching"): 3 * (LONG.rows + SHORT.rows)}
 
 
 def test_a_cache_of_another_dtype_keeps_a_group_dense() -> None:

@@ -118,6 +118,7 @@ def assert_dense(impl: Any, reason: Reason, calls: list[Any]) -> None:
         pytest.param({"kv_sharing_target_layer_name": NAME.format(0)}, {}, Reason.KV_SHARING, id="shared cache"),
         pytest.param({}, {"dcp": 2}, Reason.CONTEXT_PARALLEL, id="decode context parallel"),
         pytest.param({}, {"pcp": 2}, Reason.CONTEXT_PARALLEL, id="prefill context parallel"),
+        pytest.param({}, {"ubatching": True}, Reason.MICRO_BATCHING, id="micro-batches"),
     ],
 )
 def test_a_layer_runs_dense_for_a_named_reason(

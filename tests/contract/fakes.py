@@ -62,6 +62,7 @@ def make_config(**changes: Any) -> Any:
         decode_context_parallel_size=changes.get("dcp", 1),
         prefill_context_parallel_size=changes.get("pcp", 1),
         cp_kv_cache_interleave_size=1,
+        use_ubatching=changes.get("ubatching", False),
     )
     no_graphs = SimpleNamespace(has_full_cudagraphs=lambda: False)
     return SimpleNamespace(

@@ -5,6 +5,8 @@ import importlib
 import importlib.metadata
 import logging
 import multiprocessing
+import os
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -90,6 +92,20 @@ def test_the_backend_is_loadable_and_its_name_is_known_to_vllm() -> None:
     assert f"{backend.__module__}.{backend.__qualname__}" == OUR_PATH
     # vLLM's attention layers look their backend up by this name.
     assert registry.AttentionBackendEnum[backend.get_name()] is CUSTOM
+
+
+def test_registering_loads_nothing_heavy() -> None:
+    # What vLLM itself has loaded by then does not count.
+    code = (
+        "import sys, vllm.platforms, vllm.v1.attention.backends.registry; before = set(sys.modules);"
+        "from minference_vllm.plugin import register; register(); sys.stdout.write(' '.join(set(sys.modules) - before))"
+    )
+    environ = {**os.environ, "VLLM_PLUGINS": ""}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    names = set(loaded.stdout.split())
+    assert "minference_vllm.plugin" in names
+    heavy = ("backend", "cpu", "engine", "impl", "kernels", "metadata", "reference", "runtime")  # they import PyTorch
+    assert not names & {"torch", "triton", *(f"minference_vllm.{name}" for name in heavy)}
 
 
 def test_registering_twice_is_registering_once(log_lines: list[tuple[str, str]]) -> None:
