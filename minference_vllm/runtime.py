@@ -83,7 +83,7 @@ class Runtime:
                 self.counters.set_density(*reading)
 
     def _opens_step(self, group: str) -> bool:
-        """Whether this is the first group of a step or micro-batch. Each comes once: one that returns opens the next."""
+        """Whether this is a first group of a step or micro-batch. Each comes once; one that returns opens the next."""
         if group in self._counted:
             self._counted.clear()
         self._counted.add(group)
