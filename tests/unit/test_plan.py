@@ -6,15 +6,10 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from minference_vllm import plan as plan_module
-from minference_vllm.compat import step_dense_reason
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.plan import DenseRun, Plan, Reason, SparseChunk, make_plan
 
@@ -247,29 +242,6 @@ def test_random_batches_agree_with_the_rule_applied_row_by_row() -> None:
         check(plan, batch)
         sparse_steps += bool(plan.chunks)
     assert sparse_steps > 100
-
-
-@pytest.mark.parametrize("reason", Reason)
-def test_every_reason_is_given_somewhere(reason: Reason) -> None:
-    sources = {path.name: path.read_text() for path in Path(plan_module.__file__).parent.glob("*.py")}
-    sources["plan.py"] = sources["plan.py"].split("class SparseChunk")[1]  # where reasons are given, not listed
-    assert any(f"Reason.{reason.name}" in source for source in sources.values())
-
-
-@pytest.mark.parametrize(
-    ("common", "metadata", "reason"),
-    [
-        pytest.param({}, {}, None, id="a plain step"),
-        pytest.param({"causal": False}, {}, Reason.NOT_CAUSAL, id="not causal"),
-        pytest.param({"causal": object()}, {}, Reason.NOT_CAUSAL, id="causal by request"),
-        pytest.param({"logits_indices_padded": object()}, {}, Reason.FAST_PREFILL, id="fast prefill"),
-        pytest.param({}, {"mm_prefix_query_range_tensor": object()}, Reason.MM_PREFIX, id="image"),
-        pytest.param({}, {"rswa_prefix_lens": object()}, Reason.RSWA, id="reference window"),
-    ],
-)
-def test_what_forbids_a_step_is_named(common: dict[str, Any], metadata: dict[str, Any], reason: Reason | None) -> None:
-    plain = {"causal": True, "logits_indices_padded": None}
-    assert step_dense_reason(SimpleNamespace(**{**plain, **common}), SimpleNamespace(**metadata)) is reason
 
 
 def test_a_plan_holds_plain_integers() -> None:
