@@ -31,7 +31,7 @@ class PlanningMixin:
         sparse = [impl for impl in impls if impl.dense_reason is None]
         self._runtime = impls[0].runtime
         self._group = layer_names[0]
-        self._group_reason = None if sparse else impls[0].dense_reason
+        self._dense_reason = impls[0].dense_reason
         self._has_sparse_layers = bool(sparse)
         self._runtime.join(self._has_sparse_layers)
         for impl in sparse:
@@ -59,7 +59,8 @@ class PlanningMixin:
             seq_lens.numpy()[:num_reqs],
             is_prefilling.numpy()[:num_reqs],  # may lack the padding rows
             config,
-            self._group_reason,
+            # Another group's layers, which may go sparse, may take this group's metadata over: update_block_table.
+            None if self._runtime.has_sparse_layers else self._dense_reason,
             functools.partial(compat.step_dense_reason, common, metadata),
         )
 

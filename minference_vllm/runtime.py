@@ -35,7 +35,7 @@ class Runtime:
         self.device = device
         self.engine = load_engine(config, device)
         self.counters = Counters(publish, config.log_every)
-        self._has_sparse_layers = False
+        self.has_sparse_layers = False
         self._counted: set[str] = set()
         self._kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
         self._causal_pairs = 0
@@ -66,7 +66,7 @@ class Runtime:
 
     def join(self, has_sparse_layers: bool) -> None:
         """A metadata builder's layers may go sparse, or may not. Called before it counts."""
-        self._has_sparse_layers |= has_sparse_layers
+        self.has_sparse_layers |= has_sparse_layers
 
     def count(self, group: str, has_sparse_layers: bool, plan: Plan) -> None:
         """Count a step's prefill tokens before it is launched: once, though every KV cache group may plan it.
@@ -76,7 +76,7 @@ class Runtime:
             has_sparse_layers: whether its layers may go sparse; if any do, those groups speak for the model.
             plan: what the step does.
         """
-        if has_sparse_layers is self._has_sparse_layers and self._opens_step(group):
+        if has_sparse_layers is self.has_sparse_layers and self._opens_step(group):
             for (path, reason), tokens in plan.tokens.items():
                 self.counters.add_tokens(path, reason.value, tokens, plan.chunk_counts[path, reason])
             if reading := self._density.poll(self._causal_pairs, time.monotonic()):

@@ -139,6 +139,15 @@ def test_another_groups_block_table_reaches_the_dense_runs() -> None:
     assert torch.equal(ours.slot_mapping, slots[run.query_start : run.query_end])
 
 
+def test_a_dense_group_plans_for_a_sparse_one_that_takes_its_metadata_over() -> None:
+    # vLLM's V1 runner builds the metadata of the first of several groups alike, and updates it for the others.
+    runtime = make_runtime(dense_layers=1)
+    dense, sparse = (make_builder({NAME.format(group): make_impl(runtime)}) for group in range(2))
+    metadata = dense.build(0, make_common(LONG))
+    updated = sparse.update_block_table(metadata, metadata.block_table + 1, metadata.slot_mapping)
+    assert updated.minference.chunks == (SparseChunk(0, 0, LONG.rows, LONG.context_len),)
+
+
 def test_metadata_that_vllm_has_copied_field_by_field_takes_another_block_table() -> None:
     # vLLM does so for layers that share a cache and prefill fast; the copy has no plan.
     _, builder, _ = one_group()
