@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import resolved, results
+from benchmarks import results
 from minference_vllm.cli import LENGTHS
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.tuning import timing
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     heads, config = Heads(*options.heads), MInferenceConfig()
-    settings = {"measured": MEASURED, "heads": heads._asdict(), "minference": resolved({})}
+    settings = {"measured": MEASURED, "heads": heads._asdict(), "minference": config.model_dump()}
     device = torch.device("cuda", torch.cuda.current_device())
     rows: list[dict[str, float]] = []
     gates: dict[str, int | None] = {}

@@ -15,6 +15,7 @@ from minference_vllm.index import PagedKV, SparseIndex
 from minference_vllm.kernels.cuda import library
 from tests.emulator.build import Build, can_leave_out
 from tests.kernels.cases import CASES, Case, make_cache, make_queries, make_rising_cache, make_workspace
+from tests.kernels.checks import check_attend, relative_error
 from tests.kernels.engines import CUDA, REFERENCE
 from tests.kernels.indexes import NOTHING, Kept, index_of
 
@@ -113,28 +114,9 @@ def breakable(builds: tuple[Build, Build], monkeypatch: pytest.MonkeyPatch) -> E
     return Emulated(builds[1].functions, monkeypatch)
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
 def estimated_index(case: Case, q: torch.Tensor, kv: PagedKV) -> SparseIndex:
     ws = make_workspace(case, case.config(), CPU)
     return ESTIMATORS["vertical_slash"](q, kv, case.context_len, case.scale, case.config(), REFERENCE, ws)
-
-
-def check_attend(case: Case, index: SparseIndex, q: torch.Tensor, kv: PagedKV) -> None:
-    """Against the reference; nothing is written past the chunk's rows."""
-    results = []
-    for attend in (REFERENCE.attend, CUDA.attend):
-        out = torch.full((case.num_rows + 1, *q.shape[1:]), 7.0, dtype=q.dtype)
-        lse, pairs = torch.full((case.num_qo_heads, case.num_rows + 5), 7.0), torch.zeros(1, dtype=torch.int64)
-        attend(q, kv, case.context_len, case.scale, index, out[:-1], lse, pairs)
-        results.append((out, lse, pairs))
-    (expected, expected_lse, expected_pairs), (out, lse, pairs) = results
-    assert relative_error(out[:-1], expected[:-1]) < (8e-3 if q.dtype == torch.bfloat16 else 2e-3)
-    assert torch.equal(out[-1], expected[-1])
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
-    assert pairs.item() == expected_pairs.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -144,7 +126,7 @@ def test_attend_matches_the_reference(emulated: Emulated, case: Case, dtype: tor
     q, kv = make_queries(case, CPU), make_cache(case, CPU)
     index = estimated_index(case, q, kv)
     for emulated.seed in range(SEEDS):
-        check_attend(case, index, q, kv)
+        check_attend(CUDA.attend, case, index, q, kv)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -153,7 +135,7 @@ def test_attend_takes_any_index(emulated: Emulated, heads: list[Kept], head_dim:
     case = replace(LATE, head_dim=head_dim)
     q, kv, index = make_queries(case, CPU), make_cache(case, CPU), index_of(heads, case, CPU)
     for emulated.seed in range(SEEDS):
-        check_attend(case, index, q, kv)
+        check_attend(CUDA.attend, case, index, q, kv)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -161,7 +143,7 @@ def test_attend_follows_scores_that_rise(emulated: Emulated, dtype: torch.dtype)
     case = replace(LATE, dtype=dtype)
     q, kv = make_queries(case, CPU), make_rising_cache(case, CPU)
     for heads in HAND_WRITTEN.values():
-        check_attend(case, index_of(heads, case, CPU), q, kv)
+        check_attend(CUDA.attend, case, index_of(heads, case, CPU), q, kv)
 
 
 def check_probe(case: Case) -> None:
@@ -195,7 +177,7 @@ def test_a_broken_attend_is_noticed(breakable: Emulated, broken: tuple[str, str]
 
     def check_all() -> None:
         for kv, index in itertools.product(caches, indexes):
-            check_attend(LATE, index, q, kv)
+            check_attend(CUDA.attend, LATE, index, q, kv)
 
     check_all()
     breakable.left_out = BREAKS.index(broken)
@@ -218,4 +200,4 @@ def test_a_deadlock_is_reported(breakable: Emulated) -> None:
     index = index_of(HAND_WRITTEN["many bands of the second half, none of the first"], LATE, CPU)
     breakable.left_out = BREAKS.index(ATTEND_BREAKS["the halves' stages are not evened out"])
     with pytest.raises(RuntimeError, match=r"deadlock[\s\S]*mbarrier"):
-        check_attend(LATE, index, q, kv)
+        check_attend(CUDA.attend, LATE, index, q, kv)

@@ -14,6 +14,7 @@ from minference_vllm.index import PagedKV
 from minference_vllm.reference.pages import gather
 from minference_vllm.workspace import Workspace
 from tests.kernels.cases import Case, make_cache, make_queries, make_workspace
+from tests.kernels.checks import assert_close
 from tests.kernels.engines import CUDA, REFERENCE, TRITON
 from tests.kernels.indexes import NOTHING, Kept, index_of, mask_of
 
@@ -65,13 +66,6 @@ def assert_equal(actual: Result, expected: Result) -> None:
     assert torch.equal(actual.out, expected.out)
     assert torch.equal(actual.lse, expected.lse)
     assert actual.kept_pairs == expected.kept_pairs
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    # Probabilities and outputs are rounded to the cache's dtype once each: 2^-8 for bf16, 2^-11 for fp16.
-    bound = {torch.bfloat16: 8e-3, torch.float16: 2e-3}[actual.dtype]
-    error = (actual.float() - expected.float()).norm() / expected.float().norm()
-    assert error < bound
 
 
 def causal_pairs(case: Case) -> int:

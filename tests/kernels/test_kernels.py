@@ -9,7 +9,7 @@ import torch
 from minference_vllm.attention import sparse_prefill
 from minference_vllm.engine import Engine
 from minference_vllm.estimators import ESTIMATORS
-from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, PagedKV, SparseIndex
+from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, SparseIndex
 from minference_vllm.reference.attend import kept_before
 from minference_vllm.workspace import MASS_UNIT
 from tests.kernels.cases import (
@@ -21,6 +21,7 @@ from tests.kernels.cases import (
     make_rising_cache,
     make_workspace,
 )
+from tests.kernels.checks import check_attend, relative_error
 from tests.kernels.engines import CUDA, REFERENCE, TRITON
 from tests.kernels.indexes import Kept, index_of
 
@@ -38,10 +39,6 @@ every_engine = pytest.mark.parametrize(
         pytest.param(CUDA, id="cuda", marks=[pytest.mark.gpu, pytest.mark.hopper]),
     ],
 )
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 @every_case
@@ -151,22 +148,7 @@ def test_attend_matches_the_reference(case: Case, engine: Engine, device: torch.
     q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
     ws = make_workspace(case, config, device)
     index = ESTIMATORS["vertical_slash"](q, kv, case.context_len, case.scale, config, REFERENCE, ws)
-    check_attend(case, engine, index, q, kv)
-
-
-def check_attend(case: Case, engine: Engine, index: SparseIndex, q: torch.Tensor, kv: PagedKV) -> None:
-    results = []
-    for engine_ in (REFERENCE, engine):
-        out = torch.full_like(q, torch.nan)
-        lse = torch.full((case.num_qo_heads, case.num_rows), torch.nan, device=q.device)
-        pairs = torch.zeros(1, dtype=torch.int64, device=q.device)
-        engine_.attend(q, kv, case.context_len, case.scale, index, out, lse, pairs)
-        results.append((out, lse, pairs))
-    (out, lse, pairs), (expected_out, expected_lse, expected_pairs) = results[1], results[0]
-    # Probabilities and outputs are rounded to the cache's dtype once each: 2^-8 for bf16, 2^-11 for fp16.
-    assert relative_error(out, expected_out) < (8e-3 if case.dtype == torch.bfloat16 else 2e-3)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
-    assert pairs.item() == expected_pairs.item()
+    check_attend(engine.attend, case, index, q, kv)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -175,7 +157,7 @@ def test_attend_follows_scores_that_rise(engine: Engine, dtype: torch.dtype, dev
     case = Case("", num_rows=200, context_len=1100, num_qo_heads=2, num_kv_heads=1, head_dim=128, dtype=dtype)
     q, kv = make_queries(case, device), make_rising_cache(case, device)
     index = index_of([Kept(list(range(1, 70)), [], [71, 73], [0, 30, 64])] * 2, case, device)
-    check_attend(case, engine, index, q, kv)
+    check_attend(engine.attend, case, index, q, kv)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from minference_vllm.estimators.vertical_slash import index_masses
 from minference_vllm.index import SparseIndex
 from minference_vllm.workspace import Workspace
 from tests.kernels.cases import Case, make_cache, make_queries, make_workspace
+from tests.kernels.checks import check_attend
 from tests.kernels.engines import CUDA, REFERENCE, TRITON
 
 GROUPS, SHAPES_A_GROUP = 20, 25
@@ -55,14 +56,4 @@ def test_attend_matches_the_reference_on_random_shapes(attend, group: int, devic
         q, kv = make_queries(case, device), make_cache(case, device)
         ws = make_workspace(case, case.config(), device)
         index = random_index(case, ws, generator)
-        results = []
-        for function in (REFERENCE.attend, attend):
-            out, lse = torch.full_like(q, torch.nan), torch.full_like(ws.lse, torch.nan)
-            pairs = torch.zeros_like(ws.kept_pairs)
-            function(q, kv, case.context_len, case.scale, index, out, lse, pairs)
-            results.append((out.float(), lse[:, : case.num_rows], pairs))
-        (expected, expected_lse, expected_pairs), (actual, lse, pairs) = results
-        tolerance = 8e-3 if case.dtype == torch.bfloat16 else 2e-3
-        assert (actual - expected).norm() < tolerance * expected.norm(), case
-        torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
-        assert pairs.item() == expected_pairs.item(), case
+        check_attend(attend, case, index, q, kv)
