@@ -152,24 +152,29 @@ struct Stream {
     __device__ __forceinline__ uint32_t bring_rows(const Work& work, const Rows& rows) {
         constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes a row
         constexpr int ROWS_AT_ONCE = hopper::WARP / CHUNKS;
-        const int chunk = lane % CHUNKS;
+        // From atom to atom a lane's targets lie alike.
+        constexpr int TIMES_AN_ATOM = 8 / ROWS_AT_ONCE;
+        const int chunk = lane % CHUNKS, in_rows = lane / CHUNKS;
+        const int swizzled = (chunk % 8) ^ in_rows;
         uint32_t taken = 0;
         wait_for_place();
 #pragma unroll
         for (int part = 0; part < ROWS_A_THREAD; ++part) {
-            const uint32_t block = place() + chunk / 8 * S::KEY_BLOCK_BYTES;
-            const int first_row = part * COPYING_THREADS + warp * hopper::WARP;
+            const int first_row = part * COPYING_THREADS + warp * hopper::WARP + in_rows;
+            uint32_t atom = place() + chunk / 8 * S::KEY_BLOCK_BYTES + first_row * hopper::SWIZZLE_BYTES;
             const int key = rows.keys.key[part];
             const int64_t in_cache = rows.page[part] * p.stride_page + key % p.page_size * p.stride_token;
             const int64_t lies_at = key == NOWHERE ? NOWHERE : in_cache + work.kv_head * p.stride_kv_head;
             if (key != NOWHERE) taken |= (rows.halves[part] ^ 3) << (2 * part);
-#pragma unroll 4
-            for (int i = 0; i < CHUNKS; ++i) {
-                const int from = i * ROWS_AT_ONCE + lane / CHUNKS;
-                const int64_t row_lies_at = __shfl_sync(0xFFFFFFFF, lies_at, from);
-                const int row = first_row + from;
-                const uint32_t target = block + row * hopper::SWIZZLE_BYTES + ((chunk % 8) ^ (row % 8)) * 16;
-                if (row_lies_at >= 0) hopper::copy_16_bytes(target, source + row_lies_at + chunk * 16);
+#pragma unroll 1
+            for (int eight = 0; eight < hopper::WARP; eight += 8, atom += hopper::ATOM_BYTES) {
+#pragma unroll
+                for (int i = 0; i < TIMES_AN_ATOM; ++i) {
+                    const int row = i * ROWS_AT_ONCE;  // of the eight
+                    const int64_t row_lies_at = __shfl_sync(0xFFFFFFFF, lies_at, eight + row + in_rows);
+                    const uint32_t target = atom + row * hopper::SWIZZLE_BYTES + (swizzled ^ row) * 16;
+                    if (row_lies_at >= 0) hopper::copy_16_bytes(target, source + row_lies_at + chunk * 16);
+                }
             }
         }
         hopper::arrive_after_copies(&shared.full[which][slot][SHARED]);
