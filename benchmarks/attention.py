@@ -9,7 +9,7 @@ Every kernel is checked before it is timed, all in one run. Where the sdist come
 import argparse
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,31 +18,30 @@ import torch
 
 from benchmarks import peers, results
 from benchmarks.cases import CASES, MILLION, PAGE_SIZE, TINY, Case, Inputs, Sets, configure, make_inputs
+from benchmarks.chunks import MOST_TIMED, TOLERANCE, check, time_chunks, workspace
 from benchmarks.minference_sdist import MInference
 from benchmarks.peers import Attention, PeerMissing, TileIndex
 from benchmarks.timing import bf16_matmul_tflops, median, once, say
-from minference_vllm import reference
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.engine import Engine, load_engine
-from minference_vllm.index import TILE, PagedKV, SparseIndex
+from minference_vllm.estimators.vertical_slash import index_masses
 from minference_vllm.tuning.masses import CLUSTER
-from minference_vllm.workspace import Geometry, Workspace
+from minference_vllm.workspace import Workspace
 
 T = TypeVar("T")
 
-TOLERANCE = 1e-2
 MOST_OF_A_REASON = 300  # characters; CUDA's errors come with pages of advice
 LONG = 500_000  # tokens; from here on a dense call takes many seconds: one kernel, once
 
 FIELDS = (
     "tokens", "num_qo_heads", "num_kv_heads", "head_dim", "vertical", "slash", "kernel", "kept", "kept_64x64",
-    "ours_ms", "ours_tflops", "choose_ms", "mi_triton_ms", "fa2_sparse_ms", "fa3_paged_ms", "fa3_contiguous_ms",
-    "fa3_paged128_ms", "probe_ms", "select_ms", "index_ms", "mi_index_ms", "chunk", "chunk_choose_ms",
-    "chunk_attend_ms", "scratch_mib", "relative_error", "mi_triton_error", "fa2_sparse_error", "fa3_paged_error",
-    "fa3_contiguous_error", "fa3_paged128_error", "mi_triton_vs_ours", "fa2_sparse_vs_ours",
+    "ours_ms", "ours_tflops", "choose_ms", "chunks_ms", "mi_triton_ms", "fa2_sparse_ms", "fa3_paged_ms",
+    "fa3_contiguous_ms", "fa3_paged128_ms", "probe_ms", "select_ms", "index_ms", "mi_index_ms", "chunk",
+    "chunk_choose_ms", "chunk_attend_ms", "scratch_mib", "relative_error", "mi_triton_error", "fa2_sparse_error",
+    "fa3_paged_error", "fa3_contiguous_error", "fa3_paged128_error", "mi_triton_vs_ours", "fa2_sparse_vs_ours",
 )  # fmt: skip
 """Of every row; what was not measured is null, and settings["missing"] says why."""
-SHOWN = FIELDS[:16]
+SHOWN = FIELDS[:17]
 
 SETTINGS = {
     "timing": "CUDA events, median of 5 (15 if a call takes less than 2 ms, 3 if it takes 50 ms) after a quarter of a "
@@ -56,6 +55,13 @@ SETTINGS = {
     "ours_ms",
     "choose_ms": "probe (last 64 rows) of the whole prompt + both selections + index, the masses of the probe unused; "
     "probe_ms, select_ms (both) and index_ms are its parts; chunk_*: the last `chunk` tokens, the others as context",
+    "chunks_ms": "the whole prompt in chunks of `chunk`, as vLLM serves it: choosing and attending together, each with "
+    "the keys before it as context, summed over the chunks. Each is timed alone, after the same pause as all calls: "
+    "nothing is in it of what a server does between them. Sets are drawn for each chunk as benchmarks.ttft draws them, "
+    "outside the time: every chunk has the whole budgets, so together they keep more pairs than `kept` says. Of more "
+    f"than {MOST_TIMED} chunks at most {MOST_TIMED} are timed, the first two, every k-th after them and the last; the "
+    "others are taken to lie on the lines between those (trapezoid rule). It is null if the output of the chunk in the "
+    "middle of those timed could not be checked as in `errors`",
     "scratch_mib": "what a server with this longest request, chunks of `chunk` and these budgets claims",
     "mi_triton": "MInference 0.1.6.0's host function and Triton kernel, contiguous K and V repeated for every query "
     "head; mi_index_ms: its index, which both sparse peers use, without the sorting before it",
@@ -64,36 +70,12 @@ SETTINGS = {
     "128; measured once for each shape",
     "errors": "largest relative error over 4 tiles of 2 heads: ours against minference_vllm.reference on the same "
     "index, each peer against exact attention on the keys that it keeps; *_vs_ours: the whole output, sampled, "
-    "against ours, whose set of keys is another",
+    f"against ours, whose set of keys is another; no time is given of an output that is further off than {TOLERANCE}",
 }
-
-
-def workspace(case: Case, config: MInferenceConfig, chunk: int, device: torch.device) -> Workspace:
-    probes = sum(config.probe_counts)
-    return Workspace.allocate(Geometry(case.num_qo_heads, case.tokens, chunk, probes, case.vertical), device)
-
-
-def our_error(inputs: Inputs, index: SparseIndex, out: torch.Tensor) -> float:
-    """Largest relative error over a few tiles and heads, against the reference on the same index."""
-    q, (k, v, *pages), scale = inputs
-    errors = []
-    for head in peers.sampled_heads(q):
-        of_head = SparseIndex(*(getattr(index, part.name)[head : head + 1] for part in fields(index)))
-        of_group = head // (q.shape[1] // k.shape[1])
-        kv = PagedKV(k[:, of_group : of_group + 1], v[:, of_group : of_group + 1], *pages)
-        for first in peers.sampled_rows(len(q), TILE):
-            rows = q[first : first + TILE, head : head + 1]
-            expected, lse = torch.empty_like(rows, dtype=torch.float32), rows.new_empty(1, TILE, dtype=torch.float32)
-            pairs = torch.zeros(1, dtype=torch.int64, device=q.device)
-            reference.attend(rows, kv, first, scale, of_head, expected, lse, pairs)
-            errors.append(peers.difference(out[first : first + TILE, head : head + 1], expected))
-    return peers.worst(errors)
 
 
 def time_choice(case: Case, inputs: Inputs, config: MInferenceConfig, engine: Engine, ws: Workspace) -> dict[str, Any]:
     """Times of what comes before attending: ws.vertical and ws.slash hold the drawn masses and keep them."""
-    from minference_vllm.estimators.vertical_slash import index_masses
-
     # Selecting from what the probe finds in random data would time another index than the one that is attended to.
     unused = replace(ws, vertical=torch.empty_like(ws.vertical), slash=torch.empty_like(ws.slash))
 
@@ -126,8 +108,6 @@ def measure_ours(case: Case, inputs: Inputs, sets: Sets, kernel: str) -> tuple[d
     Raises:
         SystemExit: the output is wrong.
     """
-    from minference_vllm.estimators.vertical_slash import index_masses
-
     device = inputs.q.device
     config = configure(case, kernel)
     engine = load_engine(config, device)
@@ -143,9 +123,7 @@ def measure_ours(case: Case, inputs: Inputs, sets: Sets, kernel: str) -> tuple[d
 
     attend(0)
     pairs = int(ws.kept_pairs)
-    error = our_error(inputs, index, out)
-    if not (error <= TOLERANCE and out.sum().isfinite()):
-        raise SystemExit(f"{case}: our output ({engine.name}) is wrong, relative error {error:.1e}")
+    error = check(case, inputs, engine, index, out)
     found: dict[str, Any] = {"kernel": engine.name, "kept": pairs / case.causal_pairs, "relative_error": error}
     found["chunk"] = case.chunk
     found["ours_ms"] = median(partial(attend, 0), device)
@@ -157,20 +135,20 @@ def measure_ours(case: Case, inputs: Inputs, sets: Sets, kernel: str) -> tuple[d
 
 @dataclass
 class Bench:
-    """A run: the peers, and why some of them are missing.
+    """A run: the peers, our chunks, and why some of them are missing.
 
     Attributes:
-        missing: reasons by peer and case.
+        missing: reasons by peer, or "chunks", and case.
     """
 
     minference: MInference
     tiny: bool
     missing: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def attempt(self, peer: str, case: str, work: Callable[[], T]) -> T | None:
+    def attempt(self, peer: str, case: str, work: Callable[[], T], on_cpu: bool = False) -> T | None:
         """What `work` returns, or None and the reason on record: a peer that fails must not take the others with it."""
         try:
-            if self.tiny:
+            if self.tiny and not on_cpu:
                 raise PeerMissing("the smoke test runs no peers")
             return work()
         except Exception as error:
@@ -178,6 +156,10 @@ class Bench:
             self.missing.setdefault(peer, {})[case] = reason = reason[:MOST_OF_A_REASON]
             say(f"{case}: {peer} is missing: {reason}")
             return None
+
+    def chunks(self, case: Case, inputs: Inputs, kernel: str, seed: int) -> dict[str, Any]:
+        """Fields of the prompt in chunks."""
+        return self.attempt("chunks", str(case), partial(time_chunks, case, inputs, kernel, seed), on_cpu=True) or {}
 
     def dense(self, case: Case, inputs: Inputs) -> dict[str, Any]:
         """Fields of the dense peers."""
@@ -279,6 +261,7 @@ def main() -> None:
             sets = Sets.draw(case, MInferenceConfig().sink_tokens, device, options.seed + 1)
             found, ours = measure_ours(case, inputs, sets, kernel)
             say(f"{case}: ours {found['ours_ms']:.2f} ms, {found['ours_tflops']:.0f} TFLOP/s, kept {found['kept']:.4f}")
+            found |= bench.chunks(case, inputs, kernel, options.seed)
             dense = bench.dense(case, inputs) if dense is None else dense
             found |= dense | bench.sparse(case, inputs, sets, ours)
             rows.append(make_row(case, found))

@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks.attention without a GPU: its smoke run, its sets, what it makes of the peers' indexes, its figures."""
 
+import itertools
 import json
 import sys
+from dataclasses import fields, replace
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from benchmarks import attention, minference_sdist, peers, plots, results
-from benchmarks.cases import TINY, Case, Sets, configure, make_inputs
+from benchmarks import attention, cases, chunks, minference_sdist, peers, plots, results
+from benchmarks.cases import CASES, MILLION, TINY, Case, Sets, configure, make_inputs
 from benchmarks.minference_sdist import MInference
 from benchmarks.peers import BLOCK, PeerMissing, TileIndex
+from minference_vllm.engine import load_engine
+from minference_vllm.estimators.vertical_slash import index_masses
+from minference_vllm.index import HALVES, TILE, SparseIndex
+from minference_vllm.reference.attend import kept_before
 from minference_vllm.reference.pages import gather
+from minference_vllm.tuning.masses import KeySets
 
 RUN = {
     "gpu": "a card", "driver": "1", "commit": "abc", "vllm": "0", "torch": "0", "date": "2026-11-23T00:00:00+00:00",
@@ -36,7 +44,7 @@ def result(tmp_path_factory) -> dict:
 
 def test_rows_have_every_field_in_order(result):
     assert [tuple(row) for row in result["rows"]] == [attention.FIELDS] * len(TINY)
-    issue = "tokens vertical slash kept ours_ms ours_tflops choose_ms mi_triton_ms fa2_sparse_ms fa3_paged_ms"
+    issue = "tokens vertical slash kept ours_ms ours_tflops choose_ms chunks_ms mi_triton_ms fa2_sparse_ms fa3_paged_ms"
     assert {*issue.split(), "fa3_contiguous_ms"} <= set(attention.SHOWN)
 
 
@@ -45,8 +53,8 @@ def test_rows_hold_what_was_measured(result):
         assert Case(*(row[name] for name in Case._fields)) == case
         assert row["kernel"] == "reference"
         assert 0.1 < row["kept"] < 1 and row["relative_error"] < 1e-2 and row["chunk"] == 512
-        ours = ("ours_ms", "choose_ms", "probe_ms", "select_ms", "index_ms", "chunk_choose_ms", "chunk_attend_ms")
-        assert all(row[name] > 0 for name in ours)
+        ours = "ours_ms choose_ms probe_ms select_ms index_ms chunks_ms chunk_choose_ms chunk_attend_ms"
+        assert all(row[name] > 0 for name in ours.split())
         pairs = row["kept"] * 4 * 1024 * 1025 / 2
         assert row["ours_tflops"] == pytest.approx(4 * 64 * pairs / row["ours_ms"] / 1e9, rel=1e-3)
 
@@ -61,9 +69,112 @@ def test_a_missing_peer_is_null_and_its_reason_on_record(result):
 
 def test_a_wrong_output_of_ours_stops_the_benchmark(monkeypatch):
     case = TINY[0]
-    monkeypatch.setattr(attention, "our_error", lambda *_: float("nan"))
+    monkeypatch.setattr(chunks, "our_error", lambda *_: float("nan"))
     with pytest.raises(SystemExit, match="our output"):
         attention.measure_ours(case, make_inputs(case, CPU, 0), Sets.draw(case, 30, CPU, 1), "reference")
+
+
+# chunks
+
+
+class Chunk(NamedTuple):
+    """What the attending kernel was given and left behind."""
+
+    context_len: int
+    index: SparseIndex
+    out: torch.Tensor
+
+
+def serve(case: Case, monkeypatch, shift: int = 0) -> tuple[float, list[Chunk]]:
+    """chunks_ms where the n-th timed call takes 10**n ms, and what those calls did.
+
+    Args:
+        shift: added to the context that the kernel is told.
+    """
+    engine = load_engine(configure(case, "reference"), CPU)
+    calls, timed = [], []
+
+    def attend(q, kv, context_len, scale, index, out, lse, kept_pairs):
+        engine.attend(q, kv, max(context_len + shift, 0), scale, index, out, lse, kept_pairs)
+        copied = SparseIndex(*(getattr(index, part.name).clone() for part in fields(index)))
+        calls.append(Chunk(context_len, copied, out.clone()))
+
+    def median(call, device):
+        call()
+        timed.append(calls[-1])
+        return 10.0 ** (len(timed) - 1)
+
+    monkeypatch.setattr(chunks, "load_engine", lambda *_: replace(engine, attend=attend))
+    monkeypatch.setattr(chunks, "median", median)
+    found = chunks.time_chunks(case, make_inputs(case, CPU, 0), "reference", 7)
+    return found["chunks_ms"], timed
+
+
+@pytest.mark.parametrize("chunk", [512, 256, 384])
+def test_the_chunks_make_up_the_prompt(monkeypatch, chunk):
+    monkeypatch.setattr(cases, "CHUNK", chunk)
+    case = Case(1024, 1024, 1024, 4, 2, 64)  # a budget that keeps everything
+    ms, served = serve(case, monkeypatch)
+    num_chunks = -(-1024 // chunk)
+    assert ms == sum(10**n for n in range(num_chunks))
+    assert [one.context_len for one in served] == list(range(0, 1024, chunk))
+    inputs = make_inputs(case, CPU, 0)
+    k, v = (cache.repeat_interleave(2, 0) for cache in gather(inputs.kv, 1024))
+    expected = torch.nn.functional.scaled_dot_product_attention(inputs.q.transpose(0, 1), k, v, is_causal=True)
+    assert peers.difference(torch.cat([one.out for one in served]), expected.transpose(0, 1)) < 1e-2
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_each_chunk_attends_to_the_sets_drawn_for_its_end(monkeypatch, case):
+    _, served = serve(case, monkeypatch)
+    config = configure(case, "reference")
+    for chunk, end in zip(served, (512, 1024), strict=True):
+        ws = chunks.workspace(case, config, case.chunk, CPU)
+        KeySets(7).overwrite(ws, end, config)
+        assert torch.equal(chunk.index.columns, Sets.chosen(ws.vertical[:, :end]))
+        expected = index_masses(end, config, load_engine(config, CPU), ws)
+        for head, half in itertools.product(range(case.num_qo_heads), range(HALVES)):
+            kept, drawn = (kept_before(index, head, end // TILE - 1, half) for index in (chunk.index, expected))
+            assert torch.equal(kept, drawn)
+
+
+@pytest.mark.parametrize("case", [*TINY, *CASES, MILLION])
+def test_the_sets_of_the_shortest_chunk_meet_the_budgets(case):
+    few = case._replace(num_qo_heads=2)
+    config = configure(few, "reference")
+    ws = chunks.workspace(few._replace(tokens=case.chunk), config, case.chunk, CPU)
+    KeySets(7).overwrite(ws, case.chunk, config)
+    assert Sets.chosen(ws.vertical[:, : case.chunk]).shape == (2, case.vertical)
+    slash = Sets.chosen(ws.slash[:, : case.chunk])
+    assert slash.shape == (2, case.slash)
+    # What the selection adds by force is drawn anyway.
+    assert (slash[:, : config.local_tokens] == torch.arange(config.local_tokens)).all()
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 15, 16, 17, 30, 31, 64, 1000])
+def test_of_many_chunks_some_stand_for_all(num_chunks):
+    timed = chunks.timed_chunks(num_chunks)
+    assert timed[0] == 0 and timed[-1] == num_chunks - 1 and timed == sorted(set(timed))
+    assert len(timed) == num_chunks if num_chunks <= chunks.MOST_TIMED else 8 < len(timed) <= chunks.MOST_TIMED
+    # The first costs less than the line through the others says.
+    times = [1.0] + [5.0 + 0.25 * number for number in range(1, num_chunks)]
+    assert chunks.total_ms(num_chunks, timed, [times[number] for number in timed]) == pytest.approx(sum(times))
+
+
+def test_a_chunk_with_a_wrong_context_stops_the_benchmark(monkeypatch):
+    with pytest.raises(SystemExit, match="our output of rows 512 to 1023"):
+        serve(TINY[0], monkeypatch, shift=-128)
+
+
+def test_chunks_that_fail_are_null_and_the_reason_on_record(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(attention, "time_chunks", fail)
+    bench = attention.Bench(MInference(None), tiny=True)
+    found = bench.chunks(TINY[0], make_inputs(TINY[0], CPU, 0), "reference", 0)
+    assert attention.make_row(TINY[0], found)["chunks_ms"] is None
+    assert bench.missing == {"chunks": {str(TINY[0]): "OutOfMemoryError: no memory"}}
 
 
 # sets
