@@ -15,6 +15,11 @@ class MInferenceBackend(FlashAttentionBackend):
         # vLLM looks the name up among its backends.
         return "CUSTOM"
 
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # Dense runs beside a sparse chunk are planned from the host's lengths.
+        return False
+
     @staticmethod
     def get_impl_cls() -> type[MInferenceImpl]:
         return MInferenceImpl

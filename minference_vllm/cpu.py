@@ -106,6 +106,8 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
+        if not attn_metadata.causal:
+            raise NotImplementedError("MInference on a CPU serves causal attention only: choose vLLM's CPU_ATTN.")
         step: Step = attn_metadata.minference
         chunks = step.chunks if self.dense_reason is None else ()
         self._run_dense({chunk.request for chunk in chunks}, query, kv_cache, attn_metadata, output)

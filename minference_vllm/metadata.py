@@ -76,6 +76,7 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.attach_layers(vllm_config, layer_names, kv_cache_spec)
+        self._is_capturing = False
 
     def build(
         self,
@@ -85,17 +86,20 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         **kwargs: Any,
     ) -> FlashAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
-        # fast_build: the draft model's steps.
         metadata.minference = None
-        if not fast_build:
+        if not (fast_build or self._is_capturing):  # fast_build: the draft model's steps
             plan = self.plan_step(common_attn_metadata, metadata)
             metadata.minference = _step(plan.chunks, plan.dense_runs, metadata)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
-        metadata = super().build(0, common_attn_metadata)
-        metadata.minference = None
-        return metadata
+        # By way of self.build: vLLM derives builders from this one, for cross attention say, that change there what is
+        # attended to.
+        self._is_capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self._is_capturing = False
 
     def update_block_table(
         self, metadata: FlashAttentionMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -140,6 +144,9 @@ def _late_reason(name: str, layer: Attention, vllm_config: VllmConfig, kv_cache_
         return Reason.DRAFT_LAYER
     if index is not None and index < layer.impl.runtime.config.dense_layers:
         return Reason.DENSE_LAYER
+    # vLLM cuts such a layer's requests into a batch of its own, without flags or lengths of whole prompts.
+    if getattr(kv_cache_spec, "attention_chunk_size", None):
+        return Reason.CHUNKED_LOCAL
     if kv_cache_spec.dtype != vllm_config.model_config.dtype:
         return Reason.DTYPE
     return None

@@ -23,7 +23,7 @@ class Reason(StrEnum):
     BELOW_MIN_SEQ_LEN = "below_min_seq_len"
     SHORT_CHUNK = "short_chunk"
     NO_HOST_METADATA = "no_host_metadata"
-    """The step carries no prefill flags or lengths on the host (locally attended batches)."""
+    """The step carries no prefill flags or lengths on the host."""
 
     NOT_CAUSAL = "not_causal"
     MM_PREFIX = "mm_prefix"
@@ -32,6 +32,7 @@ class Reason(StrEnum):
 
     NOT_DECODER = "not_decoder"
     SLIDING_WINDOW = "sliding_window"
+    CHUNKED_LOCAL = "chunked_local"
     ALIBI = "alibi"
     SOFT_CAP = "logits_soft_cap"
     ATTENTION_SINKS = "attention_sinks"
@@ -103,6 +104,9 @@ class Plan(NamedTuple):
         return cls((), (), {("dense", reason): tokens}, {("dense", reason): 1}) if tokens else NOTHING
 
 
+FEW = 12
+"""Prefill requests that are looked at one by one faster than all at once."""
+
 NOTHING = Plan((), (), {}, {})
 """The plan of a step without prefill."""
 
@@ -144,7 +148,12 @@ def make_plan(
     chunks: list[SparseChunk] = []
     tokens: dict[tuple[Path, Reason], int] = {}
     counts: dict[tuple[Path, Reason], int] = {}
-    for request in is_prefilling.nonzero()[0].tolist():
+    requests = is_prefilling.nonzero()[0]
+    if len(requests) > FEW:
+        requests, turned_away = _turn_away(requests, query_start_loc, seq_lens, config, dense_reason)
+        for turned_away_for, rows, number in turned_away:
+            tokens["dense", turned_away_for], counts["dense", turned_away_for] = rows, number
+    for request in requests.tolist():
         start, end = int(query_start_loc[request]), int(query_start_loc[request + 1])
         rows, seq_len = end - start, int(seq_lens[request])
         if rows <= 1:  # padding has none
@@ -159,6 +168,33 @@ def make_plan(
         counts[label] = counts.get(label, 0) + 1
     dense_runs = _gaps(chunks, query_start_loc, seq_lens) if chunks else ()
     return Plan(tuple(chunks), dense_runs, tokens, counts)
+
+
+def _turn_away(
+    requests: np.ndarray,
+    query_start_loc: np.ndarray,
+    seq_lens: np.ndarray,
+    config: MInferenceConfig,
+    dense_reason: Reason | None,
+) -> tuple[np.ndarray, list[tuple[Reason, int, int]]]:
+    """All requests' way through the gate at once.
+
+    Returns:
+        The requests that pass, and for each reason to turn others away their rows and their number.
+    """
+    rows = query_start_loc[requests + 1] - query_start_loc[requests]
+    is_prefill = rows > 1
+    if dense_reason:
+        passes, groups = np.zeros_like(is_prefill), [(dense_reason, is_prefill)]
+    else:
+        is_long = seq_lens[requests] >= config.min_seq_len
+        passes = is_long & (rows >= max(config.min_chunk, 2))
+        groups = [
+            (Reason.BELOW_MIN_SEQ_LEN, is_prefill & ~is_long),
+            (Reason.SHORT_CHUNK, is_prefill & is_long & ~passes),
+        ]
+    counted = [(reason, int(rows[group].sum()), int(group.sum())) for reason, group in groups]
+    return requests[passes], [entry for entry in counted if entry[2]]
 
 
 def _gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:

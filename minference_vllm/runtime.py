@@ -37,9 +37,9 @@ class Runtime:
         self.counters = Counters(publish, config.log_every)
         self.has_sparse_layers = False
         self._counted: set[str] = set()
-        self._kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
         self._causal_pairs = 0
-        self._density = DensityMeter(self._kept_pairs, DENSITY_INTERVAL)
+        # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
+        self._density: DensityMeter | None = None
         self._workspaces: dict[Geometry, Workspace] = {}
         self._warm: set[tuple[object, ...]] = set()
         if publish:  # every rank has the same
@@ -52,7 +52,8 @@ class Runtime:
             with torch.inference_mode(False):
                 workspace = Workspace.allocate(geometry, self.device)
             logger.info("MInference: %.0f MiB of scratch for %s", workspace.num_bytes / 2**20, geometry)
-            self._workspaces[geometry] = replace(workspace, kept_pairs=self._kept_pairs)
+            self._density = self._density or DensityMeter(workspace.kept_pairs, DENSITY_INTERVAL)
+            self._workspaces[geometry] = replace(workspace, kept_pairs=self._density.kept_pairs)
         return self._workspaces[geometry]
 
     def run(
@@ -79,7 +80,7 @@ class Runtime:
         if has_sparse_layers is self.has_sparse_layers and self._opens_step(group):
             for (path, reason), tokens in plan.tokens.items():
                 self.counters.add_tokens(path, reason.value, tokens, plan.chunk_counts[path, reason])
-            if reading := self._density.poll(self._causal_pairs, time.monotonic()):
+            if self._density and (reading := self._density.poll(self._causal_pairs, time.monotonic())):
                 self.counters.set_density(*reading)
 
     def _opens_step(self, group: str) -> bool:
@@ -105,6 +106,6 @@ class Runtime:
         table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
         q = torch.zeros(rows, geometry.num_qo_heads, head_dim, dtype=dtype, device=self.device)
         kv = PagedKV(k, v, table, 0)
-        self.run(q, kv, SparseChunk(0, 0, rows, 0), 1.0, geometry, torch.empty_like(q))
-        self._kept_pairs.zero_()
-        self._causal_pairs = 0
+        ws = self.workspace(geometry)
+        ws = replace(ws, kept_pairs=torch.zeros_like(ws.kept_pairs))
+        sparse_prefill(q, kv, 0, 1.0, self.config, self.engine, ws, torch.empty_like(q))

@@ -16,7 +16,7 @@ class DensityMeter:
 
     def __init__(self, kept_pairs: torch.Tensor, interval: float = 1.0) -> None:
         on_gpu = kept_pairs.is_cuda
-        self._kept_pairs = kept_pairs
+        self.kept_pairs = kept_pairs
         self._interval = interval
         # Pinned: only then does a copy from the GPU return at once.
         self._copy = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
@@ -38,7 +38,7 @@ class DensityMeter:
         """
         is_due = now - self._copied_at >= self._interval
         if self._causal_pairs is None and is_due and causal_pairs_so_far != self._causal_total:
-            self._copy.copy_(self._kept_pairs, non_blocking=True)
+            self._copy.copy_(self.kept_pairs, non_blocking=True)
             self._arrived.record()
             self._causal_pairs, self._copied_at = causal_pairs_so_far, now
         if self._causal_pairs is None or not self._arrived.query():

@@ -7,11 +7,14 @@ FlashAttention's builder needs no GPU: it runs as it is.
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
+from minference_vllm.backend import MInferenceBackend
 from minference_vllm.plan import Reason, SparseChunk
 from tests.contract.fakes import (
     DECODE,
@@ -126,6 +129,33 @@ def test_steps_of_a_draft_model_and_of_graph_capture_carry_no_plan() -> None:
     assert builder.build_for_drafting(common, 0).minference is None
     assert builder.build_for_cudagraph_capture(common).minference is None
     assert counted(runtime) == {}
+
+
+def test_graphs_are_captured_as_the_builders_that_vllm_derives_from_ours_build() -> None:
+    runtime = make_runtime()
+    builder = make_builder(
+        {NAME.format(0): make_impl(runtime)}, kind=create_cross_attention_backend(MInferenceBackend).get_builder_cls()
+    )
+    encoder_lens = np.array([64, 48])
+    common = make_common(
+        DECODE, DECODE, encoder_seq_lens=torch.from_numpy(encoder_lens), encoder_seq_lens_cpu=encoder_lens
+    )
+    metadata = builder.build_for_cudagraph_capture(common)
+    assert metadata.causal is False
+    assert metadata.seq_lens.tolist() == [64, 48]
+    assert metadata.minference is None
+    assert counted(runtime) == {}
+
+
+def test_layers_that_attend_within_chunks_stay_dense_and_do_not_speak_for_the_others() -> None:
+    # Llama 4: their group's batches carry no flags, and would be counted instead of the global layers'.
+    runtime = make_runtime()
+    local, whole = (make_impl(runtime) for _ in range(2))
+    groups = [make_builder({NAME.format(0): local}, chunk_size=64), make_builder({NAME.format(1): whole})]
+    assert (local.dense_reason, whole.dense_reason) == (Reason.CHUNKED_LOCAL, None)
+    assert groups[0].build(0, make_common(LONG, is_prefilling=None)).minference is None
+    assert groups[1].build(0, make_common(LONG)).minference is not None
+    assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
 
 
 def test_another_groups_block_table_reaches_the_dense_runs() -> None:

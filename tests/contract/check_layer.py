@@ -221,4 +221,4 @@ def test_tokens_are_counted_once_and_pairs_for_every_layer(groups: int, calls: l
         for impl in impls:
             attend(impl, query, cache, metadata)
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
-    assert runtime._kept_pairs.item() == runtime._causal_pairs
+    assert runtime._density.kept_pairs.item() == runtime._causal_pairs

@@ -103,15 +103,19 @@ def make_builder(
     config: Any = None,
     dtype: torch.dtype = torch.bfloat16,
     is_draft_layer: bool = False,
+    chunk_size: int | None = None,
+    kind: type[MInferenceBuilder] = MInferenceBuilder,
 ) -> MInferenceBuilder:
-    """The builder of a KV cache group whose layers have these names."""
+    """The builder of a KV cache group whose layers have these names and, if chunk_size is given, attend locally."""
     config = config or make_config()
     for name, impl in impls.items():
         layer = Attention.__new__(Attention)
         layer.__dict__.update(impl=impl, layer_name=name, num_heads=impl.num_heads, is_draft_layer=is_draft_layer)
         config.compilation_config.static_forward_context[name] = layer
-    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype)
-    return MInferenceBuilder(spec, list(impls), config, CPU)
+    spec = FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype, attention_chunk_size=chunk_size
+    )
+    return kind(spec, list(impls), config, CPU)
 
 
 def one_group(layers: int = 2) -> tuple[Runtime, MInferenceBuilder, list[MInferenceImpl]]:

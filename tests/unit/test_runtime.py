@@ -2,12 +2,14 @@
 """What a worker process says of its settings."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minference_vllm import runtime
 from minference_vllm.config import MInferenceConfig
+from minference_vllm.workspace import Geometry
 
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
@@ -18,3 +20,23 @@ def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, monkeypa
     runtime.Runtime(config, torch.device("cpu"), publish)
     assert [line for line in lines if "slash_size=777" in line and "min_seq_len=16384" in line] == lines[-1:] * publish
     assert logging.getLogger("vllm.minference") is runtime.logger
+
+
+GEOMETRY = Geometry(num_qo_heads=2, max_seq_len=512, max_chunk=256, num_probes=64, max_columns=1000)
+
+
+def test_nothing_is_claimed_on_the_device_before_the_scratch() -> None:
+    # Layers are built in a memory pool that vLLM's sleep mode drops with the weights.
+    worker = runtime.Runtime(MInferenceConfig(log_every=0), torch.device("cpu"), publish=False)
+    assert not any(isinstance(value, torch.Tensor) for value in vars(worker).values())
+    assert worker._density is None
+    assert worker.workspace(GEOMETRY).kept_pairs is worker._density.kept_pairs
+
+
+def test_a_dry_run_is_not_counted() -> None:
+    worker = runtime.Runtime(MInferenceConfig(log_every=0), torch.device("cpu"), publish=False)
+    kept = worker.workspace(GEOMETRY).kept_pairs
+    kept += 12
+    worker.dry_run(1, 64, 16, torch.bfloat16, replace(GEOMETRY, max_seq_len=768))
+    assert kept.item() == 12
+    assert worker._causal_pairs == 0
