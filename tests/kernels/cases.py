@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random chunks over paged caches of every shape that the kernels promise to take."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,9 +94,9 @@ def make_cache(case: Case, device: torch.device, seed: int = 0) -> PagedKV:
     spare = 3
     shape = (pages + spare, case.num_kv_heads, case.page_size, 2 * case.head_dim)
     filled = torch.randn(pages * case.page_size, case.num_kv_heads, 2 * case.head_dim, generator=generator)
-    filled[case.seq_len :] = torch.nan
+    filled[case.seq_len :] = poison(filled[case.seq_len :].shape)
     order = torch.randperm(pages + spare, generator=generator)[:pages]
-    logical = torch.full(shape, torch.nan)
+    logical = poison(shape)
     logical[order] = filled.view(pages, case.page_size, case.num_kv_heads, -1).transpose(1, 2)
     logical = logical.to(device, case.dtype)
     if case.layout == "NHD":
@@ -103,6 +105,12 @@ def make_cache(case: Case, device: torch.device, seed: int = 0) -> PagedKV:
     table[1, :pages] = order.to(torch.int32)
     k, v = logical.split(case.head_dim, dim=-1)
     return PagedKV(k, v, table.to(device), 1)
+
+
+def poison(shape: Sequence[int]) -> torch.Tensor:
+    """What no kernel may let through: NaN and both infinities in turn."""
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    return bad.repeat(math.prod(shape) // 3 + 1)[: math.prod(shape)].view(*shape)
 
 
 def make_rising_cache(case: Case, device: torch.device) -> PagedKV:

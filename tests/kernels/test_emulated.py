@@ -13,6 +13,7 @@ import torch
 from minference_vllm.estimators import ESTIMATORS
 from minference_vllm.index import PagedKV, SparseIndex
 from minference_vllm.kernels.cuda import library
+from tests.conftest import ON_CI
 from tests.emulator.build import Build, can_leave_out
 from tests.kernels.cases import CASES, Case, make_cache, make_queries, make_rising_cache, make_workspace
 from tests.kernels.checks import check_attend, relative_error
@@ -20,7 +21,7 @@ from tests.kernels.engines import CUDA, REFERENCE
 from tests.kernels.indexes import NOTHING, Kept, index_of
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(shutil.which("g++") is None and not ON_CI, reason="needs g++"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator switches stacks of x86-64"),
 ]
 

@@ -170,10 +170,9 @@ def test_sparse_prefill_repeats_bit_for_bit(case: Case, engine: Engine, device: 
     q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
     ws = make_workspace(case, config, device)
     outs = []
-    for _ in range(3):
+    for _ in range(10):
         out = torch.full_like(q, torch.nan)
         sparse_prefill(q, kv, case.context_len, case.scale, config, engine, ws, out)
         outs.append(out)
-    assert torch.equal(outs[0], outs[1])
-    assert torch.equal(outs[0], outs[2])
     assert outs[0].isfinite().all()
+    assert all(torch.equal(outs[0], out) for out in outs[1:])

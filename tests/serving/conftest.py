@@ -22,8 +22,13 @@ from tests.serving.server import MODEL, serving
 
 CHUNK = 1024
 ON_GPU = torch.cuda.is_available()
-# Several servers share the machine.
-OPTIONS = [f"--max-num-batched-tokens={CHUNK}", *(["--gpu-memory-utilization=0.15"] if ON_GPU else [])]
+# Several servers share the machine. Decode replays CUDA graphs; nothing is compiled, which would take minutes.
+GPU_OPTIONS = [
+    "--gpu-memory-utilization=0.15",
+    "--no-enforce-eager",
+    '--compilation-config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}',
+]
+OPTIONS = [f"--max-num-batched-tokens={CHUNK}", *(GPU_OPTIONS if ON_GPU else [])]
 # Every chunk of a prompt of a few thousand tokens passes the gate.
 MIN_CHUNK = 64
 LOW_GATE = {"min_seq_len": CHUNK, "min_chunk": MIN_CHUNK}
