@@ -48,8 +48,9 @@ MEMORY_OF_EACH = 0.47  # of the GPU's: two engines are up at a time
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
 MOST_FOR_SHORT = 16
-BURST = 64  # short requests at once, to keep an engine busy
-BURST_TOKENS = 128  # of each: prompt, then answer
+BURST = 512  # short requests at once, to keep an engine busy
+BURST_TOKENS = 128  # of each
+BURST_ANSWER = 16  # tokens
 
 
 class Sizes(NamedTuple):
@@ -107,16 +108,16 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         return time.perf_counter() - start
 
     plans = time_plans()
-    many = SamplingParams(temperature=0, max_tokens=BURST_TOKENS, ignore_eos=True, detokenize=False)
+    many = SamplingParams(temperature=0, max_tokens=BURST_ANSWER, ignore_eos=True, detokenize=False)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         plans.clear()
         if "burst" in request:
             ids = random.integers(10, spec["vocab_size"], (request["burst"], BURST_TOKENS)).tolist()
             llm.generate([{"prompt_token_ids": prompt} for prompt in ids], many, use_tqdm=False)
-            return {"plan_us": plans}
+            return {"plans": plans}
         if not request["count"]:
-            return {"seconds": seconds(request["tokens"]), "plan_us": plans}
+            return {"seconds": seconds(request["tokens"]), "plan_us": [plan.us for plan in plans]}
         before = sparse_work(llm)
         found = {"seconds": seconds(request["tokens"])}
         delta = sparse_work(llm).since(before)
@@ -125,20 +126,28 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
     return answer
 
 
-def time_plans() -> list[float]:
-    """Microseconds of host time that the plugin's planning takes in each step from now on, in this process."""
+class TimedPlan(NamedTuple):
+    """Planning of one step: microseconds of host time, and chunks of prompts in that step."""
+
+    us: float
+    chunks: int
+
+
+def time_plans() -> list[TimedPlan]:
+    """What the plugin's planning takes in each step from now on, in this process."""
     from minference_vllm.metadata import PlanningMixin
 
-    plan_step, times = PlanningMixin.plan_step, []
+    plan_step, plans = PlanningMixin.plan_step, []
 
     def timed(self: PlanningMixin, *arguments: Any) -> Plan:
         start = time.perf_counter()
         plan = plan_step(self, *arguments)
-        times.append(1e6 * (time.perf_counter() - start))
+        us = 1e6 * (time.perf_counter() - start)
+        plans.append(TimedPlan(us, sum(plan.chunk_counts.values())))
         return plan
 
     PlanningMixin.plan_step = timed  # type: ignore[method-assign]
-    return times
+    return plans
 
 
 def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, repeats: int) -> dict[str, Any]:
@@ -160,10 +169,16 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
 
 
 def time_busy_plans(sparse: EngineProcess) -> dict[str, Any]:
-    """Microseconds of planning in each step of an engine that goes from step to step without a pause."""
+    """Microseconds of planning a step in an engine that goes from step to step without a pause."""
     sparse.ask({"burst": BURST})
-    plan_us = sparse.ask({"burst": BURST})["plan_us"]
-    return {"steps": len(plan_us), "median_us": round(statistics.median(plan_us), 1)}
+    plans = [TimedPlan(*plan) for plan in sparse.ask({"burst": BURST})["plans"]]
+    found: dict[str, Any] = {}
+    for kind, times in (
+        ("decode", [plan.us for plan in plans if not plan.chunks]),
+        ("prefill", [plan.us for plan in plans if plan.chunks]),
+    ):
+        found |= {f"{kind}_steps": len(times), f"{kind}_us": round(statistics.median(times), 1)}
+    return found | {"chunks_a_prefill_step": round(statistics.mean(plan.chunks for plan in plans if plan.chunks), 1)}
 
 
 def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
@@ -208,8 +223,9 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "side, take in turns after one each to warm up",
         "plan_us": "host time that the plugin adds to a step for planning it, median; in the rows on an engine that "
         "was idle, whose caches are cold, in busy_plans on one that serves "
-        f"{BURST} requests of {BURST_TOKENS} tokens and answers of {BURST_TOKENS} at once; to that comes a third of a "
-        "microsecond a layer, for the check whether anything of the step is sparse",
+        f"{BURST} requests of {BURST_TOKENS} tokens and answers of {BURST_ANSWER} at once, in steps that hold prompts "
+        "and in others; to that comes a third of a microsecond a layer, for the check whether anything of the step is "
+        "sparse",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
         "prompts": "random token ids",
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},

@@ -104,7 +104,7 @@ class Plan(NamedTuple):
         return cls((), (), {("dense", reason): tokens}, {("dense", reason): 1}) if tokens else NOTHING
 
 
-FEW = 12
+FEW = 16
 """Prefill requests that are looked at one by one faster than all at once."""
 
 NOTHING = Plan((), (), {}, {})
@@ -145,17 +145,16 @@ def make_plan(
         dense_reason: set when something about the layers forbids sparse attention.
         find_step_reason: says what about the step forbids it; called only if a chunk passes the gate.
     """
-    chunks: list[SparseChunk] = []
-    tokens: dict[tuple[Path, Reason], int] = {}
-    counts: dict[tuple[Path, Reason], int] = {}
     requests = is_prefilling.nonzero()[0]
+    tally: dict[Reason, tuple[int, int]] = {}
     if len(requests) > FEW:
-        requests, turned_away = _turn_away(requests, query_start_loc, seq_lens, config, dense_reason)
-        for turned_away_for, rows, number in turned_away:
-            tokens["dense", turned_away_for], counts["dense", turned_away_for] = rows, number
+        requests = _turn_away(requests, query_start_loc, seq_lens, config, dense_reason, tally)
+    chunks: list[SparseChunk] = []
+    # Lists: to take a number out of an array costs as much as the rest of a turn.
+    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for request in requests.tolist():
-        start, end = int(query_start_loc[request]), int(query_start_loc[request + 1])
-        rows, seq_len = end - start, int(seq_lens[request])
+        start, seq_len = starts[request], lens[request]
+        rows = starts[request + 1] - start
         if rows <= 1:  # padding has none
             continue
         reason = dense_reason or _gate(rows, seq_len, config)
@@ -163,11 +162,20 @@ def make_plan(
             reason = find_step_reason() or reason
         if reason is Reason.GATE_OPEN:
             chunks.append(SparseChunk(request, start, rows, seq_len - rows))
-        label: tuple[Path, Reason] = ("sparse" if reason is Reason.GATE_OPEN else "dense", reason)
-        tokens[label] = tokens.get(label, 0) + rows
-        counts[label] = counts.get(label, 0) + 1
+        tokens, count = tally.get(reason, (0, 0))
+        tally[reason] = tokens + rows, count + 1
     dense_runs = _gaps(chunks, query_start_loc, seq_lens) if chunks else ()
-    return Plan(tuple(chunks), dense_runs, tokens, counts)
+    labels = {reason: (_path(reason), reason) for reason in tally}
+    return Plan(
+        tuple(chunks),
+        dense_runs,
+        {labels[reason]: tokens for reason, (tokens, _) in tally.items()},
+        {labels[reason]: count for reason, (_, count) in tally.items()},
+    )
+
+
+def _path(reason: Reason) -> Path:
+    return "sparse" if reason is Reason.GATE_OPEN else "dense"
 
 
 def _turn_away(
@@ -176,25 +184,24 @@ def _turn_away(
     seq_lens: np.ndarray,
     config: MInferenceConfig,
     dense_reason: Reason | None,
-) -> tuple[np.ndarray, list[tuple[Reason, int, int]]]:
-    """All requests' way through the gate at once.
-
-    Returns:
-        The requests that pass, and for each reason to turn others away their rows and their number.
-    """
+    tally: dict[Reason, tuple[int, int]],
+) -> np.ndarray:
+    """Look at all requests at once: add rows and number of those that stay dense to `tally`, return the others."""
     rows = query_start_loc[requests + 1] - query_start_loc[requests]
     is_prefill = rows > 1
     if dense_reason:
-        passes, groups = np.zeros_like(is_prefill), [(dense_reason, is_prefill)]
+        passes, groups = np.zeros_like(is_prefill), {dense_reason: is_prefill}
     else:
         is_long = seq_lens[requests] >= config.min_seq_len
-        passes = is_long & (rows >= max(config.min_chunk, 2))
-        groups = [
-            (Reason.BELOW_MIN_SEQ_LEN, is_prefill & ~is_long),
-            (Reason.SHORT_CHUNK, is_prefill & is_long & ~passes),
-        ]
-    counted = [(reason, int(rows[group].sum()), int(group.sum())) for reason, group in groups]
-    return requests[passes], [entry for entry in counted if entry[2]]
+        passes = is_prefill & is_long & (rows >= config.min_chunk)
+        groups = {
+            Reason.BELOW_MIN_SEQ_LEN: is_prefill & ~is_long,
+            Reason.SHORT_CHUNK: is_prefill & is_long & ~passes,
+        }
+    for reason, group in groups.items():
+        if count := int(np.count_nonzero(group)):
+            tally[reason] = int(rows[group].sum()), count
+    return requests[passes]
 
 
 def _gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:

@@ -53,6 +53,16 @@ def test_engines_take_turns_and_both_come_first_at_times():
     assert [kind for kind, _ in turns[2:]] == ["sparse", "dense", "dense", "sparse"]
 
 
+def test_planning_is_timed_apart_for_steps_with_prompts():
+    class Busy:
+        def ask(self, request):
+            return {"plans": [[1.0, 0], [9.0, 3], [2.0, 0], [11.0, 5], [3.0, 0]]}
+
+    assert ttft.time_busy_plans(Busy()) == {
+        "decode_steps": 3, "decode_us": 2.0, "prefill_steps": 2, "prefill_us": 10.0, "chunks_a_prefill_step": 4,
+    }  # fmt: skip
+
+
 def test_engines_that_are_up_at_once_answer_in_turns(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(
         "from benchmarks.processes import serve_requests\n"
