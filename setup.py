@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 VARIABLE = "MINFERENCE_BUILD_CUDA"
+USUAL_CUDA = "/usr/local/cuda"  # where NVIDIA's installers and images put it, often without a place in PATH
 OLDEST_NVCC = (12, 5)  # brings cudaGetDriverEntryPointByVersion
 GPU = ("-gencode", "arch=compute_90a,code=sm_90a")
 COMPILE = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", *GPU, "-c")
@@ -33,25 +34,33 @@ def find_nvcc() -> tuple[str, str]:
         sys.exit(f"{VARIABLE}={wanted!r} is not allowed: 1 builds the CUDA library, 0 does not, unset decides.")
     if wanted == "0":
         return "", f"{VARIABLE}=0"
-    nvcc, obstacle = shutil.which("nvcc"), ""
-    if home := os.environ.get("CUDA_HOME"):
-        nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) or nvcc
+    home = os.environ.get("CUDA_HOME")
+    folders = (*([f"{home}/bin"] if home else []), os.environ.get("PATH", os.defpath), f"{USUAL_CUDA}/bin")
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if not SOURCES:
         obstacle = "csrc/ holds no .cu file"
     elif not nvcc:
-        obstacle = "no nvcc in CUDA_HOME/bin or PATH"
-    elif (version := nvcc_version(nvcc)) < OLDEST_NVCC:
-        found, needed = (".".join(map(str, release)) for release in (version, OLDEST_NVCC))
-        obstacle = f"{nvcc} is version {found}, and {needed} or newer is needed"
+        obstacle = f"no nvcc in CUDA_HOME/bin, PATH or {USUAL_CUDA}/bin"
+    else:
+        obstacle = why_unfit(nvcc)
     if obstacle and wanted == "1":
         sys.exit(f"{VARIABLE}=1, but the CUDA library cannot be built: {obstacle}.")
     return ("", obstacle) if obstacle else (str(nvcc), "")
 
 
-def nvcc_version(nvcc: str) -> tuple[int, ...]:
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", text)
-    return tuple(map(int, release.groups())) if release else (0,)
+def why_unfit(nvcc: str) -> str:
+    """Why this nvcc cannot build the library; empty if it can."""
+    try:
+        done = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        return f"{nvcc} cannot be run ({error})"
+    if done.returncode:
+        return f"{nvcc} --version ended with status {done.returncode} ({' '.join(done.stdout.split())})"
+    release = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    if release and tuple(map(int, release.groups())) >= OLDEST_NVCC:
+        return ""
+    found, needed = release[0] if release else "of an unknown release", ".".join(map(str, OLDEST_NVCC))
+    return f"{nvcc} is {found}, and {needed} or newer is needed"
 
 
 def run(command: Sequence[str]) -> None:
@@ -62,7 +71,11 @@ def run(command: Sequence[str]) -> None:
 
 
 class BuildModules(build_py):
-    """As usual, with a line where the library is left out."""
+    """As usual, with a line where the library is left out.
+
+    pip hides what a build prints unless it fails: `pip install -v` shows the line, plain `pip install` no more than
+    the wheel's name, which then ends in none-any. The server's log says at start which kernels run, and why.
+    """
 
     def run(self) -> None:
         if OBSTACLE:

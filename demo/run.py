@@ -43,7 +43,7 @@ def haystack() -> str:
 
 def ask(server: Server, model: str, prompt: str) -> Reply:
     """Stream one greedy chat answer."""
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=600, max_retries=0)
+    client = server.client()
     start = time.monotonic()
     stream = client.chat.completions.create(
         model=model,

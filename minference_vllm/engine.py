@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which code runs the sparse path: kernels on a GPU, their plain-torch twins without one."""
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,18 @@ def load_engine(config: MInferenceConfig, device: torch.device) -> Engine:
     name, reason = _choose(config.kernel, device)
     logger.info("MInference: kernel %s: %s", name, reason)
     return _ENGINES[name]()
+
+
+@functools.cache  # every layer asks, and the log need say it once
+def report_head_dim(engine: Engine, head_dim: int) -> None:
+    """Say in the log if heads of this size run other kernels than those that the engine is named for."""
+    if engine.name != "cuda":
+        return
+    from minference_vllm.kernels.cuda import library
+
+    if head_dim not in library.SUPPORTED_HEAD_DIMS:
+        sizes = " and ".join(map(str, library.SUPPORTED_HEAD_DIMS))
+        logger.info("MInference: heads of %d run the Triton kernels (the CUDA library is for %s)", head_dim, sizes)
 
 
 def _choose(asked: str, device: torch.device) -> tuple[str, str]:

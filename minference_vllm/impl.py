@@ -11,6 +11,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 
 from minference_vllm import compat
 from minference_vllm.config import ConfigError, MInferenceConfig, load_config
+from minference_vllm.engine import report_head_dim
 from minference_vllm.index import PagedKV
 from minference_vllm.layers import LayerTraits
 from minference_vllm.plan import Reason, Step
@@ -81,6 +82,7 @@ class SparseLayerMixin:
 
     def warm_up(self, page_size: int) -> None:
         """Compile this layer's kernels before the first request."""
+        report_head_dim(self.runtime.engine, self.head_size)
         self.runtime.warm_up(self.num_kv_heads, self.head_size, page_size, self._model_dtype, self._geometry)
 
     def run_sparse(

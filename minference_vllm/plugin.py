@@ -2,9 +2,12 @@
 """The entry point that vLLM loads in each of its processes: makes `--attention-backend minference` mean our backend."""
 
 import logging
+import os
 from typing import Any
 
 NAME = "MINFERENCE"
+VARIABLES = "MINFERENCE_"
+RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 GPU_BACKEND = "minference_vllm.backend.MInferenceBackend"
 CPU_BACKEND = "minference_vllm.cpu.MInferenceCPUBackend"
 
@@ -41,9 +44,17 @@ def _register() -> None:
     # An alias, not a member of its own: the configuration is pickled by value into spawned processes, which unpickle
     # it before they load plugins, and know CUSTOM but no new member.
     AttentionBackendEnum._member_map_.setdefault(NAME, custom)
+    _reach_ray_workers()
     if on_cpu:
         _honour_selection_on_cpu(type(current_platform), custom)
     install()
+
+
+def _reach_ray_workers() -> None:
+    """Ray's workers get those environment variables alone whose names begin as listed."""
+    prefixes = os.environ.get(RAY_PREFIXES, "")
+    if VARIABLES not in prefixes.split(","):
+        os.environ[RAY_PREFIXES] = ",".join(filter(None, [prefixes, VARIABLES]))
 
 
 def _honour_selection_on_cpu(platform: Any, custom: Any) -> None:

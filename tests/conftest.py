@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Without a GPU the Triton kernels run under Triton's interpreter; the switch must be set before Triton is imported."""
 
+import importlib
 import os
+from types import ModuleType
 
 import pytest
 import torch
 
+ON_CI = "MINFERENCE_CI" in os.environ
+"""Whether this is continuous integration (.ci/run): there, tests fail for want of a tool that others may lack."""
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def import_or_skip(name: str) -> ModuleType:
+    """As pytest.importorskip, but a missing module is an error in continuous integration."""
+    return importlib.import_module(name) if ON_CI else pytest.importorskip(name)
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import time
 import urllib.request
 from typing import Any, NamedTuple
 
-import openai
-
-from demo.server import Server
+from demo.server import Server, open_directly
 from tests.serving.server import MODEL
 
 Prompt = str | list[int]
@@ -21,9 +19,8 @@ class Reply(NamedTuple):
 
 
 def _completion(server: Server, prompt: Prompt, salt: str, max_tokens: int, **options: Any) -> Any:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=600, max_retries=0)
     extra = {"cache_salt": salt, "ignore_eos": True}
-    return client.completions.create(
+    return server.client().completions.create(
         model=str(MODEL), prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra, **options
     )
 
@@ -42,7 +39,7 @@ def stream(server: Server, prompt: Prompt, salt: str, max_tokens: int) -> list[s
 def tokenize(server: Server, text: str) -> list[int]:
     body = json.dumps({"model": str(MODEL), "prompt": text}).encode()
     request = urllib.request.Request(f"{server.url}/tokenize", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with open_directly(request, timeout=60) as response:
         return json.load(response)["tokens"]
 
 

@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import gate, results
 from minference_vllm.tuning.gate import Timing
+from tests.conftest import import_or_skip
 
-pytest.importorskip("vllm")
+import_or_skip("vllm")
 
 
 def test_the_record_holds_every_length_and_the_gate_of_each_chunk(

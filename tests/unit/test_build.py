@@ -22,8 +22,10 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-echo made >"$output"
+echo "made by $0" >"$output"
 """
+GOOD_NVCC = NVCC.format(release="13.0")
+BROKEN_NVCC = "#!/bin/sh\necho no libc >&2\nexit 3\n"
 
 Build = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -37,25 +39,29 @@ def tree(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
     shutil.copy(ROOT / "minference_vllm/__init__.py", tree / "minference_vllm")
+    # A machine may have a CUDA of its own there.
+    usual, setup = '"/usr/local/cuda"', tree / "setup.py"
+    assert setup.read_text().count(usual) == 1
+    setup.write_text(setup.read_text().replace(usual, repr(str(tmp_path / "usual"))))
     for name in ("one.cu", "two.cu", "shared.cuh"):
         (tree / "csrc" / name).write_text("fine\n")
     return tree
 
 
-def install_nvcc(folder: Path, release: str = "13.0") -> None:
+def install_nvcc(folder: Path, program: str = GOOD_NVCC) -> None:
     (folder / "bin").mkdir(parents=True)
     nvcc = folder / "bin" / "nvcc"
-    nvcc.write_text(NVCC.format(release=release))
+    nvcc.write_text(program)
     nvcc.chmod(0o755)
 
 
 @pytest.fixture
 def build(tree: Path, tmp_path: Path) -> Build:
-    """Build a wheel, with the nvcc of folder `cuda`, if there is one, and no other."""
+    """Build a wheel, where CUDA_HOME is folder `cuda`, PATH holds folder `path/bin` and /usr/local/cuda is `usual`."""
 
     def run(wanted: str | None = None) -> subprocess.CompletedProcess[str]:
         environ = {k: v for k, v in os.environ.items() if k != "MINFERENCE_BUILD_CUDA"}
-        environ |= {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": "/usr/bin:/bin"}
+        environ |= {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": f"{tmp_path / 'path/bin'}:/usr/bin:/bin"}
         environ |= {} if wanted is None else {"MINFERENCE_BUILD_CUDA": wanted}
         command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
         return subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True)
@@ -65,47 +71,73 @@ def build(tree: Path, tmp_path: Path) -> Build:
     return run
 
 
-def wheel(tree: Path) -> tuple[str, bool]:
-    """Tags of the only wheel, and whether it carries the library."""
+def wheel(tree: Path) -> tuple[str, str]:
+    """Tags of the only wheel, and what the library in it holds; empty without one."""
     (path,) = (tree / "dist").iterdir()
     with ZipFile(path) as content:
-        return path.stem.split("-", 2)[2], LIBRARY in content.namelist()
+        library = content.read(LIBRARY).decode() if LIBRARY in content.namelist() else ""
+        return path.stem.split("-", 2)[2], library
 
 
 @pytest.mark.parametrize("wanted", [None, "", "1"])
 def test_with_nvcc_the_wheel_carries_the_library(wanted: str | None, build: Build, tree: Path, tmp_path: Path) -> None:
     install_nvcc(tmp_path / "cuda")
     assert build(wanted).returncode == 0
-    tags, carries = wheel(tree)
+    tags, library = wheel(tree)
     assert tags.startswith("py3-none-linux_")
-    assert carries
+    assert library == f"made by {tmp_path}/cuda/bin/nvcc\n"
+
+
+@pytest.mark.parametrize("found", [["cuda", "path", "usual"], ["path", "usual"], ["usual"]], ids=" ".join)
+def test_cuda_home_comes_before_path_and_the_usual_place_last(
+    found: list[str], build: Build, tree: Path, tmp_path: Path
+) -> None:
+    for folder in found:
+        install_nvcc(tmp_path / folder)
+    assert build().returncode == 0
+    assert wheel(tree)[1] == f"made by {tmp_path}/{found[0]}/bin/nvcc\n"
 
 
 @pytest.mark.parametrize(
-    ("release", "wanted", "why"),
+    ("program", "wanted", "why"),
     [
-        pytest.param(None, None, "no nvcc in CUDA_HOME/bin or PATH", id="no nvcc"),
-        pytest.param("12.2", None, "nvcc is version 12.2, and ", id="old nvcc"),
-        pytest.param("13.0", "0", "MINFERENCE_BUILD_CUDA=0", id="left out"),
+        pytest.param(None, None, "no nvcc in CUDA_HOME/bin, PATH or ", id="no nvcc"),
+        pytest.param(NVCC.format(release="12.2"), None, "nvcc is release 12.2, and 12.5 or newer is", id="old nvcc"),
+        pytest.param("#!/bin/sh\n", None, "nvcc is of an unknown release, and ", id="nvcc without a release"),
+        pytest.param("#!/no/shell\n", None, "nvcc cannot be run (", id="nvcc that does not start"),
+        pytest.param(BROKEN_NVCC, None, "nvcc --version ended with status 3 (no libc)", id="nvcc that fails"),
+        pytest.param(GOOD_NVCC, "0", "MINFERENCE_BUILD_CUDA=0", id="left out"),
     ],
 )
 def test_without_the_library_the_wheel_is_for_any_machine(
-    release: str | None, wanted: str | None, why: str, build: Build, tree: Path, tmp_path: Path
+    program: str | None, wanted: str | None, why: str, build: Build, tree: Path, tmp_path: Path
 ) -> None:
-    if release:
-        install_nvcc(tmp_path / "cuda", release)
+    if program:
+        install_nvcc(tmp_path / "cuda", program)
     built = build(wanted)
     assert built.returncode == 0
     (line,) = [line for line in built.stdout.splitlines() if "not built" in line]
     assert why in line
     assert line.endswith("Triton will serve.")
-    assert wheel(tree) == ("py3-none-any", False)
+    assert wheel(tree) == ("py3-none-any", "")
 
 
-def test_what_cannot_be_built_and_is_insisted_on_stops(build: Build, tree: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        pytest.param(None, "no nvcc in ", id="no nvcc"),
+        pytest.param(BROKEN_NVCC, "{cuda}/bin/nvcc --version ended with status 3", id="nvcc that fails"),
+    ],
+)
+def test_what_cannot_be_built_and_is_insisted_on_stops(
+    program: str | None, why: str, build: Build, tree: Path, tmp_path: Path
+) -> None:
+    if program:
+        install_nvcc(tmp_path / "cuda", program)
     stopped = build("1")
     assert stopped.returncode != 0
-    assert "MINFERENCE_BUILD_CUDA=1, but the CUDA library cannot be built: no nvcc" in stopped.stderr
+    why = why.format(cuda=tmp_path / "cuda")
+    assert f"MINFERENCE_BUILD_CUDA=1, but the CUDA library cannot be built: {why}" in stopped.stderr
     assert not (tree / "dist").exists()
 
 
@@ -116,6 +148,7 @@ def test_a_failing_nvcc_stops_and_is_quoted(build: Build, tree: Path, tmp_path: 
     assert stopped.returncode != 0
     assert "csrc/two.cu:broken here" in stopped.stdout
     assert "nvcc failed with status 2" in stopped.stderr
+    assert "MINFERENCE_BUILD_CUDA=0 installs without it." in stopped.stderr
     assert not (tree / "dist").exists()
 
 

@@ -4,6 +4,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from minference_vllm import engine, kernels, reference
 from minference_vllm.config import ConfigError, MInferenceConfig
 from minference_vllm.kernels import cuda
 from minference_vllm.kernels.cuda import library
+from minference_vllm.workspace import Geometry
+from tests.conftest import import_or_skip
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 H100, A100, B200 = (9, 0), (8, 0), (10, 0)
@@ -45,9 +48,11 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
             if not broken:
                 monkeypatch.setattr(library.ctypes, "CDLL", lambda path: object())
 
-    library._open.cache_clear()
+    for cached in (library._open, engine.report_head_dim):
+        cached.cache_clear()
     yield pretend
-    library._open.cache_clear()
+    for cached in (library._open, engine.report_head_dim):
+        cached.cache_clear()
 
 
 def load(kernel: str = "auto", device: torch.device = GPU) -> engine.Engine:
@@ -109,6 +114,37 @@ def test_what_is_asked_for_and_can_run_runs(kernel: str, machine: Any, log_lines
     machine(H100)
     assert load(kernel).name == kernel
     assert log_lines == [f"INFO MInference: kernel {kernel}: asked for"]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "cuda"])
+def test_heads_that_the_library_is_not_for_are_named_once(kernel: str, machine: Any, log_lines: list[str]) -> None:
+    machine(H100)
+    chosen = load(kernel)
+    for head_dim in (64, 256, 128, 256):
+        engine.report_head_dim(chosen, head_dim)
+    assert log_lines[1:] == [
+        "INFO MInference: heads of 256 run the Triton kernels (the CUDA library is for 64 and 128)"
+    ]
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_other_engines_run_heads_of_any_size(kernel: str, machine: Any, log_lines: list[str]) -> None:
+    machine(H100)
+    engine.report_head_dim(load(kernel), 256)
+    assert len(log_lines) == 1
+
+
+def test_a_layer_names_its_heads_when_it_is_warmed_up(machine: Any, log_lines: list[str]) -> None:
+    import_or_skip("vllm")
+    from minference_vllm.impl import SparseLayerMixin
+
+    machine(H100)
+    layer = SparseLayerMixin()
+    layer.runtime = SimpleNamespace(engine=load(), warm_up=lambda *_: None)  # type: ignore[assignment]
+    layer.num_kv_heads, layer.head_size, layer._model_dtype = 2, 256, torch.bfloat16
+    layer._geometry = Geometry(4, 4096, 4096, 64, 1000)
+    layer.warm_up(16)
+    assert "heads of 256" in log_lines[-1]
 
 
 def test_cuda_without_the_library_is_refused(machine: Any) -> None:

@@ -17,9 +17,10 @@ import pytest
 
 from minference_vllm import compat, plugin
 from minference_vllm.metrics import exporter
+from tests.conftest import import_or_skip
 
-registry = pytest.importorskip("vllm.v1.attention.backends.registry")
-platforms = pytest.importorskip("vllm.platforms")
+registry = import_or_skip("vllm.v1.attention.backends.registry")
+platforms = import_or_skip("vllm.platforms")
 ON_CPU = platforms.current_platform.is_cpu()
 OUR_PATH = plugin.CPU_BACKEND if ON_CPU else plugin.GPU_BACKEND
 CUSTOM = registry.AttentionBackendEnum.CUSTOM
@@ -68,6 +69,21 @@ def test_the_entry_point_is_the_function_tested_here() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module, _, function = project["entry-points"]["vllm.general_plugins"]["minference"].partition(":")
     assert getattr(importlib.import_module(module), function) is plugin.register
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, "MINFERENCE_"), ("A_,MINFERENCE_", "A_,MINFERENCE_"), ("A_", "A_,MINFERENCE_")]
+)
+def test_rays_workers_get_our_environment_variables(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(plugin.RAY_PREFIXES, raising=False)
+    if before:
+        monkeypatch.setenv(plugin.RAY_PREFIXES, before)
+    monkeypatch.setenv("MINFERENCE_CONFIG", "settings.json")
+    plugin.register()
+    assert os.environ[plugin.RAY_PREFIXES] == after
+    assert "MINFERENCE_CONFIG" in import_or_skip("vllm.ray.ray_env").get_env_vars_to_copy()
 
 
 def test_the_name_resolves_to_our_backend(log_lines: list[tuple[str, str]]) -> None:
