@@ -147,7 +147,7 @@ def main() -> None:
     settings = {
         "task": f"{ANSWER_TOKENS} greedy tokens, one prompt at a time; logprob_diff is that of dense's first token",
         "prompts": f"excerpts from random places; they end with {ENDINGS[options.ending]}",
-        "haystack": options.haystack.name,
+        **haystack.identify(options),
         "engine": spec["engine"],
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND, "minference": resolved(spec["minference"])},

@@ -2,8 +2,10 @@
 """Long prompts out of a plain text: with a fact hidden in it, or ending where a passage of it begins again."""
 
 import argparse
+import json
 import lzma
 import random
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +100,13 @@ class Haystack:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="an instruction-tuned model, as vLLM takes it")
     parser.add_argument("--haystack", type=Path, required=True, help="a plain text in UTF-8, or one compressed by xz")
+
+
+def identify(options: argparse.Namespace) -> dict[str, Any]:
+    """The text and the model for the record: a path says little to others."""
+    found = {"haystack": options.haystack.name, "haystack_sha256": sha256(options.haystack.read_bytes()).hexdigest()}
+    config = Path(options.model, "config.json")
+    return found | ({"model": json.loads(config.read_text())} if config.exists() else {})
 
 
 def load(options: argparse.Namespace) -> Haystack:

@@ -113,7 +113,7 @@ def main() -> None:
         f"greedy, {ANSWER_TOKENS} tokens; a hit when they hold the number",
         "needle": haystack.NEEDLE,
         "question": haystack.QUESTION,
-        "haystack": options.haystack.name,
+        **haystack.identify(options),
         "engine": spec["engine"],
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND, "minference": resolved(spec["minference"])},

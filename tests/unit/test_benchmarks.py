@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks' own arithmetic: what they draw, hide, compare and write. None starts an engine."""
 
+import argparse
 import json
 import random
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import greedy, needles, processes, results, synthetic
-from benchmarks.haystack import CITIES, Haystack
+from benchmarks.haystack import CITIES, Haystack, identify
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.engine import load_engine
 from minference_vllm.estimators import ESTIMATORS
@@ -210,6 +211,15 @@ def test_an_echo_repeats_a_passage_that_goes_on(haystack):
     cue = prompt[-16:]
     [at] = [at for at in range(384) if prompt[at : at + 16] == cue]
     assert at + 16 + greedy.ANSWER_TOKENS < 384
+
+
+def test_text_and_model_are_told_by_what_they_hold(tmp_path):
+    (tmp_path / "text").write_bytes(b"abc")
+    options = argparse.Namespace(haystack=tmp_path / "text", model=str(tmp_path))
+    told = {"haystack": "text", "haystack_sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+    assert identify(options) == told
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    assert identify(options) == told | {"model": {"hidden_size": 8}}
 
 
 def test_a_text_that_is_too_short_is_refused(haystack):

@@ -44,11 +44,13 @@ def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> 
         function: its name in the library; it takes a pointer to `arguments` and a stream, and returns a CUDA error.
 
     Raises:
-        RuntimeError: CUDA refused.
+        RuntimeError: CUDA refused, or another device is current.
     """
     library = load()
     if library is None:
         raise RuntimeError(why_missing())
+    if (current := torch.cuda.current_device()) != device.index:  # the runtime would launch there
+        raise RuntimeError(f"{function}: its tensors are on {device}, the current device is cuda:{current}. Set it.")
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     if error := library[function](ctypes.byref(arguments), stream):
         describe = library.minference_error
