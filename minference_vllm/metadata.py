@@ -145,7 +145,7 @@ def _late_reason(name: str, layer: Attention, vllm_config: VllmConfig, kv_cache_
     if index is not None and index < layer.impl.runtime.config.dense_layers:
         return Reason.DENSE_LAYER
     # vLLM cuts such a layer's requests into a batch of its own, without flags or lengths of whole prompts.
-    if getattr(kv_cache_spec, "attention_chunk_size", None):
+    if getattr(layer, "attention_chunk_size", None):
         return Reason.CHUNKED_LOCAL
     if kv_cache_spec.dtype != vllm_config.model_config.dtype:
         return Reason.DTYPE

@@ -18,7 +18,7 @@ from vllm.config import (
     VllmConfig,
     get_layers_from_vllm_config,
 )
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
@@ -62,6 +62,10 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_this_is_the_release() -> None:
     assert vllm.__version__ == VERSION
+
+
+def test_layers_that_attend_within_chunks_say_so() -> None:
+    assert "self.attention_chunk_size = attention_chunk_size" in inspect.getsource(ChunkedLocalAttention.__init__)
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,10 @@ def make_builder(
     for name, impl in impls.items():
         layer = Attention.__new__(Attention)
         layer.__dict__.update(impl=impl, layer_name=name, num_heads=impl.num_heads, is_draft_layer=is_draft_layer)
+        if chunk_size is not None:
+            layer.__dict__["attention_chunk_size"] = chunk_size
         config.compilation_config.static_forward_context[name] = layer
-    spec = FullAttentionSpec(
-        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype, attention_chunk_size=chunk_size
-    )
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype)
     return kind(spec, list(impls), config, CPU)
 
 
