@@ -60,8 +60,8 @@ SETTINGS = {
     "nothing is in it of what a server does between them. Sets are drawn for each chunk as benchmarks.ttft draws them, "
     "outside the time: every chunk has the whole budgets, so together they keep more pairs than `kept` says. Of more "
     f"than {MOST_TIMED} chunks at most {MOST_TIMED} are timed, the first two, every k-th after them and the last; the "
-    "others are taken to lie on the lines between those (trapezoid rule). It is null if the output of the chunk in the "
-    "middle of those timed could not be checked as in `errors`",
+    "others are taken to lie on the lines between those (trapezoid rule). The output of the chunk in the middle of "
+    "those timed is checked as in `errors`",
     "scratch_mib": "what a server with this longest request, chunks of `chunk` and these budgets claims",
     "mi_triton": "MInference 0.1.6.0's host function and Triton kernel, contiguous K and V repeated for every query "
     "head; mi_index_ms: its index, which both sparse peers use, without the sorting before it",

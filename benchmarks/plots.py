@@ -54,7 +54,7 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def draw_ms(result: dict[str, Any]) -> "Figure":
-    """Bars: milliseconds of every kernel, by case; the scale is logarithmic, dense takes up to 60 times as long."""
+    """Bars: milliseconds of every kernel, by case; the scale is logarithmic, dense takes up to 62 times as long."""
     from matplotlib.figure import Figure
 
     rows = result["rows"]

@@ -177,8 +177,9 @@ def time_busy_plans(sparse: EngineProcess) -> dict[str, Any]:
         ("decode", [plan.us for plan in plans if not plan.chunks]),
         ("prefill", [plan.us for plan in plans if plan.chunks]),
     ):
-        found |= {f"{kind}_steps": len(times), f"{kind}_us": round(statistics.median(times), 1)}
-    return found | {"chunks_a_prefill_step": round(statistics.mean(plan.chunks for plan in plans if plan.chunks), 1)}
+        found |= {f"{kind}_steps": len(times), f"{kind}_us": round(statistics.median(times), 1) if times else None}
+    chunks = [plan.chunks for plan in plans if plan.chunks]
+    return found | {"chunks_a_prefill_step": round(statistics.mean(chunks), 1) if chunks else None}
 
 
 def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:

@@ -160,8 +160,8 @@ struct Stream {
         wait_for_place();
 #pragma unroll
         for (int part = 0; part < ROWS_A_THREAD; ++part) {
-            const int first_row = part * COPYING_THREADS + warp * hopper::WARP + in_rows;
-            uint32_t atom = place() + chunk / 8 * S::KEY_BLOCK_BYTES + first_row * hopper::SWIZZLE_BYTES;
+            const int lane_row = part * COPYING_THREADS + warp * hopper::WARP + in_rows;
+            uint32_t atom = place() + chunk / 8 * S::KEY_BLOCK_BYTES + lane_row * hopper::SWIZZLE_BYTES;
             const int key = rows.keys.key[part];
             const int64_t in_cache = rows.page[part] * p.stride_page + key % p.page_size * p.stride_token;
             const int64_t lies_at = key == NOWHERE ? NOWHERE : in_cache + work.kv_head * p.stride_kv_head;

@@ -150,11 +150,10 @@ def make_plan(
     if len(requests) > FEW:
         requests = _turn_away(requests, query_start_loc, seq_lens, config, dense_reason, tally)
     chunks: list[SparseChunk] = []
-    # Lists: to take a number out of an array costs as much as the rest of a turn.
-    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for request in requests.tolist():
-        start, seq_len = starts[request], lens[request]
-        rows = starts[request + 1] - start
+        # item: NumPy's own numbers cost as much as all else here.
+        start, seq_len = query_start_loc.item(request), seq_lens.item(request)
+        rows = query_start_loc.item(request + 1) - start
         if rows <= 1:  # padding has none
             continue
         reason = dense_reason or _gate(rows, seq_len, config)

@@ -48,11 +48,11 @@ class Runtime:
     def workspace(self, geometry: Geometry) -> Workspace:
         """The scratch for layers of this geometry, claimed when first asked for: in the profiling run."""
         if geometry not in self._workspaces:
-            # Claimed inside vLLM's inference mode, but warmed up outside it, where its tensors could not be written.
+            # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
             with torch.inference_mode(False):
                 workspace = Workspace.allocate(geometry, self.device)
+                self._density = self._density or DensityMeter(workspace.kept_pairs, DENSITY_INTERVAL)
             logger.info("MInference: %.0f MiB of scratch for %s", workspace.num_bytes / 2**20, geometry)
-            self._density = self._density or DensityMeter(workspace.kept_pairs, DENSITY_INTERVAL)
             self._workspaces[geometry] = replace(workspace, kept_pairs=self._density.kept_pairs)
         return self._workspaces[geometry]
 

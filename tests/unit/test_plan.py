@@ -268,10 +268,14 @@ def test_many_requests_stay_dense_for_the_layers_reason() -> None:
     assert plan == Plan((), (), {label: 20_600}, {label: 20})
 
 
-# Some 2 and 12 us; the bounds leave room for a busy machine, not for work that grows with the rows.
+# Some 2, 4 and 12 us; the bounds leave room for a busy machine, not for work that grows with the rows.
 @pytest.mark.parametrize(
     ("batch", "bound"),
-    [pytest.param((DECODE,) * 512, 50e-6, id="decode"), pytest.param((SHORT,) * 512, 100e-6, id="short prompts")],
+    [
+        pytest.param((DECODE,) * 4096, 25e-6, id="decode"),
+        pytest.param((*(DECODE,) * 4096, SHORT), 40e-6, id="a short prompt among them"),
+        pytest.param((SHORT,) * 512, 100e-6, id="short prompts"),
+    ],
 )
 def test_steps_below_the_gate_cost_next_to_nothing(batch: tuple[Row, ...], bound: float) -> None:
     step = arrays(batch)
