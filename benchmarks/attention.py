@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import peers, results
 from benchmarks.cases import CASES, MILLION, PAGE_SIZE, TINY, Case, Inputs, Sets, configure, make_inputs
-from benchmarks.chunks import MOST_TIMED, TOLERANCE, check, time_chunks, workspace
+from benchmarks.chunks import MOST_TIMED, TOLERANCE, check, time_chunks, with_other_masses, workspace
 from benchmarks.minference_sdist import MInference
 from benchmarks.peers import Attention, PeerMissing, TileIndex
 from benchmarks.timing import bf16_matmul_tflops, median, once, say
@@ -77,10 +77,10 @@ SETTINGS = {
 def time_choice(case: Case, inputs: Inputs, config: MInferenceConfig, engine: Engine, ws: Workspace) -> dict[str, Any]:
     """Times of what comes before attending: ws.vertical and ws.slash hold the drawn masses and keep them."""
     # Selecting from what the probe finds in random data would time another index than the one that is attended to.
-    unused = replace(ws, vertical=torch.empty_like(ws.vertical), slash=torch.empty_like(ws.slash))
+    probed = with_other_masses(ws)
 
     def probe(context: int) -> None:
-        engine.probe(inputs.q[context:], inputs.kv, context, inputs.scale, *config.probe_counts, unused)
+        engine.probe(inputs.q[context:], inputs.kv, context, inputs.scale, *config.probe_counts, probed)
 
     def index(engine: Engine = engine) -> None:
         index_masses(case.tokens, config, engine, ws)

@@ -29,6 +29,11 @@ def workspace(case: Case, config: MInferenceConfig, chunk: int, device: torch.de
     return Workspace.allocate(Geometry(case.num_qo_heads, case.tokens, chunk, probes, case.vertical), device)
 
 
+def with_other_masses(ws: Workspace) -> Workspace:
+    """The same scratch with masses of its own: a probe that fills them leaves the drawn ones in `ws` alone."""
+    return replace(ws, vertical=torch.empty_like(ws.vertical), slash=torch.empty_like(ws.slash))
+
+
 def our_error(inputs: Inputs, index: SparseIndex, out: torch.Tensor, context_len: int) -> float:
     """Largest relative error over a few tiles and heads, against the reference on the same index.
 
@@ -79,9 +84,8 @@ def time_chunks(case: Case, inputs: Inputs, kernel: str, seed: int) -> dict[str,
     config = configure(case, kernel)
     engine = load_engine(config, device)
     ws = workspace(case, config, case.chunk, device)
-    # The probe fills these; ws keeps the drawn masses, from which the estimator selects.
-    unused = replace(ws, vertical=torch.empty_like(ws.vertical), slash=torch.empty_like(ws.slash))
-    choosing = replace(engine, probe=lambda *arguments: engine.probe(*arguments[:-1], unused))
+    probed = with_other_masses(ws)
+    choosing = replace(engine, probe=lambda *arguments: engine.probe(*arguments[:-1], probed))
     out = torch.empty(case.chunk, *inputs.q.shape[1:], dtype=inputs.q.dtype, device=device)
 
     def run(context_len: int) -> tuple[SparseIndex, torch.Tensor]:

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="prompt lengths")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
+    results.describe_run()
     heads, config = Heads(*options.heads), MInferenceConfig()
     settings = {"measured": MEASURED, "heads": heads._asdict(), "minference": config.model_dump()}
     device = torch.device("cuda", torch.cuda.current_device())

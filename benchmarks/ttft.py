@@ -172,14 +172,13 @@ def time_busy_plans(sparse: EngineProcess) -> dict[str, Any]:
     """Microseconds of planning a step in an engine that goes from step to step without a pause."""
     sparse.ask({"burst": BURST})
     plans = [TimedPlan(*plan) for plan in sparse.ask({"burst": BURST})["plans"]]
+    decode, prefill = ([plan for plan in plans if bool(plan.chunks) is wanted] for wanted in (False, True))
     found: dict[str, Any] = {}
-    for kind, times in (
-        ("decode", [plan.us for plan in plans if not plan.chunks]),
-        ("prefill", [plan.us for plan in plans if plan.chunks]),
-    ):
-        found |= {f"{kind}_steps": len(times), f"{kind}_us": round(statistics.median(times), 1) if times else None}
-    chunks = [plan.chunks for plan in plans if plan.chunks]
-    return found | {"chunks_a_prefill_step": round(statistics.mean(chunks), 1) if chunks else None}
+    for kind, some in (("decode", decode), ("prefill", prefill)):
+        us = round(statistics.median(plan.us for plan in some), 1) if some else None
+        found |= {f"{kind}_steps": len(some), f"{kind}_us": us}
+    chunks = round(statistics.mean(plan.chunks for plan in prefill), 1) if prefill else None
+    return found | {"chunks_a_prefill_step": chunks}
 
 
 def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:

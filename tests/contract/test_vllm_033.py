@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ON_CI
 from tests.contract.wheel import WheelUnavailableError, unpacked_wheel
 
 FOLDER = Path(__file__).parent
@@ -23,7 +24,7 @@ def environment() -> dict[str, str]:
     try:
         wheel = unpacked_wheel()
     except WheelUnavailableError as error:
-        (pytest.fail if "MINFERENCE_CI" in os.environ else pytest.skip)(str(error))
+        (pytest.fail if ON_CI else pytest.skip)(str(error))
     paths = [str(wheel), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "VLLM_PLUGINS": ""}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker process says of its settings."""
+"""What the layers of a worker process share: settings, scratch, counts."""
 
 import logging
 from dataclasses import replace
@@ -11,6 +11,8 @@ from minference_vllm import runtime
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.workspace import Geometry
 
+GEOMETRY = Geometry(num_qo_heads=2, max_seq_len=512, max_chunk=256, num_probes=64, max_columns=1000)
+
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
 def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,9 +22,6 @@ def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, monkeypa
     runtime.Runtime(config, torch.device("cpu"), publish)
     assert [line for line in lines if "slash_size=777" in line and "min_seq_len=16384" in line] == lines[-1:] * publish
     assert logging.getLogger("vllm.minference") is runtime.logger
-
-
-GEOMETRY = Geometry(num_qo_heads=2, max_seq_len=512, max_chunk=256, num_probes=64, max_columns=1000)
 
 
 def test_nothing_is_claimed_on_the_device_before_the_scratch() -> None:
