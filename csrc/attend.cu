@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend_kernel(const __grid_constan
             hopper::init_barrier(&shared.empty[i / S::STAGES][i % S::STAGES], EMPTY_ARRIVALS);
         }
         for (auto& full : shared.drawn_full) hopper::init_barrier(&full, 1);
+        for (auto& empty : shared.drawn_empty) hopper::init_barrier(&empty, 2 * COPYING_WARPS);
         hopper::init_barrier(&shared.q_full, 1);
         hopper::init_barrier(&shared.q_empty, EMPTY_ARRIVALS);
         hopper::fence_barrier_init();

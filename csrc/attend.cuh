@@ -19,9 +19,8 @@ constexpr int BANDS_A_TILE = TILE / BAND;
 constexpr int SHARED = 0;
 constexpr int KINDS = 3;
 
-// Room for tiles that are drawn. The threads that copy keys and those that copy values are fewer tiles apart, for the
-// ring holds fewer stages.
-constexpr int DRAWN = 8;
+// Room for numbers of tiles that are drawn: those that copy keys may be some tiles ahead of those that copy values.
+constexpr int DRAWN = 4;
 
 constexpr int KEYS = 0;
 constexpr int VALUES = 1;
@@ -56,7 +55,6 @@ template <int HEAD_DIM>
 struct Shape {
     static constexpr int BLOCKS = HEAD_DIM / hopper::BOX_ELEMENTS;
     static constexpr int STAGES = HEAD_DIM == 128 ? 3 : 5;  // as many as shared memory holds
-    static_assert(STAGES + 2 < DRAWN);
     static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
     static constexpr int QUERY_BLOCK_BYTES = HALF * hopper::SWIZZLE_BYTES;
     static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
@@ -100,16 +98,16 @@ struct alignas(1024) Storage {
     char q[2][S::QUERY_BYTES];
     char ring[2][S::STAGES][S::KEY_BYTES];  // of KEYS and of VALUES
     // One bit a key of a stage of columns: whether a half takes it from there.
-    uint32_t fresh[S::STAGES][2][TILE / 32];
+    int32_t fresh[S::STAGES][2][TILE / 32];
     // Whoever sees a stage waits at a barrier that is filled for nobody else: no phase passes that it does not see.
     uint64_t full[2][S::STAGES][KINDS];
     uint64_t empty[2][S::STAGES];
     uint64_t q_full, q_empty;
     Work work;     // the tile whose queries `q` holds
-    bool is_over;  // that tile is one too many
+    int is_over;  // whether that tile is one too many
     // What is drawn for the threads that copy: numbers of tiles.
     int drawn[DRAWN];
-    uint64_t drawn_full[DRAWN];
+    uint64_t drawn_full[DRAWN], drawn_empty[DRAWN];
 };
 
 // In what stages a tile's bands come. Most stages bring eight bands that both halves see, without a mask. What is left of

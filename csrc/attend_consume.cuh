@@ -53,6 +53,13 @@ struct Consumer {
         if (lane == 0) hopper::arrive(barrier);
     }
 
+    // One lane reads for its warp, the lane that says when its warp has read.
+    __device__ __forceinline__ int read(const int& word) const {
+        int value = 0;
+        if (lane == 0) value = word;
+        return __shfl_sync(0xFFFFFFFF, value, 0);
+    }
+
     // The two halves take turns to hand products to the tensor cores, which else run both halves' at once: both would then
     // be done, and compute exponentials, at the same time (FlashAttention-3, section 3.1).
     __device__ __forceinline__ void take_turn() const { hopper::wait_named(1 + half, 2 * hopper::WARPGROUP); }
@@ -119,9 +126,13 @@ struct Consumer {
     __device__ __forceinline__ bool take(Work& work) {
         hopper::wait(&shared.q_full, q_phase);
         q_phase ^= 1;
-        work = shared.work;
-        const bool is_over = shared.is_over;
-        __syncwarp();  // all lanes have read it before one says that its room is free
+        work.head = read(shared.work.head);
+        work.kv_head = read(shared.work.kv_head);
+        work.tile = read(shared.work.tile);
+#pragma unroll
+        for (int kind = 0; kind < KINDS; ++kind) work.num_bands[kind] = read(shared.work.num_bands[kind]);
+        work.num_columns = read(shared.work.num_columns);
+        const bool is_over = read(shared.is_over);
         const bool by_rows = work.is_cut_short(p);
         wait_for_keys<false>(by_rows);
         start_scores(first_scores);
@@ -162,7 +173,6 @@ struct Consumer {
         hopper::mma_wait<1>();
         hopper::pin(scores);
         keep(scores);
-        if (BY_ROWS) __syncwarp();  // all lanes have read the mask
         leave(&shared.empty[KEYS][slot]);
         if (--steps_left == 0) leave(&shared.q_empty);
         // The exponentials could run meanwhile, but the slot's next copy is worth more.
@@ -187,10 +197,12 @@ struct Consumer {
     template <int WIDTH>
     __device__ __forceinline__ void step_columns() {
         step<WIDTH, false, true>([&](auto& scores) {
-            const uint32_t* fresh = shared.fresh[slot][half];
-            uint32_t all = fresh[0];
+            uint32_t fresh[WIDTH / 32], all = 0xFFFFFFFF;
 #pragma unroll
-            for (int word = 1; word < WIDTH / 32; ++word) all &= fresh[word];
+            for (int word = 0; word < WIDTH / 32; ++word) {
+                fresh[word] = read(shared.fresh[slot][half][word]);
+                all &= fresh[word];
+            }
             if (all == 0xFFFFFFFF) return;
 #pragma unroll
             for (int word = 0; word < WIDTH / 32; ++word) {

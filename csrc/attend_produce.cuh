@@ -184,7 +184,7 @@ struct Stream {
         return taken;
     }
 
-    __device__ __forceinline__ void write_mask(uint32_t (*fresh)[TILE / 32], uint32_t taken) const {
+    __device__ __forceinline__ void write_mask(int32_t (*fresh)[TILE / 32], uint32_t taken) const {
 #pragma unroll
         for (int part = 0; part < ROWS_A_THREAD; ++part) {
 #pragma unroll
@@ -280,7 +280,7 @@ __device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shar
         if (which == KEYS && thread == 0) draw(p, shared, last, turn);
         __syncwarp();
         produce_bands(stream, work, ahead.bands);
-        id = drawn(shared, turn);
+        id = drawn(shared, turn, stream.lane);
         const Work next = order.at(p, min(id, last));
         if (which == KEYS) prefetch_queries<HEAD_DIM>(p, next, thread);
         const Rows columns = ahead.columns;

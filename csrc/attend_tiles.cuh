@@ -10,14 +10,21 @@ namespace attend {
 // one number too many, so there are as many draws as tiles, and the last one leaves zero for the next launch.
 template <int HEAD_DIM>
 __device__ __forceinline__ void draw(const Params& p, Storage<HEAD_DIM>& shared, int last, int turn) {
+    hopper::wait(&shared.drawn_empty[turn % DRAWN], (turn / DRAWN & 1) ^ 1);
     shared.drawn[turn % DRAWN] = gridDim.x + atomicInc(p.num_drawn, last);
     hopper::arrive(&shared.drawn_full[turn % DRAWN]);
 }
 
+// One lane reads for its warp, the lane that says when its warp has read.
 template <int HEAD_DIM>
-__device__ __forceinline__ int drawn(Storage<HEAD_DIM>& shared, int turn) {
+__device__ __forceinline__ int drawn(Storage<HEAD_DIM>& shared, int turn, int lane) {
     hopper::wait(&shared.drawn_full[turn % DRAWN], turn / DRAWN & 1);
-    return shared.drawn[turn % DRAWN];
+    int id = 0;
+    if (lane == 0) id = shared.drawn[turn % DRAWN];
+    // After the shuffle no lane waits any more: two phases on, one that still did would wait for ever.
+    id = __shfl_sync(0xFFFFFFFF, id, 0);
+    if (lane == 0) hopper::arrive(&shared.drawn_empty[turn % DRAWN]);
+    return id;
 }
 
 // Nobody has read a tile's query rows before: from memory they would come late.
