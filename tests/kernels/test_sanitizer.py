@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compute-sanitizer finds nothing in the CUDA kernels."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SANITIZER = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer, which comes with CUDA")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    done = subprocess.run(
+        [str(SANITIZER), "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.kernels.sanitized"],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
