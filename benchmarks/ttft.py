@@ -49,6 +49,7 @@ LONG = 65536  # tokens; from here on two timed requests are enough, and time is 
 SHORT = 32768
 MOST_FOR_SHORT = 16
 BURST = 512  # short requests at once, to keep an engine busy
+TINY_BURST = 32
 BURST_TOKENS = 128  # of each
 BURST_ANSWER = 16  # tokens
 
@@ -127,7 +128,7 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
 
 
 class TimedPlan(NamedTuple):
-    """Planning of one step: microseconds of host time, and chunks of prompts in that step."""
+    """Planning of one step: microseconds of host time, and requests in that step which read their prompt."""
 
     us: float
     chunks: int
@@ -139,11 +140,11 @@ def time_plans() -> list[TimedPlan]:
 
     plan_step, plans = PlanningMixin.plan_step, []
 
-    def timed(self: PlanningMixin, *arguments: Any) -> Plan:
+    def timed(self: PlanningMixin, common: Any, metadata: Any) -> Plan:
         start = time.perf_counter()
-        plan = plan_step(self, *arguments)
+        plan = plan_step(self, common, metadata)
         us = 1e6 * (time.perf_counter() - start)
-        plans.append(TimedPlan(us, sum(plan.chunk_counts.values())))
+        plans.append(TimedPlan(us, int(common.is_prefilling.sum())))
         return plan
 
     PlanningMixin.plan_step = timed  # type: ignore[method-assign]
@@ -168,10 +169,10 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}, "plan_us": plan_us}
 
 
-def time_busy_plans(sparse: EngineProcess) -> dict[str, Any]:
+def time_busy_plans(sparse: EngineProcess, burst: int) -> dict[str, Any]:
     """Microseconds of planning a step in an engine that goes from step to step without a pause."""
-    sparse.ask({"burst": BURST})
-    plans = [TimedPlan(*plan) for plan in sparse.ask({"burst": BURST})["plans"]]
+    sparse.ask({"burst": burst})
+    plans = [TimedPlan(*plan) for plan in sparse.ask({"burst": burst})["plans"]]
     decode, prefill = ([plan for plan in plans if bool(plan.chunks) is wanted] for wanted in (False, True))
     found: dict[str, Any] = {}
     for kind, some in (("decode", decode), ("prefill", prefill)):
@@ -215,7 +216,7 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
     }
 
 
-def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
+def describe(options: argparse.Namespace, spec: dict[str, Any], burst: int) -> dict[str, Any]:
     """The settings of a result file; each engine's come under "sparse" as it is started."""
     return {
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
@@ -223,7 +224,7 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "side, take in turns after one each to warm up",
         "plan_us": "host time that the plugin adds to a step for planning it, median; in the rows on an engine that "
         "was idle, whose caches are cold, in busy_plans on one that serves "
-        f"{BURST} requests of {BURST_TOKENS} tokens and answers of {BURST_ANSWER} at once, in steps that hold prompts "
+        f"{burst} requests of {BURST_TOKENS} tokens and answers of {BURST_ANSWER} at once, in steps that hold prompts "
         "and in others; to that comes a third of a microsecond a layer, for the check whether anything of the step is "
         "sparse",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
@@ -248,16 +249,17 @@ def main() -> None:
     options = parser.parse_args()
     results.describe_run(options.tiny)
     rows, seconds, busy_plans = [], {}, {}
+    burst = TINY_BURST if options.tiny else BURST
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory)
-        settings = describe(options, spec)
+        settings = describe(options, spec, burst)
         with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
             for sizes in options.sizes:
                 minference = {"vertical_size": sizes.vertical, "slash_size": sizes.slash}
                 minference |= TINY_SETTINGS if options.tiny else {}
                 settings["sparse"][str(sizes)] = resolved(minference)
                 with EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}) as sparse:
-                    busy_plans[str(sizes)] = time_busy_plans(sparse)
+                    busy_plans[str(sizes)] = time_busy_plans(sparse, burst)
                     for tokens in options.tokens:
                         found = time_side_by_side(dense, sparse, tokens, options.repeats)
                         seconds[f"{sizes}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}

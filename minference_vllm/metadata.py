@@ -2,7 +2,6 @@
 """The metadata builders: once a step, from host data, they attach what runs sparse to vLLM's own metadata."""
 
 import dataclasses
-import functools
 import logging
 import math
 from typing import Any
@@ -14,7 +13,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
-from minference_vllm.plan import NOTHING, DenseRun, Plan, Reason, SparseChunk, Step, make_plan
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.plan import ALL_DENSE, DenseRun, Plan, Reason, Requests, SparseChunk, Step, make_plan
 
 logger = logging.getLogger("vllm.minference")
 
@@ -34,6 +34,7 @@ class PlanningMixin:
         self._dense_reason = impls[0].dense_reason
         self._has_sparse_layers = bool(sparse)
         self._runtime.join(self._has_sparse_layers)
+        self._count = self._runtime.counters.defer
         for impl in sparse:
             impl.warm_up(kv_cache_spec.block_size)
         for reason in {impl.dense_reason for impl in impls} - {None}:
@@ -41,27 +42,32 @@ class PlanningMixin:
             logger.info("MInference: %d of %d layers always run dense (%s)", count, len(impls), reason.value)
 
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
-        """Plan one step, and count it."""
-        plan = self._plan(common, metadata)
-        self._runtime.count(self._group, self._has_sparse_layers, plan)
+        """Plan one step, and have it counted."""
+        # Between two steps vLLM does enough to empty the CPU's caches: what counts here is how much code and data a
+        # step touches. (The length of a tensor takes 20 us then, its list 5.)
+        self._runtime.read_density()
+        plan, config = ALL_DENSE, self._runtime.config
+        if common.max_query_len > 1:
+            requests = self._requests(common, config)
+            if common.max_seq_len >= config.min_seq_len and common.max_query_len >= config.min_chunk:
+                plan = make_plan(requests, config)
+                if plan.chunks and (reason := compat.step_dense_reason(common, metadata)):
+                    requests, plan = requests._replace(step_reason=reason), ALL_DENSE
+            self._count((self._group, self._has_sparse_layers, requests))
         return plan
 
-    def _plan(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
-        # Every call into PyTorch or NumPy shows here: this runs in every step, and most steps only decode.
-        if common.max_query_len == 1:
-            return NOTHING
-        num_reqs, config = common.num_reqs, self._runtime.config
-        seq_lens, is_prefilling = common.seq_lens_cpu_upper_bound, common.is_prefilling
-        if seq_lens is None or is_prefilling is None or seq_lens.shape[0] < num_reqs:
-            return Plan.all_dense(Reason.NO_HOST_METADATA, _possible_prefill_tokens(common, config.min_chunk))
-        return make_plan(
-            common.query_start_loc_cpu.numpy()[: num_reqs + 1],
-            seq_lens.numpy()[:num_reqs],
-            is_prefilling.numpy()[:num_reqs],  # may lack the padding rows
-            config,
+    def _requests(self, common: CommonAttentionMetadata, config: MInferenceConfig) -> Requests:
+        num_reqs, bounds, is_prefilling = common.num_reqs, common.seq_lens_cpu_upper_bound, common.is_prefilling
+        is_below = common.max_seq_len < config.min_seq_len
+        seq_lens = [] if is_below or bounds is None else bounds.tolist()[:num_reqs]
+        if is_prefilling is None or not (is_below or len(seq_lens) == num_reqs):
+            return Requests.unknown(common.num_actual_tokens if common.max_query_len >= config.min_chunk else 0)
+        return Requests(
+            common.query_start_loc_cpu.tolist(),
+            seq_lens,
+            is_prefilling.tolist()[:num_reqs],
             # Another group's layers, which may go sparse, may take this group's metadata over: update_block_table.
             None if self._runtime.has_sparse_layers else self._dense_reason,
-            functools.partial(compat.step_dense_reason, common, metadata),
         )
 
 
@@ -150,8 +156,3 @@ def _late_reason(name: str, layer: Attention, vllm_config: VllmConfig, kv_cache_
     if kv_cache_spec.dtype != vllm_config.model_config.dtype:
         return Reason.DTYPE
     return None
-
-
-def _possible_prefill_tokens(common: CommonAttentionMetadata, min_chunk: int) -> int:
-    """Tokens of a step whose rows cannot be told apart, if one of them is long enough to have gone sparse."""
-    return common.num_actual_tokens if common.max_query_len >= min_chunk else 0

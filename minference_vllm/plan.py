@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of a step go sparse: decided once a step, from host data alone."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from itertools import compress, pairwise
+from typing import Any, NamedTuple
 
 from minference_vllm.config import MInferenceConfig
-
-Path = Literal["sparse", "dense"]
 
 
 class Reason(StrEnum):
@@ -83,32 +79,63 @@ class DenseRun(NamedTuple):
     max_seq_len: int
 
 
+class Requests(NamedTuple):
+    """The requests of a step, copied from vLLM's host tensors, which the next step overwrites.
+
+    Attributes:
+        starts: [num_reqs + 1] first query row of each.
+        seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Empty: all of them
+            are below the gate.
+        is_prefilling: [num_reqs] whether it still reads its prompt; may lack the padding rows.
+        layer_reason: what about the layers forbids sparse attention.
+        step_reason: what about the step forbids it to chunks that pass the gate.
+    """
+
+    starts: list[int]
+    seq_lens: list[int]
+    is_prefilling: list[bool]
+    layer_reason: Reason | None = None
+    step_reason: Reason | None = None
+
+    @classmethod
+    def unknown(cls, tokens: int) -> "Requests":
+        """A step whose rows cannot be told apart: they count as one chunk."""
+        return cls([0, tokens], [], [True], Reason.NO_HOST_METADATA)
+
+    def prompts(self) -> Iterator[tuple[int, int, int]]:
+        """Request, rows and keys of what is prefill.
+
+        A request's last prompt token alone, all that a prefix cache may leave of it, is a decode row in all but name.
+        """
+        for request in compress(range(len(self.is_prefilling)), self.is_prefilling):
+            rows = self.starts[request + 1] - self.starts[request]
+            if rows > 1:  # padding has none
+                yield request, rows, self.seq_lens[request] if self.seq_lens else 0
+
+    def reason(self, rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
+        """Why this many rows of a request with this many keys run where they run."""
+        if self.layer_reason is not None:
+            return self.layer_reason
+        if seq_len < config.min_seq_len:
+            return Reason.BELOW_MIN_SEQ_LEN
+        if rows < config.min_chunk:
+            return Reason.SHORT_CHUNK
+        return self.step_reason or Reason.GATE_OPEN
+
+
 class Plan(NamedTuple):
     """What a step does. `chunks` is empty when the whole step runs dense, as if the plugin were not there.
 
     Attributes:
         chunks: what runs sparse.
         dense_runs: the other rows, if anything runs sparse.
-        tokens: prefill tokens of this step by path and reason; decode rows are not prefill.
-        chunk_counts: prefill chunks (requests' shares of this step), likewise.
     """
 
-    chunks: tuple[SparseChunk, ...]
-    dense_runs: tuple[DenseRun, ...]
-    tokens: dict[tuple[Path, Reason], int]
-    chunk_counts: dict[tuple[Path, Reason], int]
-
-    @classmethod
-    def all_dense(cls, reason: Reason, tokens: int) -> "Plan":
-        """The plan of a step whose rows cannot be told apart."""
-        return cls((), (), {("dense", reason): tokens}, {("dense", reason): 1}) if tokens else NOTHING
+    chunks: tuple[SparseChunk, ...] = ()
+    dense_runs: tuple[DenseRun, ...] = ()
 
 
-FEW = 16
-"""Prefill requests that are looked at one by one faster than all at once."""
-
-NOTHING = Plan((), (), {}, {})
-"""The plan of a step without prefill."""
+ALL_DENSE = Plan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,108 +151,35 @@ class Step:
     dense_runs: tuple[tuple[DenseRun, Any], ...]
 
 
-def make_plan(
-    query_start_loc: np.ndarray,
-    seq_lens: np.ndarray,
-    is_prefilling: np.ndarray,
-    config: MInferenceConfig,
-    dense_reason: Reason | None = None,
-    find_step_reason: Callable[[], Reason | None] | None = None,
-) -> Plan:
-    """Split a step into sparse chunks and dense runs. Costs little for a step of decode rows, however many.
-
-    A request's last prompt token alone, all that a prefix cache may leave of it, is a decode row in all but name, and
-    is not counted.
-
-    Args:
-        query_start_loc: [num_reqs + 1] int, first query row of each request.
-        seq_lens: [num_reqs] int, keys of each request, its rows of this step included; exact for prefill rows.
-        is_prefilling: [num_reqs] bool, whether the request still reads its prompt.
-        config: the gate.
-        dense_reason: set when something about the layers forbids sparse attention.
-        find_step_reason: says what about the step forbids it; called only if a chunk passes the gate.
-    """
-    requests = is_prefilling.nonzero()[0]
-    tally: dict[Reason, tuple[int, int]] = {}
-    if len(requests) > FEW:
-        requests = _turn_away(requests, query_start_loc, seq_lens, config, dense_reason, tally)
-    chunks: list[SparseChunk] = []
-    for request in requests.tolist():
-        # item: NumPy's own numbers cost as much as all else here.
-        start, seq_len = query_start_loc.item(request), seq_lens.item(request)
-        rows = query_start_loc.item(request + 1) - start
-        if rows <= 1:  # padding has none
-            continue
-        reason = dense_reason or _gate(rows, seq_len, config)
-        if reason is Reason.GATE_OPEN and find_step_reason is not None:
-            reason = find_step_reason() or reason
-        if reason is Reason.GATE_OPEN:
-            chunks.append(SparseChunk(request, start, rows, seq_len - rows))
-        tokens, count = tally.get(reason, (0, 0))
-        tally[reason] = tokens + rows, count + 1
-    dense_runs = _gaps(chunks, query_start_loc, seq_lens) if chunks else ()
-    labels = {reason: (_path(reason), reason) for reason in tally}
-    return Plan(
-        tuple(chunks),
-        dense_runs,
-        {labels[reason]: tokens for reason, (tokens, _) in tally.items()},
-        {labels[reason]: count for reason, (_, count) in tally.items()},
+def make_plan(requests: Requests, config: MInferenceConfig) -> Plan:
+    """Split a step into sparse chunks and dense runs; `config` has the gate."""
+    chunks = tuple(
+        SparseChunk(request, requests.starts[request], rows, seq_len - rows)
+        for request, rows, seq_len in requests.prompts()
+        if requests.reason(rows, seq_len, config) is Reason.GATE_OPEN
     )
+    return Plan(chunks, _gaps(chunks, requests)) if chunks else ALL_DENSE
 
 
-def _path(reason: Reason) -> Path:
-    return "sparse" if reason is Reason.GATE_OPEN else "dense"
+def tally(requests: Requests, config: MInferenceConfig) -> dict[tuple[str, str], tuple[int, int]]:
+    """Prefill tokens of a step, and its chunks (requests' shares), by path and reason; decode rows are not prefill."""
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
+    for _, rows, seq_len in requests.prompts():
+        reason = requests.reason(rows, seq_len, config)
+        label = "sparse" if reason is Reason.GATE_OPEN else "dense", reason.value
+        tokens, chunks = counts.get(label, (0, 0))
+        counts[label] = tokens + rows, chunks + 1
+    return counts
 
 
-def _turn_away(
-    requests: np.ndarray,
-    query_start_loc: np.ndarray,
-    seq_lens: np.ndarray,
-    config: MInferenceConfig,
-    dense_reason: Reason | None,
-    tally: dict[Reason, tuple[int, int]],
-) -> np.ndarray:
-    """Look at all requests at once: add rows and number of those that stay dense to `tally`, return the others."""
-    rows = query_start_loc[requests + 1] - query_start_loc[requests]
-    is_prefill = rows > 1
-    if dense_reason:
-        passes, groups = np.zeros_like(is_prefill), {dense_reason: is_prefill}
-    else:
-        is_long = seq_lens[requests] >= config.min_seq_len
-        passes = is_prefill & is_long & (rows >= config.min_chunk)
-        groups = {
-            Reason.BELOW_MIN_SEQ_LEN: is_prefill & ~is_long,
-            Reason.SHORT_CHUNK: is_prefill & is_long & ~passes,
-        }
-    for reason, group in groups.items():
-        if count := int(np.count_nonzero(group)):
-            tally[reason] = int(rows[group].sum()), count
-    return requests[passes]
-
-
-def _gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
-    if seq_len < config.min_seq_len:
-        return Reason.BELOW_MIN_SEQ_LEN
-    if rows < config.min_chunk:
-        return Reason.SHORT_CHUNK
-    return Reason.GATE_OPEN
-
-
-def _gaps(chunks: list[SparseChunk], query_start_loc: np.ndarray, seq_lens: np.ndarray) -> tuple[DenseRun, ...]:
+def _gaps(chunks: Sequence[SparseChunk], requests: Requests) -> tuple[DenseRun, ...]:
     """The requests before, between and after the sparse ones, as runs of neighbours."""
     runs = []
+    starts, seq_lens = requests.starts, requests.seq_lens
     edges = [-1, *(chunk.request for chunk in chunks), len(seq_lens)]
     for before, end in pairwise(edges):
         first = before + 1
-        if query_start_loc[end] > query_start_loc[first]:
-            runs.append(
-                DenseRun(
-                    first=first,
-                    end=end,
-                    query_start=int(query_start_loc[first]),
-                    query_end=int(query_start_loc[end]),
-                    max_query_len=int(np.diff(query_start_loc[first : end + 1]).max()),
-                    max_seq_len=int(seq_lens[first:end].max()),
-                )
-            )
+        if starts[end] > starts[first]:
+            rows = (after - start for start, after in pairwise(starts[first : end + 1]))
+            runs.append(DenseRun(first, end, starts[first], starts[end], max(rows), max(seq_lens[first:end])))
     return tuple(runs)

@@ -11,9 +11,9 @@ from minference_vllm.attention import sparse_prefill
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.engine import load_engine
 from minference_vllm.index import TILE, PagedKV
-from minference_vllm.metrics.counters import Counters
+from minference_vllm.metrics.counters import Counters, Tally
 from minference_vllm.metrics.density import DensityMeter
-from minference_vllm.plan import Plan, SparseChunk
+from minference_vllm.plan import Requests, SparseChunk, tally
 from minference_vllm.workspace import Geometry, Workspace
 
 DENSITY_INTERVAL = 0.05  # seconds
@@ -27,17 +27,17 @@ class Runtime:
     Args:
         config: the resolved configuration.
         device: where the model runs.
-        publish: whether this worker reports metrics for its engine.
+        publish: whether this worker counts, and reports metrics for its engine.
     """
 
     def __init__(self, config: MInferenceConfig, device: torch.device, publish: bool) -> None:
         self.config = config
         self.device = device
         self.engine = load_engine(config, device)
-        self.counters = Counters(publish, config.log_every)
+        self.counters = Counters(publish, config.log_every, self.count)
         self.has_sparse_layers = False
         self._counted: set[str] = set()
-        self._causal_pairs = 0
+        self._causal_pairs = self._causal_pairs_read = 0
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
         self._workspaces: dict[Geometry, Workspace] = {}
@@ -68,20 +68,27 @@ class Runtime:
     def join(self, has_sparse_layers: bool) -> None:
         """A metadata builder's layers may go sparse, or may not. Called before it counts."""
         self.has_sparse_layers |= has_sparse_layers
+        self.counters.start()
 
-    def count(self, group: str, has_sparse_layers: bool, plan: Plan) -> None:
-        """Count a step's prefill tokens before it is launched: once, though every KV cache group may plan it.
+    def count(self, group: str, has_sparse_layers: bool, requests: Requests) -> Tally:
+        """What to count of a step's prefill: all of it once, though every KV cache group plans it.
 
         Args:
             group: whose builder planned it.
             has_sparse_layers: whether its layers may go sparse; if any do, those groups speak for the model.
-            plan: what the step does.
+            requests: of the step.
         """
         if has_sparse_layers is self.has_sparse_layers and self._opens_step(group):
-            for (path, reason), tokens in plan.tokens.items():
-                self.counters.add_tokens(path, reason.value, tokens, plan.chunk_counts[path, reason])
-            if self._density and (reading := self._density.poll(self._causal_pairs, time.monotonic())):
-                self.counters.set_density(*reading)
+            return tally(requests, self.config)
+        return {}
+
+    def read_density(self) -> None:
+        """Read back from the GPU, without waiting, what the sparse kernels kept. Called in each step."""
+        if self._causal_pairs == self._causal_pairs_read or self._density is None:
+            return
+        if reading := self._density.poll(self._causal_pairs, time.monotonic()):
+            self.counters.set_density(*reading)
+            self._causal_pairs_read = reading[1]
 
     def _opens_step(self, group: str) -> bool:
         """Whether this is a first group of a step or micro-batch. Each comes once; one that returns opens the next."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's side of the metrics: counts prefill tokens in the step's hot path, publishes from a thread."""
+"""The worker's side of the metrics: a step only leaves what is to count, a thread counts and publishes it."""
 
 import atexit
 import functools
@@ -8,14 +8,16 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
 METRICS_DIR = "MINFERENCE_METRICS_DIR"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 PUBLISH_SECONDS = 1.0
+MOST_DEFERRED = 16384  # steps: minutes, in which a disk has held the thread up; the oldest go uncounted
 
 # Name and help text; Prometheus appends _total to the name of a counter.
 LABELS = ("path", "reason")
@@ -25,7 +27,8 @@ KEPT_PAIRS = ("minference_kept_pairs", "Query-key pairs that sparse attention co
 CAUSAL_PAIRS = ("minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.")
 DENSITY = ("minference_density", "Kept / causal pairs of all sparse attention since start.")
 
-AttentionPath = Literal["sparse", "dense"]
+Tally = Mapping[tuple[str, str], tuple[int, int]]
+"""Tokens and chunks by path and reason."""
 
 # vLLM's log handlers hang on the "vllm" logger only.
 logger = logging.getLogger("vllm.minference.metrics")
@@ -98,39 +101,42 @@ class Counters:
     once a rank.
 
     Args:
-        publish: export and log; False on every rank but 0.
+        publish: count, export and log; False on every rank but 0.
         log_every: seconds between two log lines; 0 never logs.
+        tally: says what is to count of what a step has left to `defer`, in the order of the steps.
     """
 
-    def __init__(self, publish: bool, log_every: float) -> None:
+    def __init__(self, publish: bool, log_every: float, tally: Callable[..., Tally]) -> None:
         self._publish = publish
         self._log_every = log_every
-        self._lock = threading.Lock()  # the totals; held for a dict update or a copy, never for I/O
+        self._tally = tally
+        self._deferred: deque[tuple[Any, ...]] = deque(maxlen=MOST_DEFERRED)
+        self.defer = self._deferred.append if publish else _ignore
+        """Have these arguments of `tally` counted later. Called in the step's hot path, so it is the bare append."""
+        self._lock = threading.Lock()  # the totals; never held for I/O, nor taken in the step's hot path
         self._tokens: Counter[tuple[str, str]] = Counter()
         self._chunks: Counter[tuple[str, str]] = Counter()
-        self._kept_pairs = self._causal_pairs = 0
+        self._pairs = (0, 0)  # kept and causal, always replaced together
         self._publish_lock = threading.Lock()  # what was published and logged; the thread and flush() may both publish
         self._thread: threading.Thread | None = None
         self._published = self._logged = Snapshot()
         self._logged_at = 0.0
         self._warned = False
 
-    def add_tokens(self, path: AttentionPath, reason: str, tokens: int, chunks: int = 1) -> None:
-        """Count prompt tokens of prefill chunks that took `path` for `reason`. Called in the step's hot path."""
-        with self._lock:
-            self._tokens[path, reason] += tokens
-            self._chunks[path, reason] += chunks
-        if self._thread is None and self._publish:
-            self._start()
-
     def set_density(self, kept_pairs: int, causal_pairs: int) -> None:
         """Set the totals since start, both read at the same point of the GPU's stream."""
-        with self._lock:
-            self._kept_pairs, self._causal_pairs = kept_pairs, causal_pairs
+        self._pairs = kept_pairs, causal_pairs
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            return Snapshot(self._tokens.copy(), self._chunks.copy(), self._kept_pairs, self._causal_pairs)
+            self._settle()
+            return Snapshot(self._tokens.copy(), self._chunks.copy(), *self._pairs)
+
+    def _settle(self) -> None:
+        while self._deferred:
+            for label, (tokens, chunks) in self._tally(*self._deferred.popleft()).items():
+                self._tokens[label] += tokens
+                self._chunks[label] += chunks
 
     def flush(self) -> None:
         """Publish now what changed since the last time. A directory that cannot be written costs one warning."""
@@ -153,9 +159,10 @@ class Counters:
                     logger.warning("MInference metrics cannot be written: %s. Serving goes on without them.", error)
                 self._warned = True
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the thread, if there is none and this worker publishes."""
         with self._publish_lock:
-            if self._thread is not None:
+            if self._thread is not None or not self._publish:
                 return
             self._logged_at = time.monotonic()
             self._thread = threading.Thread(target=self._run, name="minference-metrics", daemon=True)
@@ -181,6 +188,10 @@ class Counters:
             self._logged, self._logged_at = total, now
         if delta.tokens:
             logger.info(summary(delta, seconds))
+
+
+def _ignore(arguments: tuple[Any, ...]) -> None:
+    """Nothing is counted where nobody would read it."""
 
 
 def write_atomically(path: Path, text: str) -> None:

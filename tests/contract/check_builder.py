@@ -5,6 +5,8 @@ FlashAttention's builder needs no GPU: it runs as it is.
 """
 
 import dataclasses
+import statistics
+import time
 from typing import Any
 
 import numpy as np
@@ -248,3 +250,23 @@ def test_tokens_of_a_model_with_windows_are_counted_by_its_sparse_group(sparse_g
     for builder in builders:
         builder.build(0, make_common(LONG))
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
+
+
+# Some 0.2, 7 and 5 us; the bounds leave room for a busy machine, not for a look at each request.
+@pytest.mark.parametrize(
+    ("batch", "bound"),
+    [
+        pytest.param((DECODE,) * 512, 25e-6, id="decode"),
+        pytest.param((*(Row(1, 400, prefill=False),) * 512, SHORT), 60e-6, id="a short prompt beside long answers"),
+        pytest.param((SHORT,) * 512, 60e-6, id="short prompts"),
+    ],
+)
+def test_steps_below_the_gate_cost_next_to_nothing(batch: tuple[Row, ...], bound: float) -> None:
+    _, builder, _ = one_group()
+    common = make_common(*batch)
+    times = []
+    for _ in range(300):
+        start = time.perf_counter()
+        builder.plan_step(common, None)
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < bound

@@ -43,7 +43,7 @@ MIXED = (DECODE, LONG, SHORT, DECODE, LONG)
 
 def make_runtime(**settings: Any) -> Runtime:
     gate = {"min_seq_len": 200, "min_chunk": 100, "vertical_size": EVERYTHING, "slash_size": EVERYTHING, "log_every": 0}
-    return Runtime(MInferenceConfig(**{**gate, **settings}), CPU, publish=False)
+    return Runtime(MInferenceConfig(**{**gate, **settings}), CPU, publish=True)
 
 
 def make_config(**changes: Any) -> Any:

@@ -58,7 +58,7 @@ def test_planning_is_timed_apart_for_steps_with_prompts():
         def ask(self, request):
             return {"plans": [[1.0, 0], [9.0, 3], [2.0, 0], [11.0, 5], [3.0, 0]]}
 
-    assert ttft.time_busy_plans(Busy()) == {
+    assert ttft.time_busy_plans(Busy(), 8) == {
         "decode_steps": 3, "decode_us": 2.0, "prefill_steps": 2, "prefill_us": 10.0, "chunks_a_prefill_step": 4,
     }  # fmt: skip
 

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step leaves to count is counted once, in order, whoever asks when."""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from minference_vllm.metrics import counters as counters_module
+from minference_vllm.metrics.counters import Counters, Snapshot, summary
+
+
+def test_threads_lose_no_tokens():
+    counters = Counters(publish=True, log_every=0, tally=dict)
+
+    def serve() -> None:
+        for _ in range(500):
+            counters.defer(({("dense", "short_chunk"): (3, 1)},))
+            counters.snapshot()
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(serve)
+    assert counters.snapshot().tokens["dense", "short_chunk"] == 8 * 500 * 3
+    assert counters.snapshot().chunks["dense", "short_chunk"] == 8 * 500
+
+
+def test_steps_are_told_apart_in_their_order():
+    steps = []
+    counters = Counters(publish=True, log_every=0, tally=lambda *step: steps.append(step) or {})
+    for step in (("a", 1), ("b", 2), ("a", 3)):
+        counters.defer(step)
+    assert steps == []
+    counters.snapshot()
+    assert steps == [("a", 1), ("b", 2), ("a", 3)]
+
+
+def test_what_is_left_to_count_is_bounded(monkeypatch):
+    monkeypatch.setattr(counters_module, "MOST_DEFERRED", 3)
+    counters = Counters(publish=True, log_every=0, tally=dict)
+    for _ in range(5):
+        counters.defer(({("sparse", "gate_open"): (7, 1)},))
+    assert counters.snapshot().tokens["sparse", "gate_open"] == 3 * 7
+
+
+def test_snapshot_survives_json_and_arithmetic():
+    one = Snapshot(Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1}), 2**63, 2**65)
+    assert Snapshot.from_json(one.to_json()) == one
+    assert one + one - one == one
+    assert one - one == Snapshot()
+    assert (one.density, Snapshot().density) == (0.25, None)
+
+
+def test_summary_reads_as_documented():
+    tokens = Counter(
+        {("sparse", "gate_open"): 12288, ("dense", "short_chunk"): 12, ("dense", "below_min_seq_len"): 800}
+    )
+    assert summary(Snapshot(tokens, Counter(), 142, 1000), seconds=10.3) == (
+        "MInference: 12,288 prompt tokens sparse, 812 dense (below_min_seq_len 800, short_chunk 12) in 10 s;"
+        " density 14.2%"
+    )
+    assert summary(Snapshot(Counter({("sparse", "gate_open"): 5})), seconds=1) == (
+        "MInference: 5 prompt tokens sparse, 0 dense in 1 s; density not read yet"
+    )
