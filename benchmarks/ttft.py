@@ -44,6 +44,8 @@ TINY = {
     "vocab_size": 1024,
 }
 TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16}
+USUAL = {"tokens": [8192, 32768, 131072], "layers": 32}
+TINY_USUAL = {"tokens": [600], "layers": 2}
 MEMORY_OF_EACH = 0.47  # of the GPU's: two engines are up at a time
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
@@ -240,13 +242,17 @@ def main() -> None:
     if serve_requests(start_engine):
         return
     parser = argument_parser(__doc__, "a few layers of a toy shape, the gate at 256 tokens")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072], help="prompt lengths")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=argparse.SUPPRESS, help=f"prompt lengths; usually {USUAL['tokens']}"
+    )
+    parser.add_argument("--layers", type=int, default=argparse.SUPPRESS, help=f"usually {USUAL['layers']}")
     parser.add_argument("--repeats", type=int, default=3, help="timed requests, if neither very long nor very short")
     parser.add_argument("--chunk", type=int, default=16384, help="max_num_batched_tokens")
     parser.add_argument("--sizes", type=Sizes.parse, nargs="+", default=[Sizes(1000, 6096)], help="vertical:slash")
     parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
     options = parser.parse_args()
+    for name, usual in (TINY_USUAL if options.tiny else USUAL).items():
+        vars(options).setdefault(name, usual)
     results.describe_run(options.tiny)
     rows, seconds, busy_plans = [], {}, {}
     burst = TINY_BURST if options.tiny else BURST

@@ -13,7 +13,6 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
-from minference_vllm.config import MInferenceConfig
 from minference_vllm.plan import ALL_DENSE, DenseRun, Plan, Reason, Requests, SparseChunk, Step, make_plan
 
 logger = logging.getLogger("vllm.minference")
@@ -30,6 +29,7 @@ class PlanningMixin:
             layer.impl.settle(_late_reason(name, layer, vllm_config, kv_cache_spec))
         sparse = [impl for impl in impls if impl.dense_reason is None]
         self._runtime = impls[0].runtime
+        self._config = self._runtime.config
         self._group = layer_names[0]
         self._dense_reason = impls[0].dense_reason
         self._has_sparse_layers = bool(sparse)
@@ -45,10 +45,11 @@ class PlanningMixin:
         """Plan one step, and have it counted."""
         # Between two steps vLLM does enough to empty the CPU's caches: what counts here is how much code and data a
         # step touches. (The length of a tensor takes 20 us then, its list 5.)
-        self._runtime.read_density()
-        plan, config = ALL_DENSE, self._runtime.config
+        runtime, config, plan = self._runtime, self._config, ALL_DENSE
+        if runtime.density_is_due:
+            runtime.read_density()
         if common.max_query_len > 1:
-            requests = self._requests(common, config)
+            requests = self._requests(common)
             if common.max_seq_len >= config.min_seq_len and common.max_query_len >= config.min_chunk:
                 plan = make_plan(requests, config)
                 if plan.chunks and (reason := compat.step_dense_reason(common, metadata)):
@@ -56,12 +57,12 @@ class PlanningMixin:
             self._count((self._group, self._has_sparse_layers, requests))
         return plan
 
-    def _requests(self, common: CommonAttentionMetadata, config: MInferenceConfig) -> Requests:
+    def _requests(self, common: CommonAttentionMetadata) -> Requests:
         num_reqs, bounds, is_prefilling = common.num_reqs, common.seq_lens_cpu_upper_bound, common.is_prefilling
-        is_below = common.max_seq_len < config.min_seq_len
+        is_below = common.max_seq_len < self._config.min_seq_len
         seq_lens = [] if is_below or bounds is None else bounds.tolist()[:num_reqs]
         if is_prefilling is None or not (is_below or len(seq_lens) == num_reqs):
-            return Requests.unknown(common.num_actual_tokens if common.max_query_len >= config.min_chunk else 0)
+            return Requests.unknown(common.num_actual_tokens if common.max_query_len >= self._config.min_chunk else 0)
         return Requests(
             common.query_start_loc_cpu.tolist(),
             seq_lens,

@@ -37,7 +37,9 @@ class Runtime:
         self.counters = Counters(publish, config.log_every, self.count)
         self.has_sparse_layers = False
         self._counted: set[str] = set()
-        self._causal_pairs = self._causal_pairs_read = 0
+        self._causal_pairs = 0
+        self.density_is_due = False
+        """Whether anything has run sparse since the last copy of what was kept arrived."""
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
         self._workspaces: dict[Geometry, Workspace] = {}
@@ -63,6 +65,7 @@ class Runtime:
         rows = slice(chunk.query_start, chunk.query_start + chunk.num_rows)
         ws = self.workspace(geometry)
         self._causal_pairs += geometry.num_qo_heads * chunk.causal_pairs
+        self.density_is_due = True
         sparse_prefill(q[rows], kv, chunk.context_len, scale, self.config, self.engine, ws, out[rows])
 
     def join(self, has_sparse_layers: bool) -> None:
@@ -83,12 +86,10 @@ class Runtime:
         return {}
 
     def read_density(self) -> None:
-        """Read back from the GPU, without waiting, what the sparse kernels kept. Called in each step."""
-        if self._causal_pairs == self._causal_pairs_read or self._density is None:
-            return
-        if reading := self._density.poll(self._causal_pairs, time.monotonic()):
+        """Read back from the GPU, without waiting, what the sparse kernels kept. Called in steps when it is due."""
+        if self._density and (reading := self._density.poll(self._causal_pairs, time.monotonic())):
             self.counters.set_density(*reading)
-            self._causal_pairs_read = reading[1]
+            self.density_is_due = reading[1] != self._causal_pairs
 
     def _opens_step(self, group: str) -> bool:
         """Whether this is a first group of a step or micro-batch. Each comes once; one that returns opens the next."""

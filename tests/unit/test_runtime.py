@@ -9,6 +9,8 @@ import torch
 
 from minference_vllm import runtime
 from minference_vllm.config import MInferenceConfig
+from minference_vllm.index import PagedKV
+from minference_vllm.plan import SparseChunk
 from minference_vllm.workspace import Geometry
 
 GEOMETRY = Geometry(num_qo_heads=2, max_seq_len=512, max_chunk=256, num_probes=64, max_columns=1000)
@@ -43,3 +45,19 @@ def test_a_dry_run_is_not_counted() -> None:
     worker.dry_run(1, 64, 16, torch.bfloat16, replace(GEOMETRY, max_seq_len=768))
     assert kept.item() == 12
     assert worker._causal_pairs == 0
+
+
+def test_density_is_due_until_what_ran_last_has_been_read() -> None:
+    worker = runtime.Runtime(MInferenceConfig(log_every=0), torch.device("cpu"), publish=False)
+    keys = torch.zeros(32, 1, 16, 64, dtype=torch.bfloat16)
+    kv = PagedKV(keys, keys, torch.arange(32, dtype=torch.int32)[None], 0)
+    q = torch.zeros(200, GEOMETRY.num_qo_heads, 64, dtype=torch.bfloat16)
+    assert not worker.density_is_due
+    chunk = SparseChunk(request=0, query_start=0, num_rows=200, context_len=0)
+    worker.run(q, kv, chunk, 1.0, GEOMETRY, torch.empty_like(q))
+    assert worker.density_is_due
+    worker.read_density()
+    counted = worker.counters.snapshot()
+    assert counted.causal_pairs == 2 * 200 * 201 // 2
+    assert 0 < counted.kept_pairs <= counted.causal_pairs
+    assert not worker.density_is_due
