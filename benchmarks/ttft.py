@@ -130,10 +130,10 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
 
 
 class TimedPlan(NamedTuple):
-    """Planning of one step: microseconds of host time, and requests in that step which read their prompt."""
+    """Planning of one step: microseconds of host time, and whether the step holds more than decode rows."""
 
     us: float
-    chunks: int
+    is_prefill: bool
 
 
 def time_plans() -> list[TimedPlan]:
@@ -146,7 +146,7 @@ def time_plans() -> list[TimedPlan]:
         start = time.perf_counter()
         plan = plan_step(self, common, metadata)
         us = 1e6 * (time.perf_counter() - start)
-        plans.append(TimedPlan(us, int(common.is_prefilling.sum())))
+        plans.append(TimedPlan(us, common.max_query_len > 1))
         return plan
 
     PlanningMixin.plan_step = timed  # type: ignore[method-assign]
@@ -175,13 +175,12 @@ def time_busy_plans(sparse: EngineProcess, burst: int) -> dict[str, Any]:
     """Microseconds of planning a step in an engine that goes from step to step without a pause."""
     sparse.ask({"burst": burst})
     plans = [TimedPlan(*plan) for plan in sparse.ask({"burst": burst})["plans"]]
-    decode, prefill = ([plan for plan in plans if bool(plan.chunks) is wanted] for wanted in (False, True))
+    decode, prefill = ([plan for plan in plans if plan.is_prefill is wanted] for wanted in (False, True))
     found: dict[str, Any] = {}
     for kind, some in (("decode", decode), ("prefill", prefill)):
         us = round(statistics.median(plan.us for plan in some), 1) if some else None
         found |= {f"{kind}_steps": len(some), f"{kind}_us": us}
-    chunks = round(statistics.mean(plan.chunks for plan in prefill), 1) if prefill else None
-    return found | {"chunks_a_prefill_step": chunks}
+    return found
 
 
 def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
@@ -224,11 +223,10 @@ def describe(options: argparse.Namespace, spec: dict[str, Any], burst: int) -> d
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
         "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
         "side, take in turns after one each to warm up",
-        "plan_us": "host time that the plugin adds to a step for planning it, median; in the rows on an engine that "
-        "was idle, whose caches are cold, in busy_plans on one that serves "
-        f"{burst} requests of {BURST_TOKENS} tokens and answers of {BURST_ANSWER} at once, in steps that hold prompts "
-        "and in others; to that comes a third of a microsecond a layer, for the check whether anything of the step is "
-        "sparse",
+        "plan_us": "host time that planning adds to a step, median (a thread counts later); in the rows on an engine "
+        f"that was idle, whose caches are cold, in busy_plans on one that serves {burst} requests of {BURST_TOKENS} "
+        f"tokens and answers of {BURST_ANSWER} at once, in steps that hold prompts and in others; to that comes a "
+        "third of a microsecond a layer, for the check whether anything of the step is sparse",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
         "prompts": "random token ids",
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
@@ -259,21 +257,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory)
         settings = describe(options, spec, burst)
+        record = {"settings": settings, "busy_plans": busy_plans, "seconds": seconds}
         with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
             for sizes in options.sizes:
                 minference = {"vertical_size": sizes.vertical, "slash_size": sizes.slash}
                 minference |= TINY_SETTINGS if options.tiny else {}
                 settings["sparse"][str(sizes)] = resolved(minference)
                 with EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}) as sparse:
-                    busy_plans[str(sizes)] = time_busy_plans(sparse, burst)
                     for tokens in options.tokens:
                         found = time_side_by_side(dense, sparse, tokens, options.repeats)
                         seconds[f"{sizes}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
                         rows.append(make_row(sizes, options.layers, tokens, found))
                         # After each row: what a run that is cut off has measured stays.
-                        results.write(
-                            options.out, rows, options.tiny, settings=settings, busy_plans=busy_plans, seconds=seconds
-                        )
+                        results.write(options.out, rows, options.tiny, **record)
+                    # Last: what an engine has served makes its garbage collections longer, and the other serves none.
+                    busy_plans[str(sizes)] = time_busy_plans(sparse, burst)
+                    results.write(options.out, rows, options.tiny, **record)
     print(results.table(rows))
 
 

@@ -34,7 +34,6 @@ class PlanningMixin:
         self._dense_reason = impls[0].dense_reason
         self._has_sparse_layers = bool(sparse)
         self._runtime.join(self._has_sparse_layers)
-        self._count = self._runtime.counters.defer
         for impl in sparse:
             impl.warm_up(kv_cache_spec.block_size)
         for reason in {impl.dense_reason for impl in impls} - {None}:
@@ -43,33 +42,44 @@ class PlanningMixin:
 
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         """Plan one step, and have it counted."""
-        # Between two steps vLLM does enough to empty the CPU's caches: what counts here is how much code and data a
-        # step touches. (The length of a tensor takes 20 us then, its list 5.)
         runtime, config, plan = self._runtime, self._config, ALL_DENSE
         if runtime.density_is_due:
             runtime.read_density()
-        if common.max_query_len > 1:
-            requests = self._requests(common)
-            if common.max_seq_len >= config.min_seq_len and common.max_query_len >= config.min_chunk:
+        # If any layers may go sparse, the groups that have such layers speak for the model.
+        counts = runtime.publish and self._has_sparse_layers is runtime.has_sparse_layers
+        may_pass = common.max_seq_len >= config.min_seq_len and common.max_query_len >= config.min_chunk
+        if common.max_query_len > 1 and (counts or may_pass) and (requests := self._requests(common)):
+            if may_pass:
                 plan = make_plan(requests, config)
                 if plan.chunks and (reason := compat.step_dense_reason(common, metadata)):
                     requests, plan = requests._replace(step_reason=reason), ALL_DENSE
-            self._count((self._group, self._has_sparse_layers, requests))
+            if counts:
+                runtime.counters.defer(self._group, requests)
         return plan
 
-    def _requests(self, common: CommonAttentionMetadata) -> Requests:
-        num_reqs, bounds, is_prefilling = common.num_reqs, common.seq_lens_cpu_upper_bound, common.is_prefilling
-        is_below = common.max_seq_len < self._config.min_seq_len
-        seq_lens = [] if is_below or bounds is None else bounds.tolist()[:num_reqs]
-        if is_prefilling is None or not (is_below or len(seq_lens) == num_reqs):
-            return Requests.unknown(common.num_actual_tokens if common.max_query_len >= self._config.min_chunk else 0)
-        return Requests(
-            common.query_start_loc_cpu.tolist(),
-            seq_lens,
-            is_prefilling.tolist()[:num_reqs],
-            # Another group's layers, which may go sparse, may take this group's metadata over: update_block_table.
-            None if self._runtime.has_sparse_layers else self._dense_reason,
-        )
+    def _requests(self, common: CommonAttentionMetadata) -> Requests | None:
+        """The step's requests; None if none of them reads a prompt."""
+        # Another group's layers, which may go sparse, may take this group's metadata over: update_block_table.
+        reason = None if self._runtime.has_sparse_layers else self._dense_reason
+        if common.is_prefilling is None:
+            return self._unknown(common, reason)
+        # vLLM empties the CPU's caches between two steps. What counts then is how much code and data this touches:
+        # asking a tensor for its length, or NumPy for a view of it, takes longer than a copy.
+        num_reqs, is_prefilling = common.num_reqs, common.is_prefilling.tolist()
+        if True not in is_prefilling:  # drafts to be verified
+            return None
+        seq_lens: list[int] = []
+        if common.max_seq_len >= self._config.min_seq_len:
+            bounds = common.seq_lens_cpu_upper_bound
+            if bounds is None or len(seq_lens := bounds.tolist()[:num_reqs]) < num_reqs:
+                return self._unknown(common, reason)
+        return Requests(common.query_start_loc_cpu.tolist(), seq_lens, is_prefilling[:num_reqs], reason)
+
+    def _unknown(self, common: CommonAttentionMetadata, reason: Reason | None) -> Requests | None:
+        """A step whose rows cannot be told apart, if one of its chunks is long enough to have gone sparse."""
+        if common.max_query_len < self._config.min_chunk:
+            return None
+        return Requests.unknown(common.num_actual_tokens, reason or Reason.NO_HOST_METADATA)
 
 
 class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):

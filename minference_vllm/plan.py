@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of a step go sparse: decided once a step, from host data alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import compress, pairwise
@@ -84,8 +84,8 @@ class Requests(NamedTuple):
 
     Attributes:
         starts: [num_reqs + 1] first query row of each.
-        seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Empty: all of them
-            are below the gate.
+        seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Empty if nobody
+            asks, because all of them are below the gate, or unknown.
         is_prefilling: [num_reqs] whether it still reads its prompt; may lack the padding rows.
         layer_reason: what about the layers forbids sparse attention.
         step_reason: what about the step forbids it to chunks that pass the gate.
@@ -98,9 +98,9 @@ class Requests(NamedTuple):
     step_reason: Reason | None = None
 
     @classmethod
-    def unknown(cls, tokens: int) -> "Requests":
-        """A step whose rows cannot be told apart: they count as one chunk."""
-        return cls([0, tokens], [], [True], Reason.NO_HOST_METADATA)
+    def unknown(cls, tokens: int, reason: Reason) -> "Requests":
+        """A step whose rows cannot be told apart: they count as one chunk, dense for this reason."""
+        return cls([0, tokens], [], [True], reason)
 
     def prompts(self) -> Iterator[tuple[int, int, int]]:
         """Request, rows and keys of what is prefill.
@@ -152,7 +152,12 @@ class Step:
 
 
 def make_plan(requests: Requests, config: MInferenceConfig) -> Plan:
-    """Split a step into sparse chunks and dense runs; `config` has the gate."""
+    """Split a step into sparse chunks and dense runs.
+
+    Args:
+        requests: of the step, with their lengths.
+        config: the gate.
+    """
     chunks = tuple(
         SparseChunk(request, requests.starts[request], rows, seq_len - rows)
         for request, rows, seq_len in requests.prompts()
@@ -172,7 +177,7 @@ def tally(requests: Requests, config: MInferenceConfig) -> dict[tuple[str, str],
     return counts
 
 
-def _gaps(chunks: Sequence[SparseChunk], requests: Requests) -> tuple[DenseRun, ...]:
+def _gaps(chunks: tuple[SparseChunk, ...], requests: Requests) -> tuple[DenseRun, ...]:
     """The requests before, between and after the sparse ones, as runs of neighbours."""
     runs = []
     starts, seq_lens = requests.starts, requests.seq_lens

@@ -32,14 +32,15 @@ class Runtime:
 
     def __init__(self, config: MInferenceConfig, device: torch.device, publish: bool) -> None:
         self.config = config
+        self.publish = publish
         self.device = device
         self.engine = load_engine(config, device)
-        self.counters = Counters(publish, config.log_every, self.count)
+        self.counters = Counters(publish, config.log_every, self.tally_once)
         self.has_sparse_layers = False
         self._counted: set[str] = set()
         self._causal_pairs = 0
+        # Whether something to publish has run sparse since the last copy of what was kept.
         self.density_is_due = False
-        """Whether anything has run sparse since the last copy of what was kept arrived."""
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
         self._workspaces: dict[Geometry, Workspace] = {}
@@ -65,7 +66,7 @@ class Runtime:
         rows = slice(chunk.query_start, chunk.query_start + chunk.num_rows)
         ws = self.workspace(geometry)
         self._causal_pairs += geometry.num_qo_heads * chunk.causal_pairs
-        self.density_is_due = True
+        self.density_is_due = self.publish
         sparse_prefill(q[rows], kv, chunk.context_len, scale, self.config, self.engine, ws, out[rows])
 
     def join(self, has_sparse_layers: bool) -> None:
@@ -73,17 +74,16 @@ class Runtime:
         self.has_sparse_layers |= has_sparse_layers
         self.counters.start()
 
-    def count(self, group: str, has_sparse_layers: bool, requests: Requests) -> Tally:
+    def tally_once(self, group: str, requests: Requests) -> Tally:
         """What to count of a step's prefill: all of it once, though every KV cache group plans it.
+
+        Called by the counters, in the order of the steps, by one thread at a time.
 
         Args:
             group: whose builder planned it.
-            has_sparse_layers: whether its layers may go sparse; if any do, those groups speak for the model.
             requests: of the step.
         """
-        if has_sparse_layers is self.has_sparse_layers and self._opens_step(group):
-            return tally(requests, self.config)
-        return {}
+        return tally(requests, self.config) if self._opens_step(group) else {}
 
     def read_density(self) -> None:
         """Read back from the GPU, without waiting, what the sparse kernels kept. Called in steps when it is due."""

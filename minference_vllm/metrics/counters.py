@@ -17,7 +17,7 @@ from typing import Any, Self
 METRICS_DIR = "MINFERENCE_METRICS_DIR"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 PUBLISH_SECONDS = 1.0
-MOST_DEFERRED = 16384  # steps: minutes, in which a disk has held the thread up; the oldest go uncounted
+MOST_DEFERRED = 1024  # batches: seconds, or some 50 MiB of batches with 512 requests each
 
 # Name and help text; Prometheus appends _total to the name of a counter.
 LABELS = ("path", "reason")
@@ -101,27 +101,32 @@ class Counters:
     once a rank.
 
     Args:
-        publish: count, export and log; False on every rank but 0.
+        publish: export and log; False on every rank but 0.
         log_every: seconds between two log lines; 0 never logs.
-        tally: says what is to count of what a step has left to `defer`, in the order of the steps.
+        tally: says what to count of what was left to `defer`; called in that order, by one thread at a time.
     """
 
     def __init__(self, publish: bool, log_every: float, tally: Callable[..., Tally]) -> None:
         self._publish = publish
         self._log_every = log_every
         self._tally = tally
-        self._deferred: deque[tuple[Any, ...]] = deque(maxlen=MOST_DEFERRED)
-        self.defer = self._deferred.append if publish else _ignore
-        """Have these arguments of `tally` counted later. Called in the step's hot path, so it is the bare append."""
-        self._lock = threading.Lock()  # the totals; never held for I/O, nor taken in the step's hot path
+        self._deferred: deque[tuple[Any, ...]] = deque()  # arguments of `tally`
+        self._lock = threading.Lock()  # the totals, and who tallies; never held for I/O
         self._tokens: Counter[tuple[str, str]] = Counter()
         self._chunks: Counter[tuple[str, str]] = Counter()
         self._pairs = (0, 0)  # kept and causal, always replaced together
         self._publish_lock = threading.Lock()  # what was published and logged; the thread and flush() may both publish
         self._thread: threading.Thread | None = None
+        self._pid = 0
         self._published = self._logged = Snapshot()
         self._logged_at = 0.0
         self._warned = False
+
+    def defer(self, *arguments: Any) -> None:
+        """Count later what `tally` says of these. Called in the step's hot path."""
+        self._deferred.append(arguments)
+        if len(self._deferred) >= MOST_DEFERRED:  # a disk holds the thread up
+            self.snapshot()
 
     def set_density(self, kept_pairs: int, causal_pairs: int) -> None:
         """Set the totals since start, both read at the same point of the GPU's stream."""
@@ -133,10 +138,17 @@ class Counters:
             return Snapshot(self._tokens.copy(), self._chunks.copy(), *self._pairs)
 
     def _settle(self) -> None:
+        """Count what was deferred; the caller holds the lock."""
         while self._deferred:
-            for label, (tokens, chunks) in self._tally(*self._deferred.popleft()).items():
+            try:
+                tallied = self._tally(*self._deferred.popleft())
+            except Exception:
+                logger.exception("MInference could not count a step; serving and counting go on.")
+                continue
+            for label, (tokens, chunks) in tallied.items():
                 self._tokens[label] += tokens
                 self._chunks[label] += chunks
+            time.sleep(0)  # a step may be waiting for the interpreter
 
     def flush(self) -> None:
         """Publish now what changed since the last time. A directory that cannot be written costs one warning."""
@@ -164,7 +176,7 @@ class Counters:
         with self._publish_lock:
             if self._thread is not None or not self._publish:
                 return
-            self._logged_at = time.monotonic()
+            self._logged_at, self._pid = time.monotonic(), os.getpid()
             self._thread = threading.Thread(target=self._run, name="minference-metrics", daemon=True)
             self._thread.start()
         atexit.register(self._finish)
@@ -177,6 +189,8 @@ class Counters:
                 self._log()
 
     def _finish(self) -> None:
+        if os.getpid() != self._pid:  # a fork's exit; what its parent has counted is its parent's
+            return
         self.flush()
         if self._log_every > 0:
             self._log()
@@ -188,10 +202,6 @@ class Counters:
             self._logged, self._logged_at = total, now
         if delta.tokens:
             logger.info(summary(delta, seconds))
-
-
-def _ignore(arguments: tuple[Any, ...]) -> None:
-    """Nothing is counted where nobody would read it."""
 
 
 def write_atomically(path: Path, text: str) -> None:

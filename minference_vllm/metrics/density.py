@@ -26,7 +26,7 @@ class DensityMeter:
         self._kept_total = self._causal_total = 0  # as last handed over
 
     def poll(self, causal_pairs_so_far: int, now: float) -> tuple[int, int] | None:
-        """Call once a step, before its launches, on the stream that the kernels run on.
+        """Call in a step, before its launches, on the stream that the kernels run on.
 
         Args:
             causal_pairs_so_far: causal pairs of every sparse launch enqueued since start.

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 from vllm.model_executor.layers.attention import Attention
@@ -41,9 +41,11 @@ LONG = Row(140, 60)
 MIXED = (DECODE, LONG, SHORT, DECODE, LONG)
 
 
-def make_runtime(**settings: Any) -> Runtime:
+def make_runtime(publish: bool = True, **settings: Any) -> Runtime:
     gate = {"min_seq_len": 200, "min_chunk": 100, "vertical_size": EVERYTHING, "slash_size": EVERYTHING, "log_every": 0}
-    return Runtime(MInferenceConfig(**{**gate, **settings}), CPU, publish=True)
+    runtime = Runtime(MInferenceConfig(**{**gate, **settings}), CPU, publish)
+    runtime.counters.start = Mock()  # no thread a test
+    return runtime
 
 
 def make_config(**changes: Any) -> Any:

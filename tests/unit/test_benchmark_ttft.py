@@ -56,10 +56,10 @@ def test_engines_take_turns_and_both_come_first_at_times():
 def test_planning_is_timed_apart_for_steps_with_prompts():
     class Busy:
         def ask(self, request):
-            return {"plans": [[1.0, 0], [9.0, 3], [2.0, 0], [11.0, 5], [3.0, 0]]}
+            return {"plans": [[1.0, False], [9.0, True], [2.0, False], [11.0, True], [3.0, False]]}
 
     assert ttft.time_busy_plans(Busy(), 8) == {
-        "decode_steps": 3, "decode_us": 2.0, "prefill_steps": 2, "prefill_us": 10.0, "chunks_a_prefill_step": 4,
+        "decode_steps": 3, "decode_us": 2.0, "prefill_steps": 2, "prefill_us": 10.0,
     }  # fmt: skip
 
 

@@ -13,32 +13,45 @@ def test_threads_lose_no_tokens():
 
     def serve() -> None:
         for _ in range(500):
-            counters.defer(({("dense", "short_chunk"): (3, 1)},))
+            counters.defer({("dense", "short_chunk"): (3, 1)})
             counters.snapshot()
 
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(8):
-            pool.submit(serve)
+        for done in [pool.submit(serve) for _ in range(8)]:
+            done.result()
     assert counters.snapshot().tokens["dense", "short_chunk"] == 8 * 500 * 3
     assert counters.snapshot().chunks["dense", "short_chunk"] == 8 * 500
 
 
-def test_steps_are_told_apart_in_their_order():
+def test_steps_are_tallied_in_their_order_when_somebody_asks():
     steps = []
     counters = Counters(publish=True, log_every=0, tally=lambda *step: steps.append(step) or {})
     for step in (("a", 1), ("b", 2), ("a", 3)):
-        counters.defer(step)
+        counters.defer(*step)
     assert steps == []
     counters.snapshot()
     assert steps == [("a", 1), ("b", 2), ("a", 3)]
 
 
-def test_what_is_left_to_count_is_bounded(monkeypatch):
+def test_what_is_left_to_count_is_bounded_and_none_is_lost(monkeypatch):
     monkeypatch.setattr(counters_module, "MOST_DEFERRED", 3)
-    counters = Counters(publish=True, log_every=0, tally=dict)
-    for _ in range(5):
-        counters.defer(({("sparse", "gate_open"): (7, 1)},))
-    assert counters.snapshot().tokens["sparse", "gate_open"] == 3 * 7
+    tallied = []
+    counters = Counters(
+        publish=True, log_every=0, tally=lambda step: tallied.append(step) or {("dense", "x"): (step, 1)}
+    )
+    for step in range(1, 6):
+        counters.defer(step)
+        assert step - len(tallied) < 3
+    assert counters.snapshot().tokens["dense", "x"] == 15
+
+
+def test_a_step_that_cannot_be_tallied_is_reported_and_the_next_is_counted(log_lines):
+    counters = Counters(publish=True, log_every=0, tally=lambda tokens: {("dense", "x"): (12 // tokens, 1)})
+    for tokens in (0, 4):
+        counters.defer(tokens)
+    assert counters.snapshot().tokens["dense", "x"] == 3
+    [(level, line)] = log_lines
+    assert level == "ERROR" and "could not count a step" in line
 
 
 def test_snapshot_survives_json_and_arithmetic():

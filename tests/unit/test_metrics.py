@@ -2,7 +2,6 @@
 """Counting, publishing and scraping, in one process and across the process trees that vLLM builds."""
 
 import json
-import logging
 import multiprocessing
 import os
 import subprocess
@@ -36,25 +35,13 @@ def new_process(tmp_path, monkeypatch):
     return start
 
 
-@pytest.fixture
-def log_lines(monkeypatch):
-    """What the metrics logger says, whether or not vLLM has configured its parent."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
-    counters_module.logger.addHandler(handler)
-    monkeypatch.setattr(counters_module.logger, "level", logging.INFO)
-    yield lines
-    counters_module.logger.removeHandler(handler)
-
-
 def scrape() -> str:
     return prometheus_client.generate_latest(prometheus_client.REGISTRY).decode()
 
 
 def count(counters: Counters, tokens: int) -> None:
     """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
-    counters.defer(({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)},))
+    counters.defer({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)})
     counters.set_density(kept_pairs=tokens, causal_pairs=4 * tokens)
 
 
@@ -108,15 +95,15 @@ def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, 
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     counters = Counters(publish=True, log_every=0.02, tally=dict)
     counters.start()
-    counters.defer(({("sparse", "gate_open"): (1000, 1)},))
+    counters.defer({("sparse", "gate_open"): (1000, 1)})
     wait_until(lambda: len(log_lines) == 1)
-    counters.defer(({("sparse", "gate_open"): (234, 1)},))
+    counters.defer({("sparse", "gate_open"): (234, 1)})
     wait_until(lambda: len(log_lines) == 2)
     time.sleep(0.1)
     assert [line.split(" prompt tokens")[0] for _, line in log_lines] == ["MInference: 1,000", "MInference: 234"]
 
 
-def test_other_ranks_count_export_and_log_nothing(tmp_path, monkeypatch, log_lines):
+def test_other_ranks_export_and_log_nothing(tmp_path, monkeypatch, log_lines):
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     monkeypatch.setenv(METRICS_DIR, str(tmp_path))
     counters = Counters(publish=False, log_every=0.01, tally=dict)
@@ -124,7 +111,6 @@ def test_other_ranks_count_export_and_log_nothing(tmp_path, monkeypatch, log_lin
     count(counters, 100)
     counters.flush()
     time.sleep(0.1)
-    assert not counters.snapshot().tokens
     assert not list(tmp_path.iterdir())
     assert not log_lines
 
@@ -201,13 +187,31 @@ def test_the_directory_outlives_forked_children_and_goes_with_its_owner(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+FORKING_WORKER = """
+import os, sys
+from minference_vllm.metrics.counters import Counters
+counters = Counters(publish=True, log_every=0, tally=dict)
+counters.start()
+counters.defer({("sparse", "gate_open"): (5, 1)})
+if child := os.fork():
+    os.waitpid(child, 0)
+sys.exit()
+"""
+
+
+def test_a_forked_child_does_not_publish_its_parents_counts(tmp_path):
+    run_script(FORKING_WORKER, MINFERENCE_METRICS_DIR=str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())["prefill"][0]["tokens"] == 5
+
+
 SHORT_RUN = """
 import logging, sys
 from minference_vllm.metrics.counters import Counters
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
 counters = Counters(publish=True, log_every=10, tally=dict)
 counters.start()
-counters.defer(({("sparse", "gate_open"): (5, 1)},))
+counters.defer({("sparse", "gate_open"): (5, 1)})
 """
 
 
@@ -225,7 +229,7 @@ from minference_vllm.metrics.exporter import install
 install()
 counters = Counters(publish=True, log_every=0, tally=dict)
 for kept_pairs in map(int, sys.argv[1:]):
-    counters.defer(({("sparse", "gate_open"): (50, 1)},))
+    counters.defer({("sparse", "gate_open"): (50, 1)})
     counters.flush()
     counters.set_density(kept_pairs, 4 * kept_pairs)
     counters.flush()

@@ -131,9 +131,9 @@ def test_a_reason_of_the_step_is_counted_for_chunks_that_pass_the_gate() -> None
 
 
 def test_a_step_that_cannot_be_told_apart_counts_as_one_chunk() -> None:
-    assert tally(Requests.unknown(300), CONFIG) == {("dense", "no_host_metadata"): (300, 1)}
-    assert tally(Requests.unknown(0), CONFIG) == {}
-    assert make_plan(Requests.unknown(5000), CONFIG) is ALL_DENSE
+    requests = Requests.unknown(5000, Reason.NO_HOST_METADATA)
+    assert tally(requests, CONFIG) == {("dense", "no_host_metadata"): (5000, 1)}
+    assert make_plan(requests, CONFIG) is ALL_DENSE
 
 
 def test_below_the_gate_lengths_are_not_needed() -> None:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What planning a step asks for, and what it leaves alone. Run by test_vllm_033.py, with that release on the path."""
+
+import statistics
+import time
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from minference_vllm import compat
+from minference_vllm.plan import ALL_DENSE
+from tests.contract.fakes import (
+    DECODE,
+    LONG,
+    MIXED,
+    NAME,
+    SHORT,
+    Row,
+    counted,
+    make_builder,
+    make_common,
+    make_impl,
+    make_runtime,
+    one_group,
+)
+
+LONG_ANSWER = Row(1, 400, prefill=False)
+UNREAD: Any = object()  # an attempt to read it fails
+
+
+def test_below_the_gate_lengths_are_not_copied() -> None:
+    runtime, builder, _ = one_group()
+    common = make_common(DECODE, SHORT, SHORT, seq_lens_cpu_upper_bound=UNREAD)
+    assert builder.plan_step(common, None) is ALL_DENSE
+    assert counted(runtime) == {("dense", "below_min_seq_len"): 2 * SHORT.rows}
+
+
+def test_steps_that_decode_copy_nothing() -> None:
+    runtime, builder, _ = one_group()
+    unread = {"query_start_loc_cpu": UNREAD, "seq_lens_cpu_upper_bound": UNREAD}
+    assert builder.plan_step(make_common(DECODE, LONG_ANSWER, is_prefilling=UNREAD, **unread), None) is ALL_DENSE
+    verification = Row(5, 300, prefill=False)  # of drafts
+    assert builder.plan_step(make_common(LONG_ANSWER, verification, **unread), None) is ALL_DENSE
+    assert counted(runtime) == {}
+
+
+def test_a_rank_that_publishes_nothing_plans_alike_and_copies_nothing_below_the_gate() -> None:
+    runtime = make_runtime(publish=False)
+    builder = make_builder({NAME.format(0): make_impl(runtime)})
+    unread = {"query_start_loc_cpu": UNREAD, "seq_lens_cpu_upper_bound": UNREAD, "is_prefilling": UNREAD}
+    assert builder.plan_step(make_common(SHORT, DECODE, **unread), None) is ALL_DENSE
+    assert builder.plan_step(make_common(*MIXED), None) == one_group()[1].plan_step(make_common(*MIXED), None)
+    assert counted(runtime) == {}
+
+
+def test_what_forbids_a_step_is_asked_only_if_a_chunk_passes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Mock(return_value=None)
+    monkeypatch.setattr(compat, "step_dense_reason", asked)
+    _, builder, _ = one_group()
+    assert builder.plan_step(make_common(LONG_ANSWER, Row(120), SHORT), None) is ALL_DENSE
+    assert not asked.called
+    assert builder.plan_step(make_common(LONG_ANSWER, LONG), None).chunks
+    assert asked.call_count == 1
+
+
+def test_rows_that_cannot_be_told_apart_count_if_a_chunk_could_have_gone_sparse() -> None:
+    runtime, builder, _ = one_group()
+    builder.plan_step(make_common(SHORT, DECODE, is_prefilling=None), None)
+    assert counted(runtime) == {}
+    builder.plan_step(make_common(LONG, DECODE, is_prefilling=None), None)
+    assert counted(runtime) == {("dense", "no_host_metadata"): LONG.rows + DECODE.rows}
+
+
+def test_a_plan_holds_plain_integers() -> None:
+    # PyTorch's and NumPy's would select another compiled variant of a kernel, and JSON refuses them.
+    _, builder, _ = one_group()
+    plan = builder.plan_step(make_common(*MIXED), None)
+    assert {type(value) for part in (*plan.chunks, *plan.dense_runs) for value in part} == {int}
+
+
+@pytest.mark.parametrize("batch", [(DECODE,), (SHORT,), (LONG,)], ids=["decode", "short prompt", "long prompt"])
+def test_density_is_read_in_any_step_if_it_is_due(batch: tuple[Row, ...]) -> None:
+    runtime, builder, _ = one_group()
+    runtime.read_density = Mock()
+    builder.plan_step(make_common(*batch), None)
+    assert not runtime.read_density.called
+    runtime.density_is_due = True
+    builder.plan_step(make_common(*batch), None)
+    assert runtime.read_density.call_count == 1
+
+
+def test_counting_starts_with_the_first_builder() -> None:
+    runtime, _, _ = one_group()
+    assert runtime.counters.start.called
+
+
+# Some 0.2, 7 and 5 us, and the bounds leave room for a busy machine. With a CPU's caches empty it is several times as
+# long, which the benchmark of the time to first token measures in an engine.
+@pytest.mark.parametrize(
+    ("batch", "bound"),
+    [
+        pytest.param((DECODE,) * 512, 10e-6, id="decode"),
+        pytest.param((*(LONG_ANSWER,) * 512, SHORT), 50e-6, id="a short prompt beside long answers"),
+        pytest.param((SHORT,) * 512, 50e-6, id="short prompts"),
+    ],
+)
+def test_steps_below_the_gate_cost_next_to_nothing(batch: tuple[Row, ...], bound: float) -> None:
+    _, builder, _ = one_group()
+    common = make_common(*batch)
+    times = []
+    for _ in range(300):
+        start = time.perf_counter()
+        builder.plan_step(common, None)
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < bound
