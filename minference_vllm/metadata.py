@@ -29,11 +29,12 @@ class PlanningMixin:
             layer.impl.settle(_late_reason(name, layer, vllm_config, kv_cache_spec))
         sparse = [impl for impl in impls if impl.dense_reason is None]
         self._runtime = impls[0].runtime
-        self._config = self._runtime.config
+        self._min_seq_len, self._min_chunk = self._runtime.config.min_seq_len, self._runtime.config.min_chunk
         self._group = layer_names[0]
         self._dense_reason = impls[0].dense_reason
         self._has_sparse_layers = bool(sparse)
         self._runtime.join(self._has_sparse_layers)
+        self._defer = self._runtime.counters.defer
         for impl in sparse:
             impl.warm_up(kv_cache_spec.block_size)
         for reason in {impl.dense_reason for impl in impls} - {None}:
@@ -42,42 +43,46 @@ class PlanningMixin:
 
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         """Plan one step, and have it counted."""
-        runtime, config, plan = self._runtime, self._config, ALL_DENSE
+        # vLLM empties the CPU's caches between two steps. What counts then is how much code and data this touches: a
+        # field of the configuration costs a microsecond, a named tuple four; asking a tensor for its length, or NumPy
+        # for a view of it, more than a copy.
+        runtime, plan = self._runtime, ALL_DENSE
         if runtime.density_is_due:
             runtime.read_density()
+        if common.max_query_len == 1:
+            return plan
         # If any layers may go sparse, the groups that have such layers speak for the model.
         counts = runtime.publish and self._has_sparse_layers is runtime.has_sparse_layers
-        may_pass = common.max_seq_len >= config.min_seq_len and common.max_query_len >= config.min_chunk
-        if common.max_query_len > 1 and (counts or may_pass) and (requests := self._requests(common)):
+        may_pass = common.max_seq_len >= self._min_seq_len and common.max_query_len >= self._min_chunk
+        if (counts or may_pass) and (fields := self._copied(common)):
             if may_pass:
-                plan = make_plan(requests, config)
+                requests = fields = Requests(*fields)
+                plan = make_plan(requests, runtime.config)
                 if plan.chunks and (reason := compat.step_dense_reason(common, metadata)):
-                    requests, plan = requests._replace(step_reason=reason), ALL_DENSE
+                    fields, plan = requests._replace(step_reason=reason), ALL_DENSE
             if counts:
-                runtime.counters.defer(self._group, requests)
+                self._defer((self._group, fields))
         return plan
 
-    def _requests(self, common: CommonAttentionMetadata) -> Requests | None:
-        """The step's requests; None if none of them reads a prompt."""
+    def _copied(self, common: CommonAttentionMetadata) -> tuple[Any, ...] | None:
+        """The fields of the step's Requests; None if none of them reads a prompt."""
         # Another group's layers, which may go sparse, may take this group's metadata over: update_block_table.
         reason = None if self._runtime.has_sparse_layers else self._dense_reason
         if common.is_prefilling is None:
             return self._unknown(common, reason)
-        # vLLM empties the CPU's caches between two steps. What counts then is how much code and data this touches:
-        # asking a tensor for its length, or NumPy for a view of it, takes longer than a copy.
         num_reqs, is_prefilling = common.num_reqs, common.is_prefilling.tolist()
         if True not in is_prefilling:  # drafts to be verified
             return None
         seq_lens: list[int] = []
-        if common.max_seq_len >= self._config.min_seq_len:
+        if common.max_seq_len >= self._min_seq_len:
             bounds = common.seq_lens_cpu_upper_bound
             if bounds is None or len(seq_lens := bounds.tolist()[:num_reqs]) < num_reqs:
                 return self._unknown(common, reason)
-        return Requests(common.query_start_loc_cpu.tolist(), seq_lens, is_prefilling[:num_reqs], reason)
+        return common.query_start_loc_cpu.tolist(), seq_lens, is_prefilling[:num_reqs], reason
 
     def _unknown(self, common: CommonAttentionMetadata, reason: Reason | None) -> Requests | None:
         """A step whose rows cannot be told apart, if one of its chunks is long enough to have gone sparse."""
-        if common.max_query_len < self._config.min_chunk:
+        if common.max_query_len < self._min_chunk:
             return None
         return Requests.unknown(common.num_actual_tokens, reason or Reason.NO_HOST_METADATA)
 

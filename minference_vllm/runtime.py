@@ -4,6 +4,7 @@
 import logging
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -74,16 +75,16 @@ class Runtime:
         self.has_sparse_layers |= has_sparse_layers
         self.counters.start()
 
-    def tally_once(self, group: str, requests: Requests) -> Tally:
+    def tally_once(self, group: str, fields: tuple[Any, ...]) -> Tally:
         """What to count of a step's prefill: all of it once, though every KV cache group plans it.
 
         Called by the counters, in the order of the steps, by one thread at a time.
 
         Args:
             group: whose builder planned it.
-            requests: of the step.
+            fields: of the step's Requests.
         """
-        return tally(requests, self.config) if self._opens_step(group) else {}
+        return tally(Requests(*fields), self.config) if self._opens_step(group) else {}
 
     def read_density(self) -> None:
         """Read back from the GPU, without waiting, what the sparse kernels kept. Called in steps when it is due."""

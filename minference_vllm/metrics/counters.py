@@ -17,7 +17,7 @@ from typing import Any, Self
 METRICS_DIR = "MINFERENCE_METRICS_DIR"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 PUBLISH_SECONDS = 1.0
-MOST_DEFERRED = 1024  # batches: seconds, or some 50 MiB of batches with 512 requests each
+MOST_DEFERRED = 2048  # batches: seconds, or some 100 MiB of batches with 512 requests each
 
 # Name and help text; Prometheus appends _total to the name of a counter.
 LABELS = ("path", "reason")
@@ -103,14 +103,17 @@ class Counters:
     Args:
         publish: export and log; False on every rank but 0.
         log_every: seconds between two log lines; 0 never logs.
-        tally: says what to count of what was left to `defer`; called in that order, by one thread at a time.
+        tally: says what to count of what was left to `defer`; called in its order, by one thread at a time.
     """
 
     def __init__(self, publish: bool, log_every: float, tally: Callable[..., Tally]) -> None:
         self._publish = publish
         self._log_every = log_every
         self._tally = tally
-        self._deferred: deque[tuple[Any, ...]] = deque()  # arguments of `tally`
+        self._deferred: deque[tuple[Any, ...]] = deque(maxlen=MOST_DEFERRED)
+        # Have a tuple of arguments of `tally` counted later. A step calls it, so it is the bare method: thread-safe,
+        # and never waiting for the thread, which a disk may hold up; then the oldest go uncounted.
+        self.defer = self._deferred.append
         self._lock = threading.Lock()  # the totals, and who tallies; never held for I/O
         self._tokens: Counter[tuple[str, str]] = Counter()
         self._chunks: Counter[tuple[str, str]] = Counter()
@@ -120,13 +123,7 @@ class Counters:
         self._pid = 0
         self._published = self._logged = Snapshot()
         self._logged_at = 0.0
-        self._warned = False
-
-    def defer(self, *arguments: Any) -> None:
-        """Count later what `tally` says of these. Called in the step's hot path."""
-        self._deferred.append(arguments)
-        if len(self._deferred) >= MOST_DEFERRED:  # a disk holds the thread up
-            self.snapshot()
+        self._warned = self._warned_of_loss = False
 
     def set_density(self, kept_pairs: int, causal_pairs: int) -> None:
         """Set the totals since start, both read at the same point of the GPU's stream."""
@@ -139,6 +136,9 @@ class Counters:
 
     def _settle(self) -> None:
         """Count what was deferred; the caller holds the lock."""
+        if len(self._deferred) == MOST_DEFERRED and not self._warned_of_loss:
+            logger.warning("MInference could not count in time: some prompt tokens are missing in its metrics.")
+            self._warned_of_loss = True
         while self._deferred:
             try:
                 tallied = self._tally(*self._deferred.popleft())

@@ -41,7 +41,7 @@ def scrape() -> str:
 
 def count(counters: Counters, tokens: int) -> None:
     """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
-    counters.defer({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)})
+    counters.defer(({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)},))
     counters.set_density(kept_pairs=tokens, causal_pairs=4 * tokens)
 
 
@@ -95,9 +95,9 @@ def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, 
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     counters = Counters(publish=True, log_every=0.02, tally=dict)
     counters.start()
-    counters.defer({("sparse", "gate_open"): (1000, 1)})
+    counters.defer(({("sparse", "gate_open"): (1000, 1)},))
     wait_until(lambda: len(log_lines) == 1)
-    counters.defer({("sparse", "gate_open"): (234, 1)})
+    counters.defer(({("sparse", "gate_open"): (234, 1)},))
     wait_until(lambda: len(log_lines) == 2)
     time.sleep(0.1)
     assert [line.split(" prompt tokens")[0] for _, line in log_lines] == ["MInference: 1,000", "MInference: 234"]
@@ -192,7 +192,7 @@ import os, sys
 from minference_vllm.metrics.counters import Counters
 counters = Counters(publish=True, log_every=0, tally=dict)
 counters.start()
-counters.defer({("sparse", "gate_open"): (5, 1)})
+counters.defer(({("sparse", "gate_open"): (5, 1)},))
 if child := os.fork():
     os.waitpid(child, 0)
 sys.exit()
@@ -211,7 +211,7 @@ from minference_vllm.metrics.counters import Counters
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
 counters = Counters(publish=True, log_every=10, tally=dict)
 counters.start()
-counters.defer({("sparse", "gate_open"): (5, 1)})
+counters.defer(({("sparse", "gate_open"): (5, 1)},))
 """
 
 
@@ -229,7 +229,7 @@ from minference_vllm.metrics.exporter import install
 install()
 counters = Counters(publish=True, log_every=0, tally=dict)
 for kept_pairs in map(int, sys.argv[1:]):
-    counters.defer({("sparse", "gate_open"): (50, 1)})
+    counters.defer(({("sparse", "gate_open"): (50, 1)},))
     counters.flush()
     counters.set_density(kept_pairs, 4 * kept_pairs)
     counters.flush()
