@@ -110,6 +110,13 @@ struct alignas(1024) Storage {
     uint64_t drawn_full[DRAWN], drawn_empty[DRAWN];
 };
 
+// Lane 0 reads for its warp, for it is lane 0 that says when its warp has read.
+__device__ __forceinline__ int read_for_warp(const int& word, int lane) {
+    int value = 0;
+    if (lane == 0) value = word;
+    return __shfl_sync(0xFFFFFFFF, value, 0);
+}
+
 // In what stages a tile's bands come. Most stages bring eight bands that both halves see, without a mask. What is left of
 // those goes to each half with the bands that it alone sees, in private stages. A pair of private stages, one a half,
 // takes two loads for the work of one: pairs are spread among the shared stages, to load at an even pace.

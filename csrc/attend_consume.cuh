@@ -53,12 +53,7 @@ struct Consumer {
         if (lane == 0) hopper::arrive(barrier);
     }
 
-    // One lane reads for its warp, the lane that says when its warp has read.
-    __device__ __forceinline__ int read(const int& word) const {
-        int value = 0;
-        if (lane == 0) value = word;
-        return __shfl_sync(0xFFFFFFFF, value, 0);
-    }
+    __device__ __forceinline__ int read(const int& word) const { return read_for_warp(word, lane); }
 
     // The two halves take turns to hand products to the tensor cores, which else run both halves' at once: both would then
     // be done, and compute exponentials, at the same time (FlashAttention-3, section 3.1).

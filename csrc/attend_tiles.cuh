@@ -15,14 +15,11 @@ __device__ __forceinline__ void draw(const Params& p, Storage<HEAD_DIM>& shared,
     hopper::arrive(&shared.drawn_full[turn % DRAWN]);
 }
 
-// One lane reads for its warp, the lane that says when its warp has read.
 template <int HEAD_DIM>
 __device__ __forceinline__ int drawn(Storage<HEAD_DIM>& shared, int turn, int lane) {
     hopper::wait(&shared.drawn_full[turn % DRAWN], turn / DRAWN & 1);
-    int id = 0;
-    if (lane == 0) id = shared.drawn[turn % DRAWN];
-    // After the shuffle no lane waits any more: two phases on, one that still did would wait for ever.
-    id = __shfl_sync(0xFFFFFFFF, id, 0);
+    // After its shuffle no lane waits any more: two phases on, one that still did would wait for ever.
+    const int id = read_for_warp(shared.drawn[turn % DRAWN], lane);
     if (lane == 0) hopper::arrive(&shared.drawn_empty[turn % DRAWN]);
     return id;
 }

@@ -111,6 +111,7 @@ def test_other_ranks_export_and_log_nothing(tmp_path, monkeypatch, log_lines):
     count(counters, 100)
     counters.flush()
     time.sleep(0.1)
+    assert counters.snapshot().tokens["sparse", "gate_open"] == 100
     assert not list(tmp_path.iterdir())
     assert not log_lines
 
