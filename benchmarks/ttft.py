@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,10 @@ from benchmarks import (
     resolved,
     results,
     sparse_work,
+    steps,
     synthetic,
 )
 from benchmarks.processes import EngineProcess, serve_requests
-from minference_vllm.plan import Plan
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -94,7 +95,7 @@ def write_model(directory: str, shape: dict[str, int], layers: int, max_len: int
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """An engine, and what times a request of it: {"tokens": prompt length, "count": whether to say what ran sparse}.
 
-    To {"burst": number of requests} it only says how long planning took while it served those at once.
+    To {"burst": number of requests} it only says what the plugin added to each step while it served those at once.
     """
     from vllm import SamplingParams
 
@@ -110,47 +111,24 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         llm.generate([prompts[tokens]], one, use_tqdm=False)
         return time.perf_counter() - start
 
-    plans = time_plans()
+    added = steps.time_steps() if kind == SPARSE else []
     many = SamplingParams(temperature=0, max_tokens=BURST_ANSWER, ignore_eos=True, detokenize=False)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        plans.clear()
+        added.clear()
         if "burst" in request:
             ids = random.integers(10, spec["vocab_size"], (request["burst"], BURST_TOKENS)).tolist()
             llm.generate([{"prompt_token_ids": prompt} for prompt in ids], many, use_tqdm=False)
-            return {"plans": plans}
+            return {"steps": [astuple(step) for step in added]}
         if not request["count"]:
-            return {"seconds": seconds(request["tokens"]), "plan_us": [plan.us for plan in plans]}
+            took = seconds(request["tokens"])
+            return {"seconds": took, "plan_us": [step.plan_us for step in added]}
         before = sparse_work(llm)
         found = {"seconds": seconds(request["tokens"])}
         delta = sparse_work(llm).since(before)
         return {**found, "sparse_tokens": delta.sparse_tokens, "density": delta.density}
 
     return answer
-
-
-class TimedPlan(NamedTuple):
-    """Planning of one step: microseconds of host time, and whether the step holds more than decode rows."""
-
-    us: float
-    is_prefill: bool
-
-
-def time_plans() -> list[TimedPlan]:
-    """What the plugin's planning takes in each step from now on, in this process."""
-    from minference_vllm.metadata import PlanningMixin
-
-    plan_step, plans = PlanningMixin.plan_step, []
-
-    def timed(self: PlanningMixin, common: Any, metadata: Any) -> Plan:
-        start = time.perf_counter()
-        plan = plan_step(self, common, metadata)
-        us = 1e6 * (time.perf_counter() - start)
-        plans.append(TimedPlan(us, common.max_query_len > 1))
-        return plan
-
-    PlanningMixin.plan_step = timed  # type: ignore[method-assign]
-    return plans
 
 
 def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, repeats: int) -> dict[str, Any]:
@@ -171,16 +149,10 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}, "plan_us": plan_us}
 
 
-def time_busy_plans(sparse: EngineProcess, burst: int) -> dict[str, Any]:
-    """Microseconds of planning a step in an engine that goes from step to step without a pause."""
+def time_busy_steps(sparse: EngineProcess, burst: int) -> dict[str, Any]:
+    """What the plugin adds to the steps of an engine that goes from one to the next without a pause."""
     sparse.ask({"burst": burst})
-    plans = [TimedPlan(*plan) for plan in sparse.ask({"burst": burst})["plans"]]
-    decode, prefill = ([plan for plan in plans if plan.is_prefill is wanted] for wanted in (False, True))
-    found: dict[str, Any] = {}
-    for kind, some in (("decode", decode), ("prefill", prefill)):
-        us = round(statistics.median(plan.us for plan in some), 1) if some else None
-        found |= {f"{kind}_steps": len(some), f"{kind}_us": us}
-    return found
+    return steps.summary([steps.AddedTime(*step) for step in sparse.ask({"burst": burst})["steps"]])
 
 
 def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
@@ -223,10 +195,11 @@ def describe(options: argparse.Namespace, spec: dict[str, Any], burst: int) -> d
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
         "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
         "side, take in turns after one each to warm up",
-        "plan_us": "host time that planning adds to a step, median (a thread counts later); in the rows on an engine "
-        f"that was idle, whose caches are cold, in busy_plans on one that serves {burst} requests of {BURST_TOKENS} "
-        f"tokens and answers of {BURST_ANSWER} at once, in steps that hold prompts and in others; to that comes a "
-        "third of a microsecond a layer, for the check whether anything of the step is sparse",
+        "plan_us": "host time that the plugin adds to a step in the metadata builder (a thread counts later), median "
+        "of an idle engine's steps",
+        "busy_steps": f"medians of an engine that serves {burst} requests of {BURST_TOKENS} tokens and answers of "
+        f"{BURST_ANSWER} at once, apart for steps that hold prompts and for others; to plan_us comes layers_us, what "
+        "all layers of a dense step add before they call vLLM's attention",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
         "prompts": "random token ids",
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
@@ -252,12 +225,12 @@ def main() -> None:
     for name, usual in (TINY_USUAL if options.tiny else USUAL).items():
         vars(options).setdefault(name, usual)
     results.describe_run(options.tiny)
-    rows, seconds, busy_plans = [], {}, {}
+    rows, seconds, busy_steps = [], {}, {}
     burst = TINY_BURST if options.tiny else BURST
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory)
         settings = describe(options, spec, burst)
-        record = {"settings": settings, "busy_plans": busy_plans, "seconds": seconds}
+        record = {"settings": settings, "busy_steps": busy_steps, "seconds": seconds}
         with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
             for sizes in options.sizes:
                 minference = {"vertical_size": sizes.vertical, "slash_size": sizes.slash}
@@ -271,7 +244,7 @@ def main() -> None:
                         # After each row: what a run that is cut off has measured stays.
                         results.write(options.out, rows, options.tiny, **record)
                     # Last: what an engine has served makes its garbage collections longer, and the other serves none.
-                    busy_plans[str(sizes)] = time_busy_plans(sparse, burst)
+                    busy_steps[str(sizes)] = time_busy_steps(sparse, burst)
                     results.write(options.out, rows, options.tiny, **record)
     print(results.table(rows))
 

@@ -133,19 +133,24 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See FlashAttentionImpl.forward; rows that the plan does not name run there, exactly as without us."""
-        if attn_metadata is None:
-            self.claim_scratch()
-        step: Step | None = getattr(attn_metadata, "minference", None)
-        is_fused = output_scale is not None or output_block_scale is not None
-        if attn_metadata is None or step is None or is_fused or self._stays_dense():
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        # Every layer comes by in every step: `super` and `getattr` would take four times as long.
+        try:
+            step: Step | None = attn_metadata.minference  # type: ignore[union-attr]
+        except AttributeError:  # the profiling run has no metadata, other builders' metadata no plan
+            step = None
+        if step is None or attn_metadata is None or self._stays_dense(output_scale, output_block_scale):
+            if attn_metadata is None:
+                self.claim_scratch()
+            return FlashAttentionImpl.forward(
+                self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         for run, metadata in step.dense_runs:
             rows = slice(run.query_start, run.query_end)
-            super().forward(layer, query[rows], key, value, kv_cache, metadata, output[rows])
+            FlashAttentionImpl.forward(self, layer, query[rows], key, value, kv_cache, metadata, output[rows])
         self.run_sparse(step, query, kv_cache, attn_metadata.block_table, output)
         return output
 
-    def _stays_dense(self) -> bool:
-        return self.dense_reason is not None or torch.cuda.is_current_stream_capturing()
+    def _stays_dense(self, *scales: torch.Tensor | None) -> bool:
+        """Whether this layer runs dense even in a step in which others go sparse."""
+        is_fused = any(scale is not None for scale in scales)  # which FlashAttention refuses
+        return is_fused or self.dense_reason is not None or torch.cuda.is_current_stream_capturing()

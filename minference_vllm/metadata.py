@@ -31,8 +31,8 @@ class PlanningMixin:
         self._runtime = impls[0].runtime
         self._min_seq_len, self._min_chunk = self._runtime.config.min_seq_len, self._runtime.config.min_chunk
         self._group = layer_names[0]
-        self._dense_reason = impls[0].dense_reason
         self._has_sparse_layers = bool(sparse)
+        self._dense_reason = None if sparse else impls[0].dense_reason  # of the whole group
         self._runtime.join(self._has_sparse_layers)
         self._defer = self._runtime.counters.defer
         for impl in sparse:
@@ -44,40 +44,48 @@ class PlanningMixin:
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         """Plan one step, and have it counted."""
         # vLLM empties the CPU's caches between two steps. What counts then is how much code and data this touches: a
-        # field of the configuration costs a microsecond, a named tuple four; asking a tensor for its length, or NumPy
-        # for a view of it, more than a copy.
-        runtime, plan = self._runtime, ALL_DENSE
+        # frame or a field of the configuration costs a microsecond and more, a named tuple four; asking a tensor for
+        # its length, or NumPy for a view of it, more than a copy.
+        runtime = self._runtime
         if runtime.density_is_due:
             runtime.read_density()
         if common.max_query_len == 1:
-            return plan
+            return ALL_DENSE
         # If any layers may go sparse, the groups that have such layers speak for the model.
         counts = runtime.publish and self._has_sparse_layers is runtime.has_sparse_layers
-        may_pass = common.max_seq_len >= self._min_seq_len and common.max_query_len >= self._min_chunk
+        if common.max_seq_len >= self._min_seq_len:
+            return self._plan_long(common, metadata, counts)
+        if counts and common.is_prefilling is not None:
+            is_prefilling = common.is_prefilling.tolist()
+            if True in is_prefilling:  # else drafts are to be verified
+                self._defer((self._group, common.query_start_loc_cpu.tolist(), [], is_prefilling, self._dense_reason))
+        return ALL_DENSE
+
+    def _plan_long(self, common: CommonAttentionMetadata, metadata: Any, counts: bool) -> Plan:
+        """Plan a step that holds a request as long as the gate asks for."""
+        plan, may_pass = ALL_DENSE, common.max_query_len >= self._min_chunk
         if (counts or may_pass) and (fields := self._copied(common)):
             if may_pass:
                 requests = fields = Requests(*fields)
-                plan = make_plan(requests, runtime.config)
+                plan = make_plan(requests, self._runtime.config)
                 if plan.chunks and (reason := compat.step_dense_reason(common, metadata)):
                     fields, plan = requests._replace(step_reason=reason), ALL_DENSE
             if counts:
-                self._defer((self._group, fields))
+                self._defer((self._group, *fields))
         return plan
 
     def _copied(self, common: CommonAttentionMetadata) -> tuple[Any, ...] | None:
         """The fields of the step's Requests; None if none of them reads a prompt."""
         # Another group's layers, which may go sparse, may take this group's metadata over: update_block_table.
         reason = None if self._runtime.has_sparse_layers else self._dense_reason
+        bounds, num_reqs = common.seq_lens_cpu_upper_bound, common.num_reqs
         if common.is_prefilling is None:
             return self._unknown(common, reason)
-        num_reqs, is_prefilling = common.num_reqs, common.is_prefilling.tolist()
-        if True not in is_prefilling:  # drafts to be verified
+        is_prefilling = common.is_prefilling.tolist()
+        if True not in is_prefilling:
             return None
-        seq_lens: list[int] = []
-        if common.max_seq_len >= self._min_seq_len:
-            bounds = common.seq_lens_cpu_upper_bound
-            if bounds is None or len(seq_lens := bounds.tolist()[:num_reqs]) < num_reqs:
-                return self._unknown(common, reason)
+        if bounds is None or len(seq_lens := bounds.tolist()[:num_reqs]) < num_reqs:
+            return self._unknown(common, reason)
         return common.query_start_loc_cpu.tolist(), seq_lens, is_prefilling[:num_reqs], reason
 
     def _unknown(self, common: CommonAttentionMetadata, reason: Reason | None) -> Requests | None:
@@ -107,11 +115,14 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         fast_build: bool = False,
         **kwargs: Any,
     ) -> FlashAttentionMetadata:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        metadata = FlashAttentionMetadataBuilder.build(
+            self, common_prefix_len, common_attn_metadata, fast_build, **kwargs
+        )
         metadata.minference = None
         if not (fast_build or self._is_capturing):  # fast_build: the draft model's steps
             plan = self.plan_step(common_attn_metadata, metadata)
-            metadata.minference = _step(plan.chunks, plan.dense_runs, metadata)
+            if plan.chunks:
+                metadata.minference = _step(plan.chunks, plan.dense_runs, metadata)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
@@ -132,12 +143,8 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         return updated
 
 
-def _step(
-    chunks: tuple[SparseChunk, ...], dense_runs: tuple[DenseRun, ...], metadata: FlashAttentionMetadata
-) -> Step | None:
-    """What the layers go by; None if nothing runs sparse."""
-    if not chunks:
-        return None
+def _step(chunks: tuple[SparseChunk, ...], dense_runs: tuple[DenseRun, ...], metadata: FlashAttentionMetadata) -> Step:
+    """What the layers go by."""
     return Step(chunks, tuple((run, _run_metadata(run, metadata)) for run in dense_runs))
 
 

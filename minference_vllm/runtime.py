@@ -75,7 +75,7 @@ class Runtime:
         self.has_sparse_layers |= has_sparse_layers
         self.counters.start()
 
-    def tally_once(self, group: str, fields: tuple[Any, ...]) -> Tally:
+    def tally_once(self, group: str, *fields: Any) -> Tally:
         """What to count of a step's prefill: all of it once, though every KV cache group plans it.
 
         Called by the counters, in the order of the steps, by one thread at a time.
