@@ -111,18 +111,20 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         llm.generate([prompts[tokens]], one, use_tqdm=False)
         return time.perf_counter() - start
 
-    added = steps.time_steps() if kind == SPARSE else []
+    added: list[steps.AddedTime] | None = None
     many = SamplingParams(temperature=0, max_tokens=BURST_ANSWER, ignore_eos=True, detokenize=False)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        added.clear()
+        nonlocal added
         if "burst" in request:
+            if added is None:  # not earlier: the times to first token are without these clocks
+                added = steps.time_steps()
+            added.clear()
             ids = random.integers(10, spec["vocab_size"], (request["burst"], BURST_TOKENS)).tolist()
             llm.generate([{"prompt_token_ids": prompt} for prompt in ids], many, use_tqdm=False)
             return {"steps": [astuple(step) for step in added]}
         if not request["count"]:
-            took = seconds(request["tokens"])
-            return {"seconds": took, "plan_us": [step.plan_us for step in added]}
+            return {"seconds": seconds(request["tokens"])}
         before = sparse_work(llm)
         found = {"seconds": seconds(request["tokens"])}
         delta = sparse_work(llm).since(before)
@@ -136,17 +138,14 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     found = sparse.ask({"tokens": tokens, "count": True})
     dense.ask({"tokens": tokens, "count": False})
     seconds: dict[str, list[float]] = {DENSE: [], SPARSE: []}
-    plan_us: list[float] = []
     for i in range(num_timed(tokens, repeats)):
         # Who comes first changes: the clock depends on what ran before.
         for engine in (dense, sparse) if i % 2 else (sparse, dense):
             reply = engine.ask({"tokens": tokens, "count": False})
             seconds[engine.kind].append(round(reply["seconds"], 4))
-            plan_us += reply["plan_us"]
     for kind, times in seconds.items():
         print(f"    {tokens} tokens, {kind}: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
-    # The dense engine plans nothing.
-    return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}, "plan_us": plan_us}
+    return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}}
 
 
 def time_busy_steps(sparse: EngineProcess, burst: int) -> dict[str, Any]:
@@ -168,7 +167,6 @@ def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> d
         "sparse_tokens": found["sparse_tokens"],
         "density": found["density"],
         "timed_requests": len(found[SPARSE]),
-        "plan_us": round(statistics.median(found["plan_us"]), 1),
     }
 
 
@@ -195,11 +193,10 @@ def describe(options: argparse.Namespace, spec: dict[str, Any], burst: int) -> d
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
         "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
         "side, take in turns after one each to warm up",
-        "plan_us": "host time that the plugin adds to a step in the metadata builder (a thread counts later), median "
-        "of an idle engine's steps",
-        "busy_steps": f"medians of an engine that serves {burst} requests of {BURST_TOKENS} tokens and answers of "
-        f"{BURST_ANSWER} at once, apart for steps that hold prompts and for others; to plan_us comes layers_us, what "
-        "all layers of a dense step add before they call vLLM's attention",
+        "busy_steps": "host time that the plugin adds to a step: plan_us in the metadata builder (a thread counts "
+        "later), layers_us in all layers of a dense step before they call vLLM's attention; medians, apart for steps "
+        f"that hold prompts and for others, of an engine that serves {burst} requests of {BURST_TOKENS} tokens and "
+        f"answers of {BURST_ANSWER} at once",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
         "prompts": "random token ids",
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},

@@ -44,8 +44,8 @@ class PlanningMixin:
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         """Plan one step, and have it counted."""
         # vLLM empties the CPU's caches between two steps. What counts then is how much code and data this touches: a
-        # frame or a field of the configuration costs a microsecond and more, a named tuple four; asking a tensor for
-        # its length, or NumPy for a view of it, more than a copy.
+        # frame, `super` or a field of the configuration costs a microsecond and more, a named tuple four; asking a
+        # tensor for its length, or NumPy for a view of it, more than a copy.
         runtime = self._runtime
         if runtime.density_is_due:
             runtime.read_density()

@@ -20,12 +20,10 @@ def test_ttft_rows_hold_medians():
         "sparse": [0.5, 1.0, 4.0],
         "sparse_tokens": 8,
         "density": 0.25,
-        "plan_us": [9, 7],
     }
     assert ttft.make_row(ttft.Sizes.parse("30:200"), 4, 8, found) == {
         "tokens": 8, "vertical": 30, "slash": 200, "layers": 4, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0,
         "speedup": 2.0, "sparse_tokens": 8, "density": 0.25, "timed_requests": 3,
-        "plan_us": 8,
     }  # fmt: skip
 
 
@@ -41,14 +39,13 @@ class Taker:
             "seconds": self.seconds,
             "sparse_tokens": 5,
             "density": 0.5,
-            "plan_us": [self.seconds] * (self.seconds < 2),
         }
 
 
 def test_engines_take_turns_and_both_come_first_at_times():
     turns = []
     found = ttft.time_side_by_side(Taker("dense", 2.0, turns), Taker("sparse", 1.0, turns), 65536, 2)
-    assert found == {"dense": [2.0] * 2, "sparse": [1.0] * 2, "sparse_tokens": 5, "density": 0.5, "plan_us": [1.0] * 2}
+    assert found == {"dense": [2.0] * 2, "sparse": [1.0] * 2, "sparse_tokens": 5, "density": 0.5}
     assert turns[:2] == [("sparse", True), ("dense", False)]
     assert [kind for kind, _ in turns[2:]] == ["sparse", "dense", "dense", "sparse"]
 
