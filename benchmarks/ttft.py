@@ -111,14 +111,11 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         llm.generate([prompts[tokens]], one, use_tqdm=False)
         return time.perf_counter() - start
 
-    added: list[steps.AddedTime] | None = None
     many = SamplingParams(temperature=0, max_tokens=BURST_ANSWER, ignore_eos=True, detokenize=False)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        nonlocal added
         if "burst" in request:
-            if added is None:  # not earlier: the times to first token are without these clocks
-                added = steps.time_steps()
+            added = steps.time_steps()  # not earlier: the times to first token are without these clocks
             added.clear()
             ids = random.integers(10, spec["vocab_size"], (request["burst"], BURST_TOKENS)).tolist()
             llm.generate([{"prompt_token_ids": prompt} for prompt in ids], many, use_tqdm=False)

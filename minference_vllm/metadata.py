@@ -86,7 +86,7 @@ class PlanningMixin:
             return None
         if bounds is None or len(seq_lens := bounds.tolist()[:num_reqs]) < num_reqs:
             return self._unknown(common, reason)
-        return common.query_start_loc_cpu.tolist(), seq_lens, is_prefilling[:num_reqs], reason
+        return common.query_start_loc_cpu.tolist(), seq_lens, is_prefilling, reason
 
     def _unknown(self, common: CommonAttentionMetadata, reason: Reason | None) -> Requests | None:
         """A step whose rows cannot be told apart, if one of its chunks is long enough to have gone sparse."""

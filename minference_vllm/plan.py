@@ -86,7 +86,7 @@ class Requests(NamedTuple):
         starts: [num_reqs + 1] first query row of each.
         seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Empty if nobody
             asks, because all of them are below the gate, or unknown.
-        is_prefilling: [num_reqs] whether it still reads its prompt; may lack the padding rows.
+        is_prefilling: [num_reqs] whether it still reads its prompt; padding rows may lack, or lie beyond `starts`.
         layer_reason: what about the layers forbids sparse attention.
         step_reason: what about the step forbids it to chunks that pass the gate.
     """
@@ -107,7 +107,7 @@ class Requests(NamedTuple):
 
         A request's last prompt token alone, all that a prefix cache may leave of it, is a decode row in all but name.
         """
-        for request in compress(range(len(self.is_prefilling)), self.is_prefilling):
+        for request in compress(range(len(self.starts) - 1), self.is_prefilling):
             rows = self.starts[request + 1] - self.starts[request]
             if rows > 1:  # padding has none
                 yield request, rows, self.seq_lens[request] if self.seq_lens else 0

@@ -1,32 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks.steps times what our classes add to vLLM's, and nothing of vLLM's own. Toy classes stand for both."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import steps
 
-OURS, VLLMS = 2e-3, 20e-3  # seconds; vLLM's would show
+OURS, VLLMS = 2.0, 20.0  # microseconds
+
+
+class Clock:
+    """Goes on only where work is pretended."""
+
+    def __init__(self):
+        self.us = 0.0
+
+    def __call__(self):
+        return 1e-6 * self.us
+
+    def work(self, us):
+        self.us += us
+
+
+clock = Clock()
 
 
 class StockBuilder:
     def build(self, common_prefix_len, common, fast_build=False):
-        time.sleep(VLLMS)
+        clock.work(VLLMS)
         return ["metadata"]
 
 
 class Builder(StockBuilder):
     def build(self, common_prefix_len, common, fast_build=False):
         metadata = StockBuilder.build(self, common_prefix_len, common, fast_build)
-        time.sleep(OURS)
+        clock.work(OURS)
         return metadata
 
 
 class StockImpl:
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, block_scale=None):
-        time.sleep(VLLMS)
+        clock.work(VLLMS)
         return output
 
 
@@ -34,7 +49,7 @@ class Impl(StockImpl):
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, block_scale=None):
         if attn_metadata == "sparse":
             return output
-        time.sleep(OURS)
+        clock.work(OURS)
         return StockImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale)
 
 
@@ -42,6 +57,7 @@ class Impl(StockImpl):
 def taken(monkeypatch):
     for kind, method in ((StockBuilder, "build"), (Builder, "build"), (StockImpl, "forward"), (Impl, "forward")):
         monkeypatch.setattr(kind, method, vars(kind)[method])  # what it was comes back
+    monkeypatch.setattr(steps, "clock", clock)
     taken = []
     steps._time_builds(Builder, taken)
     steps._time_layers(Impl, taken)
@@ -60,8 +76,8 @@ def test_only_our_share_of_a_step_is_counted(taken):
     prefill, decode = taken
     assert (prefill.is_prefill, prefill.num_layers, decode.is_prefill, decode.num_layers) == (True, 3, False, 3)
     for step in taken:
-        assert 1e6 * OURS <= step.plan_us < 1e6 * VLLMS
-        assert 3e6 * OURS <= step.layers_us < 3e6 * VLLMS
+        assert step.plan_us == pytest.approx(OURS)
+        assert step.layers_us == pytest.approx(3 * OURS)
 
 
 def test_layers_that_go_sparse_add_nothing_on_their_way_to_dense_attention(taken):

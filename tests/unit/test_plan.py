@@ -220,6 +220,13 @@ def test_flags_may_lack_the_padding_rows() -> None:
     assert plan_of(*batch).chunks
 
 
+def test_flags_beyond_the_requests_are_not_looked_at() -> None:
+    requests = requests_of((LONG, SHORT))
+    stale = requests._replace(is_prefilling=[*requests.is_prefilling, True, True])
+    assert tally(stale, CONFIG) == tally(requests, CONFIG)
+    assert make_plan(stale, CONFIG) == make_plan(requests, CONFIG)
+
+
 def test_a_gate_of_zero_takes_every_prompt_of_min_chunk_rows() -> None:
     config = MInferenceConfig(min_seq_len=0, min_chunk=1)
     batch = (DECODE, Row(2), SHORT, PADDING, Row(1, 3), Row(2, 3))
