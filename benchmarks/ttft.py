@@ -12,7 +12,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,6 @@ from benchmarks import (
     resolved,
     results,
     sparse_work,
-    steps,
     synthetic,
 )
 from benchmarks.processes import EngineProcess, serve_requests
@@ -51,10 +49,6 @@ MEMORY_OF_EACH = 0.47  # of the GPU's: two engines are up at a time
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
 MOST_FOR_SHORT = 16
-BURST = 512  # short requests at once, to keep an engine busy
-TINY_BURST = 32
-BURST_TOKENS = 128  # of each
-BURST_ANSWER = 16  # tokens
 
 
 class Sizes(NamedTuple):
@@ -93,10 +87,7 @@ def write_model(directory: str, shape: dict[str, int], layers: int, max_len: int
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """An engine, and what times a request of it: {"tokens": prompt length, "count": whether to say what ran sparse}.
-
-    To {"burst": number of requests} it only says what the plugin added to each step while it served those at once.
-    """
+    """An engine, and what times a request of it: {"tokens": prompt length, "count": whether to say what ran sparse}."""
     from vllm import SamplingParams
 
     if kind == SPARSE and not spec["natural"]:
@@ -111,15 +102,7 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         llm.generate([prompts[tokens]], one, use_tqdm=False)
         return time.perf_counter() - start
 
-    many = SamplingParams(temperature=0, max_tokens=BURST_ANSWER, ignore_eos=True, detokenize=False)
-
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        if "burst" in request:
-            added = steps.time_steps()  # not earlier: the times to first token are without these clocks
-            added.clear()
-            ids = random.integers(10, spec["vocab_size"], (request["burst"], BURST_TOKENS)).tolist()
-            llm.generate([{"prompt_token_ids": prompt} for prompt in ids], many, use_tqdm=False)
-            return {"steps": [astuple(step) for step in added]}
         if not request["count"]:
             return {"seconds": seconds(request["tokens"])}
         before = sparse_work(llm)
@@ -143,12 +126,6 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     for kind, times in seconds.items():
         print(f"    {tokens} tokens, {kind}: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
     return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}}
-
-
-def time_busy_steps(sparse: EngineProcess, burst: int) -> dict[str, Any]:
-    """What the plugin adds to the steps of an engine that goes from one to the next without a pause."""
-    sparse.ask({"burst": burst})
-    return steps.summary([steps.AddedTime(*step) for step in sparse.ask({"burst": burst})["steps"]])
 
 
 def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
@@ -184,16 +161,12 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
     }
 
 
-def describe(options: argparse.Namespace, spec: dict[str, Any], burst: int) -> dict[str, Any]:
+def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
     """The settings of a result file; each engine's come under "sparse" as it is started."""
     return {
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
         "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
         "side, take in turns after one each to warm up",
-        "busy_steps": "host time that the plugin adds to a step: plan_us in the metadata builder (a thread counts "
-        "later), layers_us in all layers of a dense step before they call vLLM's attention; medians, apart for steps "
-        f"that hold prompts and for others, of an engine that serves {burst} requests of {BURST_TOKENS} tokens and "
-        f"answers of {BURST_ANSWER} at once",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
         "prompts": "random token ids",
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
@@ -219,12 +192,11 @@ def main() -> None:
     for name, usual in (TINY_USUAL if options.tiny else USUAL).items():
         vars(options).setdefault(name, usual)
     results.describe_run(options.tiny)
-    rows, seconds, busy_steps = [], {}, {}
-    burst = TINY_BURST if options.tiny else BURST
+    rows, seconds = [], {}
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory)
-        settings = describe(options, spec, burst)
-        record = {"settings": settings, "busy_steps": busy_steps, "seconds": seconds}
+        settings = describe(options, spec)
+        record = {"settings": settings, "seconds": seconds}
         with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
             for sizes in options.sizes:
                 minference = {"vertical_size": sizes.vertical, "slash_size": sizes.slash}
@@ -237,9 +209,6 @@ def main() -> None:
                         rows.append(make_row(sizes, options.layers, tokens, found))
                         # After each row: what a run that is cut off has measured stays.
                         results.write(options.out, rows, options.tiny, **record)
-                    # Last: what an engine has served makes its garbage collections longer, and the other serves none.
-                    busy_steps[str(sizes)] = time_busy_steps(sparse, burst)
-                    results.write(options.out, rows, options.tiny, **record)
     print(results.table(rows))
 
 

@@ -57,7 +57,8 @@ class MInferenceCPUBuilder(PlanningMixin, CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         chunks = () if fast_build else self.plan_step(common_attn_metadata, metadata).chunks
-        metadata.minference = Step(chunks, ())
+        if chunks:
+            metadata.minference = Step(chunks, ())
         return metadata
 
 
@@ -108,8 +109,8 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
             )
         if not attn_metadata.causal:
             raise NotImplementedError("MInference on a CPU serves causal attention only: choose vLLM's CPU_ATTN.")
-        step: Step = attn_metadata.minference
-        chunks = step.chunks if self.dense_reason is None else ()
+        step: Step | None = getattr(attn_metadata, "minference", None)
+        chunks = step.chunks if step is not None and self.dense_reason is None else ()
         self._run_dense({chunk.request for chunk in chunks}, query, kv_cache, attn_metadata, output)
         self.run_sparse(Step(chunks, ()), query, kv_cache, attn_metadata.block_table, output)
         return output

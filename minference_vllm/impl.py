@@ -120,6 +120,14 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         super().__init__(*args, **kwargs)
         self.join_runtime(torch.device("cuda", torch.cuda.current_device()), window_off=(-1, -1))
 
+    def step_aside(self) -> None:
+        """Leave the layer to FlashAttention altogether: its steps cost then what they cost without us."""
+        self.forward = super().forward  # type: ignore[method-assign]
+
+    def step_in(self) -> None:
+        """Look for a plan in the metadata, as a new layer does."""
+        self.__dict__.pop("forward", None)
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -133,20 +141,16 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See FlashAttentionImpl.forward; rows that the plan does not name run there, exactly as without us."""
-        # Every layer comes by in every step: `super` and `getattr` would take four times as long.
-        try:
-            step: Step | None = attn_metadata.minference  # type: ignore[union-attr]
-        except AttributeError:  # the profiling run has no metadata, other builders' metadata no plan
-            step = None
+        step: Step | None = getattr(attn_metadata, "minference", None)
         if step is None or attn_metadata is None or self._stays_dense(output_scale, output_block_scale):
             if attn_metadata is None:
                 self.claim_scratch()
-            return FlashAttentionImpl.forward(
-                self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         for run, metadata in step.dense_runs:
             rows = slice(run.query_start, run.query_end)
-            FlashAttentionImpl.forward(self, layer, query[rows], key, value, kv_cache, metadata, output[rows])
+            super().forward(layer, query[rows], key, value, kv_cache, metadata, output[rows])
         self.run_sparse(step, query, kv_cache, attn_metadata.block_table, output)
         return output
 

@@ -28,6 +28,7 @@ class PlanningMixin:
         for name, layer in layers.items():
             layer.impl.settle(_late_reason(name, layer, vllm_config, kv_cache_spec))
         sparse = [impl for impl in impls if impl.dense_reason is None]
+        self._impls = impls
         self._runtime = impls[0].runtime
         self._min_seq_len, self._min_chunk = self._runtime.config.min_seq_len, self._runtime.config.min_chunk
         self._group = layer_names[0]
@@ -107,6 +108,10 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.attach_layers(vllm_config, layer_names, kv_cache_spec)
         self._is_capturing = False
+        self._layers_are_in = True
+        # An earlier builder may have left them: vLLM makes one to estimate the memory of CUDA graphs.
+        for impl in self._impls:
+            impl.step_in()
 
     def build(
         self,
@@ -118,12 +123,26 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         metadata = FlashAttentionMetadataBuilder.build(
             self, common_prefix_len, common_attn_metadata, fast_build, **kwargs
         )
-        metadata.minference = None
-        if not (fast_build or self._is_capturing):  # fast_build: the draft model's steps
-            plan = self.plan_step(common_attn_metadata, metadata)
-            if plan.chunks:
-                metadata.minference = _step(plan.chunks, plan.dense_runs, metadata)
+        if fast_build or self._is_capturing:  # fast_build: the draft model's steps
+            return metadata
+        plan = self.plan_step(common_attn_metadata, metadata)
+        if plan is not ALL_DENSE:
+            metadata.minference = _step(plan.chunks, plan.dense_runs, metadata)
+        if self._layers_are_in is (plan is ALL_DENSE):
+            self._switch_layers()
         return metadata
+
+    def _switch_layers(self) -> None:
+        """Let this group's layers look for a plan, or leave them to FlashAttention until there is one again.
+
+        Layers that look and find none would cost a dense step a frame of Python each, and nine arguments passed on.
+        """
+        self._layers_are_in = not self._layers_are_in
+        for impl in self._impls:
+            if self._layers_are_in:
+                impl.step_in()
+            else:
+                impl.step_aside()
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
         # By way of self.build: vLLM derives builders from this one, for cross attention say, that change there what is
@@ -138,8 +157,11 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         self, metadata: FlashAttentionMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> FlashAttentionMetadata:
         updated = super().update_block_table(metadata, blk_table, slot_mapping)
-        if step := getattr(metadata, "minference", None):
+        step: Step | None = getattr(metadata, "minference", None)
+        if step is not None:
             updated.minference = _step(step.chunks, tuple(run for run, _ in step.dense_runs), updated)
+        if self._layers_are_in is (step is None):
+            self._switch_layers()
         return updated
 
 

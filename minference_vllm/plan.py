@@ -140,7 +140,7 @@ ALL_DENSE = Plan()
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step in which something runs sparse; the attribute `minference` of vLLM's metadata, else None.
+    """A step in which something runs sparse; the attribute `minference` of vLLM's metadata, which else has none.
 
     Attributes:
         chunks: requests' rows that run sparse.

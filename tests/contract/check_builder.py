@@ -25,6 +25,7 @@ from tests.contract.fakes import (
     SHORT,
     Row,
     counted,
+    has_plan,
     make_builder,
     make_common,
     make_config,
@@ -74,7 +75,7 @@ def test_the_metadata_of_a_run_is_that_of_the_run_as_a_batch() -> None:
 @pytest.mark.parametrize("batch", [(DECODE,) * 3, (DECODE, Row(5, 200, prefill=False))], ids=["decode", "verification"])
 def test_a_step_without_prefill_carries_no_plan_and_is_not_counted(batch: tuple[Row, ...]) -> None:
     runtime, builder, _ = one_group()
-    assert builder.build(0, make_common(*batch)).minference is None
+    assert not has_plan(builder.build(0, make_common(*batch)))
     assert counted(runtime) == {}
 
 
@@ -91,9 +92,9 @@ def test_a_step_without_prefill_carries_no_plan_and_is_not_counted(batch: tuple[
 )
 def test_a_step_runs_dense_for_a_named_reason(changes: dict[str, Any], reason: Reason) -> None:
     runtime, builder, _ = one_group()
-    assert builder.build(0, make_common(LONG, LONG)).minference is not None
+    assert has_plan(builder.build(0, make_common(LONG, LONG)))
     before = counted(runtime)
-    assert builder.build(0, make_common(LONG, LONG, **changes)).minference is None
+    assert not has_plan(builder.build(0, make_common(LONG, LONG, **changes)))
     after = counted(runtime)
     assert after.pop(("dense", reason.value)) == 280
     assert after == before
@@ -117,17 +118,17 @@ def test_padding_rows_need_no_flags() -> None:
 def test_a_step_of_such_a_model_runs_dense(model: dict[str, Any], changes: dict[str, Any], reason: Reason) -> None:
     runtime = make_runtime()
     builder = make_builder({NAME.format(0): make_impl(runtime)}, make_config(**model))
-    assert builder.build(0, make_common(LONG, **changes)).minference is None
+    assert not has_plan(builder.build(0, make_common(LONG, **changes)))
     assert counted(runtime) == {("dense", reason.value): LONG.rows}
-    assert builder.build(0, make_common(LONG)).minference is not None
+    assert has_plan(builder.build(0, make_common(LONG)))
 
 
 def test_steps_of_a_draft_model_and_of_graph_capture_carry_no_plan() -> None:
     runtime, builder, _ = one_group()
     common = make_common(LONG, DECODE)
-    assert builder.build(0, common, fast_build=True).minference is None
-    assert builder.build_for_drafting(common, 0).minference is None
-    assert builder.build_for_cudagraph_capture(common).minference is None
+    assert not has_plan(builder.build(0, common, fast_build=True))
+    assert not has_plan(builder.build_for_drafting(common, 0))
+    assert not has_plan(builder.build_for_cudagraph_capture(common))
     assert counted(runtime) == {}
 
 
@@ -143,7 +144,7 @@ def test_graphs_are_captured_as_the_builders_that_vllm_derives_from_ours_build()
     metadata = builder.build_for_cudagraph_capture(common)
     assert metadata.causal is False
     assert metadata.seq_lens.tolist() == [64, 48]
-    assert metadata.minference is None
+    assert not has_plan(metadata)
     assert counted(runtime) == {}
 
 
@@ -153,8 +154,8 @@ def test_layers_that_attend_within_chunks_stay_dense_and_do_not_speak_for_the_ot
     local, whole = (make_impl(runtime) for _ in range(2))
     groups = [make_builder({NAME.format(0): local}, chunk_size=64), make_builder({NAME.format(1): whole})]
     assert (local.dense_reason, whole.dense_reason) == (Reason.CHUNKED_LOCAL, None)
-    assert groups[0].build(0, make_common(LONG, is_prefilling=None)).minference is None
-    assert groups[1].build(0, make_common(LONG)).minference is not None
+    assert not has_plan(groups[0].build(0, make_common(LONG, is_prefilling=None)))
+    assert has_plan(groups[1].build(0, make_common(LONG)))
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
 
 
@@ -185,7 +186,7 @@ def test_metadata_that_vllm_has_copied_field_by_field_takes_another_block_table(
     table = copied.block_table + 1
     updated = builder.update_block_table(copied, table, copied.slot_mapping)
     assert updated.block_table is table
-    assert getattr(updated, "minference", None) is None
+    assert not has_plan(updated)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_the_place_of_a_layer_decides(name: str, is_draft_layer: bool, reason: R
     impl = make_impl(runtime)
     builder = make_builder({name: impl}, is_draft_layer=is_draft_layer)
     assert impl.dense_reason is reason
-    assert (builder.build(0, make_common(LONG)).minference is None) == (reason is not None)
+    assert has_plan(builder.build(0, make_common(LONG))) == (reason is None)
     label = ("dense", reason.value) if reason else ("sparse", "gate_open")
     assert counted(runtime) == {label: LONG.rows}
 
@@ -227,21 +228,21 @@ def test_both_micro_batches_of_a_step_are_counted(flags: dict[str, Any], tokens:
     for _ in range(3):  # steps
         for micro_batch, row in zip(builders, (LONG, SHORT), strict=True):
             common = make_common(row, **flags)
-            assert all(builder.build(0, common).minference is None for builder in micro_batch)
+            assert not any(has_plan(builder.build(0, common)) for builder in micro_batch)
     assert counted(runtime) == {("dense", "micro_batching"): 3 * tokens}
 
 
 def test_a_cache_of_another_dtype_keeps_a_group_dense() -> None:
     runtime = make_runtime()
     builder = make_builder({NAME.format(0): make_impl(runtime)}, dtype=torch.uint8)
-    assert builder.build(0, make_common(LONG)).minference is None
+    assert not has_plan(builder.build(0, make_common(LONG)))
     assert counted(runtime) == {("dense", "dtype"): LONG.rows}
 
 
 def test_a_group_with_one_sparse_layer_goes_sparse() -> None:
     runtime = make_runtime()
     impls = {NAME.format(0): make_impl(runtime, sliding_window=64), NAME.format(1): make_impl(runtime)}
-    assert make_builder(impls).build(0, make_common(LONG)).minference is not None
+    assert has_plan(make_builder(impls).build(0, make_common(LONG)))
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
 
 

@@ -27,6 +27,7 @@ from tests.contract.fakes import (
     SHORT,
     Row,
     counted,
+    has_plan,
     make_builder,
     make_common,
     make_config,
@@ -59,9 +60,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The metadata of each call of FlashAttention."""
     seen: list[Any] = []
 
-    def forward(self: Any, *arguments: Any) -> torch.Tensor:
+    def forward(self: Any, *arguments: Any, **scales: Any) -> torch.Tensor:
         seen.append(arguments[5])
-        return flash_attention(self, *arguments)
+        return flash_attention(self, *arguments, *scales.values())
 
     monkeypatch.setattr(FlashAttentionImpl, "forward", forward)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -96,7 +97,7 @@ def assert_dense(impl: Any, reason: Reason, calls: list[Any]) -> None:
     _, builder, _ = one_group()
     common = make_common(*MIXED)
     metadata = builder.build(0, common)
-    assert metadata.minference is not None
+    assert has_plan(metadata)
     attend(impl, *make_step(common, impl.head_size), metadata)
     assert calls == [metadata]
     assert impl.dense_reason is reason
@@ -128,7 +129,7 @@ def test_a_layer_runs_dense_for_a_named_reason(
     impl = make_impl(runtime, make_config(**parallel), **arguments)
     assert_dense(impl, reason, calls)
     builder = make_builder({NAME.format(0): impl})
-    assert builder.build(0, make_common(LONG)).minference is None
+    assert not has_plan(builder.build(0, make_common(LONG)))
     assert counted(runtime) == {("dense", reason.value): LONG.rows}
 
 

@@ -127,6 +127,11 @@ def one_group(layers: int = 2) -> tuple[Runtime, MInferenceBuilder, list[MInfere
     return runtime, make_builder({NAME.format(i): impl for i, impl in enumerate(impls)}), impls
 
 
+def has_plan(metadata: Any) -> bool:
+    """Whether something of the step runs sparse."""
+    return getattr(metadata, "minference", None) is not None
+
+
 def counted(runtime: Runtime) -> dict[tuple[str, str], int]:
     return dict(runtime.counters.snapshot().tokens)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks.steps times what our classes add to vLLM's, and nothing of vLLM's own. Toy classes stand for both."""
+"""benchmarks.steps finds what our builder adds to vLLM's. Toys stand for both, and only they move the clock."""
 
 from types import SimpleNamespace
 
@@ -7,12 +7,10 @@ import pytest
 
 from benchmarks import steps
 
-OURS, VLLMS = 2.0, 20.0  # microseconds
+OURS, VLLMS, GATE, CHUNK = 2.0, 20.0, 100, 50
 
 
 class Clock:
-    """Goes on only where work is pretended."""
-
     def __init__(self):
         self.us = 0.0
 
@@ -28,61 +26,81 @@ clock = Clock()
 
 class StockBuilder:
     def build(self, common_prefix_len, common, fast_build=False):
-        clock.work(VLLMS)
-        return ["metadata"]
-
-
-class Builder(StockBuilder):
-    def build(self, common_prefix_len, common, fast_build=False):
-        metadata = StockBuilder.build(self, common_prefix_len, common, fast_build)
-        clock.work(OURS)
-        return metadata
+        clock.work(VLLMS + common.max_query_len % 2)
+        return SimpleNamespace()
 
 
 class StockImpl:
-    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, block_scale=None):
-        clock.work(VLLMS)
-        return output
+    def forward(self):
+        """Of vLLM's."""
 
 
 class Impl(StockImpl):
-    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, block_scale=None):
-        if attn_metadata == "sparse":
-            return output
+    def forward(self):
+        """Of ours."""
+
+    forward.__module__ = "minference_vllm.toy"
+
+
+class Builder(StockBuilder):
+    _min_seq_len, _min_chunk = GATE, CHUNK
+
+    def __init__(self):
+        self._impls = [Impl(), Impl(), StockImpl()]
+
+    def build(self, common_prefix_len, common, fast_build=False):
+        metadata = StockBuilder.build(self, common_prefix_len, common, fast_build)
         clock.work(OURS)
-        return StockImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale)
+        if common.max_query_len >= CHUNK and common.max_seq_len >= GATE:
+            metadata.minference = "plan"
+        return metadata
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    for kind, method in ((StockBuilder, "build"), (Builder, "build"), (StockImpl, "forward"), (Impl, "forward")):
-        monkeypatch.setattr(kind, method, vars(kind)[method])  # what it was comes back
+    monkeypatch.setattr(Builder, "build", Builder.build)  # what it was comes back
     monkeypatch.setattr(steps, "clock", clock)
-    taken = []
-    steps._time_builds(Builder, taken)
-    steps._time_layers(Impl, taken)
-    return taken
+    return steps.time_steps(Builder, seed=0)
 
 
-def run_step(metadata, rows):
-    assert Builder().build(0, SimpleNamespace(max_query_len=rows), fast_build=False) == ["metadata"]
-    for _ in range(3):
-        assert Impl().forward(None, 1, 2, 3, 4, metadata, output="out") == "out"
+def run(builder, rows, keys):
+    return builder.build(0, SimpleNamespace(max_query_len=rows, max_seq_len=keys), fast_build=False)
 
 
-def test_only_our_share_of_a_step_is_counted(taken):
-    run_step("dense", rows=5)
-    run_step("dense", rows=1)
-    prefill, decode = taken
-    assert (prefill.is_prefill, prefill.num_layers, decode.is_prefill, decode.num_layers) == (True, 3, False, 3)
-    for step in taken:
-        assert step.plan_us == pytest.approx(OURS)
-        assert step.layers_us == pytest.approx(3 * OURS)
+def test_what_ours_adds_is_found_for_each_kind_of_step(taken):
+    builder = Builder()
+    for _ in range(40):
+        for rows, keys in ((7, 9), (1, 9), (60, GATE), (1, GATE), (7, GATE)):
+            run(builder, rows, keys)
+    rows = steps.make_rows(taken, max_num_seqs=8)
+    assert sum(row["steps"] for row in rows) == len(taken) == 160
+    assert {(row["step"], row["beside"]) for row in rows} >= {
+        ("prefill", steps.SHORT), ("prefill", steps.LONG), ("decode", steps.SHORT), ("decode", steps.SWITCH)
+    }  # fmt: skip
+    for row in rows:
+        assert row["added_us"] == pytest.approx(OURS)
+        assert (row["stock_us"], row["error_us"], row["looking_layers"]) == (pytest.approx(VLLMS + 1), 0.0, 2)
 
 
-def test_layers_that_go_sparse_add_nothing_on_their_way_to_dense_attention(taken):
-    run_step("sparse", rows=5)
-    StockImpl().forward(None, 1, 2, 3, 4, "dense", "out")  # another's layer
-    [step] = taken
-    assert (step.layers_us, step.num_layers) == (0.0, 0)
-    assert steps.summary(taken)["prefill_layers_us"] is None
+def test_steps_that_may_go_sparse_are_built_by_ours_and_not_timed(taken):
+    assert all(hasattr(run(Builder(), CHUNK, GATE), "minference") for _ in range(20))
+    assert taken == []
+
+
+def test_the_first_of_our_dense_steps_after_a_sparse_one_is_told_apart(taken):
+    builder = Builder()
+    run(builder, CHUNK, GATE)
+    while not (taken and taken[-1].ours):
+        run(builder, 1, 9)
+    assert {step.beside for step in taken} == {steps.SWITCH}
+    run(builder, 1, 9)
+    assert taken[-1].beside == steps.SHORT
+
+
+def test_a_kind_of_step_without_both_builders_makes_no_row():
+    assert steps.make_rows([steps.TimedStep("decode", steps.SHORT, True, 1.0, 0)] * 5, 8) == []
+
+
+def test_the_error_is_the_spread_of_the_medians():
+    assert steps._error([1.0] * 9, [3.0] * 9) == 0.0
+    assert 0.1 < steps._error(list(range(100)), [3.0] * 9) < 20

@@ -50,17 +50,6 @@ def test_engines_take_turns_and_both_come_first_at_times():
     assert [kind for kind, _ in turns[2:]] == ["sparse", "dense", "dense", "sparse"]
 
 
-def test_steps_with_prompts_are_summed_up_apart():
-    class Busy:
-        def ask(self, request):
-            return {"steps": [[False, 1.0, 4.0, 2], [True, 9.0], [False, 2.0, 6.0, 2], [True, 11.0, 7.5, 2]]}
-
-    assert ttft.time_busy_steps(Busy(), 8) == {
-        "decode_steps": 2, "decode_plan_us": 1.5, "decode_layers_us": 5.0,
-        "prefill_steps": 2, "prefill_plan_us": 10.0, "prefill_layers_us": 7.5,
-    }  # fmt: skip
-
-
 def test_engines_that_are_up_at_once_answer_in_turns(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(
         "from benchmarks.processes import serve_requests\n"
