@@ -96,7 +96,7 @@ def test_counting_starts_with_the_first_builder() -> None:
 
 
 # Some 0.2, 7 and 5 us, and the bounds leave room for a busy machine. With a CPU's caches empty it is several times as
-# long, which the benchmark of the time to first token measures in an engine.
+# long, which benchmarks.steps measures in an engine.
 @pytest.mark.parametrize(
     ("batch", "bound"),
     [
