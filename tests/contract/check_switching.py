@@ -3,9 +3,7 @@
 
 from typing import Any
 
-import pytest
-import torch
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from tests.contract.fakes import (
     DECODE,
@@ -20,11 +18,6 @@ from tests.contract.fakes import (
     make_runtime,
     one_group,
 )
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FlashAttentionMetadataBuilder, "_get_scheduler_metadata", lambda *_, **__: torch.ones(5))
 
 
 def stepped_aside(impl: Any) -> bool:
