@@ -2,15 +2,11 @@
 """Benchmarks against vLLM's own attention, every engine in a process of its own."""
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 DENSE, SPARSE = "dense", "sparse"
 DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "MINFERENCE"
-
-SETTLE_SECONDS = 0.1  # longer than the plugin waits between two reads of the density
-SETTLE_STEPS = 8
 
 
 def argument_parser(description: str | None, tiny: str) -> argparse.ArgumentParser:
@@ -56,18 +52,10 @@ class SparseWork(NamedTuple):
         return SparseWork(*(now - then for now, then in zip(self, before, strict=True)))
 
 
-def sparse_work(llm: Any) -> SparseWork:
-    """What the plugin in this process has counted; up to date once its last copy from the GPU has arrived."""
-    from vllm import SamplingParams
-
+def sparse_work() -> SparseWork:
+    """What the plugin in this process has counted of all requests that are answered."""
     from minference_vllm.impl import _runtimes
 
-    few = SamplingParams(max_tokens=SETTLE_STEPS, ignore_eos=True, detokenize=False)
-    # The density is copied from the GPU in one step and read in a later one: the first round takes in a copy that may
-    # still be on its way, the second makes a new one.
-    for _ in range(2):
-        time.sleep(SETTLE_SECONDS)
-        llm.generate([{"prompt_token_ids": [1, 2, 3]}], few, use_tqdm=False)
     [runtime] = _runtimes.values()
     total = runtime.counters.snapshot()
     sparse = sum(tokens for (path, _), tokens in total.tokens.items() if path == SPARSE)

@@ -53,7 +53,7 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
         first_logprobs.append({str(token): entry.logprob for token, entry in answer.logprobs[0].items()})
     found: dict[str, Any] = {"tokens": tokens, "first_logprobs": first_logprobs}
     if kind == SPARSE:
-        work = sparse_work(llm)
+        work = sparse_work()
         found.update(sparse_tokens=work.sparse_tokens, density=work.density)
     return found
 

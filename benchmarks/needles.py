@@ -37,11 +37,11 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
     answers = [needle["answer"] for needle in spec["needles"]]
     found = {}
     for concurrency in spec["concurrency"]:
-        before = sparse_work(llm) if kind == SPARSE else None
+        before = sparse_work() if kind == SPARSE else None
         outputs = []
         for first in range(0, len(prompts), concurrency):
             outputs += llm.generate(prompts[first : first + concurrency], greedy, use_tqdm=False)
-        delta = sparse_work(llm).since(before) if before else None
+        delta = sparse_work().since(before) if before else None
         texts = [output.outputs[0].text for output in outputs]
         hits = [answer in text for answer, text in zip(answers, texts, strict=True)]
         print(f"    {concurrency} at a time: {sum(hits)} of {len(hits)}", flush=True)

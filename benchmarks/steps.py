@@ -47,9 +47,9 @@ class TimedStep(NamedTuple):
     looking: int
 
 
-SHORT, LONG, SWITCH = BESIDE = "short contexts", "a long context", "after a sparse step"
-"""No request is as long as the gate asks for; one is, but reads no chunk that could go sparse; or the plugin's first
-dense step after a sparse one, which gives the layers back to vLLM."""
+SHORT, LONG, AFTER = BESIDE = "short contexts", "a long context", "after a sparse step"
+"""No request is as long as the gate asks for; one is, but reads no chunk that could go sparse; or
+the step before ran sparse."""
 
 
 def time_steps(ours: Any, seed: int) -> list[TimedStep]:
@@ -74,11 +74,10 @@ def time_steps(ours: Any, seed: int) -> list[TimedStep]:
         metadata = method(self, common_prefix_len, common, *arguments, **settings)
         us = 1e6 * (clock() - start)
         if not may_be_sparse:
-            beside = SWITCH if after_sparse else LONG if is_long else SHORT
-            looking = sum(impl.forward.__module__.startswith("minference_vllm") for impl in self._impls)
+            beside = AFTER if after_sparse else LONG if is_long else SHORT
+            looking = sum(impl.forward.__module__.startswith("minference_vllm") for impl in self._layers.layers)
             steps.append(TimedStep("prefill" if common.max_query_len > 1 else "decode", beside, is_ours, us, looking))
-        if is_ours:
-            after_sparse = hasattr(metadata, "minference")
+        after_sparse = hasattr(metadata, "minference")
         return metadata
 
     ours.build = build

@@ -105,9 +105,9 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if not request["count"]:
             return {"seconds": seconds(request["tokens"])}
-        before = sparse_work(llm)
+        before = sparse_work()
         found = {"seconds": seconds(request["tokens"])}
-        delta = sparse_work(llm).since(before)
+        delta = sparse_work().since(before)
         return {**found, "sparse_tokens": delta.sparse_tokens, "density": delta.density}
 
     return answer

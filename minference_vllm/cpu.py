@@ -59,6 +59,7 @@ class MInferenceCPUBuilder(PlanningMixin, CPUAttentionMetadataBuilder):
         chunks = () if fast_build else self.plan_step(common_attn_metadata, metadata).chunks
         if chunks:
             metadata.minference = Step(chunks, ())
+            self._layers.open_step()
         return metadata
 
 
@@ -112,7 +113,8 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
         step: Step | None = getattr(attn_metadata, "minference", None)
         chunks = step.chunks if step is not None and self.dense_reason is None else ()
         self._run_dense({chunk.request for chunk in chunks}, query, kv_cache, attn_metadata, output)
-        self.run_sparse(Step(chunks, ()), query, kv_cache, attn_metadata.block_table, output)
+        if chunks:
+            self.run_sparse(Step(chunks, ()), query, kv_cache, attn_metadata.block_table, output)
         return output
 
     def _run_dense(

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 from minference_vllm import compat
 from minference_vllm.config import ConfigError, MInferenceConfig, load_config
 from minference_vllm.engine import report_head_dim
+from minference_vllm.group import LayerGroup
 from minference_vllm.index import PagedKV
 from minference_vllm.layers import LayerTraits
 from minference_vllm.plan import Reason, Step
@@ -38,6 +39,8 @@ class SparseLayerMixin:
     sinks: torch.Tensor | None
     kv_cache_dtype: str
     kv_sharing_target_layer_name: str | None
+
+    group: LayerGroup | None = None  # from when its metadata builder is made
 
     def join_runtime(self, device: torch.device, window_off: Any) -> None:
         """Find the worker's runtime, and decide whether this layer may ever go sparse. Called once, at construction.
@@ -98,6 +101,14 @@ class SparseLayerMixin:
         for chunk in step.chunks:
             kv = PagedKV(k, v, block_table, chunk.request)
             self.runtime.run(query, kv, chunk, self.scale, self._geometry, output)
+        if self.group is not None:
+            self.group.count_layer()
+
+    def step_in(self) -> None:
+        """Look for a plan in the metadata of the steps that follow, as a new layer does."""
+
+    def step_aside(self) -> None:
+        """There is no plan to look for until the next `step_in`."""
 
 
 def _runtime(vllm_config: VllmConfig, device: torch.device) -> Runtime:
@@ -120,13 +131,12 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         super().__init__(*args, **kwargs)
         self.join_runtime(torch.device("cuda", torch.cuda.current_device()), window_off=(-1, -1))
 
-    def step_aside(self) -> None:
-        """Leave the layer to FlashAttention altogether: its steps cost then what they cost without us."""
-        self.forward = super().forward  # type: ignore[method-assign]
-
     def step_in(self) -> None:
-        """Look for a plan in the metadata, as a new layer does."""
         self.__dict__.pop("forward", None)
+
+    def step_aside(self) -> None:
+        # Not a flag to look at: the layer's steps cost then what they cost without us.
+        self.forward = super().forward  # type: ignore[method-assign]
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
+from minference_vllm.group import LayerGroup
 from minference_vllm.plan import ALL_DENSE, DenseRun, Plan, Reason, Requests, SparseChunk, Step, make_plan
 
 logger = logging.getLogger("vllm.minference")
@@ -28,8 +29,8 @@ class PlanningMixin:
         for name, layer in layers.items():
             layer.impl.settle(_late_reason(name, layer, vllm_config, kv_cache_spec))
         sparse = [impl for impl in impls if impl.dense_reason is None]
-        self._impls = impls
         self._runtime = impls[0].runtime
+        self._layers = LayerGroup(impls, self._runtime)
         self._min_seq_len, self._min_chunk = self._runtime.config.min_seq_len, self._runtime.config.min_chunk
         self._group = layer_names[0]
         self._has_sparse_layers = bool(sparse)
@@ -47,12 +48,10 @@ class PlanningMixin:
         # vLLM empties the CPU's caches between two steps. What counts then is how much code and data this touches: a
         # frame, `super` or a field of the configuration costs a microsecond and more, a named tuple four; asking a
         # tensor for its length, or NumPy for a view of it, more than a copy.
-        runtime = self._runtime
-        if runtime.density_is_due:
-            runtime.read_density()
         if common.max_query_len == 1:
             return ALL_DENSE
         # If any layers may go sparse, the groups that have such layers speak for the model.
+        runtime = self._runtime
         counts = runtime.publish and self._has_sparse_layers is runtime.has_sparse_layers
         if common.max_seq_len >= self._min_seq_len:
             return self._plan_long(common, metadata, counts)
@@ -108,10 +107,6 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.attach_layers(vllm_config, layer_names, kv_cache_spec)
         self._is_capturing = False
-        self._layers_are_in = True
-        # An earlier builder may have left them: vLLM makes one to estimate the memory of CUDA graphs.
-        for impl in self._impls:
-            impl.step_in()
 
     def build(
         self,
@@ -128,21 +123,10 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         plan = self.plan_step(common_attn_metadata, metadata)
         if plan is not ALL_DENSE:
             metadata.minference = _step(plan.chunks, plan.dense_runs, metadata)
-        if self._layers_are_in is (plan is ALL_DENSE):
-            self._switch_layers()
+            self._layers.open_step()
+        elif self._layers.is_in:  # after the server's start, or a step that was broken off
+            self._layers.step_aside()
         return metadata
-
-    def _switch_layers(self) -> None:
-        """Let this group's layers look for a plan, or leave them to FlashAttention until there is one again.
-
-        Layers that look and find none would cost a dense step a frame of Python each, and nine arguments passed on.
-        """
-        self._layers_are_in = not self._layers_are_in
-        for impl in self._impls:
-            if self._layers_are_in:
-                impl.step_in()
-            else:
-                impl.step_aside()
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
         # By way of self.build: vLLM derives builders from this one, for cross attention say, that change there what is
@@ -160,8 +144,9 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         step: Step | None = getattr(metadata, "minference", None)
         if step is not None:
             updated.minference = _step(step.chunks, tuple(run for run, _ in step.dense_runs), updated)
-        if self._layers_are_in is (step is None):
-            self._switch_layers()
+            self._layers.open_step()
+        elif self._layers.is_in:
+            self._layers.step_aside()
         return updated
 
 

@@ -2,7 +2,6 @@
 """What the layers of one worker process share: configuration, code, scratch memory and counters."""
 
 import logging
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +15,6 @@ from minference_vllm.metrics.counters import Counters, Tally
 from minference_vllm.metrics.density import DensityMeter
 from minference_vllm.plan import Requests, SparseChunk, tally
 from minference_vllm.workspace import Geometry, Workspace
-
-DENSITY_INTERVAL = 0.05  # seconds
 
 logger = logging.getLogger("vllm.minference")
 
@@ -36,12 +33,10 @@ class Runtime:
         self.publish = publish
         self.device = device
         self.engine = load_engine(config, device)
-        self.counters = Counters(publish, config.log_every, self.tally_once)
+        self.counters = Counters(publish, config.log_every, self.tally_once, self.read_density)
         self.has_sparse_layers = False
         self._counted: set[str] = set()
         self._causal_pairs = 0
-        # Whether something to publish has run sparse since the last copy of what was kept.
-        self.density_is_due = False
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
         self._workspaces: dict[Geometry, Workspace] = {}
@@ -55,7 +50,7 @@ class Runtime:
             # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
             with torch.inference_mode(False):
                 workspace = Workspace.allocate(geometry, self.device)
-                self._density = self._density or DensityMeter(workspace.kept_pairs, DENSITY_INTERVAL)
+                self._density = self._density or DensityMeter(workspace.kept_pairs)
             logger.info("MInference: %.0f MiB of scratch for %s", workspace.num_bytes / 2**20, geometry)
             self._workspaces[geometry] = replace(workspace, kept_pairs=self._density.kept_pairs)
         return self._workspaces[geometry]
@@ -67,7 +62,6 @@ class Runtime:
         rows = slice(chunk.query_start, chunk.query_start + chunk.num_rows)
         ws = self.workspace(geometry)
         self._causal_pairs += geometry.num_qo_heads * chunk.causal_pairs
-        self.density_is_due = self.publish
         sparse_prefill(q[rows], kv, chunk.context_len, scale, self.config, self.engine, ws, out[rows])
 
     def join(self, has_sparse_layers: bool) -> None:
@@ -86,11 +80,14 @@ class Runtime:
         """
         return tally(Requests(*fields), self.config) if self._opens_step(group) else {}
 
-    def read_density(self) -> None:
-        """Read back from the GPU, without waiting, what the sparse kernels kept. Called in steps when it is due."""
-        if self._density and (reading := self._density.poll(self._causal_pairs, time.monotonic())):
-            self.counters.set_density(*reading)
-            self.density_is_due = reading[1] != self._causal_pairs
+    def copy_density(self) -> None:
+        """Have copied from the GPU, in its time, what the sparse kernels kept. Called once they are enqueued."""
+        if self.publish and self._density:
+            self._density.copy(self._causal_pairs)
+
+    def read_density(self) -> tuple[int, int]:
+        """Kept and causal pairs of all sparse attention since start whose copy has arrived. Called by the counters."""
+        return self._density.read() if self._density else (0, 0)
 
     def _opens_step(self, group: str) -> bool:
         """Whether this is a first group of a step or micro-batch. Each comes once; one that returns opens the next."""

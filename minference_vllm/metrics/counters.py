@@ -104,12 +104,16 @@ class Counters:
         publish: export and log; False on every rank but 0.
         log_every: seconds between two log lines; 0 never logs.
         tally: says what to count of what was left to `defer`; called in its order, by one thread at a time.
+        read_pairs: gives the kept and the causal pairs since start, as far as the GPU has told.
     """
 
-    def __init__(self, publish: bool, log_every: float, tally: Callable[..., Tally]) -> None:
+    def __init__(
+        self, publish: bool, log_every: float, tally: Callable[..., Tally], read_pairs: Callable[[], tuple[int, int]]
+    ) -> None:
         self._publish = publish
         self._log_every = log_every
         self._tally = tally
+        self._read_pairs = read_pairs
         self._deferred: deque[tuple[Any, ...]] = deque(maxlen=MOST_DEFERRED)
         # Have a tuple of arguments of `tally` counted later. A step calls it, so it is the bare method: thread-safe,
         # and never waiting for the thread, which a disk may hold up; then the oldest go uncounted.
@@ -117,7 +121,6 @@ class Counters:
         self._lock = threading.Lock()  # the totals, and who tallies; never held for I/O
         self._tokens: Counter[tuple[str, str]] = Counter()
         self._chunks: Counter[tuple[str, str]] = Counter()
-        self._pairs = (0, 0)  # kept and causal, always replaced together
         self._publish_lock = threading.Lock()  # what was published and logged; the thread and flush() may both publish
         self._thread: threading.Thread | None = None
         self._pid = 0
@@ -125,14 +128,10 @@ class Counters:
         self._logged_at = 0.0
         self._warned = self._warned_of_loss = False
 
-    def set_density(self, kept_pairs: int, causal_pairs: int) -> None:
-        """Set the totals since start, both read at the same point of the GPU's stream."""
-        self._pairs = kept_pairs, causal_pairs
-
     def snapshot(self) -> Snapshot:
         with self._lock:
             self._settle()
-            return Snapshot(self._tokens.copy(), self._chunks.copy(), *self._pairs)
+            return Snapshot(self._tokens.copy(), self._chunks.copy(), *self._read_pairs())
 
     def _settle(self) -> None:
         """Count what was deferred; the caller holds the lock."""

@@ -1,59 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads from the GPU how many pairs the sparse kernels kept, without ever waiting for it."""
+"""Brings what the sparse kernels kept from the GPU to the host, without ever waiting for it."""
 
-import math
+import itertools
+import threading
+from collections import deque
 
 import torch
 
+SLOTS = 16  # steps, more than vLLM ever enqueues ahead of the GPU
+PENDING = -1
+
 
 class DensityMeter:
-    """Copies a GPU counter to the host now and then, and hands over each copy once it has arrived.
+    """Copies a GPU counter to the host at the end of a step, and hands over the newest copy that has arrived.
+
+    One thread copies and any other reads. The reader asks CUDA nothing: a call of its own could fall into a graph that
+    the first thread captures. A copy has arrived when its slot no longer holds what was there before.
 
     Args:
         kept_pairs: [1] int64, zero at first; the sparse kernels add to it atomically. It may wrap around.
-        interval: seconds between two copies, at least.
     """
 
-    def __init__(self, kept_pairs: torch.Tensor, interval: float = 1.0) -> None:
-        on_gpu = kept_pairs.is_cuda
+    def __init__(self, kept_pairs: torch.Tensor) -> None:
         self.kept_pairs = kept_pairs
-        self._interval = interval
         # Pinned: only then does a copy from the GPU return at once.
-        self._copy = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        self._arrived = torch.cuda.Event() if on_gpu else _HostEvent()
-        self._copied_at = -math.inf
-        self._causal_pairs: int | None = None  # at the copy in flight; None when there is none
-        self._kept_total = self._causal_total = 0  # as last handed over
+        slots = [
+            torch.full((1,), PENDING, dtype=torch.int64, device="cpu", pin_memory=kept_pairs.is_cuda)
+            for _ in range(SLOTS)
+        ]
+        self._slots = itertools.cycle(slots)
+        self._lock = threading.Lock()  # of what follows, and of the slots
+        # Oldest first, each with the causal pairs at its time. A slot is taken again when its copy falls out.
+        self._copies: deque[tuple[torch.Tensor, int]] = deque(maxlen=SLOTS)
+        self._totals = (0, 0)  # kept and causal, as last read
 
-    def poll(self, causal_pairs_so_far: int, now: float) -> tuple[int, int] | None:
-        """Call in a step, before its launches, on the stream that the kernels run on.
+    def copy(self, causal_pairs_so_far: int) -> None:
+        """Enqueue a copy, on the stream that the kernels run on.
 
         Args:
             causal_pairs_so_far: causal pairs of every sparse launch enqueued since start.
-            now: monotonic clock, seconds.
-
-        Returns:
-            (kept, causal) pairs since start, both of the same launches; None when no copy has arrived, or nothing was
-            enqueued since the last.
         """
-        is_due = now - self._copied_at >= self._interval
-        if self._causal_pairs is None and is_due and causal_pairs_so_far != self._causal_total:
-            self._copy.copy_(self.kept_pairs, non_blocking=True)
-            self._arrived.record()
-            self._causal_pairs, self._copied_at = causal_pairs_so_far, now
-        if self._causal_pairs is None or not self._arrived.query():
-            return None
-        # Days of long prompts overflow 64 bits; the pairs of one interval never do.
-        self._kept_total += (int(self._copy) - self._kept_total) % 2**64
-        self._causal_total, self._causal_pairs = self._causal_pairs, None
-        return self._kept_total, self._causal_total
+        with self._lock:
+            slot = next(self._slots)
+            slot.fill_(PENDING)
+            slot.copy_(self.kept_pairs, non_blocking=True)
+            self._copies.append((slot, causal_pairs_so_far))
 
-
-class _HostEvent:
-    """Stands in for a CUDA event where the copy is done when the call returns."""
-
-    def record(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
+    def read(self) -> tuple[int, int]:
+        """(kept, causal) pairs since start, both of all launches before the newest copy that has arrived."""
+        with self._lock:
+            for slot, causal_pairs in reversed(self._copies):
+                if (kept := int(slot)) != PENDING:
+                    # Days of long prompts overflow 64 bits; the pairs between two readings never do.
+                    self._totals = self._totals[0] + (kept - self._totals[0]) % 2**64, causal_pairs
+                    break
+            return self._totals

@@ -79,38 +79,29 @@ def test_a_plan_holds_plain_integers() -> None:
     assert {type(value) for part in (*plan.chunks, *plan.dense_runs) for value in part} == {int}
 
 
-@pytest.mark.parametrize("batch", [(DECODE,), (SHORT,), (LONG,)], ids=["decode", "short prompt", "long prompt"])
-def test_density_is_read_in_any_step_if_it_is_due(batch: tuple[Row, ...]) -> None:
-    runtime, builder, _ = one_group()
-    runtime.read_density = Mock()
-    builder.plan_step(make_common(*batch), None)
-    assert not runtime.read_density.called
-    runtime.density_is_due = True
-    builder.plan_step(make_common(*batch), None)
-    assert runtime.read_density.call_count == 1
-
-
 def test_counting_starts_with_the_first_builder() -> None:
     runtime, _, _ = one_group()
     assert runtime.counters.start.called
 
 
-# Some 0.2, 7 and 5 us, and the bounds leave room for a busy machine. With a CPU's caches empty it is several times as
-# long, which benchmarks.steps measures in an engine.
+# A bound in microseconds would fail on a busy machine; benchmarks.steps measures them, in an engine.
 @pytest.mark.parametrize(
-    ("batch", "bound"),
+    ("batch", "most"),
     [
-        pytest.param((DECODE,) * 512, 10e-6, id="decode"),
-        pytest.param((*(LONG_ANSWER,) * 512, SHORT), 50e-6, id="a short prompt beside long answers"),
-        pytest.param((SHORT,) * 512, 50e-6, id="short prompts"),
+        pytest.param((DECODE,) * 512, 0.1, id="decode"),
+        pytest.param((*(LONG_ANSWER,) * 512, SHORT), 2, id="a short prompt beside long answers"),
+        pytest.param((SHORT,) * 512, 2, id="short prompts"),
     ],
 )
-def test_steps_below_the_gate_cost_next_to_nothing(batch: tuple[Row, ...], bound: float) -> None:
+def test_steps_below_the_gate_cost_little_more_than_a_copy_of_three_lists(batch: tuple[Row, ...], most: float) -> None:
     _, builder, _ = one_group()
     common = make_common(*batch)
-    times = []
+    ratios = []
     for _ in range(300):
         start = time.perf_counter()
+        for tensor in (common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, common.is_prefilling):
+            tensor.tolist()
+        copied = time.perf_counter()
         builder.plan_step(common, None)
-        times.append(time.perf_counter() - start)
-    assert statistics.median(times) < bound
+        ratios.append((time.perf_counter() - copied) / (copied - start))
+    assert statistics.median(ratios) < most

@@ -28,6 +28,7 @@ LAYERS = (
     "metadata",
     "impl",
     "compat",
+    "group",
     "layers",
     "runtime",
     "metrics",

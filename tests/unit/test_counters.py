@@ -8,8 +8,12 @@ from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics.counters import Counters, Snapshot, summary
 
 
+def nothing_read() -> tuple[int, int]:
+    return 0, 0
+
+
 def test_threads_lose_no_tokens():
-    counters = Counters(publish=True, log_every=0, tally=dict)
+    counters = Counters(True, 0, tally=dict, read_pairs=nothing_read)
 
     def serve() -> None:
         for _ in range(500):
@@ -25,7 +29,7 @@ def test_threads_lose_no_tokens():
 
 def test_steps_are_tallied_in_their_order_when_somebody_asks():
     steps = []
-    counters = Counters(publish=True, log_every=0, tally=lambda *step: steps.append(step) or {})
+    counters = Counters(True, 0, tally=lambda *step: steps.append(step) or {}, read_pairs=nothing_read)
     for step in (("a", 1), ("b", 2), ("a", 3)):
         counters.defer(step)
     assert steps == []
@@ -35,7 +39,7 @@ def test_steps_are_tallied_in_their_order_when_somebody_asks():
 
 def test_what_is_left_to_count_is_bounded_and_a_loss_reported_once(monkeypatch, log_lines):
     monkeypatch.setattr(counters_module, "MOST_DEFERRED", 3)
-    counters = Counters(publish=True, log_every=0, tally=lambda step: {("dense", "x"): (step, 1)})
+    counters = Counters(True, 0, tally=lambda step: {("dense", "x"): (step, 1)}, read_pairs=nothing_read)
     for total in (4 + 5 + 6, 2 * (4 + 5 + 6)):
         for step in range(1, 7):
             counters.defer((step,))
@@ -44,7 +48,7 @@ def test_what_is_left_to_count_is_bounded_and_a_loss_reported_once(monkeypatch, 
 
 
 def test_a_step_that_cannot_be_tallied_is_reported_and_the_next_is_counted(log_lines):
-    counters = Counters(publish=True, log_every=0, tally=lambda tokens: {("dense", "x"): (12 // tokens, 1)})
+    counters = Counters(True, 0, tally=lambda tokens: {("dense", "x"): (12 // tokens, 1)}, read_pairs=nothing_read)
     for tokens in (0, 4):
         counters.defer((tokens,))
     assert counters.snapshot().tokens["dense", "x"] == 3

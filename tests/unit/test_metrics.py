@@ -39,18 +39,25 @@ def scrape() -> str:
     return prometheus_client.generate_latest(prometheus_client.REGISTRY).decode()
 
 
-def count(counters: Counters, tokens: int) -> None:
-    """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
-    counters.defer(({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)},))
-    counters.set_density(kept_pairs=tokens, causal_pairs=4 * tokens)
+class Worker:
+    """Counters, and what the GPU has told."""
+
+    def __init__(self, publish: bool = True, log_every: float = 0) -> None:
+        self.pairs = 0, 0
+        self.counters = Counters(publish, log_every, tally=dict, read_pairs=lambda: self.pairs)
+
+    def count(self, tokens: int) -> None:
+        """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
+        self.counters.defer(({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)},))
+        self.pairs = tokens, 4 * tokens
 
 
 def serve_one_step(tokens: int) -> None:
     """A worker process."""
     exporter.install()
-    counters = Counters(publish=True, log_every=0, tally=dict)
-    count(counters, tokens)
-    counters.flush()
+    worker = Worker()
+    worker.count(tokens)
+    worker.counters.flush()
 
 
 def run_engine_core(tokens: int) -> None:
@@ -82,10 +89,10 @@ def test_the_thread_publishes_a_change_once(tmp_path, monkeypatch):
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     monkeypatch.setenv(METRICS_DIR, str(tmp_path))
     file = tmp_path / f"{os.getpid()}.json"
-    counters = Counters(publish=True, log_every=0, tally=dict)
-    counters.start()
-    count(counters, 100)
-    wait_until(lambda: file.exists() and Snapshot.from_json(file.read_text()) == counters.snapshot())
+    worker = Worker()
+    worker.counters.start()
+    worker.count(100)
+    wait_until(lambda: file.exists() and Snapshot.from_json(file.read_text()) == worker.counters.snapshot())
     file.unlink()
     time.sleep(0.1)
     assert not list(tmp_path.iterdir())
@@ -93,7 +100,7 @@ def test_the_thread_publishes_a_change_once(tmp_path, monkeypatch):
 
 def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, log_lines):
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
-    counters = Counters(publish=True, log_every=0.02, tally=dict)
+    counters = Worker(log_every=0.02).counters
     counters.start()
     counters.defer(({("sparse", "gate_open"): (1000, 1)},))
     wait_until(lambda: len(log_lines) == 1)
@@ -106,12 +113,12 @@ def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, 
 def test_other_ranks_export_and_log_nothing(tmp_path, monkeypatch, log_lines):
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     monkeypatch.setenv(METRICS_DIR, str(tmp_path))
-    counters = Counters(publish=False, log_every=0.01, tally=dict)
-    counters.start()
-    count(counters, 100)
-    counters.flush()
+    worker = Worker(publish=False, log_every=0.01)
+    worker.counters.start()
+    worker.count(100)
+    worker.counters.flush()
     time.sleep(0.1)
-    assert counters.snapshot().tokens["sparse", "gate_open"] == 100
+    assert worker.counters.snapshot().tokens["sparse", "gate_open"] == 100
     assert not list(tmp_path.iterdir())
     assert not log_lines
 
@@ -119,12 +126,12 @@ def test_other_ranks_export_and_log_nothing(tmp_path, monkeypatch, log_lines):
 def test_an_unwritable_directory_costs_one_warning(tmp_path, monkeypatch, log_lines):
     (tmp_path / "file").touch()
     monkeypatch.setenv(METRICS_DIR, str(tmp_path / "file"))
-    counters = Counters(publish=True, log_every=0, tally=dict)
+    worker = Worker()
     for _ in range(3):
-        count(counters, 100)
-        counters.flush()
+        worker.count(100)
+        worker.counters.flush()
     assert [level for level, _ in log_lines] == ["WARNING"]
-    assert counters.snapshot().tokens["sparse", "gate_open"] == 300
+    assert worker.counters.snapshot().tokens["sparse", "gate_open"] == 300
 
 
 def test_a_scrape_before_the_first_read_back_has_no_density():
@@ -135,10 +142,10 @@ def test_a_scrape_before_the_first_read_back_has_no_density():
 
 def test_two_workers_sum_in_one_scrape():
     exporter.install()
-    for worker, tokens in (("1", 100), ("2", 300)):
-        counters = Counters(publish=True, log_every=0, tally=dict)
-        count(counters, tokens)
-        Path(os.environ[METRICS_DIR], f"{worker}.json").write_text(counters.snapshot().to_json())
+    for name, tokens in (("1", 100), ("2", 300)):
+        worker = Worker()
+        worker.count(tokens)
+        Path(os.environ[METRICS_DIR], f"{name}.json").write_text(worker.counters.snapshot().to_json())
     text = scrape()
     assert f"{SPARSE_TOKENS} 400.0" in text
     assert 'minference_prefill_tokens_total{path="dense",reason="short_chunk"} 24.0' in text
@@ -191,7 +198,7 @@ def test_the_directory_outlives_forked_children_and_goes_with_its_owner(tmp_path
 FORKING_WORKER = """
 import os, sys
 from minference_vllm.metrics.counters import Counters
-counters = Counters(publish=True, log_every=0, tally=dict)
+counters = Counters(publish=True, log_every=0, tally=dict, read_pairs=lambda: (0, 0))
 counters.start()
 counters.defer(({("sparse", "gate_open"): (5, 1)},))
 if child := os.fork():
@@ -210,7 +217,7 @@ SHORT_RUN = """
 import logging, sys
 from minference_vllm.metrics.counters import Counters
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
-counters = Counters(publish=True, log_every=10, tally=dict)
+counters = Counters(publish=True, log_every=10, tally=dict, read_pairs=lambda: (0, 0))
 counters.start()
 counters.defer(({("sparse", "gate_open"): (5, 1)},))
 """
@@ -228,11 +235,12 @@ import sys
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.exporter import install
 install()
-counters = Counters(publish=True, log_every=0, tally=dict)
+pairs = 0, 0
+counters = Counters(publish=True, log_every=0, tally=dict, read_pairs=lambda: pairs)
 for kept_pairs in map(int, sys.argv[1:]):
     counters.defer(({("sparse", "gate_open"): (50, 1)},))
     counters.flush()
-    counters.set_density(kept_pairs, 4 * kept_pairs)
+    pairs = kept_pairs, 4 * kept_pairs
     counters.flush()
 """
 API_SERVER = """

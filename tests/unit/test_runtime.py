@@ -3,7 +3,6 @@
 
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +35,8 @@ def test_nothing_is_claimed_on_the_device_before_the_scratch() -> None:
         worker.workspace(GEOMETRY)
     kept = worker.workspace(GEOMETRY).kept_pairs
     kept += 7
-    assert worker._density.poll(causal_pairs_so_far=9, now=0.0) == (7, 9)
+    worker._density.copy(causal_pairs_so_far=9)
+    assert worker.read_density() == (7, 9)
 
 
 def test_a_dry_run_is_not_counted() -> None:
@@ -49,30 +49,17 @@ def test_a_dry_run_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
-def test_density_is_due_from_a_sparse_run_until_it_has_been_read(publish: bool) -> None:
+def test_what_ran_sparse_is_published_once_it_has_been_copied(publish: bool) -> None:
     worker = runtime.Runtime(MInferenceConfig(log_every=0), torch.device("cpu"), publish)
+    worker.copy_density()  # before any scratch
+    assert worker.counters.snapshot().density is None
     keys = torch.zeros(32, 1, 16, 64, dtype=torch.bfloat16)
     kv = PagedKV(keys, keys, torch.arange(32, dtype=torch.int32)[None], 0)
     q = torch.zeros(200, GEOMETRY.num_qo_heads, 64, dtype=torch.bfloat16)
-    assert not worker.density_is_due
     chunk = SparseChunk(request=0, query_start=0, num_rows=200, context_len=0)
     worker.run(q, kv, chunk, 1.0, GEOMETRY, torch.empty_like(q))
-    assert worker.density_is_due == publish
-    worker.read_density()
+    assert worker.counters.snapshot().density is None
+    worker.copy_density()
     counted = worker.counters.snapshot()
-    assert counted.causal_pairs == 2 * 200 * 201 // 2
-    assert 0 < counted.kept_pairs <= counted.causal_pairs
-    assert not worker.density_is_due
-
-
-def test_density_stays_due_while_a_later_run_is_not_in_what_arrived() -> None:
-    worker = runtime.Runtime(MInferenceConfig(log_every=0), torch.device("cpu"), publish=True)
-    worker._causal_pairs, worker.density_is_due = 9, True
-    arriving = iter([None, (3, 5), (4, 9)])
-    worker._density = SimpleNamespace(poll=lambda *_: next(arriving))
-    due = []
-    for _ in range(3):
-        worker.read_density()
-        due.append(worker.density_is_due)
-    assert due == [True, True, False]
-    assert worker.counters.snapshot().density == 4 / 9
+    assert counted.causal_pairs == (2 * 200 * 201 // 2 if publish else 0)
+    assert (0 < counted.kept_pairs <= counted.causal_pairs) == publish
