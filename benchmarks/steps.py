@@ -179,8 +179,8 @@ def main() -> None:
     if serve_worker(worker):
         return
     parser = argument_parser(__doc__, "two layers of a toy shape, the gate at 256 tokens")
-    parser.add_argument("--seqs", type=int, nargs="+", default=[8, 64], help="max_num_seqs, an engine each")
-    parser.add_argument("--requests", type=int, default=256, help="how many for each of max_num_seqs")
+    parser.add_argument("--seqs", type=int, nargs="+", default=[8, 64, 256], help="max_num_seqs, an engine each")
+    parser.add_argument("--requests", type=int, default=192, help="how many for each of max_num_seqs")
     options = parser.parse_args()
     results.describe_run(options.tiny)
     rows: list[dict[str, Any]] = []

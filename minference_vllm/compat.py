@@ -72,6 +72,14 @@ def text_config(model: str) -> Any:
     return get_hf_text_config(get_config(model, trust_remote_code=False))
 
 
+def has_host_tensors_of_its_own(vllm_config: Any) -> bool:
+    """Whether no later step overwrites the host tensors that describe a step.
+
+    vLLM's V2 runner makes them anew for each, its V1 runner has one set.
+    """
+    return bool(getattr(vllm_config, "use_v2_model_runner", False))
+
+
 def step_dense_reason(common: Any, metadata: Any) -> Reason | None:
     """Why a whole step must run dense, from vLLM's common and backend metadata; None if it need not."""
     if common.causal is not True:

@@ -2,6 +2,7 @@
 """The metadata builders: once a step, from host data, they attach what runs sparse to vLLM's own metadata."""
 
 import dataclasses
+import functools
 import logging
 import math
 from typing import Any
@@ -15,6 +16,9 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashA
 from minference_vllm import compat
 from minference_vllm.group import LayerGroup
 from minference_vllm.plan import ALL_DENSE, DenseRun, Plan, Reason, Requests, SparseChunk, Step, make_plan
+from minference_vllm.runtime import to_list
+
+NO_LENGTHS: list[int] = []  # of requests that are all below the gate
 
 logger = logging.getLogger("vllm.minference")
 
@@ -37,62 +41,64 @@ class PlanningMixin:
         self._dense_reason = None if sparse else impls[0].dense_reason  # of the whole group
         self._runtime.join(self._has_sparse_layers)
         self._defer = self._runtime.counters.defer
+        self._are_overwritten = not compat.has_host_tensors_of_its_own(vllm_config)
         for impl in sparse:
             impl.warm_up(kv_cache_spec.block_size)
         for reason in {impl.dense_reason for impl in impls} - {None}:
             count = sum(impl.dense_reason is reason for impl in impls)
             logger.info("MInference: %d of %d layers always run dense (%s)", count, len(impls), reason.value)
 
+    @functools.cached_property
+    def _counts(self) -> bool:
+        """Whether this group speaks for the model. Asked in steps: then every builder is made, and has joined.
+
+        If any layers may go sparse, the groups that have such layers do.
+        """
+        return self._runtime.publish and self._has_sparse_layers is self._runtime.has_sparse_layers
+
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
         """Plan one step, and have it counted."""
         # vLLM empties the CPU's caches between two steps. What counts then is how much code and data this touches: a
-        # frame, `super` or a field of the configuration costs a microsecond and more, a named tuple four; asking a
-        # tensor for its length, or NumPy for a view of it, more than a copy.
+        # frame, `super`, another object's field cost a microsecond and more, a named tuple four, a tensor's first
+        # method five.
         if common.max_query_len == 1:
             return ALL_DENSE
-        # If any layers may go sparse, the groups that have such layers speak for the model.
-        runtime = self._runtime
-        counts = runtime.publish and self._has_sparse_layers is runtime.has_sparse_layers
-        if common.max_seq_len >= self._min_seq_len:
-            return self._plan_long(common, metadata, counts)
-        if counts and common.is_prefilling is not None:
-            is_prefilling = common.is_prefilling.tolist()
-            if True in is_prefilling:  # else drafts are to be verified
-                self._defer((self._group, common.query_start_loc_cpu.tolist(), [], is_prefilling, self._dense_reason))
+        is_long = common.max_seq_len >= self._min_seq_len
+        if is_long and common.max_query_len >= self._min_chunk:
+            return self._plan_long(common, metadata)
+        seq_lens = common.seq_lens_cpu_upper_bound if is_long else NO_LENGTHS
+        if self._counts and common.is_prefilling is not None and seq_lens is not None:
+            fields = common.query_start_loc_cpu, seq_lens, common.is_prefilling
+            if self._are_overwritten:
+                fields = tuple(map(to_list, fields))
+            self._defer((self._group, *fields, self._dense_reason))
         return ALL_DENSE
 
-    def _plan_long(self, common: CommonAttentionMetadata, metadata: Any, counts: bool) -> Plan:
-        """Plan a step that holds a request as long as the gate asks for."""
-        plan, may_pass = ALL_DENSE, common.max_query_len >= self._min_chunk
-        if (counts or may_pass) and (fields := self._copied(common)):
-            if may_pass:
-                requests = fields = Requests(*fields)
-                plan = make_plan(requests, self._runtime.config)
-                if plan.chunks and (reason := compat.step_dense_reason(common, metadata)):
-                    fields, plan = requests._replace(step_reason=reason), ALL_DENSE
-            if counts:
-                self._defer((self._group, *fields))
-        return plan
-
-    def _copied(self, common: CommonAttentionMetadata) -> tuple[Any, ...] | None:
-        """The fields of the step's Requests; None if none of them reads a prompt."""
+    def _plan_long(self, common: CommonAttentionMetadata, metadata: Any) -> Plan:
+        """Plan a step in which some chunk may pass the gate."""
         # Another group's layers, which may go sparse, may take this group's metadata over: update_block_table.
         reason = None if self._runtime.has_sparse_layers else self._dense_reason
+        requests, plan = self._copied(common, reason), ALL_DENSE
+        if requests is not None:
+            plan = make_plan(requests, self._runtime.config)
+            if plan.chunks and (step_reason := compat.step_dense_reason(common, metadata)):
+                requests, plan = requests._replace(step_reason=step_reason), ALL_DENSE
+            if self._counts:
+                self._defer((self._group, *requests))
+        return plan
+
+    def _copied(self, common: CommonAttentionMetadata, reason: Reason | None) -> Requests | None:
+        """The step's requests; None if none of them reads a prompt."""
         bounds, num_reqs = common.seq_lens_cpu_upper_bound, common.num_reqs
+        unknown = Requests.unknown(common.num_actual_tokens, reason or Reason.NO_HOST_METADATA)
         if common.is_prefilling is None:
-            return self._unknown(common, reason)
+            return unknown
         is_prefilling = common.is_prefilling.tolist()
         if True not in is_prefilling:
             return None
         if bounds is None or len(seq_lens := bounds.tolist()[:num_reqs]) < num_reqs:
-            return self._unknown(common, reason)
-        return common.query_start_loc_cpu.tolist(), seq_lens, is_prefilling, reason
-
-    def _unknown(self, common: CommonAttentionMetadata, reason: Reason | None) -> Requests | None:
-        """A step whose rows cannot be told apart, if one of its chunks is long enough to have gone sparse."""
-        if common.max_query_len < self._min_chunk:
-            return None
-        return Requests.unknown(common.num_actual_tokens, reason or Reason.NO_HOST_METADATA)
+            return unknown
+        return Requests(common.query_start_loc_cpu.tolist(), seq_lens, is_prefilling, reason)
 
 
 class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
@@ -107,6 +113,7 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.attach_layers(vllm_config, layer_names, kv_cache_spec)
         self._is_capturing = False
+        self._flash_build = super().build
 
     def build(
         self,
@@ -115,9 +122,7 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         fast_build: bool = False,
         **kwargs: Any,
     ) -> FlashAttentionMetadata:
-        metadata = FlashAttentionMetadataBuilder.build(
-            self, common_prefix_len, common_attn_metadata, fast_build, **kwargs
-        )
+        metadata = self._flash_build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         if fast_build or self._is_capturing:  # fast_build: the draft model's steps
             return metadata
         plan = self.plan_step(common_attn_metadata, metadata)

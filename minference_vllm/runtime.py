@@ -76,9 +76,9 @@ class Runtime:
 
         Args:
             group: whose builder planned it.
-            fields: of the step's Requests.
+            fields: of the step's Requests, or tensors in their place.
         """
-        return tally(Requests(*fields), self.config) if self._opens_step(group) else {}
+        return tally(Requests(*map(to_list, fields)), self.config) if self._opens_step(group) else {}
 
     def copy_density(self) -> None:
         """Have copied from the GPU, in its time, what the sparse kernels kept. Called once they are enqueued."""
@@ -115,3 +115,8 @@ class Runtime:
         ws = self.workspace(geometry)
         ws = replace(ws, kept_pairs=torch.zeros_like(ws.kept_pairs))
         sparse_prefill(q, kv, 0, 1.0, self.config, self.engine, ws, torch.empty_like(q))
+
+
+def to_list(value: Any) -> Any:
+    """A tensor's values, or what is none as it is."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value

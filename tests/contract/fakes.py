@@ -69,6 +69,7 @@ def make_config(**changes: Any) -> Any:
     no_graphs = SimpleNamespace(has_full_cudagraphs=lambda: False)
     return SimpleNamespace(
         additional_config={},
+        use_v2_model_runner=changes.get("v2", True),
         model_config=model,
         parallel_config=parallel,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
