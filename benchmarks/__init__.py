@@ -9,11 +9,16 @@ DENSE, SPARSE = "dense", "sparse"
 DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "MINFERENCE"
 
 
-def argument_parser(description: str | None, tiny: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has; `tiny` says what its smoke test runs."""
+def argument_parser(description: str | None, tiny: str, compares: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `tiny` says what its smoke test runs.
+
+    Args:
+        compares: whether it runs an engine of vLLM's own beside the plugin's.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the result file")
-    parser.add_argument("--dense-backend", default=DENSE_BACKEND, help="what to compare with")
+    if compares:
+        parser.add_argument("--dense-backend", default=DENSE_BACKEND, help="what to compare with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help=f"smoke test, runs without a GPU: {tiny}")
     return parser

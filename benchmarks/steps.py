@@ -178,7 +178,7 @@ def describe(spec: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
 def main() -> None:
     if serve_worker(worker):
         return
-    parser = argument_parser(__doc__, "two layers of a toy shape, the gate at 256 tokens")
+    parser = argument_parser(__doc__, "two layers of a toy shape, the gate at 256 tokens", compares=False)
     parser.add_argument("--seqs", type=int, nargs="+", default=[8, 64, 256], help="max_num_seqs, an engine each")
     parser.add_argument("--requests", type=int, default=192, help="how many for each of max_num_seqs")
     options = parser.parse_args()

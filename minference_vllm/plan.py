@@ -84,8 +84,8 @@ class Requests(NamedTuple):
 
     Attributes:
         starts: [num_reqs + 1] first query row of each.
-        seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Empty if nobody
-            asks, because all of them are below the gate, or unknown.
+        seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Any that lack
+            count as below the gate: nobody asks if all are, or if none is known.
         is_prefilling: [num_reqs] whether it still reads its prompt; padding rows may lack, or lie beyond `starts`.
         layer_reason: what about the layers forbids sparse attention.
         step_reason: what about the step forbids it to chunks that pass the gate.
@@ -110,7 +110,7 @@ class Requests(NamedTuple):
         for request in compress(range(len(self.starts) - 1), self.is_prefilling):
             rows = self.starts[request + 1] - self.starts[request]
             if rows > 1:  # padding has none
-                yield request, rows, self.seq_lens[request] if self.seq_lens else 0
+                yield request, rows, self.seq_lens[request] if request < len(self.seq_lens) else 0
 
     def reason(self, rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
         """Why this many rows of a request with this many keys run where they run."""
