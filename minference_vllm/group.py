@@ -38,7 +38,7 @@ class LayerGroup:
         self._runtime = runtime
         self._num_sparse = sum(layer.dense_reason is None for layer in layers)
         self._to_run = 0  # layers that have not yet run the plan
-        # An earlier group may have left them: vLLM makes builders to estimate the memory of CUDA graphs, and others.
+        # A group before this may have left them: vLLM also makes builders only to estimate its memory.
         for layer in layers:
             layer.group = self
             layer.step_in()

@@ -7,7 +7,7 @@ from collections import deque
 
 import torch
 
-SLOTS = 16  # steps, more than vLLM ever enqueues ahead of the GPU
+SLOTS = 64  # copies: a step makes one for each KV cache group, and few steps are ever enqueued ahead of the GPU
 PENDING = -1
 
 
