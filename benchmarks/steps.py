@@ -48,8 +48,8 @@ class TimedStep(NamedTuple):
 
 
 SHORT, LONG, AFTER = BESIDE = "short contexts", "a long context", "after a sparse step"
-"""No request is as long as the gate asks for; one is, but reads no chunk that could go sparse; or
-the step before ran sparse."""
+"""No request is as long as the gate asks for; one is, but reads no chunk that could go sparse; the step before ran
+sparse."""
 
 
 def time_steps(ours: Any, seed: int) -> list[TimedStep]:
