@@ -2,6 +2,7 @@
 """Benchmarks against vLLM's own attention, every engine in a process of its own."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,27 @@ def load_engine(kind: str, spec: dict[str, Any]) -> Any:
     return LLM(**spec["engine"], attention_backend=spec["dense_backend"])
 
 
+def runtime() -> Any:
+    """The plugin's Runtime of the one engine in this process."""
+    from minference_vllm.impl import _runtimes
+
+    [only] = _runtimes.values()
+    return only
+
+
+def vertical_slash(vertical_size: int, slash_size: int) -> dict[str, Any]:
+    """The setting `method` that keeps so many columns and diagonals."""
+    return {"name": "vertical_slash", "vertical_size": vertical_size, "slash_size": slash_size}
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """The setting `method` from `block`, `block:{"share": 0.95}` or, for vertical_slash of those sizes, `1000:6096`."""
+    name, _, rest = text.partition(":")
+    if name.isdecimal():
+        return vertical_slash(int(name), int(rest))
+    return {"name": name, **json.loads(rest or "{}")}
+
+
 class SparseWork(NamedTuple):
     """What ran sparse since the engine started, or between two readings."""
 
@@ -59,10 +81,7 @@ class SparseWork(NamedTuple):
 
 def sparse_work() -> SparseWork:
     """What the plugin in this process has counted of all requests that are answered."""
-    from minference_vllm.impl import _runtimes
-
-    [runtime] = _runtimes.values()
-    total = runtime.counters.snapshot()
+    total = runtime().counters.snapshot()
     sparse = sum(tokens for (path, _), tokens in total.tokens.items() if path == SPARSE)
     return SparseWork(sparse, total.kept_pairs, total.causal_pairs)
 

@@ -13,20 +13,24 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 
 from benchmarks import peers, results
 from benchmarks.cases import CASES, MILLION, PAGE_SIZE, TINY, Case, Inputs, Sets, configure, make_inputs
-from benchmarks.chunks import MOST_TIMED, TOLERANCE, check, time_chunks, with_other_masses, workspace
+from benchmarks.chunks import MOST_TIMED, TOLERANCE, check, time_chunks
 from benchmarks.minference_sdist import MInference
-from benchmarks.peers import Attention, PeerMissing, TileIndex
+from benchmarks.peers import Attention, PeerIndex, PeerMissing
 from benchmarks.timing import bf16_matmul_tflops, median, once, say
-from minference_vllm.config import MInferenceConfig
-from minference_vllm.engine import Engine, load_engine
-from minference_vllm.estimators.vertical_slash import index_masses
+from minference_vllm import ops
+from minference_vllm.attention import LayerState
+from minference_vllm.chunk import Chunk
+from minference_vllm.methods import VerticalSlash
+from minference_vllm.methods.vertical_slash import VerticalSlashSettings
+from minference_vllm.scratch import num_bytes
 from minference_vllm.tuning.masses import CLUSTER
-from minference_vllm.workspace import Workspace
+from minference_vllm.tuning.timing import make_state
 
 T = TypeVar("T")
 
@@ -74,32 +78,35 @@ SETTINGS = {
 }
 
 
-def time_choice(case: Case, inputs: Inputs, config: MInferenceConfig, engine: Engine, ws: Workspace) -> dict[str, Any]:
-    """Times of what comes before attending: ws.vertical and ws.slash hold the drawn masses and keep them."""
+def time_choice(whole: Chunk, last: Chunk, method: VerticalSlash, state: LayerState) -> dict[str, Any]:
+    """Times of what comes before attending to a prompt as one chunk, and to its last chunk.
+
+    Args:
+        state: its masses are the drawn ones and stay so.
+    """
     # Selecting from what the probe finds in random data would time another index than the one that is attended to.
-    probed = with_other_masses(ws)
+    drawn = state.buffers.probe
+    probed = replace(drawn, vertical=torch.empty_like(drawn.vertical), slash=torch.empty_like(drawn.slash))
 
-    def probe(context: int) -> None:
-        engine.probe(inputs.q[context:], inputs.kv, context, inputs.scale, *config.probe_counts, probed)
+    def probe(chunk: Chunk) -> None:
+        ops.probe(chunk, *method.settings.probe_counts, probed, method.kernel)
 
-    def index(engine: Engine = engine) -> None:
-        index_masses(case.tokens, config, engine, ws)
+    def index() -> None:
+        method.index_masses(whole.seq_len, state.budgets, state.buffers)
 
-    def choose(context: int) -> None:
-        probe(context)
+    def choose(chunk: Chunk) -> None:
+        probe(chunk)
         index()
 
-    def nothing(*_: Any, **__: Any) -> None:
+    def nothing(*_: Any) -> None:
         pass
 
-    ms = partial(median, device=inputs.q.device)
-    return {
-        "choose_ms": ms(partial(choose, 0)),
-        "probe_ms": ms(partial(probe, 0)),
-        "select_ms": ms(partial(index, replace(engine, band_lists=nothing))),
-        "index_ms": ms(partial(index, replace(engine, select=nothing))),
-        "chunk_choose_ms": ms(partial(choose, case.tokens - case.chunk)),
-    }
+    ms = partial(median, device=whole.q.device)
+    found = {"choose_ms": ms(partial(choose, whole)), "probe_ms": ms(partial(probe, whole))}
+    for name, other in (("select_ms", "band_lists"), ("index_ms", "select")):
+        with patch.object(ops, other, nothing):
+            found[name] = ms(index)
+    return found | {"chunk_choose_ms": ms(partial(choose, last))}
 
 
 def measure_ours(case: Case, inputs: Inputs, sets: Sets, kernel: str) -> tuple[dict[str, Any], torch.Tensor]:
@@ -109,28 +116,28 @@ def measure_ours(case: Case, inputs: Inputs, sets: Sets, kernel: str) -> tuple[d
         SystemExit: the output is wrong.
     """
     device = inputs.q.device
-    config = configure(case, kernel)
-    engine = load_engine(config, device)
-    ws = workspace(case, config, case.tokens, device)
-    ws.vertical[:, : case.tokens] = sets.vertical
-    ws.slash[:, : case.tokens] = sets.slash
-    index = index_masses(case.tokens, config, engine, ws)
+    method = VerticalSlash(configure(case, kernel).method, ops.choose_kernel(kernel, device))
+    state = make_state(method, case.scratch(case.tokens), device)
+    state.buffers.probe.vertical[:, : case.tokens] = sets.vertical
+    state.buffers.probe.slash[:, : case.tokens] = sets.slash
+    index = method.index_masses(case.tokens, state.budgets, state.buffers)
     out = torch.full(inputs.q.shape, torch.nan, dtype=inputs.q.dtype, device=device)
+    whole, last = (inputs.chunk(context, out[context:]) for context in (0, case.tokens - case.chunk))
 
-    def attend(context: int) -> None:
-        q, kv, scale = inputs
-        engine.attend(q[context:], kv, context, scale, index, out[context:], ws.lse, ws.kept_pairs)
+    def attend(chunk: Chunk) -> None:
+        ops.attend(chunk, index, state.attend, method.kernel)
 
-    attend(0)
-    pairs = int(ws.kept_pairs)
-    error = check(case, inputs, engine, index, out)
-    found: dict[str, Any] = {"kernel": engine.name, "kept": pairs / case.causal_pairs, "relative_error": error}
+    attend(whole)
+    pairs = int(state.attend.kept_pairs)
+    error = check(case, whole, index, method.kernel)
+    found: dict[str, Any] = {"kernel": str(method.kernel), "kept": pairs / case.causal_pairs, "relative_error": error}
     found["chunk"] = case.chunk
-    found["ours_ms"] = median(partial(attend, 0), device)
+    found["ours_ms"] = median(partial(attend, whole), device)
     found["ours_tflops"] = 4 * case.head_dim * pairs / found["ours_ms"] / 1e9
-    found["chunk_attend_ms"] = median(partial(attend, case.tokens - case.chunk), device)
-    found["scratch_mib"] = workspace(case, config, case.chunk, torch.device("meta")).num_bytes / 2**20
-    return found | time_choice(case, inputs, config, engine, ws), out
+    found["chunk_attend_ms"] = median(partial(attend, last), device)
+    claimed = make_state(method, case.scratch(case.chunk), torch.device("meta"))
+    found["scratch_mib"] = (num_bytes(claimed.buffers) + num_bytes(claimed.attend)) / 2**20
+    return found | time_choice(whole, last, method, state), out
 
 
 @dataclass
@@ -174,7 +181,7 @@ class Bench:
     def sparse(self, case: Case, inputs: Inputs, sets: Sets, ours: torch.Tensor) -> dict[str, Any]:
         """Fields of the sparse peers."""
 
-        def build() -> tuple[TileIndex, dict[str, Any]]:
+        def build() -> tuple[PeerIndex, dict[str, Any]]:
             call = self.minference.index(Sets.chosen(sets.vertical), Sets.chosen(sets.slash), case.tokens)
             index = call()
             kept = index.kept_pairs() / case.causal_pairs
@@ -258,7 +265,7 @@ def main() -> None:
         inputs = dense = None
         for case in group:
             inputs = inputs or make_inputs(case, device, options.seed)
-            sets = Sets.draw(case, MInferenceConfig().sink_tokens, device, options.seed + 1)
+            sets = Sets.draw(case, VerticalSlashSettings().sink_tokens, device, options.seed + 1)
             found, ours = measure_ours(case, inputs, sets, kernel)
             say(f"{case}: ours {found['ours_ms']:.2f} ms, {found['ours_tflops']:.0f} TFLOP/s, kept {found['kept']:.4f}")
             found |= bench.chunks(case, inputs, kernel, options.seed)

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import vertical_slash
+from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.index import PagedKV
+from minference_vllm.scratch import ScratchShape
 from minference_vllm.tuning.masses import draw_columns, draw_diagonals
 
 PAGE_SIZE = 16
@@ -42,6 +44,11 @@ class Case(NamedTuple):
     def chunk(self) -> int:
         return min(CHUNK, self.tokens // 2)
 
+    def scratch(self, max_chunk: int) -> ScratchShape:
+        """What sizes the scratch of a server whose longest request this is."""
+        heads = self.num_qo_heads, self.num_kv_heads, self.head_dim
+        return ScratchShape(*heads, torch.bfloat16, max_seq_len=self.tokens, max_chunk=max_chunk)
+
     def __str__(self) -> str:
         return f"{self.prompt}, {self.vertical}/{self.slash}"
 
@@ -70,6 +77,10 @@ class Inputs(NamedTuple):
     q: torch.Tensor
     kv: PagedKV
     scale: float
+
+    def chunk(self, context_len: int, out: torch.Tensor) -> Chunk:
+        """The rows after so many keys, as many as `out` has."""
+        return Chunk(self.q[context_len : context_len + len(out)], out, self.kv, context_len, self.scale)
 
 
 def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
@@ -106,5 +117,5 @@ class Sets(NamedTuple):
 def configure(case: Case, kernel: str) -> MInferenceConfig:
     """Settings under which the drawn sets are selected: the forced diagonals lie within the drawn local band."""
     local = min(LOCAL_TOKENS, case.slash - case.slash // 2)
-    sizes = {"vertical_size": case.vertical, "slash_size": case.slash, "local_tokens": local}
-    return MInferenceConfig.model_validate({**sizes, "kernel": kernel})
+    method = {**vertical_slash(case.vertical, case.slash), "local_tokens": local}
+    return MInferenceConfig.model_validate({"method": method, "kernel": kernel})

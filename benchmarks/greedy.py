@@ -23,6 +23,7 @@ from benchmarks import (
     resolved,
     results,
     sparse_work,
+    vertical_slash,
 )
 from benchmarks.processes import measure, serve_worker
 
@@ -30,7 +31,7 @@ CONTROL, CONTROL_BACKEND = "control", "TRITON_ATTN"
 ANSWER_TOKENS = 32
 CUE_TOKENS = 64
 LOGPROBS = 20
-SETTINGS = {"min_seq_len": 0, "min_chunk": 16, "vertical_size": 40000, "slash_size": 40000}
+SETTINGS = {"min_seq_len": 0, "min_chunk": 16, "method": vertical_slash(40000, 40000)}
 ENDINGS = {
     "echo": f"{CUE_TOKENS} tokens that repeat a passage of the prompt: the model goes on with the rest of the passage",
     "open": "wherever the excerpt ends",

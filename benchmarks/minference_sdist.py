@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Inputs
-from benchmarks.peers import BLOCK, Attention, PeerMissing, TileIndex
+from benchmarks.peers import BLOCK, Attention, PeerIndex, PeerMissing
 from minference_vllm.reference.pages import gather
 
 INDEX_SOURCE = "csrc/vertical_slash_index.cu"
@@ -38,7 +38,7 @@ class MInference:
     def __init__(self, sdist: Path | None) -> None:
         self._sdist = sdist
 
-    def index(self, vertical: torch.Tensor, slash: torch.Tensor, tokens: int) -> Callable[[], TileIndex]:
+    def index(self, vertical: torch.Tensor, slash: torch.Tensor, tokens: int) -> Callable[[], PeerIndex]:
         """A call that builds the index.
 
         Args:
@@ -51,9 +51,9 @@ class MInference:
             raise PeerMissing("MInference's index counts its entries, heads x tiles x slashes, in 32 bits")
         convert, length = self._kernel.convert_vertical_slash_indexes, _length(tokens, slash)
         arguments = length, vertical[None], slash.flip(1)[None].contiguous(), tokens, BLOCK, BLOCK
-        return lambda: TileIndex(*convert(*arguments))
+        return lambda: PeerIndex(*convert(*arguments))
 
-    def triton(self, inputs: Inputs, index: TileIndex) -> Attention:
+    def triton(self, inputs: Inputs, index: PeerIndex) -> Attention:
         """The kernel, on keys and values repeated for every query head, which it needs."""
         num_rows, num_qo_heads, _ = inputs.q.shape
         # [1, num_qo_heads, tokens, head_dim]

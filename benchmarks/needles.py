@@ -19,12 +19,13 @@ from benchmarks import (
     resolved,
     results,
     sparse_work,
+    vertical_slash,
 )
 from benchmarks.processes import measure, serve_worker
 
 ANSWER_TOKENS = 24
 SETTINGS = {"min_seq_len": 4096, "min_chunk": 1024}
-TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 64, "vertical_size": 400, "slash_size": 800}
+TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 64, "method": vertical_slash(400, 800)}
 
 
 def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:

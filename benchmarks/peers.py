@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases import Inputs
-from minference_vllm.index import PagedKV
+from minference_vllm.chunk import PagedKV
 from minference_vllm.reference.pages import gather
 
 BLOCK = 64
@@ -26,7 +26,7 @@ class PeerMissing(RuntimeError):
     """A peer cannot run here; the message says why."""
 
 
-class TileIndex(NamedTuple):
+class PeerIndex(NamedTuple):
     """What a sparse peer keeps of one prompt, by rows of BLOCK.
 
     Attributes:
@@ -68,15 +68,15 @@ class TileIndex(NamedTuple):
 def fa3_contiguous(inputs: Inputs) -> Attention:
     """FlashAttention-3 on keys and values that lie one after the other."""
     k, v = (cache.transpose(0, 1).contiguous() for cache in gather(inputs.kv, len(inputs.q)))
-    return _fa3(inputs, k, v, cu_seqlens_k=int32(inputs, 0, len(inputs.q)))
+    return _fa3(inputs, k, v, len(inputs.q), cu_seqlens_k=int32(inputs, 0, len(inputs.q)))
 
 
-def fa3_paged(inputs: Inputs) -> Attention:
-    """FlashAttention-3 as vLLM calls it, on the same pages as ours."""
-    kv = inputs.kv
+def fa3_paged(inputs: Inputs, tokens: int | None = None) -> Attention:
+    """FlashAttention-3 as vLLM calls it, on the same pages as ours; `tokens` if the queries are the last of so many."""
+    kv, tokens = inputs.kv, tokens or len(inputs.q)
     # [num_pages, page_size, num_kv_heads, head_dim]
     k, v = kv.k.transpose(1, 2), kv.v.transpose(1, 2)
-    return _fa3(inputs, k, v, seqused_k=int32(inputs, len(inputs.q)), block_table=kv.block_table)
+    return _fa3(inputs, k, v, tokens, seqused_k=int32(inputs, tokens), block_table=kv.block_table)
 
 
 def fa3_paged128(inputs: Inputs) -> Attention:
@@ -95,7 +95,7 @@ def repaged(kv: PagedKV, tokens: int, page_size: int) -> PagedKV:
     return PagedKV(k, v, table.int()[None], 0)
 
 
-def fa2_sparse(inputs: Inputs, index: TileIndex) -> Attention:
+def fa2_sparse(inputs: Inputs, index: PeerIndex) -> Attention:
     """vLLM's vertical-slash kernel of FlashAttention-2; it takes grouped heads as they are."""
     from vllm.vllm_flash_attn import flash_attn_interface as interface
 
@@ -158,14 +158,14 @@ def sampled_rows(tokens: int, tile: int) -> list[int]:
     return [last * i // (SAMPLED_TILES - 1) * tile for i in range(SAMPLED_TILES)]
 
 
-def _fa3(inputs: Inputs, k: torch.Tensor, v: torch.Tensor, **lengths: torch.Tensor) -> Attention:
+def _fa3(inputs: Inputs, k: torch.Tensor, v: torch.Tensor, tokens: int, **lengths: torch.Tensor) -> Attention:
     from vllm.vllm_flash_attn import flash_attn_interface as interface
 
     if not interface.FA3_AVAILABLE:
         raise PeerMissing(f"vLLM's FlashAttention-3 does not load: {interface.FA3_UNAVAILABLE_REASON}")
-    tokens, start = len(inputs.q), int32(inputs, 0, len(inputs.q))
+    rows, start = len(inputs.q), int32(inputs, 0, len(inputs.q))
     return lambda: interface.flash_attn_varlen_func(
-        inputs.q, k, v, tokens, start, tokens, softmax_scale=inputs.scale, causal=True, fa_version=3, **lengths
+        inputs.q, k, v, rows, start, tokens, softmax_scale=inputs.scale, causal=True, fa_version=3, **lengths
     )
 
 

@@ -3,8 +3,8 @@
 
     python -m benchmarks.steps --out benchmarks/results/h100-steps.json
 
-Each step's metadata is built by the plugin or, drawn by lot, by vLLM's own builder: what the plugin adds is the
-difference of the medians, and the clock's own time is in both.
+Each step is run by the plugin's builder and layers or, drawn by lot, by those of vLLM's that they derive from: what the
+plugin adds is the difference of the medians, and the clock's own time is in both.
 """
 
 import argparse
@@ -13,8 +13,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks import SPARSE, SPARSE_BACKEND, argument_parser, load_engine, resolved, results
 from benchmarks.processes import EngineProcess, serve_worker
@@ -24,27 +25,29 @@ clock = time.perf_counter
 
 GATE, PROMPT, MOST_ANSWER = 2048, 64, 8  # tokens
 TINY_GATE = 256
+TINY_MEMORY = 0.3  # of the machine's: a smoke test shares it
 ONE_IS_LONG = 4  # times max_num_seqs: of so many requests one is as long as the gate asks for
 MAX_LEN = 4096
 RESAMPLES = 500
 
 
-class TimedStep(NamedTuple):
-    """One dense step's metadata, built.
+@dataclass(slots=True)
+class TimedStep:
+    """One dense step.
 
     Attributes:
         rows: "prefill" if the step reads prompts, else "decode".
         beside: which of BESIDE it is.
-        ours: whether the plugin's builder built it, or vLLM's.
-        us: microseconds that took.
-        looking: how many layers look for a plan in this step; the others are vLLM's own.
+        ours: whether the plugin's builder and layers ran it, or vLLM's.
+        build_us: microseconds of the host to build its metadata.
+        layers_us: microseconds of the host in all layers' forward.
     """
 
     rows: str
     beside: str
     ours: bool
-    us: float
-    looking: int
+    build_us: float
+    layers_us: float = 0.0
 
 
 SHORT, LONG, AFTER = BESIDE = "short contexts", "a long context", "after a sparse step"
@@ -52,42 +55,73 @@ SHORT, LONG, AFTER = BESIDE = "short contexts", "a long context", "after a spars
 sparse."""
 
 
-def time_steps(ours: Any, seed: int) -> list[TimedStep]:
-    """The list that every step in which nothing runs sparse adds itself to, from now on.
+class StepTimer:
+    """Times every step in which nothing runs sparse; by lot, vLLM's own code runs it in place of the plugin's.
 
     Args:
-        ours: a builder class of the plugin's.
         seed: of the lots.
+
+    Attributes:
+        steps: what was timed.
     """
-    stock = next(kind for kind in ours.__mro__[1:] if "build" in vars(kind))
-    builds, lots, steps = (stock.build, ours.build), random.Random(seed), []
-    after_sparse = False
 
-    def build(self: Any, common_prefix_len: int, common: Any, *arguments: Any, **settings: Any) -> Any:
-        nonlocal after_sparse
-        is_long = common.max_seq_len >= self._min_seq_len
-        may_be_sparse = is_long and common.max_query_len >= self._min_chunk
-        is_ours = may_be_sparse or lots.random() < 0.5
-        method = builds[is_ours]
-        clock()  # with the CPU's caches empty the first reading takes longer
-        start = clock()
-        metadata = method(self, common_prefix_len, common, *arguments, **settings)
-        us = 1e6 * (clock() - start)
-        if not may_be_sparse:
-            beside = AFTER if after_sparse else LONG if is_long else SHORT
-            looking = sum(impl.forward.__module__.startswith("minference_vllm") for impl in self._layers.layers)
-            steps.append(TimedStep("prefill" if common.max_query_len > 1 else "decode", beside, is_ours, us, looking))
-        after_sparse = hasattr(metadata, "minference")
-        return metadata
+    def __init__(self, seed: int) -> None:
+        self.steps: list[TimedStep] = []
+        self._lots = random.Random(seed)
+        self._step: TimedStep | None = None  # the one that runs now, if it is timed
+        self._after_sparse = False
 
-    ours.build = build
-    return steps
+    def watch_builder(self, ours: Any) -> None:
+        """Time a builder class of the plugin's."""
+        builds = {False: inherited(ours, "build"), True: ours.build}
+
+        def build(builder: Any, common_prefix_len: int, common: Any, *arguments: Any, **settings: Any) -> Any:
+            is_long = common.max_seq_len >= builder._min_seq_len
+            may_be_sparse = is_long and common.max_query_len >= builder._min_chunk
+            is_ours = may_be_sparse or self._lots.random() < 0.5
+            method = builds[is_ours]
+            clock()  # with the CPU's caches empty the first reading takes longer
+            start = clock()
+            metadata = method(builder, common_prefix_len, common, *arguments, **settings)
+            us = 1e6 * (clock() - start)
+            self._step = None
+            if not may_be_sparse:
+                beside = AFTER if self._after_sparse else LONG if is_long else SHORT
+                rows = "prefill" if common.max_query_len > 1 else "decode"
+                self._step = TimedStep(rows, beside, is_ours, us)
+                self.steps.append(self._step)
+            self._after_sparse = hasattr(metadata, "minference")
+            return metadata
+
+        ours.build = build
+
+    def watch_layers(self, ours: Any) -> None:
+        """Time a class of the plugin's layers."""
+        forwards = {False: inherited(ours, "forward"), True: ours.forward}
+
+        def forward(layer: Any, *arguments: Any, **settings: Any) -> Any:
+            step = self._step
+            if step is None:
+                return forwards[True](layer, *arguments, **settings)
+            method = forwards[step.ours]
+            start = clock()
+            output = method(layer, *arguments, **settings)
+            step.layers_us += 1e6 * (clock() - start)
+            return output
+
+        ours.forward = forward
+
+
+def inherited(ours: Any, name: str) -> Any:
+    """vLLM's method that a class of the plugin's overrides."""
+    return next(vars(kind)[name] for kind in ours.__mro__[1:] if name in vars(kind))
 
 
 def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Every timed step of one engine that serves spec["requests"] requests at once."""
     from vllm import SamplingParams
 
+    from minference_vllm.impl import SparseLayerMixin
     from minference_vllm.metadata import PlanningMixin
 
     llm = load_engine(kind, spec)
@@ -103,9 +137,13 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
         llm.generate(prompts, answers, use_tqdm=False)
 
     serve(2 * spec["engine"]["max_num_seqs"])
-    timed = [time_steps(ours, spec["seed"]) for ours in PlanningMixin.__subclasses__()]
+    timer = StepTimer(spec["seed"])
+    for ours in PlanningMixin.__subclasses__():  # the GPU's, the CPU's: one of them is in use
+        timer.watch_builder(ours)
+    for ours in SparseLayerMixin.__subclasses__():
+        timer.watch_layers(ours)
     serve(spec["requests"])
-    return {"steps": max(timed, key=len)}  # one of the classes is in use
+    return {"steps": [astuple(step) for step in timer.steps]}
 
 
 def make_rows(steps: Sequence[TimedStep], max_num_seqs: int) -> list[dict[str, Any]]:
@@ -113,34 +151,31 @@ def make_rows(steps: Sequence[TimedStep], max_num_seqs: int) -> list[dict[str, A
     rows = []
     for kind in product(("prefill", "decode"), BESIDE):
         some = [step for step in steps if (step.rows, step.beside) == kind]
-        times = [[step.us for step in some if step.ours is ours] for ours in (False, True)]
-        if min(map(len, times)) < 2:
+        stock, ours = ([step for step in some if step.ours is is_ours] for is_ours in (False, True))
+        if min(len(stock), len(ours)) < 2:
             continue
-        stock, ours = map(statistics.median, times)
-        rows.append(
-            {
-                "max_num_seqs": max_num_seqs,
-                "step": kind[0],
-                "beside": kind[1],
-                "steps": len(some),
-                "stock_us": round(stock, 1),
-                "ours_us": round(ours, 1),
-                "added_us": round(ours - stock, 1),
-                "error_us": round(_error(*times), 1),
-                "looking_layers": max(step.looking for step in some if step.ours),
-            }
-        )
+        row = {"max_num_seqs": max_num_seqs, "step": kind[0], "beside": kind[1], "steps": len(some)}
+        row |= compare("", [step.build_us for step in stock], [step.build_us for step in ours])
+        row |= compare("layers_", [step.layers_us for step in stock], [step.layers_us for step in ours])
+        rows.append(row)
     return rows
 
 
-def _error(stock: list[float], ours: list[float]) -> float:
-    """Standard error of the difference of the medians, by bootstrap."""
+def compare(name: str, stock: list[float], ours: list[float]) -> dict[str, float]:
+    """Fields of a row: the medians, and how far they lie apart with the standard error by bootstrap."""
     lots = random.Random(0)
 
     def resampled(times: list[float]) -> float:
         return statistics.median(lots.choices(times, k=len(times)))
 
-    return statistics.stdev(resampled(ours) - resampled(stock) for _ in range(RESAMPLES))
+    medians = statistics.median(stock), statistics.median(ours)
+    fields = {
+        "stock_us": medians[0],
+        "ours_us": medians[1],
+        "added_us": medians[1] - medians[0],
+        "error_us": statistics.stdev(resampled(ours) - resampled(stock) for _ in range(RESAMPLES)),
+    }
+    return {f"{name}{field}": round(us, 1) for field, us in fields.items()}
 
 
 def make_spec(options: argparse.Namespace, directory: str, max_num_seqs: int) -> dict[str, Any]:
@@ -152,6 +187,7 @@ def make_spec(options: argparse.Namespace, directory: str, max_num_seqs: int) ->
             "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
             "max_model_len": MAX_LEN, "max_num_batched_tokens": 16384, "max_num_seqs": max_num_seqs,
             "enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True,
+            **({"gpu_memory_utilization": TINY_MEMORY} if options.tiny else {}),
         },
         "minference": {"min_seq_len": gate, "min_chunk": gate // 2},
         "gate": gate,
@@ -164,8 +200,9 @@ def make_spec(options: argparse.Namespace, directory: str, max_num_seqs: int) ->
 def describe(spec: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     return {
         "us": "host time to build a step's attention metadata, in steps that stay dense, medians: ours, by lot "
-        "instead of vLLM's (stock), and what that adds, with the standard error by bootstrap. looking_layers: how many "
-        "layers are the plugin's in a step that it built; the others are vLLM's own. A thread counts later",
+        "instead of vLLM's (stock), and what that adds, with the standard error by bootstrap. A thread counts later",
+        "layers_us": "the same of the host's time in the forward of all attention layers together: FlashAttention's "
+        "launches, and before them ours looks for a plan",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "weights": "dummy"},
         "requests": f"all at once, prompts of 2 to {PROMPT} tokens, of {ONE_IS_LONG} times max_num_seqs one of "
         f"{spec['gate']}, answers of 1 to {MOST_ANSWER}; random token ids",

@@ -1,48 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """Key sets as real prompts have them, for models whose weights are made up.
 
-Made-up weights attend to everything alike, so their heaviest diagonals lie scattered over the whole prompt, which no
-trained model does. Here the plugin's own probe runs as always, then its masses are replaced by drawn ones, and the
-plugin's selection, index and attention go on from those.
+Made-up weights attend to everything alike, so their heaviest diagonals and groups lie scattered over the whole prompt,
+which no trained model's do. Here the method chooses as always, but what is attended to is drawn.
 """
 
-from dataclasses import replace
-from typing import Any
-
-import torch
-
-from minference_vllm.config import MInferenceConfig
-from minference_vllm.engine import Engine
-from minference_vllm.estimators import ESTIMATORS
-from minference_vllm.index import PagedKV, SparseIndex
+from minference_vllm import ops
+from minference_vllm.attention import Chooser, LayerState, choose
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import BandIndex, SparseIndex, TileIndex
+from minference_vllm.methods import Block, Method, VerticalSlash
+from minference_vllm.tuning.groups import AT_TOKENS, DENSITY, FALLS, draw_groups
 from minference_vllm.tuning.masses import CLUSTER, KeySets
-from minference_vllm.workspace import Workspace
 
 DESCRIPTION = (
-    "synthetic: the probe, the selection and the index run in full, but between probe and selection its masses are "
-    f"replaced by drawn ones (a device copy, counted in the time). Verticals are the sinks and random columns; slashes "
-    f"are half a contiguous local band and half clusters of {CLUSTER} at random distances. Drawn for each query head, "
-    "with a fixed seed, once for each length that a chunk ends at, during the warm-up; all layers use the same."
+    "synthetic. vertical_slash: the probe, the selection and the index run in full, but between probe and selection "
+    "its masses are replaced by drawn ones (a device copy, counted in the time). Verticals are the sinks and random "
+    f"columns; slashes are half a contiguous local band and half clusters of {CLUSTER} at random distances. block: the "
+    "whole choice runs, and drawn groups are attended to, of the density that real prompts of the length have "
+    f"({DENSITY} at {AT_TOKENS} tokens, falling as length^-{FALLS}; docs/methods.md). Drawn for each query head, with "
+    "a fixed seed, once for each length that a chunk ends at, during the warm-up; all layers use the same."
 )
 
 
-def install(seed: int) -> None:
-    """Make vertical_slash choose drawn sets from now on, in this process."""
-    sets, estimator = KeySets(seed), ESTIMATORS["vertical_slash"]
+def make_chooser(seed: int) -> Chooser:
+    """A chooser that keeps drawn sets."""
+    sets = KeySets(seed)
+    drawn: dict[tuple[int, int], TileIndex] = {}
 
-    def synthetic(
-        q: torch.Tensor,
-        kv: PagedKV,
-        context_len: int,
-        scale: float,
-        config: MInferenceConfig,
-        engine: Engine,
-        ws: Workspace,
-    ) -> SparseIndex:
-        def probe(*arguments: Any) -> None:
-            engine.probe(*arguments)
-            sets.overwrite(ws, context_len + len(q), config)
+    def choose_bands(method: VerticalSlash, chunk: Chunk, layer: LayerState) -> BandIndex:
+        probe = layer.buffers.probe
+        ops.probe(chunk, *method.settings.probe_counts, probe, method.kernel)
+        sets.overwrite(probe, chunk.seq_len, method.settings)
+        return method.index_masses(chunk.seq_len, layer.budgets, layer.buffers)
 
-        return estimator(q, kv, context_len, scale, config, replace(engine, probe=probe), ws)
+    def choose_groups(method: Block, chunk: Chunk, layer: LayerState) -> TileIndex:
+        choose(method, chunk, layer)
+        ends = (chunk.context_len, chunk.seq_len)
+        if ends not in drawn:
+            drawn[ends] = draw_groups(chunk, method.sink_groups, method.local_groups, seed)
+        return drawn[ends]
 
-    ESTIMATORS["vertical_slash"] = synthetic
+    def choose_drawn(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
+        if isinstance(method, Block):
+            return choose_groups(method, chunk, layer)
+        return choose_bands(method, chunk, layer)
+
+    return choose_drawn

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time to first token, dense and sparse, on the shape of Llama-3.1-8B with made-up weights.
 
-    python -m benchmarks.ttft --sizes 1000:6096 512:2048 --out benchmarks/results/h100-ttft.json
+    python -m benchmarks.ttft --methods block 1000:6096 --out benchmarks/results/h100-ttft.json
 
 Time to first token is the wall time of `LLM.generate` for one prompt and one token, on an idle engine.
 """
@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +23,10 @@ from benchmarks import (
     SPARSE_BACKEND,
     argument_parser,
     load_engine,
+    parse_method,
     resolved,
     results,
+    runtime,
     sparse_work,
     synthetic,
 )
@@ -51,21 +53,6 @@ SHORT = 32768
 MOST_FOR_SHORT = 16
 
 
-class Sizes(NamedTuple):
-    """How many columns and diagonals each head keeps."""
-
-    vertical: int
-    slash: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Sizes":
-        vertical, slash = text.split(":")
-        return cls(int(vertical), int(slash))
-
-    def __str__(self) -> str:
-        return f"{self.vertical}:{self.slash}"
-
-
 NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
 
 
@@ -90,9 +77,9 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
     """An engine, and what times a request of it: {"tokens": prompt length, "count": whether to say what ran sparse}."""
     from vllm import SamplingParams
 
-    if kind == SPARSE and not spec["natural"]:
-        synthetic.install(spec["seed"])
     llm = load_engine(kind, spec)
+    if kind == SPARSE and not spec["natural"]:
+        runtime().chooser = synthetic.make_chooser(spec["seed"])
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
     random = np.random.default_rng(spec["seed"])
     prompts = {n: {"prompt_token_ids": random.integers(10, spec["vocab_size"], n).tolist()} for n in spec["tokens"]}
@@ -128,12 +115,12 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}}
 
 
-def make_row(sizes: Sizes, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
+def make_row(method: str, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
     """A row of what time_side_by_side found."""
     dense_s, sparse_s = statistics.median(found[DENSE]), statistics.median(found[SPARSE])
     return {
         "tokens": tokens,
-        **sizes._asdict(),
+        "method": method,
         "layers": layers,
         "dense_ttft_s": round(dense_s, 4),
         "sparse_ttft_s": round(sparse_s, 4),
@@ -186,7 +173,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=argparse.SUPPRESS, help=f"usually {USUAL['layers']}")
     parser.add_argument("--repeats", type=int, default=3, help="timed requests, if neither very long nor very short")
     parser.add_argument("--chunk", type=int, default=16384, help="max_num_batched_tokens")
-    parser.add_argument("--sizes", type=Sizes.parse, nargs="+", default=[Sizes(1000, 6096)], help="vertical:slash")
+    parser.add_argument(
+        "--methods", nargs="+", default=["block"], help="`block`, or vertical_slash by its sizes: 1000:6096"
+    )
     parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
     options = parser.parse_args()
     for name, usual in (TINY_USUAL if options.tiny else USUAL).items():
@@ -198,15 +187,15 @@ def main() -> None:
         settings = describe(options, spec)
         record = {"settings": settings, "seconds": seconds}
         with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
-            for sizes in options.sizes:
-                minference = {"vertical_size": sizes.vertical, "slash_size": sizes.slash}
+            for method in options.methods:
+                minference: dict[str, Any] = {"method": parse_method(method)}
                 minference |= TINY_SETTINGS if options.tiny else {}
-                settings["sparse"][str(sizes)] = resolved(minference)
+                settings["sparse"][method] = resolved(minference)
                 with EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}) as sparse:
                     for tokens in options.tokens:
                         found = time_side_by_side(dense, sparse, tokens, options.repeats)
-                        seconds[f"{sizes}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
-                        rows.append(make_row(sizes, options.layers, tokens, found))
+                        seconds[f"{method}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
+                        rows.append(make_row(method, options.layers, tokens, found))
                         # After each row: what a run that is cut off has measured stays.
                         results.write(options.out, rows, options.tiny, **record)
     print(results.table(rows))

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A consumer warpgroup of the attending kernel: online softmax attention of 64 query rows over the stages of the ring.
+// A consumer warpgroup of the attention kernel: online softmax attention of 64 query rows over the stages in the ring.
 //
 // The scores of a stage and the values of the stage before go to the tensor cores together (FlashAttention-3, arXiv
-// 2407.08608, section 3.2), and so do the end of a tile and the beginning of the next.
+// 2407.08608, section 3.2), and so do the last values of a tile and the first scores of the next.
 #pragma once
 
 #include "attend.cuh"
@@ -12,17 +12,17 @@
 
 namespace attend {
 
-// A stage whose scores are under way or done: where its values will be.
+// A stage whose scores have been started, and where its values will be.
 struct Scored {
     int slot, kind;
     uint32_t phase;
-    bool by_rows;  // whether cp.async brings them
+    bool by_rows;  // whether cp.async copies them
 };
 
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, typename Index>
 struct Consumer {
     using S = Shape<HEAD_DIM>;
-    static constexpr int OUTPUTS = HALF * HEAD_DIM / hopper::WARPGROUP;  // a thread
+    static constexpr int OUTPUTS = HALF * HEAD_DIM / hopper::WARPGROUP;  // per thread
 
     const Params& p;
     Storage<HEAD_DIM>& shared;
@@ -31,7 +31,7 @@ struct Consumer {
     const int lane = thread % hopper::WARP;
     const int row = first_row(thread);
 
-    // Where the next stage is, and the phases of the barriers of shared and of this half's stages, a bit a slot.
+    // The next stage's slot, and the phases of `full` for shared and for this half's private stages, a bit per slot.
     int slot = 0;
     uint32_t phases[2] = {};
     uint32_t q_phase = 0;
@@ -48,19 +48,19 @@ struct Consumer {
     __device__ __forceinline__ Consumer(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread)
         : p(p), shared(shared), half(half), thread(thread) {}
 
-    // One arrival a warp: the other warps of the group may still be reading.
-    __device__ __forceinline__ void leave(uint64_t* barrier) const {
+    // One arrival per warp, for the other warps of the group may still be reading.
+    __device__ __forceinline__ void release(uint64_t* barrier) const {
         if (lane == 0) hopper::arrive(barrier);
     }
 
     __device__ __forceinline__ int read(const int& word) const { return read_for_warp(word, lane); }
 
-    // The two halves take turns to hand products to the tensor cores, which else run both halves' at once: both would then
-    // be done, and compute exponentials, at the same time (FlashAttention-3, section 3.1).
+    // The halves take turns to start products. Without turns the tensor cores would work on both halves' products at
+    // the same time, and then idle while both halves compute exponentials (FlashAttention-3, section 3.1).
     __device__ __forceinline__ void take_turn() const { hopper::wait_named(1 + half, 2 * hopper::WARPGROUP); }
     __device__ __forceinline__ void pass_turn() const { hopper::arrive_named(2 - half, 2 * hopper::WARPGROUP); }
 
-    // Start on the scores of the next stage, of as many of its keys as there is room for.
+    // Start the scores of the next stage, of as many of its keys as `scores` has room for.
     template <int COUNT>
     __device__ __forceinline__ void start_scores(float (&scores)[COUNT]) {
         const uint32_t q = hopper::shared_address(shared.q[half]);
@@ -80,7 +80,7 @@ struct Consumer {
         hopper::mma_commit();
     }
 
-    // Start to add the scored stage's values, from their slot.
+    // Start to add the scored stage's values.
     __device__ __forceinline__ void start_values(int its_slot) {
         const uint32_t v = hopper::shared_address(shared.ring[VALUES][its_slot]);
         const uint64_t first_b = hopper::descriptor(v, S::KEY_BLOCK_BYTES);
@@ -96,7 +96,7 @@ struct Consumer {
     __device__ __forceinline__ void finish_values(int its_slot) {
         hopper::mma_wait<0>();
         hopper::pin(acc);
-        leave(&shared.empty[VALUES][its_slot]);
+        release(&shared.empty[VALUES][its_slot]);
     }
 
     // Wait for the next stage's keys, and note where its values will be.
@@ -117,16 +117,17 @@ struct Consumer {
         slot = slot + 1 == S::STAGES ? 0 : slot + 1;
     }
 
-    // Take the next tile, and start on the scores of its first stage: its own keys. Returns whether it is one too many.
-    __device__ __forceinline__ bool take(Work& work) {
+    // Wait for the next tile, and start the scores of its first stage, its own keys. Returns whether the tile is past
+    // the last.
+    __device__ __forceinline__ bool next_tile(Work& work) {
         hopper::wait(&shared.q_full, q_phase);
         q_phase ^= 1;
         work.head = read(shared.work.head);
         work.kv_head = read(shared.work.kv_head);
         work.tile = read(shared.work.tile);
 #pragma unroll
-        for (int kind = 0; kind < KINDS; ++kind) work.num_bands[kind] = read(shared.work.num_bands[kind]);
-        work.num_columns = read(shared.work.num_columns);
+        for (int kind = 0; kind < KINDS; ++kind) work.num_groups[kind] = read(shared.work.num_groups[kind]);
+        work.num_columns = Index::HAS_COLUMNS ? read(shared.work.num_columns) : 0;
         const bool is_over = read(shared.is_over);
         const bool by_rows = work.is_cut_short(p);
         wait_for_keys<false>(by_rows);
@@ -137,12 +138,12 @@ struct Consumer {
     __device__ __forceinline__ void finish_first_scores() {
         hopper::mma_wait<0>();
         hopper::pin(first_scores);
-        leave(&shared.empty[KEYS][slot]);
+        release(&shared.empty[KEYS][slot]);
     }
 
-    // The tile's own keys give every row a finite maximum.
+    // The tile's own keys come first because they give every row a finite maximum.
     __device__ __forceinline__ void begin() {
-        if (steps_left == 0) leave(&shared.q_empty);
+        if (steps_left == 0) release(&shared.q_empty);
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
             const bool future = column(lane, i) > half * HALF + row + i / 2 % 2 * 8;
@@ -154,9 +155,10 @@ struct Consumer {
         advance();
     }
 
-    // The next stage's scores and the values of the stage before. `keep` masks scores; it may read the stage's mask.
-    template <int WIDTH, bool IS_PRIVATE, bool BY_ROWS, typename Keep>
-    __device__ __forceinline__ void step(Keep keep) {
+    // The next stage's scores and the values of the stage before.
+    //   mask: sets the scores that do not count to minus infinity. It may read the stage's mask in shared memory.
+    template <int WIDTH, bool IS_PRIVATE, bool BY_ROWS, typename Mask>
+    __device__ __forceinline__ void step(Mask mask) {
         const Scored before = scored;
         wait_for_keys<IS_PRIVATE>(BY_ROWS);
         float scores[WIDTH / 2];
@@ -167,10 +169,10 @@ struct Consumer {
         pass_turn();
         hopper::mma_wait<1>();
         hopper::pin(scores);
-        keep(scores);
-        leave(&shared.empty[KEYS][slot]);
-        if (--steps_left == 0) leave(&shared.q_empty);
-        // The exponentials could run meanwhile, but the slot's next copy is worth more.
+        mask(scores);
+        release(&shared.empty[KEYS][slot]);
+        if (--steps_left == 0) release(&shared.q_empty);
+        // Exponentials could be computed before this wait, but to release the slot early is worth more.
         finish_values(before.slot);
         softmax.add(scores, p.scale_log2, probabilities, acc);
         advance();
@@ -180,6 +182,7 @@ struct Consumer {
         step<TILE, false, false>([](auto&) {});
     }
 
+    //   keys: how many are left in private stages, this one's included; none or fewer if the stage is empty.
     template <int WIDTH>
     __device__ __forceinline__ void step_private(int keys) {
         step<WIDTH, true, false>([&](auto& scores) {
@@ -211,20 +214,28 @@ struct Consumer {
         });
     }
 
-    __device__ __forceinline__ void attend_to(const Work& work) {
-        const BandStages stages(work);
-        steps_left = stages.shared + (half == 0 ? stages.own[0] : stages.own[1]) + (work.num_columns + TILE - 1) / TILE;
-        begin();
-        // Private stages of this half without one of the other's: 1, 0, or -1 where it is the other way round.
-        const int alone = half == 0 ? stages.own[0] - stages.own[1] : stages.own[1] - stages.own[0];
-        const int shared_at_end = stages.shared - stages.pairs * stages.shared_a_pair;
-        int keys = (half == 0 ? stages.bands[0] : stages.bands[1]) * BAND;
+    // Give this half's turn to the other, which has a private stage to itself.
+    __device__ __forceinline__ void sit_out() {
+        take_turn();
+        pass_turn();
+    }
+
+    __device__ __forceinline__ void attend_to_groups(const Stages& stages) {
+        // How many more private stages this half has than the other. With columns that is 1, 0 or -1: see Stages.
+        const int surplus = half == 0 ? stages.own[0] - stages.own[1] : stages.own[1] - stages.own[0];
+        const int last_round = Index::HAS_COLUMNS ? 0 : min(1 - surplus, 0);
+        int shared_at_end = stages.shared - stages.pairs * stages.shared_per_pair;
+        int keys = (half == 0 ? stages.groups[0] : stages.groups[1]) * GROUP;
+        // A round for each pair, then round 0 with the remaining shared stages and the first of the surplus, if there
+        // is any, then one round for each of the others.
 #pragma unroll 1
-        for (int pairs = stages.pairs;; --pairs, keys -= TILE) {
+        for (int round = stages.pairs;; --round, keys -= TILE) {
 #pragma unroll 1
-            for (int i = pairs > 0 ? stages.shared_a_pair : shared_at_end; i > 0; --i) step_shared();
-            const bool is_mine = pairs > 0 || alone > 0, is_others = pairs > 0 || alone < 0;
-            // The other half's stage is none of this half's business.
+            for (int i = round > 0 ? stages.shared_per_pair : shared_at_end; i > 0; --i) step_shared();
+            if constexpr (!Index::HAS_COLUMNS) shared_at_end = round > 0 ? shared_at_end : 0;
+            const bool is_mine = round > 0 || surplus > 0;
+            const bool is_others = round > 0 || Index::HAS_COLUMNS && surplus < 0;
+            // Of a pair the first half's stage comes first in the ring.
             if (half == 1 && is_others) advance();
             if (is_mine) {
                 if (keys > HALF) {
@@ -233,32 +244,49 @@ struct Consumer {
                     step_private<HALF>(keys);
                 }
             } else if (is_others) {
-                take_turn();
-                pass_turn();
+                sit_out();
             }
             if (half == 0 && is_others) advance();
-            if (pairs == 0) break;
+            if (round == last_round) break;
         }
-        int columns = work.num_columns;
+    }
+
+    __device__ __forceinline__ void attend_to(const Work& work) {
+        const Stages stages(work, Index::HAS_COLUMNS);
+        steps_left = stages.shared + (half == 0 ? stages.own[0] : stages.own[1]) + (work.num_columns + TILE - 1) / TILE;
+        begin();
+        attend_to_groups(stages);
+        if constexpr (Index::HAS_COLUMNS) {
+            int columns = work.num_columns;
 #pragma unroll 1
-        for (; columns > HALF; columns -= TILE) step_columns<TILE>();
-        if (columns > 0) step_columns<HALF>();
+            for (; columns > HALF; columns -= TILE) step_columns<TILE>();
+            if (columns > 0) step_columns<HALF>();
+        }
         wait_for_values(scored);
         start_values(scored.slot);
         finish_values(scored.slot);
+        if constexpr (!Index::HAS_COLUMNS) {
+            // The other half may have any number of private stages left: this half has released its slots.
+            const int others = half == 0 ? stages.own[1] - stages.own[0] : stages.own[0] - stages.own[1];
+#pragma unroll 1
+            for (int i = 0; i < others; ++i) {
+                sit_out();
+                advance();
+            }
+        }
     }
 };
 
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, typename Index>
 __device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread) {
-    Consumer<T, HEAD_DIM> consumer(p, shared, half, thread);
+    Consumer<T, HEAD_DIM, Index> consumer(p, shared, half, thread);
     Work work, next;
     if (half == 1) consumer.pass_turn();
-    bool is_over = consumer.take(work);
+    bool is_over = consumer.next_tile(work);
     consumer.finish_first_scores();
     while (!is_over) {
         consumer.attend_to(work);
-        is_over = consumer.take(next);
+        is_over = consumer.next_tile(next);
         write<T, HEAD_DIM>(p, work, consumer.lane, half * HALF + consumer.row, consumer.acc, consumer.softmax);
         consumer.finish_first_scores();
         work = next;

@@ -1,26 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// Online softmax of the attending kernel, over the rows that a thread holds of an accumulator.
+// Online softmax of the attention kernel, over the rows that a thread holds of an accumulator.
 //
-// Probabilities are taken relative to a reference. Any reference near a row's maximum serves, so that of earlier stages
-// does until the sums say that it lies too low: after a tile's first stages maxima are seldom looked for.
+// Probabilities are relative to a reference score. Any reference near a row's maximum gives the same result, so that
+// the maximum of earlier stages is used until sums of probabilities show that it is too low. That is rare after a
+// tile's first stages, and most stages are spared the search for a maximum.
 #pragma once
 
 #include "attend_lanes.cuh"
 
 namespace attend {
 
-using Probabilities = uint32_t[SCORES / 8][4];  // as operands: a block of sixteen columns in four registers
+using Probabilities = uint32_t[SCORES / 8][4];  // as wgmma reads them: sixteen columns in four registers
 
 template <typename T>
 struct Softmax {
-    // Of a stage's probabilities, over a thread's columns: fp16 must hold each.
+    // The reference is raised if a thread's probabilities of one stage add up to more: fp16 must be able to hold each.
     static constexpr float HIGHEST_SUM = 1 << 15;
 
     // Of each of the thread's two rows. Scaled scores are logarithms to base 2.
     float reference[2];
-    float sum[2];  // of the thread's columns
+    float sum[2];  // over the thread's columns
 
-    // Raise the reference to the maximum of a stage's scores. Returns what sums and outputs so far are to be multiplied by.
+    // Raise the reference to the maximum of a stage's scores. Returns the factors for the sums and outputs so far.
     template <int COUNT>
     __device__ __forceinline__ float2 raise(const float (&scores)[COUNT], float scale_log2) {
         float top[2] = {scores[0], scores[2]}, shrink[2];
@@ -41,7 +42,7 @@ struct Softmax {
         const float (&scores)[COUNT], float scale_log2, Probabilities& probabilities
     ) const {
         float added[2] = {};
-        // Accumulator blocks of eight columns become operand blocks of sixteen.
+        // An accumulator has blocks of eight columns, an operand blocks of sixteen.
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
             float both[2];
@@ -52,15 +53,18 @@ struct Softmax {
             }
             probabilities[i / 8][i / 2 % 4] = hopper::pack<T>(both[0], both[1]);
         }
-        // Not to add what a narrow stage lacks would take a branch between products, which costs more.
+        // A narrow stage has half as many. To leave out the products with these zeros would take a branch between
+        // wgmmas, which costs more than they do.
 #pragma unroll
         for (int i = COUNT; i < SCORES; i += 2) probabilities[i / 8][i / 2 % 4] = 0;
         return {added[0], added[1]};
     }
 
-    // The first stage of a tile; it must give every row a finite score.
+    // The first stage of a tile. Every row must have a finite score in it.
     template <int COUNT>
-    __device__ __forceinline__ void begin(const float (&scores)[COUNT], float scale_log2, Probabilities& probabilities) {
+    __device__ __forceinline__ void begin(
+        const float (&scores)[COUNT], float scale_log2, Probabilities& probabilities
+    ) {
         reference[0] = reference[1] = -INFINITY;
         raise(scores, scale_log2);
         const float2 added = soften(scores, scale_log2, probabilities);
@@ -68,7 +72,7 @@ struct Softmax {
         sum[1] = added.y;
     }
 
-    // A stage after that, while the outputs so far are `acc`.
+    // Any other stage; `acc` holds the outputs so far.
     template <int COUNT, int OUTPUTS>
     __device__ __forceinline__ void add(
         const float (&scores)[COUNT], float scale_log2, Probabilities& probabilities, float (&acc)[OUTPUTS]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attending kernel's output: normalised rows and their log-sum-exp.
+// The attention kernel's output: normalised rows and their log-sum-exp.
 #pragma once
 
 #include "attend.cuh"
@@ -8,8 +8,9 @@
 
 namespace attend {
 
-// Rows leave in pieces of 16 bytes: the four lanes that hold a row swap what they have of four such pieces.
-//   first_row: of the thread's two, within the tile.
+// Rows are stored in pieces of 16 bytes. Each of a row's four lanes holds 4 bytes of a piece, so they exchange these
+// until each lane has whole pieces.
+//   first_row: the first of the thread's two rows, counted from the tile's first.
 template <typename T, int HEAD_DIM, int OUTPUTS>
 __device__ __forceinline__ void write(
     const Params& p, const Work& work, int lane, int first_row, const float (&acc)[OUTPUTS], const Softmax<T>& softmax

@@ -7,8 +7,8 @@
 
 namespace hopper {
 
-// Describe the keys or the values, from `base` on, of the cache whose sizes and strides `a` holds; coordinates are element,
-// token in its page, KV head, page. A copy brings `keys` keys of one page.
+// Describe the keys or the values of a cache; they begin at `base`, and `a` holds sizes and strides. Coordinates are
+// element, token in its page, KV head, page. One copy brings `keys` keys of one page.
 template <typename Arguments>
 cudaError_t make_cache_map(CUtensorMap* map, const void* base, const Arguments& a, uint32_t keys) {
     return make_tensor_map<4>(

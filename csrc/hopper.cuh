@@ -30,7 +30,7 @@ __device__ __forceinline__ void arrive(uint64_t* barrier, uint32_t count = 1) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
-// Arrive, and let the phase wait for `bytes` of bulk copies too.
+// Arrive, and keep the phase open until `bytes` of bulk copies have landed too.
 __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
@@ -69,7 +69,7 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t destination, const void* 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
 }
 
-// To L2, about what is copied; in the code that createpolicy gives it.
+// What L2 is to do with the data, encoded as createpolicy would.
 enum class CacheHint : uint64_t { EVICT_FIRST = 0x12F0000000000000 };
 
 __device__ __forceinline__ void copy_box(
@@ -92,7 +92,7 @@ __device__ __forceinline__ void copy_box(
         : "memory");
 }
 
-// As far as L2.
+// Into L2 only.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int x0, int x1, int x2) {
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x0), "r"(x1), "r"(x2)
                  : "memory");
@@ -102,7 +102,7 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// What cp.async wrote becomes visible to wgmma.
+// Makes visible to wgmma what cp.async has written: they access shared memory through different proxies.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- registers, arithmetic ------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ __device__ __forceinline__ void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// Volatile: it stays before the waits that follow it.
+// Volatile, so that the compiler does not move it behind a wait that follows.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -147,10 +147,10 @@ __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Descriptors of what lies `bytes` further on.
+// The descriptor of a matrix that lies `bytes` further.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
-// Keeps the compiler from moving reads of an accumulator over the wait for it.
+// Keeps the compiler from reading an accumulator before the wait for it.
 template <int COUNT>
 __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
 #pragma unroll
@@ -158,7 +158,8 @@ __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
 }
 
 // Descriptor of a matrix in swizzled shared memory. `leading` is the distance in bytes between blocks of 64 elements
-// along the contiguous dimension (used if that is not the one summed over), `stride` that between groups of 8 rows.
+// along the contiguous dimension, which counts only if that is not the dimension summed over; `stride` is the distance
+// between groups of 8 rows.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = ATOM_BYTES) {
     constexpr uint64_t SWIZZLE_128 = 1ull << 62;
     return SWIZZLE_128 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of 64 probe rows a head over all keys, summed by column and by diagonal, for Hopper (sm_90a): bf16 and
+// Attention of 64 probe rows per head over all keys, summed by column and by diagonal, for Hopper (sm_90a): bf16 and
 // fp16, head_dim 64 and 128. Two passes over the keys, an exact softmax. Its twin: minference_vllm/reference/probe.py.
 //
-// Keys are read once a pass for all heads of a KV group. Masses are integers: atomics give the same sums in any order.
+// A pass reads keys once for all heads that share them. Masses are integers, so that atomics give the same sums in any
+// order.
 
 #include "probe_lse.cuh"
 #include "probe_mass.cuh"
@@ -12,9 +13,9 @@ namespace probe {
 
 constexpr int MAX_SHARED_BYTES = 227 * 1024;
 
-// As many ranges of keys as take the fewest waves of programs, counted in tiles.
+// Into how many ranges to split the keys: what takes the least time, counted in tiles, when programs run in waves.
 inline int choose_splits(int programs_a_split, int num_tiles, int max_splits, int num_multiprocessors) {
-    constexpr int START = 4;  // what a program costs beside its tiles
+    constexpr int START = 4;  // what a program costs beyond its tiles, in tiles
     int best = 1;
     int64_t least = INT64_MAX;
     for (int splits = 1; splits <= max_splits && splits <= num_tiles; ++splits) {
@@ -47,7 +48,7 @@ cudaError_t run(Params& p, cudaStream_t stream) {
     return launch<HEAD_DIM>(p.spread ? mass_kernel<T, HEAD_DIM, true> : mass_kernel<T, HEAD_DIM, false>, p, stream);
 }
 
-// With the most heads a program may have there are still two stages to overlap.
+// Even with the most heads that a program can have there is room for two stages, the fewest that overlap.
 static_assert(shared_bytes<128>(MAX_HEADS, 2) + hopper::ATOM_BYTES <= MAX_SHARED_BYTES);
 
 }  // namespace probe
@@ -58,10 +59,10 @@ struct MInferenceProbe {
     void *partial_max, *partial_sum, *lse, *vertical, *slash;
     int64_t stride_q_row, stride_q_head, stride_page, stride_kv_head, stride_token, stride_lse, stride_mass;
     int32_t num_rows, context_len, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, is_bf16;
-    int32_t max_splits;           // that the partial sums have room for
+    int32_t max_splits;  // that the partial sums have room for
     int32_t num_multiprocessors;
-    int32_t spread;               // 64 rows over the whole chunk instead of its last 64
-    int32_t accumulate;           // add to the masses of other rows
+    int32_t spread;      // 64 rows over the whole chunk instead of its last 64
+    int32_t accumulate;  // add to the masses of other rows
     float scale_log2;
 };
 
@@ -83,9 +84,9 @@ static probe::Params make_params(const MInferenceProbe& a) {
     p.context_len = a.context_len;
     p.page_size = a.page_size;
     p.num_kv_heads = a.num_kv_heads;
-    p.group = a.num_qo_heads / a.num_kv_heads;
-    p.batches = (p.group + probe::MAX_HEADS - 1) / probe::MAX_HEADS;
-    p.batch_size = (p.group + p.batches - 1) / p.batches;
+    p.group_size = a.num_qo_heads / a.num_kv_heads;
+    p.batches = (p.group_size + probe::MAX_HEADS - 1) / probe::MAX_HEADS;
+    p.batch_size = (p.group_size + p.batches - 1) / p.batches;
     p.num_tiles = (a.context_len + a.num_rows + probe::TILE - 1) / probe::TILE;
     const int splits =
         probe::choose_splits(p.num_kv_heads * p.batches, p.num_tiles, a.max_splits, a.num_multiprocessors);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What both passes of the probe share: arguments, the work of a program, its shared memory, the probe rows.
 //
-// A program takes some heads of one KV group and a range of keys. A producer warp brings tiles of 128 consecutive keys
-// into a ring in shared memory; each head's 64 probe rows are one consumer warpgroup's, heads dealt out in turn.
+// A program takes some of the heads that share a KV head, and a range of keys. A producer warp copies tiles of 128
+// consecutive keys into a ring in shared memory. Consumer warpgroups take the heads in turn, each with its 64 probe
+// rows.
 #pragma once
 
 #include "hopper.cuh"
@@ -11,7 +12,7 @@ namespace probe {
 
 constexpr int NUM_PROBES = 64;
 constexpr int TILE = 128;  // keys
-constexpr int BAND = 16;   // consecutive keys of one page, a copy
+constexpr int BAND = 16;   // consecutive keys of one page, copied together
 constexpr int BANDS = TILE / BAND;
 constexpr int MAX_HEADS = 8;  // of one program: their queries stay in shared memory
 constexpr int MAX_STAGES = 8;
@@ -19,15 +20,15 @@ constexpr int MAX_STAGES = 8;
 constexpr int CONSUMERS = 4;  // warpgroups
 constexpr int CONSUMER_THREADS = CONSUMERS * hopper::WARPGROUP;
 constexpr int THREADS = CONSUMER_THREADS + hopper::WARPGROUP;
-// 96 a thread at launch: 4 x 112 + 32 = 5 x 96.
+// Per thread. At launch each has 96: 4 x 112 + 32 = 5 x 96.
 constexpr int CONSUMER_REGISTERS = 112;
 constexpr int PRODUCER_REGISTERS = 32;
 
-// Named barriers. Number 0 is __syncthreads'.
+// Named barriers. __syncthreads uses number 0.
 constexpr int ALL_CONSUMERS = 1;
 constexpr int FIRST_TURN = 2;
 
-constexpr float NO_MAX = -1e30f;  // of a row that has seen no key
+constexpr float NO_MAX = -1e30f;  // maximum of a row that has seen no key
 
 struct Params {
     CUtensorMap k_map;
@@ -41,7 +42,7 @@ struct Params {
     int64_t stride_q_row, stride_q_head;  // bytes
     int64_t stride_lse, stride_mass;      // elements
     int32_t num_rows, context_len, page_size;
-    int32_t num_kv_heads, group;
+    int32_t num_kv_heads, group_size;
     int32_t batches, batch_size;          // the heads of a group, at most MAX_HEADS at a time
     int32_t splits, num_tiles, tiles_each;  // ranges of keys
     int32_t stages;
@@ -51,7 +52,7 @@ struct Params {
     __device__ __forceinline__ int seq_len() const { return context_len + num_rows; }
 };
 
-// One program's share. Programs that read the same keys are neighbours, then those of the same tokens.
+// One program's share. Neighbouring programs read the same keys, then other heads' keys of the same tokens.
 struct Job {
     int kv_head, first_head, num_heads;
     int split, first_tile, num_tiles;
@@ -60,8 +61,8 @@ struct Job {
         const int batch = blockIdx.x % p.batches;
         kv_head = blockIdx.x / p.batches % p.num_kv_heads;
         split = blockIdx.x / p.batches / p.num_kv_heads;
-        first_head = kv_head * p.group + batch * p.batch_size;
-        num_heads = min(p.batch_size, p.group - batch * p.batch_size);
+        first_head = kv_head * p.group_size + batch * p.batch_size;
+        num_heads = min(p.batch_size, p.group_size - batch * p.batch_size);
         first_tile = split * p.tiles_each;
         num_tiles = min(p.tiles_each, p.num_tiles - first_tile);
     }
@@ -81,29 +82,30 @@ struct Rows {
     }
     __device__ __forceinline__ int position(int probe) const { return context_len + row(probe); }
 
-    // Of the first row that the chunk has.
+    // Position of the first probe row that the chunk has.
     __device__ __forceinline__ int first_position() const { return context_len + max(row(0), 0); }
 };
 
-// The probe row that lies in a row of the queries' shared memory. The second pass gains by the order: a thread of
-// S^T = K Q^T, which holds columns 8 j + 2 t + {0, 1}, has the probe rows 4 i + t and sums diagonals by itself.
+// Which probe row is at a place of the queries in shared memory. The order suits the second pass: a thread holds
+// columns 8 j + 2 t + {0, 1} of S^T = K Q^T. In this order these are the probe rows 4 i + t, so that much of a diagonal
+// is in one thread.
 __device__ __forceinline__ int probe_at(int place) { return (place & ~7) | (place & 1) << 2 | (place >> 1 & 3); }
 
 template <int HEAD_DIM>
 struct Shape {
-    static constexpr int BLOCKS = HEAD_DIM * 2 / hopper::SWIZZLE_BYTES;  // of 128 bytes a row
+    static constexpr int BLOCKS = HEAD_DIM * 2 / hopper::SWIZZLE_BYTES;  // whose rows have 128 bytes
     static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
     static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
     static constexpr int QUERY_BLOCK_BYTES = NUM_PROBES * hopper::SWIZZLE_BYTES;
     static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;
-    static constexpr int STEPS_A_BLOCK = hopper::SWIZZLE_BYTES / 32;  // of 16 elements
+    static constexpr int STEPS_PER_BLOCK = hopper::SWIZZLE_BYTES / 32;  // of 16 elements
 };
 
 struct Barriers {
     uint64_t full[MAX_STAGES], empty[MAX_STAGES];
 };
 
-// Bytes that a pass keeps for each head: four floats a thread (first), log-sum-exps (second).
+// Bytes that a pass keeps for each head: the first four floats per thread, the second log-sum-exps.
 constexpr int HEAD_BYTES = hopper::WARPGROUP * 4 * sizeof(float);
 
 template <int HEAD_DIM>
@@ -111,7 +113,7 @@ __host__ __device__ constexpr int shared_bytes(int heads, int stages) {
     return stages * Shape<HEAD_DIM>::KEY_BYTES + heads * (Shape<HEAD_DIM>::QUERY_BYTES + HEAD_BYTES) + sizeof(Barriers);
 }
 
-// Dynamic shared memory, cut up; sizes differ with the number of heads and stages.
+// The parts of dynamic shared memory. Their sizes depend on the number of heads and stages.
 template <int HEAD_DIM>
 struct Shared {
     using S = Shape<HEAD_DIM>;

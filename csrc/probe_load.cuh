@@ -6,14 +6,14 @@
 
 namespace probe {
 
-// Barriers, before the producer and the consumers part.
+// Set up barriers, before producer and consumers go different ways.
 template <int HEAD_DIM>
 __device__ __forceinline__ void set_up(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
     if (threadIdx.x == 0) {
         hopper::prefetch_map(&p.k_map);
         for (int i = 0; i < p.stages; ++i) {
             hopper::init_barrier(&shared.barriers->full[i], 1);
-            // A warp of each warpgroup that has a head.
+            // Warps of the warpgroups that have a head.
             hopper::init_barrier(&shared.barriers->empty[i], min(job.num_heads, CONSUMERS) * 4);
         }
         hopper::fence_barrier_init();
@@ -21,20 +21,20 @@ __device__ __forceinline__ void set_up(const Params& p, const Shared<HEAD_DIM>& 
     __syncthreads();
 }
 
-// Where a band lies in the cache.
+// Where a band is in the cache.
 struct Place {
     int page, first;
 
     __device__ __forceinline__ Place(const Params& p, int band) {
-        // Past the end the block table holds garbage: the last band stands in, no row sees those keys.
+        // Past the end the block table holds garbage. The last band is read instead; no row sees keys there.
         const int key = min(band, (p.seq_len() - 1) / BAND) * BAND;
         page = __ldg(p.block_table + key / p.page_size);
         first = key % p.page_size;
     }
 };
 
-// One warp: lane l brings box l of each tile, a band's block of 128 bytes a key. The second pass goes BACKWARDS, since
-// the keys that the first has read last are still in L2.
+// Run by one warp: lane l copies box l of each tile, 128 bytes of each key of a band. The second pass goes BACKWARDS,
+// because the keys that the first pass has read last are still in L2.
 template <int HEAD_DIM, bool BACKWARDS>
 __device__ __forceinline__ void produce(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
     using S = Shape<HEAD_DIM>;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void produce(const Params& p, const Shared<HEAD_DIM>&
     Place next = place(0);
     for (int i = 0; i < job.num_tiles; ++i) {
         const Place here = next;
-        // Looked up a tile ahead.
+        // A tile ahead, so that the copy need not wait for the block table.
         if (i + 1 < job.num_tiles) next = place(i + 1);
         uint64_t* full = &shared.barriers->full[ring.slot];
         hopper::wait(&shared.barriers->empty[ring.slot], ring.phase ^ 1);
@@ -67,13 +67,13 @@ __device__ __forceinline__ void produce(const Params& p, const Shared<HEAD_DIM>&
     }
 }
 
-// All consumers: the probe rows of every head, swizzled as the tensor cores read them; zeros for rows that the chunk
-// does not have.
+// Run by all consumers: load the probe rows of every head, swizzled as the tensor cores read them. Rows that the chunk
+// does not have are zeros.
 template <int HEAD_DIM>
 __device__ __forceinline__ void load_queries(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
     using S = Shape<HEAD_DIM>;
-    constexpr int CHUNKS_A_BLOCK = hopper::SWIZZLE_BYTES / 16;
-    constexpr int CHUNKS = S::BLOCKS * CHUNKS_A_BLOCK;
+    constexpr int CHUNKS_PER_BLOCK = hopper::SWIZZLE_BYTES / 16;
+    constexpr int CHUNKS = S::BLOCKS * CHUNKS_PER_BLOCK;
     const Rows rows(p);
     for (int i = threadIdx.x; i < job.num_heads * NUM_PROBES * CHUNKS; i += CONSUMER_THREADS) {
         const int chunk = i % CHUNKS, place = i / CHUNKS % NUM_PROBES, head = i / CHUNKS / NUM_PROBES;
@@ -83,15 +83,16 @@ __device__ __forceinline__ void load_queries(const Params& p, const Shared<HEAD_
             const char* source = p.q + row * p.stride_q_row + (job.first_head + head) * p.stride_q_head + chunk * 16;
             elements = __ldg(reinterpret_cast<const int4*>(source));
         }
-        char* block = shared.queries + head * S::QUERY_BYTES + chunk / CHUNKS_A_BLOCK * S::QUERY_BLOCK_BYTES;
-        const int swizzled = (chunk ^ place) % CHUNKS_A_BLOCK;
+        char* block = shared.queries + head * S::QUERY_BYTES + chunk / CHUNKS_PER_BLOCK * S::QUERY_BLOCK_BYTES;
+        const int swizzled = (chunk ^ place) % CHUNKS_PER_BLOCK;
         *reinterpret_cast<int4*>(block + place * hopper::SWIZZLE_BYTES + swizzled * 16) = elements;
     }
     hopper::fence_async_proxy();
 }
 
-// Lets two of the four warpgroups use the tensor cores at a time, so that the others' arithmetic runs beside them: left
-// alone all four would multiply together, then all take exponentials together. Only where all have equally many heads.
+// Only two of the four warpgroups may use the tensor cores at a time, while the others compute exponentials. Without
+// turns all four would first wait for the tensor cores and then leave them idle. Used only if all have equally many
+// heads.
 struct Turns {
     bool taken, begins;
     int own, next;
@@ -109,7 +110,7 @@ struct Turns {
     __device__ __forceinline__ void pass() const {
         if (taken) hopper::arrive_named(next, 2 * hopper::WARPGROUP);
     }
-    // Takes the last turn, so that no barrier is left half full.
+    // Take the turn that was passed last, so that no barrier is left half full.
     __device__ __forceinline__ void finish() const {
         if (begins) wait();
     }
@@ -121,7 +122,7 @@ __device__ __forceinline__ void run_program(const Params& p, char* raw, Consume 
     const Shared<HEAD_DIM> shared(raw, p);
     const Job job(p);
     set_up(p, shared, job);
-    // Read from lane 0: the compiler then knows that a warp does not part here.
+    // Read from lane 0, which tells the compiler that all lanes of a warp go the same way.
     const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
     if (warpgroup == CONSUMERS) {
         hopper::fewer_registers<PRODUCER_REGISTERS>();

@@ -22,8 +22,8 @@ __device__ __forceinline__ void issue_scores(float (&scores)[64], uint32_t queri
     using S = Shape<HEAD_DIM>;
     hopper::mma_fence();
 #pragma unroll
-    for (int step = 0; step < S::BLOCKS * S::STEPS_A_BLOCK; ++step) {
-        const int block = step / S::STEPS_A_BLOCK, inside = step % S::STEPS_A_BLOCK * 32;
+    for (int step = 0; step < S::BLOCKS * S::STEPS_PER_BLOCK; ++step) {
+        const int block = step / S::STEPS_PER_BLOCK, inside = step % S::STEPS_PER_BLOCK * 32;
         const uint64_t a = hopper::advance(hopper::descriptor(queries, 0), block * S::QUERY_BLOCK_BYTES + inside);
         const uint64_t b = hopper::advance(hopper::descriptor(keys, 0), block * S::KEY_BLOCK_BYTES + inside);
         if (step == 0) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void add_tile(Running& running, const float (&scores)
         for (int i = 0; i < 32; ++i) max[i % 2] = fmaxf(max[i % 2], scores[i / 2 * 4 + f * 2 + i % 2]);
         const float new_max = fmaxf(max[0], max[1]);
         const float shift = -new_max * scale_log2;
-        // Not by `shift`, whose rounding counts as long as no key was seen.
+        // From the difference: as long as no key was seen, both terms are huge and their rounding errors would count.
         const float decay = hopper::exp2_approx((running.max[f] - new_max) * scale_log2);
         float sum[2] = {running.sum[f] * decay, 0.0f};
 #pragma unroll
@@ -64,7 +64,7 @@ __device__ __forceinline__ void add_tile(Running& running, const float (&scores)
     }
 }
 
-// The four threads of a row put their parts together.
+// Combine the parts of the four threads that share a row.
 __device__ __forceinline__ void store_partial(
     const Params& p, const Job& job, int head, const Running& running, int thread
 ) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ void consume_lse(
     hopper::wait_named(ALL_CONSUMERS, CONSUMER_THREADS);
     if (warpgroup >= job.num_heads) return;
 
-    // Each thread reads what it wrote itself.
+    // Needs no barrier, as each thread reads only what it has written itself.
     auto* running = reinterpret_cast<Running*>(shared.heads) + thread;
     for (int head = warpgroup; head < job.num_heads; head += CONSUMERS) {
         running[head * hopper::WARPGROUP] = {{NO_MAX, NO_MAX}, {0.0f, 0.0f}};

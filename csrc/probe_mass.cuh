@@ -7,10 +7,11 @@
 
 namespace probe {
 
-// A head's log-sum-exps as threads read them: those of the rows 4 i + t side by side, padded against bank conflicts.
-constexpr int LSE_PITCH = ROWS_A_THREAD + 4;
-constexpr int LSE_A_HEAD = 4 * LSE_PITCH;
-static_assert(2 * LSE_A_HEAD * sizeof(float) <= HEAD_BYTES);  // with the table of positions, for one head
+// A head's log-sum-exps as threads read them: those of rows 4 i + t are contiguous, with padding against bank
+// conflicts.
+constexpr int LSE_PITCH = ROWS_PER_THREAD + 4;
+constexpr int LSE_PER_HEAD = 4 * LSE_PITCH;
+static_assert(2 * LSE_PER_HEAD * sizeof(float) <= HEAD_BYTES);  // one head's and the table of positions
 
 // Log-sum-exp, base 2, of one row over all ranges of keys; -inf if it has seen no key.
 __device__ __forceinline__ float combine(const Params& p, int head, int probe) {
@@ -36,30 +37,30 @@ __device__ __forceinline__ float combine(const Params& p, int head, int probe) {
     return max + log2f(sum);
 }
 
-// All consumers: finish the first pass for this program's heads. Behind them goes a table of the rows' positions.
+// Run by all consumers: finish the first pass for this program's heads. A table of the rows' positions follows them.
 __device__ __forceinline__ void load_lse(const Params& p, const Job& job, float* shared_lse) {
     constexpr float LN_2 = 0.6931471805599453f;
     for (int i = threadIdx.x; i < job.num_heads * NUM_PROBES; i += CONSUMER_THREADS) {
         const int head = i / NUM_PROBES, probe = i % NUM_PROBES;
         const float lse = combine(p, job.first_head + head, probe);
         if (job.split == 0) p.lse[(job.first_head + head) * p.stride_lse + probe] = lse * LN_2;
-        // +inf leaves no mass to a row that the chunk does not have.
-        shared_lse[head * LSE_A_HEAD + probe % 4 * LSE_PITCH + probe / 4] = lse == -INFINITY ? INFINITY : lse;
+        // +inf gives a row that the chunk does not have no mass.
+        shared_lse[head * LSE_PER_HEAD + probe % 4 * LSE_PITCH + probe / 4] = lse == -INFINITY ? INFINITY : lse;
     }
     if (threadIdx.x < NUM_PROBES) {
         const int probe = threadIdx.x;
-        reinterpret_cast<int*>(shared_lse + job.num_heads * LSE_A_HEAD)[probe] = Rows(p).position(probe);
+        reinterpret_cast<int*>(shared_lse + job.num_heads * LSE_PER_HEAD)[probe] = Rows(p).position(probe);
     }
 }
 
-// S^T = K Q^T for a tile and 64 rows. A warp gets 32 consecutive keys: of each 16, scores[h] takes the h-th eight.
+// S^T = K Q^T for a tile and 64 rows. A warp gets 32 consecutive keys; scores[h] has the h-th eight of each 16.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void issue_transposed(float (&scores)[2][32], uint32_t queries, uint32_t keys) {
     using S = Shape<HEAD_DIM>;
     hopper::mma_fence();
 #pragma unroll
-    for (int step = 0; step < S::BLOCKS * S::STEPS_A_BLOCK; ++step) {
-        const int block = step / S::STEPS_A_BLOCK, inside = step % S::STEPS_A_BLOCK * 32;
+    for (int step = 0; step < S::BLOCKS * S::STEPS_PER_BLOCK; ++step) {
+        const int block = step / S::STEPS_PER_BLOCK, inside = step % S::STEPS_PER_BLOCK * 32;
         const uint64_t b = hopper::advance(hopper::descriptor(queries, 0), block * S::QUERY_BLOCK_BYTES + inside);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -75,11 +76,11 @@ __device__ __forceinline__ void issue_transposed(float (&scores)[2][32], uint32_
     hopper::mma_commit();
 }
 
-// Where a thread's masses lie: rows 4 i + t, and keys 8 apart from the first on.
+// Which masses a thread has: those of rows 4 i + t and of four keys, 8 apart.
 template <bool SPREAD>
 struct Corner {
     int t, first_key, first_position;
-    const int* positions;  // in shared memory: registers are short
+    const int* positions;  // in shared memory, to save registers
 
     __device__ __forceinline__ int position(int i) const {
         return SPREAD ? positions[4 * i + t] : first_position + 4 * i + t;
@@ -91,24 +92,25 @@ __device__ __forceinline__ void weigh(
     const float (&scores)[2][32], const float* lse, float scale_log2, const Corner<SPREAD>& corner, Masses& mass
 ) {
 #pragma unroll
-    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+    for (int i = 0; i < ROWS_PER_THREAD; ++i) {
         const int last_key = MASKED ? corner.position(i) - corner.first_key : 0;
 #pragma unroll
-        for (int c = 0; c < KEYS_A_THREAD; ++c) {
+        for (int c = 0; c < KEYS_PER_THREAD; ++c) {
             const float score = scores[c % 2][i / 2 * 4 + c / 2 * 2 + i % 2];
             float p = hopper::exp2_approx(fmaf(score, scale_log2, -lse[i]));
-            // A selection, since keys past the end may be NaN.
+            // Not a product with zero, since scores of keys past the end may be NaN.
             if (MASKED && 8 * c > last_key) p = 0.0f;
             mass[i][c] = __float_as_uint(1.0f + p);
         }
     }
 }
 
-// Spread rows share no diagonals within a tile. A warp adds one row's 32 keys at once: they are neighbours in memory.
+// Spread rows have no diagonal in common within a tile. A warp adds one row's 32 keys at once, as they are neighbours
+// in memory.
 __device__ __forceinline__ void add_entries(const Masses& mass, const Corner<true>& corner, int lane, int32_t* slash) {
     slash -= corner.first_key + 8 * corner.t;
 #pragma unroll
-    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+    for (int i = 0; i < ROWS_PER_THREAD; ++i) {
         const int4 positions = *reinterpret_cast<const int4*>(corner.positions + 4 * i);
         uint32_t rows[4];
         transpose(mass[i], rows, lane);
@@ -126,12 +128,12 @@ __device__ __forceinline__ void add_tile(
     const Diagonals& diagonals, const float (&scores)[2][32]
 ) {
     const int lane = threadIdx.x % hopper::WARP;
-    const int warp_key = tile * TILE + threadIdx.x % hopper::WARPGROUP / hopper::WARP * KEYS_A_WARP;
+    const int warp_key = tile * TILE + threadIdx.x % hopper::WARPGROUP / hopper::WARP * KEYS_PER_WARP;
     const int t = lane % 4;
     const Corner<SPREAD> corner{t, warp_key + lane / 4, first_position, reinterpret_cast<const int*>(positions)};
-    float lse[ROWS_A_THREAD];
+    float lse[ROWS_PER_THREAD];
 #pragma unroll
-    for (int i = 0; i < ROWS_A_THREAD; i += 4) {
+    for (int i = 0; i < ROWS_PER_THREAD; i += 4) {
         *reinterpret_cast<float4*>(lse + i) = *reinterpret_cast<const float4*>(shared_lse + t * LSE_PITCH + i);
     }
     Masses mass;
@@ -151,7 +153,8 @@ __device__ __forceinline__ void add_tile(
         int32_t* first = slash + (first_position - warp_key + diagonals.first);
 #pragma unroll
         for (int n = 0; n < Diagonals::KEPT; ++n) {
-            // Where no row sees a key there is no mass, and the address is none of the head's.
+            // Where no row sees a key the mass is zero and nothing is added; the address may be outside the head's
+            // then.
             add_if_any(first + 32 * n, totals[n]);
         }
     }
@@ -168,7 +171,7 @@ __device__ __forceinline__ void consume_mass(
     hopper::wait_named(ALL_CONSUMERS, CONSUMER_THREADS);
     if (warpgroup >= job.num_heads) return;
 
-    const float* positions = lse + job.num_heads * LSE_A_HEAD;
+    const float* positions = lse + job.num_heads * LSE_PER_HEAD;
     const int first = Rows(p).position(0), first_visible = Rows(p).first_position();
     const Diagonals diagonals(threadIdx.x % hopper::WARP);
     const Turns turns(job.num_heads, warpgroup);
@@ -187,7 +190,7 @@ __device__ __forceinline__ void consume_mass(
             if (head + CONSUMERS >= job.num_heads && threadIdx.x % hopper::WARP == 0) {
                 hopper::arrive(&shared.barriers->empty[ring.slot]);
             }
-            const float* head_lse = lse + head * LSE_A_HEAD;
+            const float* head_lse = lse + head * LSE_PER_HEAD;
             if (tile * TILE + TILE - 1 > first_visible) {
                 add_tile<SPREAD, true>(p, job.first_head + head, tile, first, head_lse, positions, diagonals, scores);
             } else {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums over columns and diagonals of a warp's 64 rows x 32 keys, in registers.
 //
-// Lane 4 g + t holds mass[i][c] of row 4 i + t and key g + 8 c. Masses are the bits of 1 + p: less the bits of 1 they
-// are p in multiples of 2^-23. Sums carry the excess along, modulo 2^32, and drop it once at the end.
+// Lane 4 g + t holds mass[i][c] of row 4 i + t and key g + 8 c. A mass is the bits of 1 + p, which are those of 1 plus
+// p in multiples of 2^-23. The bits of 1 are summed along, modulo 2^32, and subtracted once from each sum.
 #pragma once
 
 #include "probe.cuh"
@@ -10,17 +10,17 @@
 namespace probe {
 
 constexpr uint32_t ONE = 0x3F800000;  // the bits of 1.0f
-constexpr int ROWS_A_THREAD = NUM_PROBES / 4;
-constexpr int KEYS_A_THREAD = 4;
-constexpr int KEYS_A_WARP = 8 * KEYS_A_THREAD;
+constexpr int ROWS_PER_THREAD = NUM_PROBES / 4;
+constexpr int KEYS_PER_THREAD = 4;
+constexpr int KEYS_PER_WARP = 8 * KEYS_PER_THREAD;
 
-using Masses = uint32_t[ROWS_A_THREAD][KEYS_A_THREAD];
+using Masses = uint32_t[ROWS_PER_THREAD][KEYS_PER_THREAD];
 
 __device__ __forceinline__ uint32_t from_lane(uint32_t value, int lane) {
     return __shfl_sync(0xFFFFFFFF, value, lane);
 }
 
-// Most masses are zero. A predicate, where the compiler would branch around each addition.
+// Most masses are zero. With a predicate instead of the branch that the compiler would make for each addition.
 __device__ __forceinline__ void add_if_any(int32_t* address, int value) {
     asm volatile(
         "{\n"
@@ -32,15 +32,15 @@ __device__ __forceinline__ void add_if_any(int32_t* address, int value) {
         : "memory");
 }
 
-// Sum of a column over all rows. Lane 4 g + t gets that of key g + 8 t.
+// Sum of a column over all rows. Lane 4 g + t gets the sum of key g + 8 t.
 __device__ __forceinline__ int sum_column(const Masses& mass, int lane) {
-    uint32_t sum[KEYS_A_THREAD] = {};
+    uint32_t sum[KEYS_PER_THREAD] = {};
 #pragma unroll
-    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+    for (int i = 0; i < ROWS_PER_THREAD; ++i) {
 #pragma unroll
-        for (int c = 0; c < KEYS_A_THREAD; ++c) sum[c] += mass[i][c];
+        for (int c = 0; c < KEYS_PER_THREAD; ++c) sum[c] += mass[i][c];
     }
-    // Of four lanes each keeps a quarter of the sums.
+    // Each of four lanes keeps a quarter of the sums and gives the others away.
     const bool odd = lane & 1, upper = lane & 2;
     const uint32_t first = (odd ? sum[1] : sum[0]) + from_lane(odd ? sum[0] : sum[1], lane ^ 1);
     const uint32_t second = (odd ? sum[3] : sum[2]) + from_lane(odd ? sum[2] : sum[3], lane ^ 1);
@@ -48,7 +48,7 @@ __device__ __forceinline__ int sum_column(const Masses& mass, int lane) {
     return int(total - NUM_PROBES * ONE);
 }
 
-// Turns four keys of one row a lane into four rows of one key: of lanes 4 g + t, from row t to key t.
+// Transpose among four lanes: lane 4 g + t gives four keys of row t and gets four rows of key t.
 __device__ __forceinline__ void transpose(const uint32_t (&mass)[4], uint32_t (&out)[4], int lane) {
     const bool odd = lane & 1, upper = lane & 2;
     uint32_t half[2][2];  // keys 2 h + t % 2 of rows t / 2 * 2 + r
@@ -66,18 +66,18 @@ __device__ __forceinline__ void transpose(const uint32_t (&mass)[4], uint32_t (&
     }
 }
 
-// Sums of the diagonals row - key = -32 .. 63 of a warp. Lane 4 g + t lies on the diagonals 4 (i - 2 c) + t - g; with
-// t - g = u - 4 (hi + wraps), u = 0 .. 3, lanes of the same u share diagonals. Eight of them turn 22 sums each into
-// three.
+// Sums of the diagonals row - key = -32 .. 63 of a warp. Lane 4 g + t has masses of the diagonals 4 (i - 2 c) + t - g.
+// If t - g is written as u - 4 (hi + wraps) with u = 0 .. 3, the eight lanes of the same u share diagonals. Each starts
+// with 22 sums of its own, and by exchanges among the eight ends with three complete ones.
 struct Diagonals {
-    static constexpr int SUMS = ROWS_A_THREAD + 2 * (KEYS_A_THREAD - 1);  // of one thread before lanes share
-    static constexpr int SHARED = 12;                                   // after the first exchange
+    static constexpr int SUMS = ROWS_PER_THREAD + 2 * (KEYS_PER_THREAD - 1);  // of one thread, before any exchange
+    static constexpr int SHARED = 12;                                         // after the first exchange
     static constexpr int KEPT = 3;
 
     int lane, lane_of_1, lane_of_2;  // partners of the second and the third exchange
     bool hi, wraps;
     int first;              // diagonals of this lane in the end: first, first + 32, first + 64
-    uint32_t excess[KEPT];  // how often ONE is counted in each
+    uint32_t excess[KEPT];  // what the bits of 1 add up to in each
 
     __device__ __forceinline__ explicit Diagonals(int lane) : lane(lane) {
         const int g = lane / 4, t = lane % 4;
@@ -91,30 +91,30 @@ struct Diagonals {
         };
         lane_of_1 = lane_of(t ^ 1);
         lane_of_2 = lane_of(t ^ 2);
-        first = -KEYS_A_WARP + 8 * t + 4 * parity + u;
+        first = -KEYS_PER_WARP + 8 * t + 4 * parity + u;
 #pragma unroll
         for (int n = 0; n < KEPT; ++n) {
             const int diagonal = first + 32 * n;
-            const int pairs = min(KEYS_A_WARP - 1, NUM_PROBES - 1 - diagonal) - max(0, -diagonal) + 1;
+            const int pairs = min(KEYS_PER_WARP - 1, NUM_PROBES - 1 - diagonal) - max(0, -diagonal) + 1;
             excess[n] = max(pairs, 0) * ONE;
         }
     }
 
-    // Within a thread: sums[s] over i - 2 c = s - 6.
+    // Within a thread: sums[s] is the sum over i - 2 c = s - 6.
     static __device__ __forceinline__ void sum_own(const Masses& mass, uint32_t (&sums)[SUMS]) {
 #pragma unroll
         for (int s = 0; s < SUMS; ++s) {
             sums[s] = 0;
 #pragma unroll
-            for (int c = 0; c < KEYS_A_THREAD; ++c) {
-                const int i = s - 2 * (KEYS_A_THREAD - 1) + 2 * c;
-                if (0 <= i && i < ROWS_A_THREAD) sums[s] += mass[i][c];
+            for (int c = 0; c < KEYS_PER_THREAD; ++c) {
+                const int i = s - 2 * (KEYS_PER_THREAD - 1) + 2 * c;
+                if (0 <= i && i < ROWS_PER_THREAD) sums[s] += mass[i][c];
             }
         }
     }
 
-    // Lanes 16 apart are a place (four diagonals) apart: each keeps its even sums and gives away its odd ones. Where
-    // neither `hi` nor `wraps`, a lane comes out another place further.
+    // The sums of lanes 16 apart are shifted by one place, which is four diagonals. Each lane keeps its even sums and
+    // gives away its odd ones. For a lane with neither `hi` nor `wraps` the result is shifted by another place.
     __device__ __forceinline__ void exchange_places(const uint32_t (&sums)[SUMS], uint32_t (&shared)[SHARED]) const {
         uint32_t received[SHARED + 1];  // from index 1 on
         received[0] = received[SHARED] = 0;

@@ -9,7 +9,7 @@
 
 namespace hopper {
 
-// The driver's encoder, found at run time: the library links to no libcuda.
+// The driver's encoder, looked up at run time so that the library need not be linked to libcuda.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     static const auto encoder = [] {
         void* function = nullptr;
@@ -23,8 +23,9 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // Describe a tensor of a 16-bit type whose first dimension is contiguous.
-//   sizes: elements, `strides`: elements between neighbours along each dimension but the first, `box`: what one copy brings.
-// Reads outside the sizes give zeros.
+//   sizes: in elements.
+//   strides: elements between neighbours along each dimension but the first.
+//   box: what one copy brings. Where it reaches beyond the tensor it brings zeros.
 template <int RANK>
 cudaError_t make_tensor_map(
     CUtensorMap* map, bool is_bf16, const void* base, const uint64_t (&sizes)[RANK], const int64_t (&strides)[RANK - 1],

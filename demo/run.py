@@ -24,7 +24,9 @@ METRICS_TIMEOUT_S = 10
 OPTIONS = (
     *SMALL_MODEL,
     "--max-num-batched-tokens=2048",
-    *minference_option(min_seq_len=2048, min_chunk=256, vertical_size=256, slash_size=512),
+    *minference_option(
+        min_seq_len=2048, min_chunk=256, method={"name": "vertical_slash", "vertical_size": 256, "slash_size": 512}
+    ),
 )
 
 

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minference_vllm.config import CONFIG_FILE_VARIABLE, ConfigError, MInferenceConfig, load_config
+from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
+from minference_vllm.errors import ConfigError
 from minference_vllm.tuning.gate import MIN_SPEEDUP, Timing, crossover, write_gate
 from minference_vllm.tuning.heads import Heads, of_model
 
@@ -57,7 +58,7 @@ def _measure(options: argparse.Namespace, config: MInferenceConfig) -> Iterator[
     from minference_vllm.tuning.timing import measure
 
     heads = _heads(options)
-    print(f"{heads}, chunks of {options.chunk}, {torch.cuda.get_device_name()}")
+    print(f"{heads}, method {config.method.name}, chunks of {options.chunk}, {torch.cuda.get_device_name()}")
     device = torch.device("cuda", torch.cuda.current_device())
     return measure(heads, config, device, sorted(options.lengths), options.chunk, options.repeats)
 

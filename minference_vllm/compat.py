@@ -4,10 +4,13 @@
 import functools
 import importlib.metadata
 import logging
+import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minference_vllm.plan import Reason
+if TYPE_CHECKING:
+    from minference_vllm.plan import StepTraits
 
 TESTED = ((0, 32), (0, 33))
 
@@ -80,14 +83,158 @@ def has_host_tensors_of_its_own(vllm_config: Any) -> bool:
     return bool(getattr(vllm_config, "use_v2_model_runner", False))
 
 
-def step_dense_reason(common: Any, metadata: Any) -> Reason | None:
-    """Why a whole step must run dense, from vLLM's common and backend metadata; None if it need not."""
-    if common.causal is not True:
-        return Reason.NOT_CAUSAL
-    if getattr(common, "logits_indices_padded", None) is not None:
-        return Reason.FAST_PREFILL
-    if getattr(metadata, "mm_prefix_query_range_tensor", None) is not None:
-        return Reason.MM_PREFIX
-    if getattr(metadata, "rswa_prefix_lens", None) is not None:
-        return Reason.RSWA
-    return None
+def step_traits(common: Any, metadata: Any) -> "StepTraits":
+    """What decides whether anything of a step may run sparse, from vLLM's common and backend metadata."""
+    from minference_vllm.plan import StepTraits  # brings PyTorch and every kernel, which registration has no use for
+
+    return StepTraits(
+        is_causal=common.causal is True,
+        is_fast_prefill=getattr(common, "logits_indices_padded", None) is not None,
+        has_mm_prefix=getattr(metadata, "mm_prefix_query_range_tensor", None) is not None,
+        has_rswa=getattr(metadata, "rswa_prefix_lens", None) is not None,
+    )
+
+
+def longest_chunk(vllm_config: Any) -> int:
+    """Most rows that the scheduler gives a request in one step."""
+    scheduler = vllm_config.scheduler_config
+    threshold = getattr(scheduler, "long_prefill_token_threshold", 0)
+    return min(scheduler.max_num_batched_tokens, threshold or scheduler.max_num_batched_tokens)
+
+
+def attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """This worker's attention layers by name, in the order in which they run: ours, and decoders of other backends.
+
+    Draft models' are among them. Layers of other backends need not be vLLM's `Attention`, nor have an `impl`.
+    """
+    layers = vllm_config.compilation_config.static_forward_context  # in the order of construction
+    return {name: layer for name, layer in layers.items() if is_ours(layer) or _is_decoder(layer)}
+
+
+def is_ours(layer: Any) -> bool:
+    """Whether a layer of vLLM's runs our implementation, or one that vLLM derived from it."""
+    package = __name__.partition(".")[0] + "."
+    return any(base.__module__.startswith(package) for base in type(getattr(layer, "impl", None)).__mro__)
+
+
+def _is_decoder(layer: Any) -> bool:
+    """Whether a layer attends to the sequence's earlier tokens. Others hold a state, an index's keys, or encode."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    if not isinstance(layer, AttentionLayerBase) or isinstance(layer, MambaBase):
+        return False
+    has_heads = any(hasattr(layer, name) for name in ("impl", "num_heads", "n_heads"))
+    return has_heads and getattr(layer, "attn_type", "decoder") == "decoder"
+
+
+def foreign_layers(vllm_config: Any) -> dict[str, str]:
+    """The main model's attention layers that are not ours, by name, with the name of their backend's class."""
+    return {
+        name: layer.get_attn_backend().__name__
+        for name, layer in attention_layers(vllm_config).items()
+        if not is_ours(layer) and not is_draft_layer(name, layer, vllm_config)
+    }
+
+
+def is_loading_drafter() -> bool:
+    """Whether the layers that are being made now belong to a draft model. Only to be asked in a layer's constructor."""
+    from vllm.compilation import backends
+
+    tag = getattr(backends, "model_tag", "")
+    return tag in ("draft_model", "extract_hidden_states") or tag.endswith("_head")
+
+
+def is_draft_layer(name: str, layer: Any, vllm_config: Any) -> bool:
+    """Whether a layer belongs to a draft model, once all layers are made.
+
+    vLLM marks such layers, but 0.32 does so under its V2 runner only. Ours know it from their construction. What is
+    left shows by its name: a drafter's layers are counted on from the main model's, or are named otherwise.
+    """
+    if getattr(layer, "is_draft_layer", False) or getattr(getattr(layer, "impl", None), "is_of_drafter", False):
+        return True
+    index = layer_index(name)
+    num_layers = getattr(vllm_config.model_config.hf_text_config, "num_hidden_layers", math.inf)
+    if index is not None and index >= num_layers:
+        return True
+    if getattr(vllm_config, "speculative_config", None) is None:
+        return False
+    first = next(iter(attention_layers(vllm_config)), name)  # the main model's: vLLM makes its layers first
+    return _before_index(name) != _before_index(first)
+
+
+def _before_index(layer_name: str) -> str:
+    return re.split(r"\.\d+(?:\.|$)", layer_name)[0]
+
+
+def pass_for_flash_attention(ours: Any, flash_attention: Any) -> None:
+    """Have vLLM's settings for single models see FLASH_ATTN where our backend is selected.
+
+    Some ask for FLASH_ATTN by name before they choose the version of FlashAttention that their layers need, or refuse
+    every name that they do not know. They run when a configuration is made, long before vLLM asks a backend anything.
+
+    Args:
+        ours, flash_attention: members of vLLM's AttentionBackendEnum.
+    """
+    from vllm.config import VllmConfig
+
+    stock = VllmConfig.try_verify_and_update_config
+    if getattr(stock, "passes_ours_for_flash_attention", False):
+        return
+
+    @functools.wraps(stock)
+    def try_verify_and_update_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attention = getattr(self, "attention_config", None)
+        if attention is None or attention.backend is not ours:
+            return stock(self, *args, **kwargs)
+        attention.backend = flash_attention
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            if attention.backend is flash_attention:
+                attention.backend = ours
+
+    try_verify_and_update_config.passes_ours_for_flash_attention = True  # type: ignore[attr-defined]
+    VllmConfig.try_verify_and_update_config = try_verify_and_update_config
+
+
+def report_models_without_our_layers(platform: Any, ours: Any) -> None:
+    """Have a worker say so if our backend is selected and not one layer is ours.
+
+    No code of a backend runs then. Every executor has its platform settle the page size once a worker has its layers.
+
+    Args:
+        platform: class of vLLM's current platform.
+        ours: our member of vLLM's AttentionBackendEnum.
+    """
+    stock = platform.update_block_size_for_backend
+    if getattr(stock, "reports_models_without_our_layers", False):
+        return
+
+    def update_block_size_for_backend(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(vllm_config, *args, **kwargs)
+        try:
+            _report_if_none_is_ours(vllm_config, ours)
+        except Exception as error:
+            logger.warning("MInference cannot tell which of the model's layers are its own: %r", error)
+        return result
+
+    update_block_size_for_backend.reports_models_without_our_layers = True  # type: ignore[attr-defined]
+    platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
+
+
+def _report_if_none_is_ours(vllm_config: Any, ours: Any) -> None:
+    attention = vllm_config.attention_config
+    if ours is not attention.backend and ours not in attention.backend_per_kind.values():
+        return
+    layers = attention_layers(vllm_config)
+    if any(is_ours(layer) and not is_draft_layer(name, layer, vllm_config) for name, layer in layers.items()):
+        return
+    if not reports_metrics():
+        return
+    if foreign := foreign_layers(vllm_config):
+        which = f"none of the model's {len(foreign)} attention layers is ours (they choose their own backend: "
+        which += ", ".join(sorted(set(foreign.values()))) + ")"
+    else:
+        which = "the model has no attention layers that could be ours"
+    logger.warning("MInference: %s; everything runs as without the plugin.", which)

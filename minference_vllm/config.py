@@ -3,20 +3,25 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from minference_vllm.errors import ConfigError
+from minference_vllm.methods import MAX_TOKENS, METHODS, MethodSettings
+from minference_vllm.methods.block import BlockSettings
+from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 
 CONFIG_FILE_VARIABLE = "MINFERENCE_CONFIG"
 CONFIG_KEY = "minference"
-PROBE_GROUP = 64
-"""Rows in one group of probe rows (MInference, arXiv 2407.02490, section 3.2: the last 64 queries)."""
+MAX_FILE_BYTES = 2**20
+LONGEST_INPUT = 80  # characters of a bad key or value that a message repeats
+MOST_FAULTS = 8  # that one message names
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be served; the message names the field, the value and what is allowed."""
+METHOD_NAMES: tuple[str, ...] = tuple(method.Settings.model_fields["name"].default for method in METHODS)
 
 
 class MInferenceConfig(BaseModel):
@@ -24,46 +29,39 @@ class MInferenceConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    min_seq_len: int = Field(default=16384, ge=0)
+    min_seq_len: int = Field(default=16384, ge=0, le=MAX_TOKENS)
     """The gate: a chunk goes sparse once its context plus its own rows reach this many tokens. The default is what
     `minference-vllm tune` finds on an H100 (32 query heads, 8 KV heads of 128)."""
 
-    min_chunk: int = Field(default=1024, ge=1)
+    min_chunk: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     """Chunks with fewer rows than this run dense: choosing the keys would cost more than it saves."""
 
-    method: Literal["vertical_slash"] = "vertical_slash"
-    """How the kept keys are chosen."""
+    method: Annotated[VerticalSlashSettings | BlockSettings, Field(discriminator="name")] = BlockSettings()
+    """How the kept keys are chosen: a method's name, or an object of its name and settings."""
 
-    probe_rows: Literal["last", "spread", "both"] = "last"
-    """Which 64 query rows of a chunk estimate its pattern: its last ones, 64 spread evenly over it, or both (128)."""
-
-    vertical_size: int = Field(default=1000, ge=1)
-    """Key columns kept for every row of the chunk, for each query head."""
-
-    slash_size: int = Field(default=6096, ge=1)
-    """Diagonals (constant row minus column) kept, for each query head."""
-
-    sink_tokens: int = Field(default=30, ge=0)
-    """First key columns that are always kept; they count towards vertical_size."""
-
-    local_tokens: int = Field(default=100, ge=1)
-    """Diagonals nearest to the row that are always kept; they count towards slash_size."""
-
-    dense_layers: int = Field(default=0, ge=0)
+    dense_layers: int = Field(default=0, ge=0, le=10_000)
     """The first layers of the model, this many, always run dense."""
 
     kernel: Literal["auto", "cuda", "triton", "reference"] = "auto"
     """Which code attends: "cuda" on H100 and H200 if it was built, else "triton", "reference" (torch) without a GPU."""
 
-    log_every: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    log_every: float = Field(default=60.0, ge=0, le=86_400, allow_inf_nan=False)
     """Seconds between log lines that say what ran sparse, when there was prefill; 0 turns them off."""
 
-    @property
-    def probe_counts(self) -> tuple[int, int]:
-        """How many probe rows are the chunk's last ones, and how many lie spread over it."""
-        last = PROBE_GROUP if self.probe_rows in ("last", "both") else 0
-        spread = PROBE_GROUP if self.probe_rows in ("spread", "both") else 0
-        return last, spread
+    debug: bool = False
+    """For finding faults, slow: checks each index and output, and raises where service would run the chunk dense."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        """A method's name stands for the method with its default settings."""
+        settings = {"name": value} if isinstance(value, str) else value
+        is_named = isinstance(settings, dict) and settings.get("name") in METHOD_NAMES
+        if not is_named and not isinstance(settings, MethodSettings):
+            names = " or ".join(map(repr, METHOD_NAMES))
+            allowed = "it takes a method's name, {names}, or an object of the name and settings of the method"
+            raise PydanticCustomError("method", allowed, {"names": names})
+        return settings
 
 
 def load_config(
@@ -82,7 +80,8 @@ def load_config(
     from_file = _read_file(path) if path else {}
     inline = (additional_config or {}).get(CONFIG_KEY, {})
     if not isinstance(inline, Mapping):
-        raise ConfigError(f'--additional-config "{CONFIG_KEY}" is {inline!r}: it must be a JSON object of settings.')
+        given = f'--additional-config "{CONFIG_KEY}" is {_shortened(inline)}'
+        raise ConfigError(f"{given}: it must be a JSON object of settings.")
     settings = {**from_file, **inline}
     try:
         return MInferenceConfig.model_validate(settings)
@@ -92,9 +91,16 @@ def load_config(
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        settings = json.loads(Path(path).read_text())
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} cannot be read: {error.strerror}.") from None
+    if len(text) > MAX_FILE_BYTES:
+        raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} is larger than {MAX_FILE_BYTES:,} bytes: name another file.")
+    try:
+        settings = json.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} is nested too deeply: it must hold a JSON object.") from None
     except ValueError as error:
         raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} is not valid JSON: {error}.") from None
     if not isinstance(settings, dict):
@@ -104,13 +110,47 @@ def _read_file(path: str) -> dict[str, Any]:
 
 def _sentence(error: ValidationError) -> str:
     """One sentence a fault: the field, what was given, what is allowed."""
-    faults = []
-    for fault in error.errors():
-        field = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            allowed = ", ".join(MInferenceConfig.model_fields)
-            faults.append(f"minference.{field} is not a setting; the settings are {allowed}.")
-        else:
-            reason = fault["msg"][0].lower() + fault["msg"][1:]
-            faults.append(f"minference.{field}={fault['input']!r} is not allowed: {reason}.")
-    return " ".join(faults)
+    faults = [dict(fault) for fault in error.errors()]
+    sentences = list(map(_describe, faults[:MOST_FAULTS]))
+    if more := len(faults) - len(sentences):
+        sentences.append(f"{more} more settings are not allowed.")
+    return " ".join(sentences)
+
+
+def _describe(fault: dict[str, Any]) -> str:
+    path = _without_tag(fault["loc"])
+    field = ".".join([CONFIG_KEY, *(_shortened(part, str) for part in path)])
+    if fault["type"] != "extra_forbidden":
+        reason = fault["msg"][0].lower() + fault["msg"][1:]
+        return f"{field}={_shortened(fault['input'])} is not allowed: {reason}."
+    owner = next((method.Settings for method in METHODS if path[-1] in _own_settings(method.Settings)), None)
+    if len(path) == 1 and owner:
+        name = owner.model_fields["name"].default
+        example = f'"method": {{"name": "{name}", "{path[0]}": {_shortened(fault["input"], json.dumps)}}}'
+        return f"{field} is a setting of the method {name}: write {example}."
+    allowed: type[BaseModel] = MInferenceConfig if len(path) == 1 else _method_settings(fault)
+    return f"{field} is not a setting; the settings are {', '.join(allowed.model_fields)}."
+
+
+def _without_tag(loc: Sequence[int | str]) -> list[int | str]:
+    """Where a fault lies, as the user wrote it: pydantic puts the method's name between `method` and its settings."""
+    return [part for at, part in enumerate(loc) if at != 1 or part not in METHOD_NAMES]
+
+
+def _own_settings(settings: type[MethodSettings]) -> set[str]:
+    return settings.model_fields.keys() - MethodSettings.model_fields.keys()
+
+
+def _method_settings(fault: dict[str, Any]) -> type[MethodSettings]:
+    """The settings of the method in which a fault lies."""
+    named = [method.Settings for method in METHODS if method.Settings.model_fields["name"].default in fault["loc"]]
+    return named[0] if named else METHODS[0].Settings
+
+
+def _shortened(value: Any, write: Callable[[Any], str] = repr) -> str:
+    """A key or value on one line, and not all of it if it is long."""
+    try:
+        text = " ".join(write(value).split())
+    except (TypeError, ValueError, RecursionError):  # Python writes out no number of more than 4,300 digits
+        return "a value that is too long to repeat"
+    return text if len(text) <= LONGEST_INPUT else f"{text[:LONGEST_INPUT]}..."

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -17,11 +18,14 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from minference_vllm.impl import SparseLayerMixin
-from minference_vllm.index import PagedKV
+from minference_vllm import compat
+from minference_vllm.chunk import PagedKV
+from minference_vllm.impl import SparseLayerMixin, refused
 from minference_vllm.metadata import PlanningMixin
-from minference_vllm.plan import Reason, Step
+from minference_vllm.plan import DenseRun, Plan
+from minference_vllm.reason import Reason
 from minference_vllm.reference.dense import dense
+from minference_vllm.step import Step
 
 # With these a layer's rows are attended to as usual, only never sparsely: our own dense attention serves it.
 PLAIN_DENSE = (None, Reason.DENSE_LAYER, Reason.DRAFT_LAYER, Reason.KV_SHARING, Reason.HEAD_DIM, Reason.BATCH_INVARIANT)
@@ -56,20 +60,42 @@ class MInferenceCPUBuilder(PlanningMixin, CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        chunks = () if fast_build else self.plan_step(common_attn_metadata, metadata).chunks
-        if chunks:
-            metadata.minference = Step(chunks, ())
-            self._layers.open_step()
+        if not fast_build:
+            plan, record = self.plan_step(common_attn_metadata, metadata)
+            if record is not None:
+                metadata.minference = Step.of(Plan(plan.chunks), record, metadata)
         return metadata
 
 
 class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
     """Attention over pages of plain keys and values, in torch."""
 
+    WINDOW_OFF = -1
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.join_runtime(torch.device("cpu"), window_off=-1)
+        self.join_runtime(torch.device("cpu"))
+        self._is_stock = False
+
+    def decide(self) -> None:
+        """See SparseLayerMixin. Decides too whether vLLM's own kernels serve this layer: they fill pages their way.
+
+        Raises:
+            ConfigError: neither they nor our attention serve such a cache.
+        """
+        super().decide()
         self._is_stock = self.dense_reason not in PLAIN_DENSE
+        self._refuse_caches_of_another_type()
+
+    def _refuse_caches_of_another_type(self) -> None:
+        model = self._vllm_config.model_config
+        if compat.is_quantized(self.kv_cache_dtype):
+            return
+        if kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, model) != model.dtype:
+            raise refused(
+                f"On a CPU a model in {model.dtype} cannot be served with a KV cache of {self.kv_cache_dtype!r}: give "
+                "both the same type, --kv-cache-dtype auto for one."
+            )
 
     def do_kv_cache_update(
         self,
@@ -102,7 +128,7 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if attn_metadata is None:
-            self.claim_scratch()
+            self.decide()
             return output
         if self._is_stock or output_scale is not None or output_block_scale is not None:
             return super().forward(
@@ -111,24 +137,37 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
         if not attn_metadata.causal:
             raise NotImplementedError("MInference on a CPU serves causal attention only: choose vLLM's CPU_ATTN.")
         step: Step | None = getattr(attn_metadata, "minference", None)
-        chunks = step.chunks if step is not None and self.dense_reason is None else ()
-        self._run_dense({chunk.request for chunk in chunks}, query, kv_cache, attn_metadata, output)
-        if chunks:
-            self.run_sparse(Step(chunks, ()), query, kv_cache, attn_metadata.block_table, output)
+        if step is None or self.dense_reason is not None:
+            self._run_dense(_requests(attn_metadata), query, kv_cache, attn_metadata, output)
+            return output
+        failed = self.run_sparse(step, query, kv_cache, attn_metadata.block_table, output)
+        sparse = {chunk.request for chunk in step.chunks} - {chunk.request for chunk in failed}
+        rest = [run for run in _requests(attn_metadata) if run.first not in sparse]
+        self._run_dense(rest, query, kv_cache, attn_metadata, output)
+        if self.is_last_sparse:
+            self.runtime.finish_step(step.record)
         return output
 
     def _run_dense(
         self,
-        sparse_requests: set[int],
+        runs: list[DenseRun],
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: CPUAttentionMetadata,
         output: torch.Tensor,
     ) -> None:
         k, v = kv_cache.split(self.head_size, dim=-1)
-        starts, seq_lens = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-        for request, seq_len in enumerate(seq_lens):
-            rows = slice(starts[request], starts[request + 1])
-            if request not in sparse_requests and rows.stop > rows.start:
-                kv = PagedKV(k, v, metadata.block_table, request)
-                dense(query[rows], kv, seq_len - (rows.stop - rows.start), self.scale, output[rows])
+        for run in runs:
+            rows = slice(run.query_start, run.query_end)
+            kv = PagedKV(k, v, metadata.block_table, run.first)
+            dense(query[rows], kv, run.max_seq_len - run.max_query_len, self.scale, output[rows])
+
+
+def _requests(metadata: CPUAttentionMetadata) -> list[DenseRun]:
+    """Each request of a step that has rows, as a run of its own."""
+    starts, seq_lens = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+    return [
+        DenseRun(request, request + 1, starts[request], starts[request + 1], rows, seq_len)
+        for request, seq_len in enumerate(seq_lens)
+        if (rows := starts[request + 1] - starts[request]) > 0
+    ]

@@ -1,47 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer is and whether it can ever go sparse: decided once, when the model is built."""
+"""Which attention layers of the model may ever run sparse: decided once for all of them, and said in one line."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from minference_vllm.plan import Reason
+from minference_vllm import compat
+from minference_vllm.plan import LayerTraits
+from minference_vllm.reason import Reason
 
-SUPPORTED_HEAD_DIMS = (64, 128, 256)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTraits:
-    """The properties of an attention layer that decide whether it may run sparse."""
-
-    is_decoder: bool
-    has_sliding_window: bool
-    has_alibi: bool
-    has_soft_cap: bool
-    has_sinks: bool
-    has_quantized_kv: bool
-    shares_kv: bool
-    is_context_parallel: bool
-    is_micro_batched: bool
-    is_batch_invariant: bool
-    head_dim: int
-
-    @property
-    def dense_reason(self) -> Reason | None:
-        """The first rule that keeps the layer dense, None if it may run sparse."""
-        return next((reason for reason, applies in _RULES if applies(self)), None)
+logger = logging.getLogger("vllm.minference")
 
 
-_RULES: tuple[tuple[Reason, Callable[[LayerTraits], bool]], ...] = (
-    (Reason.NOT_DECODER, lambda layer: not layer.is_decoder),
-    (Reason.SLIDING_WINDOW, lambda layer: layer.has_sliding_window),
-    (Reason.ALIBI, lambda layer: layer.has_alibi),
-    (Reason.SOFT_CAP, lambda layer: layer.has_soft_cap),
-    (Reason.ATTENTION_SINKS, lambda layer: layer.has_sinks),
-    (Reason.QUANTIZED_KV, lambda layer: layer.has_quantized_kv),
-    (Reason.KV_SHARING, lambda layer: layer.shares_kv),
-    (Reason.CONTEXT_PARALLEL, lambda layer: layer.is_context_parallel),
-    # Micro-batches run side by side, and the scratch is one.
-    (Reason.MICRO_BATCHING, lambda layer: layer.is_micro_batched),
-    (Reason.BATCH_INVARIANT, lambda layer: layer.is_batch_invariant),
-    (Reason.HEAD_DIM, lambda layer: layer.head_dim not in SUPPORTED_HEAD_DIMS),
-)
+DECODER = "decoder"  # vLLM's AttentionType of causal self-attention
+
+
+class SparseLayer:
+    """What marks an attention implementation as ours, and what is decided of it.
+
+    Attributes:
+        WINDOW_OFF: what `sliding_window` is in a layer that has none.
+        is_decided: whether the attributes below hold.
+        dense_reason: why the layer never runs sparse; None if it may.
+        position: of the layer among ours on this worker, in the order in which they run.
+        is_last_sparse: whether no layer after it may run sparse.
+    """
+
+    WINDOW_OFF: Any = None
+
+    is_decided = False
+    dense_reason: Reason | None = None
+    position = -1
+    is_last_sparse = False
+
+    # vLLM's implementation beside this class sets these.
+    attn_type: str
+    head_size: int
+    sliding_window: Any
+    alibi_slopes: Any
+    logits_soft_cap: float | None
+    sinks: Any
+    kv_cache_dtype: str
+    kv_sharing_target_layer_name: str | None
+
+
+def decide_layers(vllm_config: Any, publish: bool, dense_layers: int) -> None:
+    """Decide for every attention layer of ours whether it may ever run sparse, if that is not decided yet.
+
+    All of the model's layers exist before any of them runs, so the first that needs to know has all decided.
+
+    Args:
+        vllm_config: the engine's configuration, which holds the layers.
+        publish: whether this worker speaks for its engine in the log.
+        dense_layers: the setting.
+    """
+    ours = {name: layer for name, layer in compat.attention_layers(vllm_config).items() if compat.is_ours(layer)}
+    impls = [layer.impl for layer in ours.values()]
+    if all(impl.is_decided for impl in impls):
+        return
+    for position, (name, layer) in enumerate(ours.items()):
+        layer.impl.position = position
+        layer.impl.dense_reason = traits_of(name, layer, vllm_config, dense_layers).dense_reason
+        layer.impl.is_decided = True
+    sparse = [impl for impl in impls if impl.dense_reason is None]
+    for impl in impls:
+        impl.is_last_sparse = impl is sparse[-1] if sparse else False
+    if publish:
+        _report(impls, compat.foreign_layers(vllm_config))
+
+
+def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: int) -> LayerTraits:
+    """What decides whether a layer of ours may run sparse."""
+    impl, parallel = layer.impl, vllm_config.parallel_config
+    index = compat.layer_index(name)
+    return LayerTraits(
+        is_decoder=impl.attn_type == DECODER,
+        has_sliding_window=impl.sliding_window != impl.WINDOW_OFF,
+        attends_within_chunks=bool(getattr(layer, "attention_chunk_size", None)),
+        has_alibi=impl.alibi_slopes is not None,
+        has_soft_cap=bool(impl.logits_soft_cap),
+        has_sinks=impl.sinks is not None,
+        has_quantized_kv=compat.is_quantized(impl.kv_cache_dtype),
+        has_other_dtype=layer.kv_cache_torch_dtype != vllm_config.model_config.dtype,
+        shares_kv=impl.kv_sharing_target_layer_name is not None,
+        is_context_parallel=parallel.decode_context_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        is_micro_batched=parallel.use_ubatching,
+        is_batch_invariant=compat.batch_invariant(),
+        is_draft=compat.is_draft_layer(name, layer, vllm_config),
+        is_kept_dense=(math.inf if index is None else index) < dense_layers,
+        head_dim=impl.head_size,
+    )
+
+
+def _report(impls: Sequence[SparseLayer], foreign: Mapping[str, str]) -> None:
+    """Say in one line for the whole model what may run sparse; a draft model's layers are not the model's."""
+    reasons = [impl.dense_reason for impl in impls if impl.dense_reason is not Reason.DRAFT_LAYER]
+    dense = Counter(reason.value for reason in reasons if reason is not None)
+    parts = [f"{reasons.count(None)} of {len(reasons) + len(foreign)} attention layers may run sparse"]
+    if dense:
+        named = ", ".join(f"{reason} {count}" for reason, count in dense.most_common())
+        parts.append(f"{dense.total()} always run dense ({named})")
+    if foreign:
+        named = ", ".join(f"{backend} {count}" for backend, count in Counter(foreign.values()).most_common())
+        parts.append(f"{len(foreign)} are not the plugin's, since the model chooses their backend ({named})")
+    logger.info("MInference: %s.", "; ".join(parts))

@@ -1,46 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of a step go sparse: decided once a step, from host data alone."""
+"""What runs sparse and what dense: every rule, for layers, steps and the rows of a step, from host data alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import compress, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from minference_vllm.config import MInferenceConfig
+from minference_vllm.reason import Reason
+
+SUPPORTED_HEAD_DIMS = (64, 128, 256)
 
 
-class Reason(StrEnum):
-    """Why prefill ran where it ran; the label of metrics and logs."""
+@dataclass(frozen=True, slots=True)
+class LayerTraits:
+    """The properties of an attention layer that decide whether it may ever run sparse."""
 
-    GATE_OPEN = "gate_open"
-    """Sparse: the chunk passed the gate."""
+    is_decoder: bool
+    has_sliding_window: bool
+    attends_within_chunks: bool
+    has_alibi: bool
+    has_soft_cap: bool
+    has_sinks: bool
+    has_quantized_kv: bool
+    has_other_dtype: bool
+    """The cache holds another type than the model computes in."""
+    shares_kv: bool
+    is_context_parallel: bool
+    is_micro_batched: bool
+    is_batch_invariant: bool
+    is_draft: bool
+    is_kept_dense: bool
+    """By the setting dense_layers."""
+    head_dim: int
 
-    BELOW_MIN_SEQ_LEN = "below_min_seq_len"
-    SHORT_CHUNK = "short_chunk"
-    NO_HOST_METADATA = "no_host_metadata"
-    """The step carries no prefill flags or lengths on the host."""
+    @property
+    def dense_reason(self) -> Reason | None:
+        """The first rule that keeps the layer dense, None if it may run sparse."""
+        return next((reason for reason, applies in _LAYER_RULES if applies(self)), None)
 
-    NOT_CAUSAL = "not_causal"
-    MM_PREFIX = "mm_prefix"
-    RSWA = "rswa"
-    FAST_PREFILL = "kv_sharing_fast_prefill"
 
-    NOT_DECODER = "not_decoder"
-    SLIDING_WINDOW = "sliding_window"
-    CHUNKED_LOCAL = "chunked_local"
-    ALIBI = "alibi"
-    SOFT_CAP = "logits_soft_cap"
-    ATTENTION_SINKS = "attention_sinks"
-    QUANTIZED_KV = "quantized_kv_cache"
-    DTYPE = "dtype"
-    HEAD_DIM = "head_dim"
-    CONTEXT_PARALLEL = "context_parallel"
-    MICRO_BATCHING = "micro_batching"
-    KV_SHARING = "kv_sharing"
-    DRAFT_LAYER = "draft_layer"
-    DENSE_LAYER = "dense_layer"
-    BATCH_INVARIANT = "batch_invariant"
+_LAYER_RULES: tuple[tuple[Reason, Callable[[LayerTraits], bool]], ...] = (
+    (Reason.NOT_DECODER, lambda layer: not layer.is_decoder),
+    (Reason.SLIDING_WINDOW, lambda layer: layer.has_sliding_window),
+    (Reason.ALIBI, lambda layer: layer.has_alibi),
+    (Reason.SOFT_CAP, lambda layer: layer.has_soft_cap),
+    (Reason.ATTENTION_SINKS, lambda layer: layer.has_sinks),
+    (Reason.QUANTIZED_KV, lambda layer: layer.has_quantized_kv),
+    (Reason.KV_SHARING, lambda layer: layer.shares_kv),
+    (Reason.CONTEXT_PARALLEL, lambda layer: layer.is_context_parallel),
+    # Micro-batches run side by side, and the scratch is one.
+    (Reason.MICRO_BATCHING, lambda layer: layer.is_micro_batched),
+    (Reason.BATCH_INVARIANT, lambda layer: layer.is_batch_invariant),
+    (Reason.HEAD_DIM, lambda layer: layer.head_dim not in SUPPORTED_HEAD_DIMS),
+    (Reason.DRAFT_LAYER, lambda layer: layer.is_draft),
+    (Reason.DENSE_LAYER, lambda layer: layer.is_kept_dense),
+    # vLLM cuts such a layer's requests into a batch of its own, without flags or lengths of whole prompts.
+    (Reason.CHUNKED_LOCAL, lambda layer: layer.attends_within_chunks),
+    (Reason.DTYPE, lambda layer: layer.has_other_dtype),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTraits:
+    """The properties of a step that decide whether anything of it may run sparse."""
+
+    is_causal: bool
+    is_fast_prefill: bool
+    has_mm_prefix: bool
+    has_rswa: bool
+
+    @property
+    def dense_reason(self) -> Reason | None:
+        """The first rule that keeps the step dense, None if chunks of it may run sparse."""
+        return next((reason for reason, applies in _STEP_RULES if applies(self)), None)
+
+
+_STEP_RULES: tuple[tuple[Reason, Callable[[StepTraits], bool]], ...] = (
+    (Reason.NOT_CAUSAL, lambda step: not step.is_causal),
+    (Reason.FAST_PREFILL, lambda step: step.is_fast_prefill),
+    (Reason.MM_PREFIX, lambda step: step.has_mm_prefix),
+    (Reason.RSWA, lambda step: step.has_rswa),
+)
 
 
 class SparseChunk(NamedTuple):
@@ -62,14 +103,9 @@ class SparseChunk(NamedTuple):
     def seq_len(self) -> int:
         return self.context_len + self.num_rows
 
-    @property
-    def causal_pairs(self) -> int:
-        """Row-key pairs that dense causal attention would compute."""
-        return self.num_rows * self.context_len + self.num_rows * (self.num_rows + 1) // 2
-
 
 class DenseRun(NamedTuple):
-    """A maximal run of neighbouring dense requests: requests [first, end), query rows [query_start, query_end)."""
+    """Neighbouring requests to run dense: requests [first, end), query rows [query_start, query_end)."""
 
     first: int
     end: int
@@ -78,29 +114,26 @@ class DenseRun(NamedTuple):
     max_query_len: int
     max_seq_len: int
 
+    @classmethod
+    def of_chunk(cls, chunk: SparseChunk) -> "DenseRun":
+        """The same rows, to run dense after all."""
+        end = chunk.query_start + chunk.num_rows
+        return cls(chunk.request, chunk.request + 1, chunk.query_start, end, chunk.num_rows, chunk.seq_len)
+
 
 class Requests(NamedTuple):
-    """The requests of a step, copied from vLLM's host tensors, which the next step overwrites.
+    """The requests of a step.
 
     Attributes:
         starts: [num_reqs + 1] first query row of each.
-        seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Any that lack
-            count as below the gate: nobody asks if all are, or if none is known.
-        is_prefilling: [num_reqs] whether it still reads its prompt; padding rows may lack, or lie beyond `starts`.
-        layer_reason: what about the layers forbids sparse attention.
-        step_reason: what about the step forbids it to chunks that pass the gate.
+        seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Empty if all requests
+            are below the gate: then nobody needs the lengths.
+        is_prefilling: [num_reqs] whether it still reads its prompt. Shorter where the rest is padding, or longer.
     """
 
     starts: list[int]
     seq_lens: list[int]
     is_prefilling: list[bool]
-    layer_reason: Reason | None = None
-    step_reason: Reason | None = None
-
-    @classmethod
-    def unknown(cls, tokens: int, reason: Reason) -> "Requests":
-        """A step whose rows cannot be told apart: they count as one chunk, dense for this reason."""
-        return cls([0, tokens], [], [True], reason)
 
     def prompts(self) -> Iterator[tuple[int, int, int]]:
         """Request, rows and keys of what is prefill.
@@ -110,17 +143,7 @@ class Requests(NamedTuple):
         for request in compress(range(len(self.starts) - 1), self.is_prefilling):
             rows = self.starts[request + 1] - self.starts[request]
             if rows > 1:  # padding has none
-                yield request, rows, self.seq_lens[request] if request < len(self.seq_lens) else 0
-
-    def reason(self, rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
-        """Why this many rows of a request with this many keys run where they run."""
-        if self.layer_reason is not None:
-            return self.layer_reason
-        if seq_len < config.min_seq_len:
-            return Reason.BELOW_MIN_SEQ_LEN
-        if rows < config.min_chunk:
-            return Reason.SHORT_CHUNK
-        return self.step_reason or Reason.GATE_OPEN
+                yield request, rows, self.seq_lens[request] if self.seq_lens else 0
 
 
 class Plan(NamedTuple):
@@ -138,19 +161,6 @@ class Plan(NamedTuple):
 ALL_DENSE = Plan()
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A step in which something runs sparse; the attribute `minference` of vLLM's metadata, which else has none.
-
-    Attributes:
-        chunks: requests' rows that run sparse.
-        dense_runs: the other rows, in runs of neighbouring requests, each with the metadata of a batch of its own.
-    """
-
-    chunks: tuple[SparseChunk, ...]
-    dense_runs: tuple[tuple[DenseRun, Any], ...]
-
-
 def make_plan(requests: Requests, config: MInferenceConfig) -> Plan:
     """Split a step into sparse chunks and dense runs.
 
@@ -161,23 +171,21 @@ def make_plan(requests: Requests, config: MInferenceConfig) -> Plan:
     chunks = tuple(
         SparseChunk(request, requests.starts[request], rows, seq_len - rows)
         for request, rows, seq_len in requests.prompts()
-        if requests.reason(rows, seq_len, config) is Reason.GATE_OPEN
+        if gate(rows, seq_len, config) is Reason.GATE_OPEN
     )
-    return Plan(chunks, _gaps(chunks, requests)) if chunks else ALL_DENSE
+    return Plan(chunks, _dense_runs(chunks, requests)) if chunks else ALL_DENSE
 
 
-def tally(requests: Requests, config: MInferenceConfig) -> dict[tuple[str, str], tuple[int, int]]:
-    """Prefill tokens of a step, and its chunks (requests' shares), by path and reason; decode rows are not prefill."""
-    counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for _, rows, seq_len in requests.prompts():
-        reason = requests.reason(rows, seq_len, config)
-        label = "sparse" if reason is Reason.GATE_OPEN else "dense", reason.value
-        tokens, chunks = counts.get(label, (0, 0))
-        counts[label] = tokens + rows, chunks + 1
-    return counts
+def gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
+    """Why this many rows of a request with this many keys run where they run, if nothing else forbids it."""
+    if seq_len < config.min_seq_len:
+        return Reason.BELOW_MIN_SEQ_LEN
+    if rows < config.min_chunk:
+        return Reason.SHORT_CHUNK
+    return Reason.GATE_OPEN
 
 
-def _gaps(chunks: tuple[SparseChunk, ...], requests: Requests) -> tuple[DenseRun, ...]:
+def _dense_runs(chunks: tuple[SparseChunk, ...], requests: Requests) -> tuple[DenseRun, ...]:
     """The requests before, between and after the sparse ones, as runs of neighbours."""
     runs = []
     starts, seq_lens = requests.starts, requests.seq_lens

@@ -3,6 +3,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 NAME = "MINFERENCE"
@@ -21,18 +22,19 @@ def register() -> None:
         _register()
     except Exception:
         logger.exception("MInference could not register; --attention-backend minference will not be available.")
+        return
+    for step, consequence in STEPS:
+        try:
+            step()
+        except Exception as error:
+            logger.warning("MInference is registered, but %s: %r", consequence, error)
 
 
 def _register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from minference_vllm.compat import warn_if_untested
-    from minference_vllm.metrics.exporter import install
-
-    warn_if_untested()
-    on_cpu = current_platform.is_cpu()
-    path = CPU_BACKEND if on_cpu else GPU_BACKEND
+    path = CPU_BACKEND if current_platform.is_cpu() else GPU_BACKEND
     custom = AttentionBackendEnum.CUSTOM
     if custom.is_overridden() and custom.get_path() != path:
         logger.warning(
@@ -44,10 +46,12 @@ def _register() -> None:
     # An alias, not a member of its own: the configuration is pickled by value into spawned processes, which unpickle
     # it before they load plugins, and know CUSTOM but no new member.
     AttentionBackendEnum._member_map_.setdefault(NAME, custom)
-    _reach_ray_workers()
-    if on_cpu:
-        _honour_selection_on_cpu(type(current_platform), custom)
-    install()
+
+
+def _check_version() -> None:
+    from minference_vllm.compat import warn_if_untested
+
+    warn_if_untested()
 
 
 def _reach_ray_workers() -> None:
@@ -57,10 +61,14 @@ def _reach_ray_workers() -> None:
         os.environ[RAY_PREFIXES] = ",".join(filter(None, [prefixes, VARIABLES]))
 
 
-def _honour_selection_on_cpu(platform: Any, custom: Any) -> None:
+def _honour_selection_on_cpu() -> None:
     """vLLM's CPU platform ignores the selected backend; let it return ours when that is the one selected."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    platform, custom = type(current_platform), AttentionBackendEnum.CUSTOM
     stock = platform.get_attn_backend_cls
-    if getattr(stock, "honours_custom", False):
+    if not current_platform.is_cpu() or getattr(stock, "honours_custom", False):
         return
 
     def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
@@ -71,3 +79,39 @@ def _honour_selection_on_cpu(platform: Any, custom: Any) -> None:
 
     get_attn_backend_cls.honours_custom = True  # type: ignore[attr-defined]
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _pass_for_flash_attention() -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from minference_vllm.compat import pass_for_flash_attention
+
+    if not current_platform.is_cpu():  # there our backend is none
+        pass_for_flash_attention(AttentionBackendEnum.CUSTOM, AttentionBackendEnum.FLASH_ATTN)
+
+
+def _report_models_without_our_layers() -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from minference_vllm.compat import report_models_without_our_layers
+
+    report_models_without_our_layers(type(current_platform), AttentionBackendEnum.CUSTOM)
+
+
+def _install_metrics() -> None:
+    from minference_vllm.metrics.exporter import install
+
+    install()
+
+
+# What else is done in every process, and what follows if it fails: never that the backend is not available.
+STEPS: tuple[tuple[Callable[[], None], str], ...] = (
+    (_check_version, "it cannot tell whether it was tested with this vLLM"),
+    (_reach_ray_workers, "its environment variables do not reach Ray's workers"),
+    (_honour_selection_on_cpu, "vLLM's CPU platform runs its own backend whichever is selected"),
+    (_pass_for_flash_attention, "models that need another version of FlashAttention, as Gemma 4, may be refused"),
+    (_report_models_without_our_layers, "it will not say so if none of a model's layers is its own"),
+    (_install_metrics, "/metrics lacks its metrics"),
+)

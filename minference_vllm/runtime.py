@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers of one worker process share: configuration, code, scratch memory and counters."""
+"""What the layers of one worker process share: configuration, method, scratch memory and counters."""
 
 import logging
 from dataclasses import replace
@@ -7,116 +7,181 @@ from typing import Any
 
 import torch
 
-from minference_vllm.attention import sparse_prefill
+from minference_vllm import debug
+from minference_vllm.attention import Chooser, LayerState, choose, prefill
+from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.engine import load_engine
-from minference_vllm.index import TILE, PagedKV
-from minference_vllm.metrics.counters import Counters, Tally
+from minference_vllm.index import TILE
+from minference_vllm.methods import make_method
+from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.density import DensityMeter
-from minference_vllm.plan import Requests, SparseChunk, tally
-from minference_vllm.workspace import Geometry, Workspace
+from minference_vllm.ops import choose_kernel
+from minference_vllm.record import Record, StepRecord, Tally
+from minference_vllm.scratch import AttendBuffers, ScratchShape, num_bytes
+
+MOST_FAULTS = 3
+"""Faults of the sparse path, one after the other, after which it is not tried again."""
 
 logger = logging.getLogger("vllm.minference")
 
 
 class Runtime:
-    """One a worker process and device.
+    """One a worker process, device and configuration.
 
     Args:
         config: the resolved configuration.
         device: where the model runs.
         publish: whether this worker counts, and reports metrics for its engine.
+
+    Attributes:
+        chooser: who chooses the keys of each chunk; see attention.Chooser.
+        is_broken: whether the sparse path has failed so often that all runs dense until the next start.
+        has_sparse_layers: whether any layer may run sparse.
     """
 
     def __init__(self, config: MInferenceConfig, device: torch.device, publish: bool) -> None:
         self.config = config
         self.publish = publish
         self.device = device
-        self.engine = load_engine(config, device)
-        self.counters = Counters(publish, config.log_every, self.tally_once, self.read_density)
+        self.method = make_method(config.method, choose_kernel(config.kernel, device))
+        self.chooser: Chooser = choose
+        self.counters = Counters(publish, config.log_every, self._tally_once, self._read_density)
+        self.is_broken = False
+        self.failed: set[int] = set()  # requests of this step whose sparse attention raised an exception
+        self._faults = 0  # since a chunk last ran sparse
+        self._has_logged_fault = False
+        self._has_warned = False
         self.has_sparse_layers = False
         self._counted: set[str] = set()
         self._causal_pairs = 0
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
-        self._workspaces: dict[Geometry, Workspace] = {}
-        self._warm: set[tuple[object, ...]] = set()
+        self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers]] = {}
+        self._layers: dict[tuple[ScratchShape, int], LayerState] = {}
+        self._warm: set[tuple[ScratchShape, int]] = set()
         if publish:  # every rank has the same
             logger.info("MInference: %s", config)
 
-    def workspace(self, geometry: Geometry) -> Workspace:
-        """The scratch for layers of this geometry, claimed when first asked for: in the profiling run."""
-        if geometry not in self._workspaces:
-            # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
-            with torch.inference_mode(False):
-                workspace = Workspace.allocate(geometry, self.device)
-                self._density = self._density or DensityMeter(workspace.kept_pairs)
-            logger.info("MInference: %.0f MiB of scratch for %s", workspace.num_bytes / 2**20, geometry)
-            self._workspaces[geometry] = replace(workspace, kept_pairs=self._density.kept_pairs)
-        return self._workspaces[geometry]
-
-    def run(
-        self, q: torch.Tensor, kv: PagedKV, chunk: SparseChunk, scale: float, geometry: Geometry, out: torch.Tensor
-    ) -> None:
-        """Sparse attention of one layer for one chunk; q and out are the whole step's."""
-        rows = slice(chunk.query_start, chunk.query_start + chunk.num_rows)
-        ws = self.workspace(geometry)
-        self._causal_pairs += geometry.num_qo_heads * chunk.causal_pairs
-        sparse_prefill(q[rows], kv, chunk.context_len, scale, self.config, self.engine, ws, out[rows])
-
-    def join(self, has_sparse_layers: bool) -> None:
-        """A metadata builder's layers may go sparse, or may not. Called before it counts."""
-        self.has_sparse_layers |= has_sparse_layers
-        self.counters.start()
-
-    def tally_once(self, group: str, *fields: Any) -> Tally:
-        """What to count of a step's prefill: all of it once, though every KV cache group plans it.
-
-        Called by the counters, in the order of the steps, by one thread at a time.
+    def start(self, max_seq_len: int, max_chunk: int, has_sparse_layers: bool) -> None:
+        """A metadata builder is ready: count from now on, and warn if the gate can never open.
 
         Args:
-            group: whose builder planned it.
-            fields: of the step's Requests, or tensors in their place.
+            max_seq_len: tokens of the longest request that the server admits.
+            max_chunk: most rows that its scheduler gives a request in one step.
+            has_sparse_layers: whether layers of this builder may run sparse.
         """
-        return tally(Requests(*map(to_list, fields)), self.config) if self._opens_step(group) else {}
+        self.has_sparse_layers |= has_sparse_layers
+        self.counters.start()
+        if self.publish and has_sparse_layers and not self._has_warned:
+            for setting, limit, name in (
+                ("min_chunk", max_chunk, "rows that a step may give a request (--max-num-batched-tokens)"),
+                ("min_seq_len", max_seq_len, "tokens that a request may have (--max-model-len)"),
+            ):
+                if (value := getattr(self.config, setting)) > limit:
+                    self._has_warned = True
+                    logger.warning(
+                        "MInference: nothing will run sparse: minference.%s is %d, above the %d %s.",
+                        setting, value, limit, name,
+                    )  # fmt: skip
 
-    def copy_density(self) -> None:
-        """Have copied from the GPU, in its time, what the sparse kernels kept. Called once they are enqueued."""
-        if self.publish and self._density:
-            self._density.copy(self._causal_pairs)
+    def layer_state(self, shape: ScratchShape, position: int) -> LayerState:
+        """What the layer at this position brings to its chunks; claimed when first asked for, in the profiling run."""
+        if (shape, position) not in self._layers:
+            # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
+            with torch.inference_mode(False):
+                buffers, attend = self._claim(shape)
+                budgets = self.method.budgets(shape.num_qo_heads, self.device)
+            self._layers[shape, position] = LayerState(position, budgets, buffers, attend)
+        return self._layers[shape, position]
 
-    def read_density(self) -> tuple[int, int]:
+    def _claim(self, shape: ScratchShape) -> tuple[Any, AttendBuffers]:
+        """The scratch for all layers of this shape."""
+        if shape not in self._buffers:
+            buffers = self.method.scratch(shape, self.device)
+            attend = AttendBuffers.allocate(shape.num_qo_heads, shape.max_chunk, self.device)
+            self._density = self._density or DensityMeter(attend.kept_pairs)
+            size = (num_bytes(buffers) + num_bytes(attend)) / 2**20
+            logger.info("MInference: %.0f MiB of scratch for %s", size, shape)
+            self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs)
+        return self._buffers[shape]
+
+    def run(
+        self, q: torch.Tensor, out: torch.Tensor, kv: PagedKV, context_len: int, scale: float, layer: LayerState
+    ) -> bool:
+        """Sparse attention of one layer for one chunk; arguments as Chunk's.
+
+        Returns:
+            Whether it could be done; if not, `out` is undefined.
+        """
+        try:
+            chunk = Chunk(q, out, kv, context_len, scale)
+            index = prefill(chunk, self.method, layer, self.chooser)
+            if self.config.debug:
+                debug.check(chunk, index, layer)
+        except Exception:
+            if self.config.debug:
+                raise
+            self._report_fault(layer.position)
+            return False
+        self._faults = 0
+        self._causal_pairs += chunk.num_qo_heads * chunk.causal_pairs
+        return True
+
+    def _report_fault(self, position: int) -> None:
+        """Count an exception of the sparse path; the first since the start is logged with its traceback."""
+        self._faults += 1
+        if not self._has_logged_fault:
+            self._has_logged_fault = True
+            logger.exception("MInference: sparse attention failed in layer %d; its rows run dense.", position)
+        if self._faults == MOST_FAULTS:
+            self.is_broken = True
+            logger.error(
+                "MInference: sparse attention failed %d times in a row. All runs dense until the server is started "
+                'again. The setting "debug": true raises the exception instead.',
+                MOST_FAULTS,
+            )
+
+    def finish_step(self, record: StepRecord) -> None:
+        """The last sparse layer has run: have the step counted, and copy what was kept from the GPU, in its time."""
+        record.failed, self.failed = self.failed, set()
+        if self.publish:
+            self.counters.defer(record)
+            if self._density:
+                self._density.copy(self._causal_pairs)
+
+    def _tally_once(self, record: Record) -> Tally:
+        """What to count of a step's prefill: all of it once, though every KV cache group plans it.
+
+        Called by the counters, in the order of the steps, by one thread at a time. A group plans a step (or each of its
+        micro-batches) once, so a group that comes again begins the next one; the first group of a step is counted.
+        """
+        if record.group in self._counted:
+            self._counted.clear()
+        self._counted.add(record.group)
+        return record.tally(self.config) if len(self._counted) == 1 else {}
+
+    def _read_density(self) -> tuple[int, int]:
         """Kept and causal pairs of all sparse attention since start whose copy has arrived. Called by the counters."""
         return self._density.read() if self._density else (0, 0)
 
-    def _opens_step(self, group: str) -> bool:
-        """Whether this is a first group of a step or micro-batch. Each comes once; one that returns opens the next."""
-        if group in self._counted:
-            self._counted.clear()
-        self._counted.add(group)
-        return len(self._counted) == 1
+    def warm_up(self, shape: ScratchShape, page_size: int) -> None:
+        """Compile every kernel that layers of this shape will need, before the first request."""
+        if (shape, page_size) not in self._warm and self.device.type == "cuda":
+            self._warm.add((shape, page_size))
+            self.dry_run(shape, page_size)
 
-    def warm_up(self, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, geometry: Geometry) -> None:
-        """Compile every kernel this geometry will need, before the first request."""
-        variant = (num_kv_heads, head_dim, page_size, dtype, geometry)
-        if variant not in self._warm and self.device.type == "cuda":
-            self._warm.add(variant)
-            self.dry_run(*variant)
-
-    def dry_run(self, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, geometry: Geometry) -> None:
+    def dry_run(self, shape: ScratchShape, page_size: int) -> None:
         """Sparse attention over two tiles of made-up keys; it is not counted."""
-        rows = min(2 * TILE, geometry.max_seq_len, geometry.max_chunk)
+        rows = min(2 * TILE, shape.max_seq_len, shape.max_chunk)
         pages = -(-rows // page_size)
-        shape = (pages, page_size, num_kv_heads, 2 * head_dim)
-        k, v = torch.zeros(shape, dtype=dtype, device=self.device).transpose(1, 2).split(head_dim, dim=-1)
+        cache = torch.zeros(
+            (pages, page_size, shape.num_kv_heads, 2 * shape.head_dim), dtype=shape.dtype, device=self.device
+        )
+        k, v = cache.transpose(1, 2).split(shape.head_dim, dim=-1)
         table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
-        q = torch.zeros(rows, geometry.num_qo_heads, head_dim, dtype=dtype, device=self.device)
-        kv = PagedKV(k, v, table, 0)
-        ws = self.workspace(geometry)
-        ws = replace(ws, kept_pairs=torch.zeros_like(ws.kept_pairs))
-        sparse_prefill(q, kv, 0, 1.0, self.config, self.engine, ws, torch.empty_like(q))
-
-
-def to_list(value: Any) -> Any:
-    """A tensor's values, or what is none as it is."""
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+        q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device=self.device)
+        chunk = Chunk(q, torch.empty_like(q), PagedKV(k, v, table, 0), 0, 1.0)
+        buffers, attend = self._claim(shape)
+        budgets = self.method.budgets(shape.num_qo_heads, self.device)
+        attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))
+        prefill(chunk, self.method, LayerState(-1, budgets, buffers, attend))

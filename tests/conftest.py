@@ -13,6 +13,10 @@ ON_CI = "MINFERENCE_CI" in os.environ
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # The tests' tensors are small: several threads would wait for each other in every operation, here and in the
+    # processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 def import_or_skip(name: str) -> ModuleType:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sparse path did, in the server's log and on its /metrics page.
 
-Worker processes count (counters.py, density.py); the process that serves /metrics sums over them (exporter.py).
-Nothing here waits for the GPU.
+Worker processes count (counters.py, density.py) and publish (publisher.py); the process that serves /metrics sums over
+them (exporter.py). Nothing here waits for the GPU.
 """

@@ -24,11 +24,8 @@ class DensityMeter:
     def __init__(self, kept_pairs: torch.Tensor) -> None:
         self.kept_pairs = kept_pairs
         # Pinned: only then does a copy from the GPU return at once.
-        slots = [
-            torch.full((1,), PENDING, dtype=torch.int64, device="cpu", pin_memory=kept_pairs.is_cuda)
-            for _ in range(SLOTS)
-        ]
-        self._slots = itertools.cycle(slots)
+        slots = torch.full((SLOTS,), PENDING, dtype=torch.int64, device="cpu", pin_memory=kept_pairs.is_cuda)
+        self._slots = itertools.cycle(slots.split(1))
         self._lock = threading.Lock()  # of what follows, and of the slots
         # Oldest first, each with the causal pairs at its time. A slot is taken again when its copy falls out.
         self._copies: deque[tuple[torch.Tensor, int]] = deque(maxlen=SLOTS)

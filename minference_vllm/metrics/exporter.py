@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The API process's side of the metrics: sums what the workers wrote, on each scrape of /metrics."""
 
-import atexit
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from glob import iglob
+from multiprocessing.util import Finalize
 
-from minference_vllm.metrics.counters import (
-    CAUSAL_PAIRS,
-    CHUNKS,
-    DENSITY,
-    KEPT_PAIRS,
-    LABELS,
-    METRICS_DIR,
-    TOKENS,
-    Snapshot,
-)
+import prometheus_client as prometheus
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-if TYPE_CHECKING:
-    from prometheus_client import Metric
+from minference_vllm.metrics.publisher import METRICS_DIR, NOWHERE
+from minference_vllm.metrics.snapshot import CAUSAL_PAIRS, CHUNKS, DENSITY, KEPT_PAIRS, LABELS, TOKENS, Snapshot
+
+logger = logging.getLogger("vllm.minference.metrics")
 
 
 @functools.cache
@@ -34,22 +29,25 @@ def install() -> None:
     counts its own workers alone, also where one vLLM supervisor starts several servers, and what an earlier run left
     behind is never read. The first process starts the tree in MINFERENCE_METRICS_DIR, else in the temporary directory.
     """
-    from prometheus_client import REGISTRY
-
-    parent = os.environ.get(METRICS_DIR) or None
-    if parent:
-        os.makedirs(parent, exist_ok=True)
-    directory = tempfile.mkdtemp(prefix="minference-metrics-", dir=parent)
-    REGISTRY.register(DirectoryCollector(directory))
+    parent = os.environ.get(METRICS_DIR)
+    if parent == NOWHERE:
+        return
+    try:
+        if parent:
+            os.makedirs(parent, exist_ok=True)
+        directory = tempfile.mkdtemp(prefix="minference-metrics-", dir=parent or None)
+    except OSError as error:
+        os.environ[METRICS_DIR] = NOWHERE
+        logger.warning(
+            "MInference's metrics will be missing on /metrics: no folder can be made for them: %s. "
+            "Set %s to a folder that can be written, or leave it unset.", error, METRICS_DIR,
+        )  # fmt: skip
+        return
     os.environ[METRICS_DIR] = directory
-    # A worker's counts outlive it: only the process that started them all cleans up.
+    prometheus.REGISTRY.register(DirectoryCollector(directory))
+    # A worker's counts outlive it: only the process that started them all cleans up, once it has joined them.
     if multiprocessing.parent_process() is None:
-        atexit.register(_remove, directory, os.getpid())
-
-
-def _remove(directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child inherits its parent's exit handlers
-        shutil.rmtree(directory, ignore_errors=True)
+        Finalize(None, shutil.rmtree, (directory,), {"ignore_errors": True}, exitpriority=-1)
 
 
 class DirectoryCollector:
@@ -58,10 +56,8 @@ class DirectoryCollector:
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
-    def collect(self) -> Iterator["Metric"]:
-        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
-
-        total = sum(read_snapshots(self._directory), start=Snapshot())
+    def collect(self) -> Iterator[Metric]:
+        total = sum(self._snapshots(), start=Snapshot())
         for (name, text), counts in ((TOKENS, total.tokens), (CHUNKS, total.chunks)):
             family = CounterMetricFamily(name, text, labels=LABELS)
             for labels, count in counts.items():
@@ -71,10 +67,7 @@ class DirectoryCollector:
         yield CounterMetricFamily(*CAUSAL_PAIRS, value=total.causal_pairs)
         yield GaugeMetricFamily(*DENSITY, value=total.density)  # None: named, without a sample
 
-
-def read_snapshots(directory: str) -> Iterator[Snapshot]:
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            if name.endswith(".json"):
-                with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name)) as file:
-                    yield Snapshot.from_json(file.read())
+    def _snapshots(self) -> Iterator[Snapshot]:
+        for name in iglob("**/*.json", root_dir=self._directory, recursive=True):
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(self._directory, name)) as file:
+                yield Snapshot.from_json(file.read())

@@ -3,7 +3,11 @@
 
 from minference_vllm.reference.attend import attend
 from minference_vllm.reference.bands import band_lists
+from minference_vllm.reference.groups import select_groups
+from minference_vllm.reference.masses import group_masses
+from minference_vllm.reference.means import key_means
+from minference_vllm.reference.normalisers import row_normalisers
 from minference_vllm.reference.probe import probe
 from minference_vllm.reference.select import select
 
-__all__ = ["attend", "band_lists", "probe", "select"]
+__all__ = ["attend", "band_lists", "group_masses", "key_means", "probe", "row_normalisers", "select", "select_groups"]

@@ -3,36 +3,33 @@
 
 import torch
 
-from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, PagedKV, SparseIndex
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import (
+    BAND,
+    BANDS_PER_TILE,
+    EVERY_GROUP,
+    GROUP,
+    HALF,
+    HALVES,
+    TILE,
+    BandIndex,
+    SparseIndex,
+    TileIndex,
+)
 from minference_vllm.reference.pages import gather
+from minference_vllm.scratch import AttendBuffers
 
 
-def attend(
-    q: torch.Tensor,
-    kv: PagedKV,
-    context_len: int,
-    scale: float,
-    index: SparseIndex,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    kept_pairs: torch.Tensor,
-) -> None:
+def attend(chunk: Chunk, index: SparseIndex, buffers: AttendBuffers) -> None:
     """Attend to the kept keys of each row.
 
     Args:
-        q: [num_rows, num_qo_heads, head_dim], the chunk's queries.
-        kv: the request's cache, the chunk's own keys already in it.
-        context_len: keys before the chunk.
-        scale: softmax scale.
+        chunk: what is attended for; its `out` is written.
         index: what is kept.
-        out: [num_rows, num_qo_heads, head_dim], written.
-        lse: [num_qo_heads, >= num_rows] float32, written: natural log-sum-exp of each row over its kept keys.
-        kept_pairs: [1] int64, added to: how many row-key pairs were attended to.
+        buffers: `lse` is written, `kept_pairs` is added to.
     """
-    num_rows, num_qo_heads, _ = q.shape
-    seq_len = context_len + num_rows
-    keys, values = (cache.float() for cache in gather(kv, seq_len))
-    group = num_qo_heads // len(keys)
+    q, context_len, seq_len = chunk.q, chunk.context_len, chunk.seq_len
+    keys, values = (cache.float() for cache in gather(chunk.kv, seq_len))
     for i in range(context_len // HALF, (seq_len - 1) // HALF + 1):
         tile, half = divmod(i, HALVES)
         first, last = max(i * HALF, context_len), min(i * HALF + HALF, seq_len)
@@ -42,22 +39,35 @@ def attend(
         # [rows of the half, own keys]
         future = own > torch.arange(first, last, device=q.device)[:, None]
         num_future = future.sum()
-        for head in range(num_qo_heads):
-            earlier = kept_before(index, head, tile, half)
+        for head in range(chunk.num_qo_heads):
+            if isinstance(index, BandIndex):
+                earlier = kept_before(index, head, tile, half)
+            else:
+                earlier = kept_by_tile(index, head, tile, half, chunk.first_tile)
             kept = torch.cat([earlier, own])
-            scores = (q[rows, head].float() * scale) @ keys[head // group, kept].T
+            scores = (q[rows, head].float() * chunk.scale) @ keys[head // chunk.group_size, kept].T
             scores[:, len(earlier) :].masked_fill_(future, -torch.inf)
-            lse[head, rows] = scores.logsumexp(-1)
-            probabilities = scores.sub_(lse[head, rows, None]).exp_()
-            out[rows, head] = (probabilities @ values[head // group, kept]).to(out.dtype)
-            kept_pairs += scores.numel() - num_future
+            buffers.lse[head, rows] = scores.logsumexp(-1)
+            probabilities = scores.sub_(buffers.lse[head, rows, None]).exp_()
+            chunk.out[rows, head] = (probabilities @ values[head // chunk.group_size, kept]).to(q.dtype)
+            buffers.kept_pairs.add_(scores.numel() - num_future)
 
 
-def kept_before(index: SparseIndex, head: int, tile: int, half: int) -> torch.Tensor:
+def kept_before(index: BandIndex, head: int, tile: int, half: int) -> torch.Tensor:
     """[num_kept] int64, ascending: the keys before a tile that all rows of one of its halves attend to."""
     kept = torch.zeros(tile * TILE, dtype=torch.bool, device=index.bands.device)
     for kind in (0, 1 + half):
-        offsets = index.bands[head, kind, : index.bands_below[head, kind, tile]].long()
+        offsets = index.bands[head, kind, : index.bands_indptr[head, kind, tile]].long()
         kept.view(-1, BAND)[tile * BANDS_PER_TILE - offsets] = True
-    kept[index.columns[head, : index.columns_below[head, tile]].long()] = True
+    kept[index.columns[head, : index.columns_indptr[head, tile]].long()] = True
     return kept.nonzero().flatten()
+
+
+def kept_by_tile(index: TileIndex, head: int, tile: int, half: int, first_tile: int) -> torch.Tensor:
+    """As `kept_before`. The index' lists begin with the chunk's first tile."""
+    both, first, second = index.counts[head, tile - first_tile].tolist()
+    if both == EVERY_GROUP:
+        return torch.arange(tile * TILE, device=index.groups.device)
+    kinds = index.groups[head, tile - first_tile, : both + first + second].long().split([both, first, second])
+    groups = torch.cat([kinds[0], kinds[1 + half]]).sort().values
+    return (groups[:, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten()

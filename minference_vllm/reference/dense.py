@@ -4,7 +4,7 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from minference_vllm.index import PagedKV
+from minference_vllm.chunk import PagedKV
 from minference_vllm.reference.pages import gather
 
 ROWS_AT_ONCE = 1024

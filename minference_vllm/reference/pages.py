@@ -3,7 +3,7 @@
 
 import torch
 
-from minference_vllm.index import PagedKV
+from minference_vllm.chunk import PagedKV
 
 
 def gather(kv: PagedKV, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:

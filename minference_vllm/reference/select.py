@@ -3,7 +3,7 @@
 
 import torch
 
-from minference_vllm.workspace import SELECT_BINS, Workspace
+from minference_vllm.scratch import SELECT_BINS, SelectBuffers
 
 
 def weights(mass: torch.Tensor, forced: int) -> torch.Tensor:
@@ -20,28 +20,30 @@ def weights(mass: torch.Tensor, forced: int) -> torch.Tensor:
 def select(
     mass: torch.Tensor,
     length: int,
-    keep: int,
+    keep: torch.Tensor,
     forced: int,
-    below: torch.Tensor,
+    indptr: torch.Tensor,
     grain: int,
     out: torch.Tensor | None,
-    ws: Workspace,
+    buffers: SelectBuffers,
 ) -> None:
-    """Keep the `keep` heaviest of the first `length` entries of each row; ties go to the smaller index.
+    """Keep the heaviest of the first `length` entries of each row; ties go to the smaller index.
 
     Args:
         mass: [num_heads, >= length] int32, 0 .. 2^30.
-        length: entries that count, at least `keep`.
-        keep: how many are kept.
+        length: entries that count.
+        keep: [num_heads] int32, how many of each row are kept; no more than `length`, nor than `out` is wide.
         forced: the first entries, this many, come before all others.
-        below: [num_heads, num_below] int32, written: kept entries smaller than grain * j; num_below * grain >= length.
-        grain: spacing of `below`.
-        out: [num_heads, >= keep] int32, written: the kept entries, ascending; None if not wanted.
-        ws: scratch of the kernel.
+        indptr: [num_heads, num_marks] int32, written: how many kept entries are smaller than grain * j;
+            num_marks * grain >= length.
+        grain: spacing of `indptr`.
+        out: [num_heads, max_keep] int32, written: the kept entries, ascending; None if not wanted.
+        buffers: scratch of the kernel.
     """
     heaviest = weights(mass[:, :length], forced).argsort(dim=1, descending=True, stable=True)
-    kept = heaviest[:, :keep].sort(1).values.to(torch.int32)
-    if out is not None:
-        out[:, :keep] = kept
-    edges = (torch.arange(below.shape[1], device=mass.device, dtype=torch.int32) * grain).expand(len(mass), -1)
-    below.copy_(torch.searchsorted(kept, edges.contiguous(), out_int32=True))
+    edges = torch.arange(indptr.shape[1], device=mass.device, dtype=torch.int64) * grain
+    for head, limit in enumerate(keep.clamp(max=length if out is None else min(length, out.shape[1])).tolist()):
+        kept = heaviest[head, :limit].sort().values
+        if out is not None:
+            out[head, :limit] = kept.to(torch.int32)
+        indptr[head] = torch.searchsorted(kept, edges, out_int32=True)

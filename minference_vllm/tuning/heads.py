@@ -4,8 +4,8 @@
 from typing import Any, NamedTuple
 
 from minference_vllm import compat
-from minference_vllm.config import ConfigError
-from minference_vllm.layers import SUPPORTED_HEAD_DIMS
+from minference_vllm.errors import ConfigError
+from minference_vllm.plan import SUPPORTED_HEAD_DIMS
 
 
 class Heads(NamedTuple):

@@ -7,8 +7,8 @@ distances.
 
 import torch
 
-from minference_vllm.config import MInferenceConfig
-from minference_vllm.workspace import Workspace
+from minference_vllm.methods.vertical_slash import VerticalSlashSettings
+from minference_vllm.scratch import ProbeBuffers
 
 CLUSTER = 50  # neighbouring diagonals
 CHOSEN = 1 << 20  # mass of a drawn entry; any other has none
@@ -21,17 +21,17 @@ class KeySets:
         self._seed = seed
         self._drawn: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def overwrite(self, ws: Workspace, seq_len: int, config: MInferenceConfig) -> None:
-        """Replace the probe's masses of a chunk that ends at seq_len."""
-        num_heads, device = len(ws.vertical), ws.vertical.device
+    def overwrite(self, probe: ProbeBuffers, seq_len: int, settings: VerticalSlashSettings) -> None:
+        """Put drawn masses in place of what the probe found for a chunk that ends at seq_len."""
+        num_heads, device = len(probe.vertical), probe.vertical.device
         if (num_heads, seq_len) not in self._drawn:
             generator = torch.Generator(device).manual_seed(self._seed + seq_len)
-            vertical = draw_columns(num_heads, seq_len, config.vertical_size, config.sink_tokens, generator)
-            slash = draw_diagonals(num_heads, seq_len, config.slash_size, generator)
+            vertical = draw_columns(num_heads, seq_len, settings.vertical_size, settings.sink_tokens, generator)
+            slash = draw_diagonals(num_heads, seq_len, settings.slash_size, generator)
             self._drawn[num_heads, seq_len] = vertical, slash
         vertical, slash = self._drawn[num_heads, seq_len]
-        ws.vertical[:, :seq_len].copy_(vertical)
-        ws.slash[:, :seq_len].copy_(slash)
+        probe.vertical[:, :seq_len].copy_(vertical)
+        probe.slash[:, :seq_len].copy_(slash)
 
 
 def draw_columns(num_heads: int, seq_len: int, size: int, sinks: int, generator: torch.Generator) -> torch.Tensor:

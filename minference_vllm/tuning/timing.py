@@ -3,19 +3,19 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
 from minference_vllm import compat
+from minference_vllm.attention import LayerState, prefill
+from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.engine import load_engine
-from minference_vllm.estimators.vertical_slash import index_masses
-from minference_vllm.index import PagedKV
+from minference_vllm.methods import Method, make_method
+from minference_vllm.ops import choose_kernel
+from minference_vllm.scratch import AttendBuffers, ScratchShape
+from minference_vllm.tuning.drawn import drawn_choice
 from minference_vllm.tuning.gate import Timing
 from minference_vllm.tuning.heads import Heads
-from minference_vllm.tuning.masses import KeySets
-from minference_vllm.workspace import Geometry, Workspace
 
 PAGE_SIZE = 16  # vLLM's default
 WARM_UPS = 3
@@ -24,19 +24,25 @@ SEED = 0
 Run = Callable[[], torch.Tensor]
 
 
+def make_state(method: Method, shape: ScratchShape, device: torch.device) -> LayerState:
+    """A layer's budgets and scratch, outside a server."""
+    attend = AttendBuffers.allocate(shape.num_qo_heads, shape.max_chunk, device)
+    return LayerState(0, method.budgets(shape.num_qo_heads, device), method.scratch(shape, device), attend)
+
+
 class Layer:
     """One layer's cache, filled with random keys and values, and what attends to it.
 
     Args:
         heads: of one GPU.
-        config: budgets and kernel.
+        config: method and kernel.
         device: where to measure.
         max_len: the longest context.
         chunk: query rows at the end of each context.
     """
 
     def __init__(self, heads: Heads, config: MInferenceConfig, device: torch.device, max_len: int, chunk: int) -> None:
-        self.heads, self.config, self.chunk = heads, config, chunk
+        self.heads, self.chunk = heads, chunk
         self.scale = heads.head_dim**-0.5
         self.generator = torch.Generator(device).manual_seed(SEED)
         pages = -(-max_len // PAGE_SIZE)
@@ -45,36 +51,30 @@ class Layer:
         # Pages of a busy server lie in no order.
         table = torch.randperm(pages, device=device, generator=self.generator).to(torch.int32)[None]
         self.kv = PagedKV(k, v, table, 0)
-        self.engine = load_engine(config, device)
         self.flash_attention = compat.flash_attention(heads.head_dim)
-        geometry = Geometry(heads.num_qo_heads, max_len, chunk, sum(config.probe_counts), config.vertical_size)
-        self.ws = Workspace.allocate(geometry, device)
-        # The probe fills ws; the index is made from these.
-        self.drawn = replace(self.ws, vertical=self.ws.vertical.clone(), slash=self.ws.slash.clone())
+        self.method = make_method(config.method, choose_kernel(config.kernel, device))
+        self.state = make_state(self.method, ScratchShape(*heads, cache.dtype, max_len, min(chunk, max_len)), device)
 
     def attentions(self, tokens: int) -> tuple[Run, Run]:
         """Dense and sparse attention of the last chunk of a prompt of so many tokens, into the same output."""
         rows = min(self.chunk, tokens)
-        context_len = tokens - rows
         q = self._random(rows, self.heads.num_qo_heads, self.heads.head_dim)
-        out, (k, v, table, _) = torch.empty_like(q), self.kv
+        out = torch.empty_like(q)
+        k, v, table = self.kv.k.transpose(1, 2), self.kv.v.transpose(1, 2), self.kv.block_table
         starts = torch.tensor([0, rows], dtype=torch.int32, device=q.device)
         seq_lens = torch.tensor([tokens], dtype=torch.int32, device=q.device)
-        KeySets(SEED).overwrite(self.drawn, tokens, self.config)
+        chunk = Chunk(q, out, self.kv, tokens - rows, self.scale)
+        chooser = drawn_choice(self.method, chunk, self.state, SEED)
 
         def dense() -> torch.Tensor:
             self.flash_attention(
-                q=q, k=k.transpose(1, 2), v=v.transpose(1, 2), out=out, cu_seqlens_q=starts, max_seqlen_q=rows,
-                seqused_k=seq_lens, max_seqlen_k=tokens, softmax_scale=self.scale, causal=True, block_table=table,
+                q=q, k=k, v=v, out=out, cu_seqlens_q=starts, max_seqlen_q=rows, seqused_k=seq_lens,
+                max_seqlen_k=tokens, softmax_scale=self.scale, causal=True, block_table=table,
             )  # fmt: skip
             return out
 
         def sparse() -> torch.Tensor:
-            num_last, num_spread = self.config.probe_counts
-            self.engine.probe(q, self.kv, context_len, self.scale, num_last, num_spread, self.ws)
-            index = index_masses(tokens, self.config, self.engine, self.drawn)
-            ws = self.ws
-            self.engine.attend(q, self.kv, context_len, self.scale, index, out, ws.lse, ws.kept_pairs)
+            prefill(chunk, self.method, self.state, chooser)
             return out
 
         return dense, sparse

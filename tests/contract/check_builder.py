@@ -15,7 +15,8 @@ from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
 from minference_vllm.backend import MInferenceBackend
-from minference_vllm.plan import Reason, SparseChunk
+from minference_vllm.plan import SparseChunk
+from minference_vllm.reason import Reason
 from tests.contract.fakes import (
     DECODE,
     LONG,
@@ -24,7 +25,9 @@ from tests.contract.fakes import (
     NUM_LAYERS,
     SHORT,
     Row,
+    add_layers,
     counted,
+    finish,
     has_plan,
     make_builder,
     make_common,
@@ -47,6 +50,7 @@ def test_a_mixed_step_is_split_into_chunks_and_runs() -> None:
     metadata = builder.build(0, make_common(*MIXED))
     assert metadata.minference.chunks == (SparseChunk(1, 1, 140, 60), SparseChunk(4, 162, 140, 60))
     assert [(run.first, run.end) for run, _ in metadata.minference.dense_runs] == [(0, 1), (2, 4)]
+    finish(runtime, metadata)
     assert counted(runtime) == {("sparse", "gate_open"): 280, ("dense", "below_min_seq_len"): 20}
 
 
@@ -92,7 +96,7 @@ def test_a_step_without_prefill_carries_no_plan_and_is_not_counted(batch: tuple[
 )
 def test_a_step_runs_dense_for_a_named_reason(changes: dict[str, Any], reason: Reason) -> None:
     runtime, builder, _ = one_group()
-    assert has_plan(builder.build(0, make_common(LONG, LONG)))
+    finish(runtime, builder.build(0, make_common(LONG, LONG)))
     before = counted(runtime)
     assert not has_plan(builder.build(0, make_common(LONG, LONG, **changes)))
     after = counted(runtime)
@@ -104,7 +108,9 @@ def test_padding_rows_need_no_flags() -> None:
     # vLLM pads requests for CUDA graphs, and some of its callers leave the flags at the real ones.
     runtime, builder, _ = one_group()
     common = make_common(LONG, Row(0), Row(0), is_prefilling=torch.tensor([True]))
-    assert builder.build(0, common).minference.chunks == (SparseChunk(0, 0, LONG.rows, LONG.context_len),)
+    metadata = builder.build(0, common)
+    assert metadata.minference.chunks == (SparseChunk(0, 0, LONG.rows, LONG.context_len),)
+    finish(runtime, metadata)
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
 
 
@@ -152,10 +158,14 @@ def test_layers_that_attend_within_chunks_stay_dense_and_do_not_speak_for_the_ot
     # Llama 4: their group's batches carry no flags, and would be counted instead of the global layers'.
     runtime = make_runtime()
     local, whole = (make_impl(runtime) for _ in range(2))
-    groups = [make_builder({NAME.format(0): local}, chunk_size=64), make_builder({NAME.format(1): whole})]
+    config = add_layers({NAME.format(1): whole}, make_config())
+    groups = [
+        make_builder({NAME.format(0): local}, config, chunk_size=64),
+        make_builder({NAME.format(1): whole}, config),
+    ]
     assert (local.dense_reason, whole.dense_reason) == (Reason.CHUNKED_LOCAL, None)
     assert not has_plan(groups[0].build(0, make_common(LONG, is_prefilling=None)))
-    assert has_plan(groups[1].build(0, make_common(LONG)))
+    finish(runtime, groups[1].build(0, make_common(LONG)))
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
 
 
@@ -173,7 +183,10 @@ def test_another_groups_block_table_reaches_the_dense_runs() -> None:
 def test_a_dense_group_plans_for_a_sparse_one_that_takes_its_metadata_over() -> None:
     # vLLM's V1 runner builds the metadata of the first of several groups alike, and updates it for the others.
     runtime = make_runtime(dense_layers=1)
-    dense, sparse = (make_builder({NAME.format(group): make_impl(runtime)}) for group in range(2))
+    config = make_config()
+    impls = {NAME.format(group): make_impl(runtime) for group in range(2)}
+    add_layers(impls, config)
+    dense, sparse = (make_builder({name: impl}, config) for name, impl in impls.items())
     metadata = dense.build(0, make_common(LONG))
     updated = sparse.update_block_table(metadata, metadata.block_table + 1, metadata.slot_mapping)
     assert updated.minference.chunks == (SparseChunk(0, 0, LONG.rows, LONG.context_len),)
@@ -206,7 +219,10 @@ def test_the_place_of_a_layer_decides(name: str, is_draft_layer: bool, reason: R
     impl = make_impl(runtime)
     builder = make_builder({name: impl}, is_draft_layer=is_draft_layer)
     assert impl.dense_reason is reason
-    assert has_plan(builder.build(0, make_common(LONG))) == (reason is None)
+    metadata = builder.build(0, make_common(LONG))
+    assert has_plan(metadata) == (reason is None)
+    if reason is None:
+        finish(runtime, metadata)
     label = ("dense", reason.value) if reason else ("sparse", "gate_open")
     assert counted(runtime) == {label: LONG.rows}
 
@@ -224,7 +240,9 @@ def test_both_micro_batches_of_a_step_are_counted(flags: dict[str, Any], tokens:
     runtime = make_runtime()
     config = make_config(ubatching=True)
     groups = [{NAME.format(group): make_impl(runtime, config)} for group in range(2)]
-    builders = [[make_builder(group) for group in groups] for _ in range(2)]
+    for group in groups:
+        add_layers(group, config)
+    builders = [[make_builder(group, config) for group in groups] for _ in range(2)]
     for _ in range(3):  # steps
         for micro_batch, row in zip(builders, (LONG, SHORT), strict=True):
             common = make_common(row, **flags)
@@ -242,7 +260,7 @@ def test_a_cache_of_another_dtype_keeps_a_group_dense() -> None:
 def test_a_group_with_one_sparse_layer_goes_sparse() -> None:
     runtime = make_runtime()
     impls = {NAME.format(0): make_impl(runtime, sliding_window=64), NAME.format(1): make_impl(runtime)}
-    assert has_plan(make_builder(impls).build(0, make_common(LONG)))
+    finish(runtime, make_builder(impls).build(0, make_common(LONG)))
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
 
 
@@ -251,10 +269,10 @@ def test_tokens_of_a_model_with_windows_are_counted_by_its_sparse_group(sparse_g
     runtime = make_runtime()
     windows = [None, None]
     windows[1 - sparse_group] = 64
-    builders = [
-        make_builder({NAME.format(group): make_impl(runtime, sliding_window=window)})
-        for group, window in enumerate(windows)
-    ]
-    for builder in builders:
-        builder.build(0, make_common(LONG))
+    config = make_config()
+    impls = {NAME.format(group): make_impl(runtime, sliding_window=window) for group, window in enumerate(windows)}
+    add_layers(impls, config)
+    builders = [make_builder({name: impl}, config) for name, impl in impls.items()]
+    steps = [builder.build(0, make_common(LONG)) for builder in builders]
+    finish(runtime, steps[sparse_group])
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What our code takes for granted in vLLM. Run by test_vllm_033.py, with that release on the path."""
 
+import ast
 import copy
 import dataclasses
 import inspect
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,12 +32,16 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.executor.multiproc_executor import WorkerProc
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from minference_vllm import plugin
 from minference_vllm.backend import MInferenceBackend
 from minference_vllm.impl import MInferenceImpl
 from minference_vllm.metadata import MInferenceBuilder
 from tests.contract.wheel import VERSION
+from tests.unit import test_compat
+from tests.unit.test_compat import *  # noqa: F403 - the same holds in this release
 
 FORWARD = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
 INIT = (
@@ -207,3 +214,32 @@ def test_we_serve_and_refuse_what_flash_attention_does(changes: dict[str, Any], 
     ours = MInferenceBackend.validate_configuration(device_capability=capability, **selector)
     assert ours == FlashAttentionBackend.validate_configuration(device_capability=capability, **selector)
     assert (ours == []) == is_served
+
+
+@pytest.mark.usefixtures("flash_attention_4")
+def test_registration_has_models_take_us_for_flash_attention() -> None:
+    settled = test_compat.configured("Gemma4ForCausalLM", AttentionBackendEnum.CUSTOM)
+    assert (settled.backend, settled.flash_attn_version) == (AttentionBackendEnum.CUSTOM, 4)
+
+
+@pytest.mark.parametrize("executor", [UniProcExecutor, WorkerProc])
+def test_each_executor_settles_the_page_size_once_a_worker_has_its_layers(executor: type) -> None:
+    # Where a worker says that no layer is ours.
+    source = inspect.getsource(executor)
+    assert 0 < source.index(".load_model()") < source.index("current_platform.update_block_size_for_backend(")
+
+
+def test_every_place_that_compares_with_flash_attention_is_documented() -> None:
+    root = Path(vllm.__file__).parent
+    documented = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if compares_with_flash_attention(path)}
+    assert "model_executor/models/config.py" in found
+    assert [name for name in sorted(found) if f"`{name}" not in documented] == []
+
+
+def compares_with_flash_attention(path: Path) -> bool:
+    source = path.read_text()
+    if "FLASH_ATTN" not in source:
+        return False
+    compared = (ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare))
+    return any(re.search(r"\bFLASH_ATTN\b", text) for text in compared)

@@ -12,9 +12,10 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from minference_vllm.index import PagedKV
-from minference_vllm.plan import Reason
+from minference_vllm.chunk import PagedKV
+from minference_vllm.reason import Reason
 from minference_vllm.reference.dense import dense
+from minference_vllm.scratch import num_bytes
 from tests.contract.fakes import (
     DECODE,
     HEAD_DIM,
@@ -26,6 +27,7 @@ from tests.contract.fakes import (
     PAGE,
     SHORT,
     Row,
+    add_layers,
     counted,
     has_plan,
     make_builder,
@@ -125,10 +127,10 @@ def assert_dense(impl: Any, reason: Reason, calls: list[Any]) -> None:
 def test_a_layer_runs_dense_for_a_named_reason(
     arguments: dict[str, Any], parallel: dict[str, int], reason: Reason, calls: list[Any]
 ) -> None:
-    runtime = make_runtime()
-    impl = make_impl(runtime, make_config(**parallel), **arguments)
+    runtime, config = make_runtime(), make_config(**parallel)
+    impl = make_impl(runtime, config, **arguments)
+    builder = make_builder({NAME.format(0): impl}, config)
     assert_dense(impl, reason, calls)
-    builder = make_builder({NAME.format(0): impl})
     assert not has_plan(builder.build(0, make_common(LONG)))
     assert counted(runtime) == {("dense", reason.value): LONG.rows}
 
@@ -137,12 +139,16 @@ def test_batch_invariance_keeps_every_layer_dense(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patched:
         patched.setenv("VLLM_BATCH_INVARIANT", "1")
         impl = make_impl(make_runtime())
+        make_builder({NAME.format(0): impl})
     assert_dense(impl, Reason.BATCH_INVARIANT, calls)
 
 
 @pytest.mark.parametrize("kind", [{}, {"kv_cache_dtype": "bfloat16"}, {"attn_type": "decoder"}, {"head_size": 128}])
 def test_a_plain_layer_may_go_sparse(kind: dict[str, Any]) -> None:
-    assert make_impl(make_runtime(), **kind).dense_reason is None
+    impl = make_impl(make_runtime(), **kind)
+    make_builder({NAME.format(0): impl})
+    assert impl.is_decided
+    assert impl.dense_reason is None
 
 
 def test_a_step_without_a_plan_is_flash_attentions(calls: list[Any]) -> None:
@@ -183,13 +189,15 @@ def test_fused_output_quantisation_is_refused_as_by_flash_attention(
 
 
 def test_the_profiling_run_claims_the_scratch_of_all_layers_once(calls: list[Any]) -> None:
-    runtime, _, impls = one_group()
+    runtime = make_runtime()
+    impls = {NAME.format(i): make_impl(runtime) for i in range(2)}
+    add_layers(impls, make_config())
     query, cache = make_step(make_common(LONG))
-    assert runtime._workspaces == {}
-    for impl in impls:
+    assert runtime._buffers == {}
+    for impl in impls.values():
         assert (attend(impl, query, cache, None) == 0).all()
-    (workspace,) = runtime._workspaces.values()
-    assert workspace.num_bytes > 0
+    [(buffers, _)] = runtime._buffers.values()
+    assert num_bytes(buffers) > 0
 
 
 @pytest.mark.parametrize("batch", [MIXED, (LONG,), (LONG, LONG, DECODE), (SHORT, LONG)], ids=len)
@@ -213,7 +221,11 @@ def test_tokens_are_counted_once_and_pairs_for_every_layer(groups: int, calls: l
     # A model may have several KV cache groups; vLLM's V1 runner builds the metadata of the first one alone.
     runtime = make_runtime()
     layers = [[make_impl(runtime), make_impl(runtime)] for _ in range(groups)]
-    builders = [make_builder({NAME.format(i): impl for i, impl in enumerate(impls)}) for impls in layers]
+    config, names = make_config(), iter(range(2 * groups))
+    named = [{NAME.format(next(names)): impl for impl in impls} for impls in layers]
+    for impls in named:
+        add_layers(impls, config)
+    builders = [make_builder(impls, config) for impls in named]
     common = make_common(LONG)
     query, cache = make_step(common)
     first = builders[0].build(0, common)
@@ -222,4 +234,4 @@ def test_tokens_are_counted_once_and_pairs_for_every_layer(groups: int, calls: l
         for impl in impls:
             attend(impl, query, cache, metadata)
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
-    assert runtime._density.kept_pairs.item() == runtime._causal_pairs
+    assert runtime._density.kept_pairs.item() == runtime._causal_pairs > 0

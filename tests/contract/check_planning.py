@@ -35,17 +35,17 @@ UNREAD: Any = object()  # an attempt to read it fails
 def test_below_the_gate_lengths_are_not_copied() -> None:
     runtime, builder, _ = one_group()
     common = make_common(DECODE, SHORT, SHORT, seq_lens_cpu_upper_bound=UNREAD)
-    assert builder.plan_step(common, None) is ALL_DENSE
+    assert builder.plan_step(common, None) == (ALL_DENSE, None)
     assert counted(runtime) == {("dense", "below_min_seq_len"): 2 * SHORT.rows}
 
 
 def test_steps_that_decode_leave_nothing_to_count() -> None:
     runtime, builder, _ = one_group()
     unread = {"query_start_loc_cpu": UNREAD, "seq_lens_cpu_upper_bound": UNREAD, "is_prefilling": UNREAD}
-    assert builder.plan_step(make_common(DECODE, LONG_ANSWER, **unread), None) is ALL_DENSE
+    assert builder.plan_step(make_common(DECODE, LONG_ANSWER, **unread), None) == (ALL_DENSE, None)
     assert not runtime.counters._deferred
     verification = Row(5, 300, prefill=False)  # of drafts
-    assert builder.plan_step(make_common(LONG_ANSWER, verification), None) is ALL_DENSE
+    assert builder.plan_step(make_common(LONG_ANSWER, verification), None) == (ALL_DENSE, None)
     assert counted(runtime) == {}
 
 
@@ -58,10 +58,12 @@ def test_what_the_v1_runner_overwrites_is_copied(batch: tuple[Row, ...]) -> None
         config = make_config(v2=is_v2)
         builder = make_builder({NAME.format(0): make_impl(runtime, config)}, config)
         common = make_common(*batch)
-        builder.plan_step(common, None)
+        _, record = builder.plan_step(common, None)
         if not is_v2:
             for tensor in (common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, common.is_prefilling):
                 tensor.fill_(1)
+        if record:
+            runtime.finish_step(record)
     assert counted(runtimes[0]) == counted(runtimes[1]) != {}
 
 
@@ -80,18 +82,18 @@ def test_a_rank_that_publishes_nothing_plans_alike_and_copies_nothing_below_the_
     runtime = make_runtime(publish=False)
     builder = make_builder({NAME.format(0): make_impl(runtime)})
     unread = {"query_start_loc_cpu": UNREAD, "seq_lens_cpu_upper_bound": UNREAD, "is_prefilling": UNREAD}
-    assert builder.plan_step(make_common(SHORT, DECODE, **unread), None) is ALL_DENSE
+    assert builder.plan_step(make_common(SHORT, DECODE, **unread), None) == (ALL_DENSE, None)
     assert builder.plan_step(make_common(*MIXED), None) == one_group()[1].plan_step(make_common(*MIXED), None)
     assert counted(runtime) == {}
 
 
 def test_what_forbids_a_step_is_asked_only_if_a_chunk_passes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Mock(return_value=None)
-    monkeypatch.setattr(compat, "step_dense_reason", asked)
+    asked = Mock(return_value=Mock(dense_reason=None))
+    monkeypatch.setattr(compat, "step_traits", asked)
     _, builder, _ = one_group()
-    assert builder.plan_step(make_common(LONG_ANSWER, Row(120), SHORT), None) is ALL_DENSE
+    assert builder.plan_step(make_common(LONG_ANSWER, Row(120), SHORT), None) == (ALL_DENSE, None)
     assert not asked.called
-    assert builder.plan_step(make_common(LONG_ANSWER, LONG), None).chunks
+    assert builder.plan_step(make_common(LONG_ANSWER, LONG), None)[0].chunks
     assert asked.call_count == 1
 
 
@@ -106,7 +108,7 @@ def test_rows_that_cannot_be_told_apart_count_if_a_chunk_could_have_gone_sparse(
 def test_short_chunks_beside_a_long_context_are_counted_by_why_they_run_dense() -> None:
     runtime, builder, _ = one_group()
     short_chunk = Row(20, 300)
-    assert builder.plan_step(make_common(LONG_ANSWER, short_chunk, SHORT, SHORT), None) is ALL_DENSE
+    assert builder.plan_step(make_common(LONG_ANSWER, short_chunk, SHORT, SHORT), None) == (ALL_DENSE, None)
     expected = {("dense", "short_chunk"): short_chunk.rows, ("dense", "below_min_seq_len"): 2 * SHORT.rows}
     assert counted(runtime) == expected
     builder.plan_step(make_common(short_chunk, SHORT, seq_lens_cpu_upper_bound=None), None)  # nobody knows which is why
@@ -116,7 +118,7 @@ def test_short_chunks_beside_a_long_context_are_counted_by_why_they_run_dense() 
 def test_a_plan_holds_plain_integers() -> None:
     # PyTorch's and NumPy's would select another compiled variant of a kernel, and JSON refuses them.
     _, builder, _ = one_group()
-    plan = builder.plan_step(make_common(*MIXED), None)
+    plan, _ = builder.plan_step(make_common(*MIXED), None)
     assert {type(value) for part in (*plan.chunks, *plan.dense_runs) for value in part} == {int}
 
 

@@ -42,7 +42,8 @@ MIXED = (DECODE, LONG, SHORT, DECODE, LONG)
 
 
 def make_runtime(publish: bool = True, **settings: Any) -> Runtime:
-    gate = {"min_seq_len": 200, "min_chunk": 100, "vertical_size": EVERYTHING, "slash_size": EVERYTHING, "log_every": 0}
+    method = {"name": "vertical_slash", "vertical_size": EVERYTHING, "slash_size": EVERYTHING}
+    gate = {"min_seq_len": 200, "min_chunk": 100, "method": method, "log_every": 0}
     runtime = Runtime(MInferenceConfig(**{**gate, **settings}), CPU, publish)
     runtime.counters.start = Mock()  # no thread a test
     return runtime
@@ -72,7 +73,7 @@ def make_config(**changes: Any) -> Any:
         use_v2_model_runner=changes.get("v2", True),
         model_config=model,
         parallel_config=parallel,
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8, long_prefill_token_threshold=0),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         compilation_config=SimpleNamespace(
             static_forward_context={}, cudagraph_mode=no_graphs, max_cudagraph_capture_size=0
@@ -95,10 +96,34 @@ def make_impl(runtime: Runtime, config: Any = None, **changes: Any) -> MInferenc
     }
     with (
         patch.object(torch.cuda, "current_device", lambda: 0),
-        patch.object(impl_module, "_runtime", lambda *_: runtime),
+        patch.object(impl_module, "runtime_of", lambda *_: runtime),
         patch.object(impl_module, "get_current_vllm_config", lambda: config or make_config()),
     ):
         return MInferenceImpl(**{**plain, **changes})
+
+
+def add_layers(
+    impls: dict[str, MInferenceImpl],
+    config: Any,
+    dtype: torch.dtype = torch.bfloat16,
+    is_draft_layer: bool = False,
+    chunk_size: int | None = None,
+) -> Any:
+    """The configuration of a model that has these layers too, with a cache of this type."""
+    for name, impl in impls.items():
+        layer = Attention.__new__(Attention)
+        layer.__dict__.update(
+            impl=impl,
+            layer_name=name,
+            num_heads=impl.num_heads,
+            is_draft_layer=is_draft_layer,
+            kv_cache_torch_dtype=dtype,
+        )
+        if chunk_size is not None:
+            layer.__dict__["attention_chunk_size"] = chunk_size
+        config.compilation_config.static_forward_context[name] = layer
+        impl._vllm_config = config
+    return config
 
 
 def make_builder(
@@ -110,13 +135,7 @@ def make_builder(
     kind: type[MInferenceBuilder] = MInferenceBuilder,
 ) -> MInferenceBuilder:
     """The builder of a KV cache group whose layers have these names and, if chunk_size is given, attend locally."""
-    config = config or make_config()
-    for name, impl in impls.items():
-        layer = Attention.__new__(Attention)
-        layer.__dict__.update(impl=impl, layer_name=name, num_heads=impl.num_heads, is_draft_layer=is_draft_layer)
-        if chunk_size is not None:
-            layer.__dict__["attention_chunk_size"] = chunk_size
-        config.compilation_config.static_forward_context[name] = layer
+    config = add_layers(impls, config or make_config(), dtype, is_draft_layer, chunk_size)
     spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype)
     return kind(spec, list(impls), config, CPU)
 
@@ -131,6 +150,11 @@ def one_group(layers: int = 2) -> tuple[Runtime, MInferenceBuilder, list[MInfere
 def has_plan(metadata: Any) -> bool:
     """Whether something of the step runs sparse."""
     return getattr(metadata, "minference", None) is not None
+
+
+def finish(runtime: Runtime, metadata: Any) -> None:
+    """The layers have run a step in which something runs sparse."""
+    runtime.finish_step(metadata.minference.record)
 
 
 def counted(runtime: Runtime) -> dict[tuple[str, str], int]:

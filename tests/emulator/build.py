@@ -33,15 +33,18 @@ class Edit(NamedTuple):
 
 SHARED_MEMORY = r"extern __shared__ char raw\[\];", "char* const raw = emulator::shared_memory;"
 LAUNCH = (
-    r"kernel<<<(.*), THREADS, (\w+), stream>>>\(p\);",
-    r"emulator::launch(\1, THREADS, \2, [=] { kernel(p); });",
+    r"kernel<<<(.*), THREADS, (\w+), stream>>>\((.*?)\);",
+    r"emulator::launch(\1, THREADS, \2, [=] { kernel(\3); });",
 )
 NEEDED = (
-    Edit("attend.cu", *SHARED_MEMORY),
-    Edit("attend.cu", *LAUNCH),
+    Edit("attend_kernel.cuh", *SHARED_MEMORY),
+    Edit("attend_kernel.cuh", *LAUNCH),
     Edit("probe_lse.cuh", *SHARED_MEMORY),
     Edit("probe_mass.cuh", *SHARED_MEMORY),
     Edit("probe.cu", *LAUNCH),
+    Edit("score_lse.cuh", *SHARED_MEMORY),
+    Edit("score_mass.cuh", *SHARED_MEMORY),
+    Edit("score.cu", *LAUNCH),
     Edit("probe_sums.cuh", r'asm volatile\(.*?: "memory"\);', "*address += value;"),
 )
 
@@ -68,12 +71,14 @@ class Build:
 
     Args:
         edits: what breaks the kernels.
+        only: the one source that is wanted, if it is not attend.cu and probe.cu.
     """
 
-    def __init__(self, folder: Path, edits: Iterable[Edit] = ()) -> None:
+    def __init__(self, folder: Path, edits: Iterable[Edit] = (), only: str = "") -> None:
         prepare(folder, (*NEEDED, *edits))
         self.path = folder / "kernels.so"
-        command = ["g++", *FLAGS, "-o", self.path, "kernels.cpp"]
+        define = [f'-DONLY="{only}"'] if only else []
+        command = ["g++", *FLAGS, *define, "-o", self.path, "kernels.cpp"]
         self.process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
 
     @functools.cached_property

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minference_vllm.config import MInferenceConfig
-from minference_vllm.index import PagedKV
-from minference_vllm.workspace import Geometry, Workspace
+from minference_vllm.attention import LayerState
+from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.methods import VerticalSlash
+from minference_vllm.methods.vertical_slash import VerticalSlashSettings
+from minference_vllm.ops import Kernel
+from minference_vllm.scratch import AttendBuffers, ScratchShape
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,14 @@ class Case:
     def scale(self) -> float:
         return self.head_dim**-0.5
 
-    def config(self, **changes: object) -> MInferenceConfig:
+    @property
+    def shape(self) -> ScratchShape:
+        """Scratch for somewhat longer requests and chunks than this one."""
+        heads = self.num_qo_heads, self.num_kv_heads, self.head_dim
+        return ScratchShape(*heads, self.dtype, max_seq_len=self.seq_len + 300, max_chunk=self.num_rows + 100)
+
+    def vertical_slash(self, kernel: Kernel, **changes: object) -> VerticalSlash:
+        """The method with this case's budgets."""
         settings = {
             "vertical_size": self.vertical_size,
             "slash_size": self.slash_size,
@@ -45,7 +55,7 @@ class Case:
             "sink_tokens": 4,
             "local_tokens": 16,
         }
-        return MInferenceConfig(**{**settings, **changes})
+        return VerticalSlash(VerticalSlashSettings.model_validate({**settings, **changes}), kernel)
 
 
 REGULAR = [
@@ -130,12 +140,15 @@ def make_queries(case: Case, device: torch.device, seed: int = 1) -> torch.Tenso
     return qkv.to(device, case.dtype)[:, : case.num_qo_heads]
 
 
-def make_workspace(case: Case, config: MInferenceConfig, device: torch.device) -> Workspace:
-    geometry = Geometry(
-        num_qo_heads=case.num_qo_heads,
-        max_seq_len=case.seq_len + 300,
-        max_chunk=case.num_rows + 100,
-        num_probes=sum(config.probe_counts),
-        max_columns=config.vertical_size,
-    )
-    return Workspace.allocate(geometry, device)
+def make_chunk(case: Case, device: torch.device, seed: int = 0) -> Chunk:
+    """The case's rows over its cache; the output is NaN."""
+    q = make_queries(case, device, seed + 1)
+    out = torch.full_like(q, torch.nan)
+    return Chunk(q, out, make_cache(case, device, seed), case.context_len, case.scale)
+
+
+def make_state(case: Case, method: VerticalSlash, device: torch.device) -> LayerState:
+    """What a layer brings to its chunks, with scratch of its own."""
+    budgets = method.budgets(case.num_qo_heads, device)
+    attend = AttendBuffers.allocate(case.num_qo_heads, case.shape.max_chunk, device)
+    return LayerState(0, budgets, method.scratch(case.shape, device), attend)

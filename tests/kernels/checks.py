@@ -2,14 +2,14 @@
 """What every attending kernel must give, wherever it runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from minference_vllm.index import PagedKV, SparseIndex
-from minference_vllm.kernels.cuda.attend import supports
-from minference_vllm.kernels.cuda.library import SUPPORTED_HEAD_DIMS
-from tests.kernels.cases import Case
-from tests.kernels.engines import CUDA, REFERENCE
+from minference_vllm import reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import SparseIndex
+from minference_vllm.scratch import AttendBuffers
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -27,21 +27,23 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (error <= 4 * tolerance * size.clamp_min(size.mean())).all()
 
 
-def check_attend(attend: Callable[..., None], case: Case, index: SparseIndex, q: torch.Tensor, kv: PagedKV) -> None:
+Attend = Callable[[Chunk, SparseIndex, AttendBuffers], None]
+
+
+def check_attend(attend: Attend, chunk: Chunk, index: SparseIndex) -> None:
     """Against the reference. Every row of the chunk is written, and nothing past them."""
+    q, num_rows = chunk.q, chunk.num_rows
     results = []
-    for function in (REFERENCE.attend, attend):
-        out = torch.full((case.num_rows + 1, *q.shape[1:]), torch.nan, dtype=q.dtype, device=q.device)
-        lse = torch.full((case.num_qo_heads, case.num_rows + 5), torch.nan, device=q.device)
-        pairs = torch.zeros(1, dtype=torch.int64, device=q.device)
-        if function is CUDA.attend:  # what its kernel does not take goes to Triton's
-            promised = case.head_dim in SUPPORTED_HEAD_DIMS and case.dtype != torch.float32
-            assert supports(q, kv, out[:-1]) is promised
-        function(q, kv, case.context_len, case.scale, index, out[:-1], lse, pairs)
-        results.append((out, lse, pairs))
-    (expected, expected_lse, expected_pairs), (out, lse, pairs) = results
+    for function in (reference.attend, attend):
+        out = torch.full((num_rows + 1, *q.shape[1:]), torch.nan, dtype=q.dtype, device=q.device)
+        buffers = AttendBuffers.allocate(chunk.num_qo_heads, num_rows + 5, q.device)
+        buffers.lse.fill_(torch.nan)
+        function(replace(chunk, out=out[:-1]), index, buffers)
+        results.append((out, buffers))
+    (expected, of_reference), (out, buffers) = results
     assert_close(out[:-1], expected[:-1])
     assert out[-1].isnan().all()
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3, equal_nan=True)
-    assert lse[:, : case.num_rows].isfinite().all()
-    assert pairs.item() == expected_pairs.item()
+    torch.testing.assert_close(buffers.lse, of_reference.lse, rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert buffers.lse[:, :num_rows].isfinite().all()
+    assert buffers.kept_pairs.item() == of_reference.kept_pairs.item()
+    assert buffers.tile_counter.item() == 0, "the next launch would count on from there"

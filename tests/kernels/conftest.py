@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from minference_vllm import kernels
+from minference_vllm.kernels.triton import probe
 
 
 @pytest.fixture(autouse=True)
 def few_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for each program, and runs none side by side: two key ranges stand for thirty-two."""
     if device.type == "cpu":
-        monkeypatch.setattr(sys.modules[kernels.probe.__module__], "PROBE_SPLITS", 2)
+        monkeypatch.setattr(sys.modules[probe.__module__], "PROBE_SPLITS", 2)

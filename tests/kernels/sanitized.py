@@ -9,11 +9,14 @@ from dataclasses import replace
 
 import torch
 
+from minference_vllm import reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.kernels import cuda
 from minference_vllm.kernels.cuda import library
-from minference_vllm.workspace import Workspace
-from tests.kernels.cases import ADVERSARIAL, IRREGULAR, Case, make_cache, make_queries, make_workspace
+from minference_vllm.ops import Kernel
+from minference_vllm.scratch import ProbeBuffers
+from tests.kernels.cases import ADVERSARIAL, IRREGULAR, Case, make_chunk
 from tests.kernels.checks import check_attend, relative_error
-from tests.kernels.engines import CUDA, REFERENCE
 from tests.kernels.test_random import random_index
 
 # Every column, so that slots come round in one tile.
@@ -27,13 +30,14 @@ CASES = [
 ]
 
 
-def probe(case: Case, q: torch.Tensor, ws: Workspace, device: torch.device) -> None:
-    kv, config = make_cache(case, device), case.config()
-    expected = make_workspace(case, config, device)
-    for engine, filled in ((CUDA, ws), (REFERENCE, expected)):
-        engine.probe(q, kv, case.context_len, case.scale, *config.probe_counts, filled)
+def probe(case: Case, chunk: Chunk) -> None:
+    counts = case.vertical_slash(Kernel.CUDA).settings.probe_counts
+    results = []
+    for function in (cuda.probe.probe, reference.probe):
+        results.append(ProbeBuffers.allocate(case.num_qo_heads, sum(counts), case.shape.max_seq_len, chunk.q.device))
+        function(chunk, *counts, results[-1])
     for name in ("vertical", "slash"):
-        mass, want = (getattr(of, name)[:, : case.seq_len] for of in (ws, expected))
+        mass, want = (getattr(of, name)[:, : case.seq_len] for of in results)
         assert relative_error(mass, want) < 2e-3, (case, name)
 
 
@@ -42,13 +46,12 @@ def main() -> None:
     programs = library.num_multiprocessors
     generator = torch.Generator().manual_seed(0)
     for case in CASES:
-        q, kv = make_queries(case, device), make_cache(case, device)
-        ws = make_workspace(case, case.config(), device)
-        probe(case, q, ws, device)
+        chunk = make_chunk(case, device)
+        probe(case, chunk)
         # A tile a program, then many: what a program reads of one tile it overwrites for the next.
         for few in (False, True):
             library.num_multiprocessors = (lambda device: 2) if few else programs
-            check_attend(CUDA.attend, case, random_index(case, ws, generator), q, kv)
+            check_attend(cuda.attend.attend, chunk, random_index(case, generator, device))
 
 
 if __name__ == "__main__":

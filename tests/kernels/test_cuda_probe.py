@@ -9,8 +9,9 @@ import torch
 from minference_vllm import reference
 from minference_vllm.kernels.cuda.library import SUPPORTED_HEAD_DIMS
 from minference_vllm.kernels.cuda.probe import probe, supports
-from minference_vllm.workspace import MASS_UNIT, Workspace
-from tests.kernels.cases import CASES, GPU_CASES, Case, make_cache, make_queries, make_workspace
+from minference_vllm.ops import Kernel
+from minference_vllm.scratch import MASS_UNIT, ProbeBuffers
+from tests.kernels.cases import CASES, GPU_CASES, Case, make_chunk
 from tests.kernels.checks import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
@@ -37,26 +38,26 @@ every_case = pytest.mark.parametrize(
 )
 
 
-def run(function, case: Case, device: torch.device, times: int = 1) -> list[Workspace]:
-    """Workspaces after a probe of the same chunk, full of another request's results before it."""
-    q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
+def run(function, case: Case, device: torch.device, times: int = 1) -> list[ProbeBuffers]:
+    """Buffers after a probe of the same chunk, full of another request's results before it."""
+    chunk, counts = make_chunk(case, device), case.vertical_slash(Kernel.CUDA).settings.probe_counts
     if function is probe:
-        assert supports(q, kv)
+        assert supports(chunk, *counts)
     results = []
     for _ in range(times):
-        ws = make_workspace(case, config, device)
-        for left_over in (ws.vertical, ws.slash, ws.probe_lse, ws.probe_max, ws.probe_sum):
+        buffers = ProbeBuffers.allocate(case.num_qo_heads, sum(counts), case.shape.max_seq_len, device)
+        for left_over in (buffers.vertical, buffers.slash, buffers.lse, buffers.partial_max, buffers.partial_sum):
             left_over.fill_(7)
-        function(q, kv, case.context_len, case.scale, *config.probe_counts, ws)
-        results.append(ws)
+        function(chunk, *counts, buffers)
+        results.append(buffers)
     return results
 
 
 @every_case
 def test_masses_are_those_of_the_reference(case: Case, device: torch.device) -> None:
     (expected,), (actual,) = run(reference.probe, case, device), run(probe, case, device)
-    torch.testing.assert_close(actual.probe_lse, expected.probe_lse, rtol=1e-4, atol=1e-4)
-    present = expected.probe_lse.isfinite().sum(1)
+    torch.testing.assert_close(actual.lse, expected.lse, rtol=1e-4, atol=1e-4)
+    present = expected.lse.isfinite().sum(1)
     for name in ("vertical", "slash"):
         mass, want = getattr(actual, name), getattr(expected, name)
         inside = slice(0, case.seq_len)
@@ -71,6 +72,6 @@ def test_masses_are_those_of_the_reference(case: Case, device: torch.device) -> 
 def test_ten_runs_give_the_same_bits(case: Case, device: torch.device) -> None:
     first, *others = run(probe, case, device, times=10)
     for other in others:
-        assert torch.equal(other.probe_lse, first.probe_lse)
+        assert torch.equal(other.lse, first.lse)
         assert torch.equal(other.vertical, first.vertical)
         assert torch.equal(other.slash, first.slash)

@@ -5,20 +5,35 @@ import ctypes
 import itertools
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from minference_vllm.estimators import ESTIMATORS
-from minference_vllm.index import PagedKV, SparseIndex
+from minference_vllm import reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import BandIndex
 from minference_vllm.kernels.cuda import library
+from minference_vllm.kernels.cuda.attend import attend
+from minference_vllm.kernels.cuda.probe import probe
+from minference_vllm.ops import Kernel
+from minference_vllm.reference.pages import gather
+from minference_vllm.scratch import AttendBuffers, ProbeBuffers
 from tests.conftest import ON_CI
 from tests.emulator.build import Build, can_leave_out
-from tests.kernels.cases import CASES, Case, make_cache, make_queries, make_rising_cache, make_workspace
+from tests.kernels.cases import CASES, Case, make_chunk, make_rising_cache
 from tests.kernels.checks import check_attend, relative_error
-from tests.kernels.engines import CUDA, REFERENCE
-from tests.kernels.indexes import NOTHING, Kept, index_of
+from tests.kernels.indexes import (
+    NOTHING,
+    TILES,
+    Kept,
+    index_of,
+    random_tile_index,
+    tile_index_of,
+    tile_mask_of,
+    tiles_in_turn,
+)
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None and not ON_CI, reason="needs g++"),
@@ -26,7 +41,8 @@ pytestmark = [
 ]
 
 CPU = torch.device("cpu")
-SEEDS = 3
+SEEDS = 2
+DTYPES = (torch.float16, torch.bfloat16)
 SUPPORTED = [case for case in CASES if case.dtype != torch.float32 and case.head_dim in (64, 128)]
 
 PROBE_CASES = [
@@ -37,19 +53,45 @@ PROBE_CASES = [
 ]
 GROUP_OF_EIGHT = PROBE_CASES[-2]
 
+# Chunks that begin and end within a tile, but for the first.
+TILE_CASES = [
+    Case("whole tiles", num_rows=256, context_len=640, num_qo_heads=2, num_kv_heads=2),
+    Case("page 48", num_rows=150, context_len=500, num_qo_heads=4, num_kv_heads=1, page_size=48, head_dim=128),
+    Case("page 128, HND", num_rows=129, context_len=600, num_qo_heads=3, num_kv_heads=1, page_size=128, layout="HND"),
+    Case("no context", num_rows=333, context_len=0, num_qo_heads=2, num_kv_heads=1, head_dim=128),
+    Case("1 row", num_rows=1, context_len=699, num_qo_heads=8, num_kv_heads=1, page_size=32),
+    Case("group of seven", num_rows=70, context_len=440, num_qo_heads=7, num_kv_heads=1, layout="HND", head_dim=128),
+]
+
 # Statements without which a kernel is wrong.
 ATTEND_BREAKS = {
     "the halves' stages are not evened out": ("attend.cuh", "own[0] = max(own[0], own[1] - 1);"),
-    "values are left while they are added": ("attend_consume.cuh", "hopper::mma_wait<0>();\n        hopper::pin(acc);"),
+    "slots are released while values are added": (
+        "attend_consume.cuh",
+        "hopper::mma_wait<0>();\n        hopper::pin(acc);",
+    ),
     "gathered keys are multiplied unfenced": ("attend_consume.cuh", "if (by_rows) hopper::fence_async_proxy();"),
-    "scores are not masked": ("attend_consume.cuh", "keep(scores);"),
+    "scores are not masked": ("attend_consume.cuh", "mask(scores);"),
     "keys are copied over others in use": (
         "attend_produce.cuh",
         "hopper::wait(&shared.empty[which][slot], phase ^ 1);",
     ),
     "outputs do not follow the reference": ("attend_softmax.cuh", "acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;"),
     "the halves are out of turn": ("attend_consume.cuh", "if (half == 1) consumer.pass_turn();"),
-    "queries are never left": ("attend_consume.cuh", "if (--steps_left == 0) leave(&shared.q_empty);"),
+    "queries are never released": ("attend_consume.cuh", "if (--steps_left == 0) release(&shared.q_empty);"),
+}
+TILES_BREAKS = {
+    "the longer half waits for its turn": ("attend_consume.cuh", "sit_out();\n                advance();"),
+    "the slots of the longer half are not skipped": ("attend_consume.cuh", "if (half == 0 && is_others) advance();"),
+    "shared stages come again": ("attend_consume.cuh", "shared_at_end = round > 0 ? shared_at_end : 0;"),
+    "a tile that keeps every group keeps none": (
+        "attend_index.cuh",
+        "if (work.num_groups[SHARED] == EVERY_GROUP) work.num_groups[SHARED] = work.tile * GROUPS_PER_TILE;",
+    ),
+    "nobody arrives for the half that skips a stage": (
+        "attend_produce.cuh",
+        "if (thread == 0 && kind != SHARED) hopper::arrive(&shared.empty[which][slot], WARPS_PER_HALF);",
+    ),
 }
 PROBE_BREAKS = {
     "keys are copied over others in use": (
@@ -61,10 +103,10 @@ PROBE_BREAKS = {
         "hopper::mma_wait<0>();\n            hopper::pin(scores[0]);",
     ),
 }
-BREAKS = [*ATTEND_BREAKS.values(), *PROBE_BREAKS.values()]
+BREAKS = [*ATTEND_BREAKS.values(), *TILES_BREAKS.values(), *PROBE_BREAKS.values()]
 
-# Private stages of one half against none or many of the other, which no estimate gives but the kernel promises to take.
 LATE = Case("", num_rows=200, context_len=1100, num_qo_heads=2, num_kv_heads=1, head_dim=128)
+# Private stages of one half against none or many of the other, which no method gives but the kernel promises to take.
 HAND_WRITTEN = {
     "nothing but each tile's own keys": [NOTHING, NOTHING],
     "many bands of the second half, none of the first": [Kept([], [], list(range(1, 81)), [0, 400]), NOTHING],
@@ -87,118 +129,155 @@ class Emulated:
         monkeypatch.setattr(library, "launch", self.launch)
         # So few that a program goes through several tiles.
         monkeypatch.setattr(library, "num_multiprocessors", lambda device: 1 + self.seed % 3)
-        # One of this test: a kernel that breaks off does not leave zero.
-        self.counter = torch.zeros(1, dtype=torch.int32)
-        monkeypatch.setattr(library, "counter", lambda device: self.counter)
 
     def launch(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
         self.functions.emulator_begin(self.seed, self.left_out)
         if error := self.functions[function](ctypes.byref(arguments), None):
             raise RuntimeError(f"{function}, seed {self.seed}: {self.functions.minference_error(error).decode()}")
-        assert self.counter.item() == 0, "the next launch would count on from there"
+
+    def leave_out(self, statements: tuple[str, str]) -> None:
+        self.left_out = BREAKS.index(statements)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """What torch computes here is so small that its other threads would only spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Build, Build]:
-    """The kernels as they are, and such as can be broken; both made at once."""
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The kernels, such that tests can break them."""
     edits = [can_leave_out(number, *statements) for number, statements in enumerate(BREAKS)]
-    return Build(tmp_path_factory.mktemp("sound")), Build(tmp_path_factory.mktemp("breakable"), edits)
+    return Build(tmp_path_factory.mktemp("emulated"), edits)
 
 
 @pytest.fixture
-def emulated(builds: tuple[Build, Build], monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    return Emulated(builds[0].functions, monkeypatch)
+def emulated(build: Build, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    return Emulated(build.functions, monkeypatch)
 
 
-@pytest.fixture
-def breakable(builds: tuple[Build, Build], monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    return Emulated(builds[1].functions, monkeypatch)
+def named(cases: list[Case]) -> list:
+    """Of two neighbours one has the other's dtype."""
+    typed = [replace(case, dtype=dtype) for case, dtype in zip(cases, itertools.cycle(DTYPES), strict=False)]
+    return [pytest.param(case, id=f"{case.name}, {str(case.dtype)[6:]}") for case in typed]
 
 
-def estimated_index(case: Case, q: torch.Tensor, kv: PagedKV) -> SparseIndex:
-    ws = make_workspace(case, case.config(), CPU)
-    return ESTIMATORS["vertical_slash"](q, kv, case.context_len, case.scale, case.config(), REFERENCE, ws)
+def chosen_index(case: Case, chunk: Chunk) -> BandIndex:
+    method = case.vertical_slash(Kernel.REFERENCE)
+    return method.choose(chunk, method.budgets(case.num_qo_heads, CPU), method.scratch(case.shape, CPU))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in SUPPORTED])
-def test_attend_matches_the_reference(emulated: Emulated, case: Case, dtype: torch.dtype) -> None:
-    case = replace(case, dtype=dtype)
-    q, kv = make_queries(case, CPU), make_cache(case, CPU)
-    index = estimated_index(case, q, kv)
+@pytest.mark.parametrize("case", named(SUPPORTED))
+def test_attend_matches_the_reference(emulated: Emulated, case: Case) -> None:
+    chunk = make_chunk(case, CPU)
+    index = chosen_index(case, chunk)
     for emulated.seed in range(SEEDS):
-        check_attend(CUDA.attend, case, index, q, kv)
+        check_attend(attend, chunk, index)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [pytest.param(heads, id=name) for name, heads in HAND_WRITTEN.items()])
-def test_attend_takes_any_index(emulated: Emulated, heads: list[Kept], head_dim: int) -> None:
+def test_attend_takes_any_band_index(emulated: Emulated, heads: list[Kept], head_dim: int) -> None:
     case = replace(LATE, head_dim=head_dim)
-    q, kv, index = make_queries(case, CPU), make_cache(case, CPU), index_of(heads, case, CPU)
+    chunk, index = make_chunk(case, CPU), index_of(heads, case, CPU)
     for emulated.seed in range(SEEDS):
-        check_attend(CUDA.attend, case, index, q, kv)
+        check_attend(attend, chunk, index)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("case", named([*TILE_CASES, LATE, replace(LATE, head_dim=64)]))
+def test_attend_takes_any_tile_index(emulated: Emulated, case: Case) -> None:
+    chunk = make_chunk(case, CPU)
+    for emulated.seed in range(SEEDS + 1):
+        check_attend(attend, chunk, tile_index_of(tiles_in_turn(emulated.seed), case, CPU))
+
+
+@pytest.mark.parametrize("case", named(TILE_CASES))
+def test_attend_takes_random_tile_indexes(emulated: Emulated, case: Case) -> None:
+    generator = torch.Generator().manual_seed(0)
+    chunk = make_chunk(case, CPU)
+    for emulated.seed in range(SEEDS):
+        check_attend(attend, chunk, random_tile_index(case, generator, CPU))
+
+
+def test_the_reference_attends_to_what_a_tile_index_defines() -> None:
+    case = replace(LATE, head_dim=64, dtype=torch.float32)
+    chunk, mask = make_chunk(case, CPU), tile_mask_of(TILES, case)
+    buffers = AttendBuffers.allocate(case.num_qo_heads, case.num_rows, CPU)
+    reference.attend(chunk, tile_index_of(TILES, case, CPU), buffers)
+    keys, values = gather(chunk.kv, case.seq_len)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        chunk.q.transpose(0, 1), keys, values, mask, scale=case.scale, enable_gqa=True
+    )
+    torch.testing.assert_close(chunk.out, expected.transpose(0, 1))
+    assert buffers.kept_pairs.item() == mask.sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 def test_attend_follows_scores_that_rise(emulated: Emulated, dtype: torch.dtype) -> None:
     case = replace(LATE, dtype=dtype)
-    q, kv = make_queries(case, CPU), make_rising_cache(case, CPU)
+    chunk = replace(make_chunk(case, CPU), kv=make_rising_cache(case, CPU))
     for heads in HAND_WRITTEN.values():
-        check_attend(CUDA.attend, case, index_of(heads, case, CPU), q, kv)
+        check_attend(attend, chunk, index_of(heads, case, CPU))
+    check_attend(attend, chunk, tile_index_of(TILES, case, CPU))
 
 
 def check_probe(case: Case) -> None:
-    q, kv, config = make_queries(case, CPU), make_cache(case, CPU), case.config()
+    chunk, counts = make_chunk(case, CPU), case.vertical_slash(Kernel.CUDA).settings.probe_counts
     results = []
-    for probe in (REFERENCE.probe, CUDA.probe):
-        ws = make_workspace(case, config, CPU)
-        for left_over in (ws.vertical, ws.slash, ws.probe_lse):
+    for function in (reference.probe, probe):
+        buffers = ProbeBuffers.allocate(case.num_qo_heads, sum(counts), case.shape.max_seq_len, CPU)
+        for left_over in (buffers.vertical, buffers.slash, buffers.lse):
             left_over.fill_(7)
-        probe(q, kv, case.context_len, case.scale, *config.probe_counts, ws)
-        results.append(ws)
+        function(chunk, *counts, buffers)
+        results.append(buffers)
     expected, actual = results
-    torch.testing.assert_close(actual.probe_lse, expected.probe_lse, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.lse, expected.lse, rtol=1e-4, atol=1e-4)
     for name in ("vertical", "slash"):
         mass, want = getattr(actual, name), getattr(expected, name)
         assert relative_error(mass[:, : case.seq_len], want[:, : case.seq_len]) < 2e-3
         assert (mass[:, case.seq_len :] == 7).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in PROBE_CASES])
-def test_probe_matches_the_reference(emulated: Emulated, case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", named(PROBE_CASES))
+def test_probe_matches_the_reference(emulated: Emulated, case: Case) -> None:
     for emulated.seed in range(SEEDS):
-        check_probe(replace(case, dtype=dtype))
+        check_probe(case)
 
 
 @pytest.mark.parametrize("broken", [pytest.param(statements, id=name) for name, statements in ATTEND_BREAKS.items()])
-def test_a_broken_attend_is_noticed(breakable: Emulated, broken: tuple[str, str]) -> None:
-    q, caches = make_queries(LATE, CPU), (make_cache(LATE, CPU), make_rising_cache(LATE, CPU))
+def test_a_broken_attend_is_noticed(emulated: Emulated, broken: tuple[str, str]) -> None:
+    chunks = make_chunk(LATE, CPU), replace(make_chunk(LATE, CPU), kv=make_rising_cache(LATE, CPU))
     indexes = [index_of(heads, LATE, CPU) for heads in HAND_WRITTEN.values()]
-
-    def check_all() -> None:
-        for kv, index in itertools.product(caches, indexes):
-            check_attend(CUDA.attend, LATE, index, q, kv)
-
-    check_all()
-    breakable.left_out = BREAKS.index(broken)
+    emulated.leave_out(broken)
     with pytest.raises((AssertionError, RuntimeError)):
-        for breakable.seed in range(10):
-            check_all()
+        for emulated.seed, chunk, index in itertools.product(range(10), chunks, indexes):
+            check_attend(attend, chunk, index)
+
+
+@pytest.mark.parametrize("broken", [pytest.param(statements, id=name) for name, statements in TILES_BREAKS.items()])
+def test_a_broken_attend_to_tiles_is_noticed(emulated: Emulated, broken: tuple[str, str]) -> None:
+    chunk = make_chunk(LATE, CPU)
+    emulated.leave_out(broken)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for emulated.seed in range(10):
+            check_attend(attend, chunk, tile_index_of(tiles_in_turn(emulated.seed), LATE, CPU))
 
 
 @pytest.mark.parametrize("broken", [pytest.param(statements, id=name) for name, statements in PROBE_BREAKS.items()])
-def test_a_broken_probe_is_noticed(breakable: Emulated, broken: tuple[str, str]) -> None:
-    check_probe(GROUP_OF_EIGHT)
-    breakable.left_out = BREAKS.index(broken)
+def test_a_broken_probe_is_noticed(emulated: Emulated, broken: tuple[str, str]) -> None:
+    emulated.leave_out(broken)
     with pytest.raises((AssertionError, RuntimeError)):
-        for breakable.seed in range(10):
+        for emulated.seed in range(10):
             check_probe(GROUP_OF_EIGHT)
 
 
-def test_a_deadlock_is_reported(breakable: Emulated) -> None:
-    q, kv = make_queries(LATE, CPU), make_cache(LATE, CPU)
+def test_a_deadlock_is_reported(emulated: Emulated) -> None:
+    chunk = make_chunk(LATE, CPU)
     index = index_of(HAND_WRITTEN["many bands of the second half, none of the first"], LATE, CPU)
-    breakable.left_out = BREAKS.index(ATTEND_BREAKS["the halves' stages are not evened out"])
+    emulated.leave_out(ATTEND_BREAKS["the halves' stages are not evened out"])
     with pytest.raises(RuntimeError, match=r"deadlock[\s\S]*mbarrier"):
-        check_attend(CUDA.attend, LATE, index, q, kv)
+        check_attend(attend, chunk, index)

@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from minference_vllm.attention import sparse_prefill
-from minference_vllm.engine import Engine
-from minference_vllm.index import PagedKV
+from minference_vllm import attention, ops
+from minference_vllm.attention import LayerState
+from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.ops import Kernel
 from minference_vllm.reference.pages import gather
-from minference_vllm.workspace import Workspace
-from tests.kernels.cases import Case, make_cache, make_queries, make_workspace
+from minference_vllm.scratch import AttendBuffers
+from tests.kernels.cases import Case, make_cache, make_chunk, make_queries, make_state
 from tests.kernels.checks import assert_close
-from tests.kernels.engines import CUDA, REFERENCE, TRITON
 from tests.kernels.indexes import NOTHING, Kept, index_of, mask_of
 
-ENGINES = {engine.name: engine for engine in (REFERENCE, TRITON, CUDA)}
 EVERYTHING = 10_000
 # Small, since an interpreted kernel takes seconds; still three tiles, the first and last of them partial.
 SPARSE = Case("", num_rows=170, context_len=110, num_qo_heads=2, num_kv_heads=1, vertical_size=8, slash_size=17)
@@ -31,25 +30,33 @@ class Result(NamedTuple):
     kept_pairs: int
 
 
-@pytest.fixture(params=["reference", "triton", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.hopper])])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return ENGINES[request.param]
+@pytest.fixture(
+    params=[
+        Kernel.REFERENCE,
+        Kernel.TRITON,
+        pytest.param(Kernel.CUDA, marks=[pytest.mark.gpu, pytest.mark.hopper]),
+    ]
+)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return request.param
 
 
 def prefill(
-    engine: Engine,
+    kernel: Kernel,
     case: Case,
     q: torch.Tensor,
     kv: PagedKV,
-    ws: Workspace | None = None,
+    state: LayerState | None = None,
     out: torch.Tensor | None = None,
 ) -> Result:
     """Sparse prefill of one chunk; `case` gives its context and budget."""
-    ws = make_workspace(case, case.config(), q.device) if ws is None else ws
+    method = case.vertical_slash(kernel)
+    state = make_state(case, method, q.device) if state is None else state
     out = torch.full_like(q, torch.nan) if out is None else out
-    kept_before = ws.kept_pairs.item()
-    sparse_prefill(q, kv, case.context_len, case.scale, case.config(), engine, ws, out)
-    return Result(out.clone(), ws.lse[:, : case.num_rows].clone(), int(ws.kept_pairs.item() - kept_before))
+    kept_before = state.attend.kept_pairs.item()
+    attention.prefill(Chunk(q, out, kv, case.context_len, case.scale), method, state)
+    kept_pairs = int(state.attend.kept_pairs.item() - kept_before)
+    return Result(out.clone(), state.attend.lse[:, : case.num_rows].clone(), kept_pairs)
 
 
 def dense(case: Case, q: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -80,9 +87,9 @@ def causal_pairs(case: Case) -> int:
         pytest.param(replace(FULL, head_dim=128, num_rows=5, context_len=250, probe_rows="both"), id="few rows"),
     ],
 )
-def test_a_full_budget_is_dense_attention(engine: Engine, case: Case, device: torch.device) -> None:
+def test_a_full_budget_is_dense_attention(kernel: Kernel, case: Case, device: torch.device) -> None:
     q, kv = make_queries(case, device), make_cache(case, device)
-    result = prefill(engine, case, q, kv)
+    result = prefill(kernel, case, q, kv)
     assert_close(result.out, dense(case, q, kv))
     assert result.kept_pairs == causal_pairs(case)
 
@@ -99,34 +106,34 @@ def hide_keys_from(kv: PagedKV, first: int) -> PagedKV:
 
 @pytest.mark.parametrize("chunks", [(128, 72), (1, 129, 70), (199, 1)], ids=str)
 def test_a_full_budget_does_not_depend_on_the_chunks(
-    engine: Engine, chunks: tuple[int, ...], device: torch.device
+    kernel: Kernel, chunks: tuple[int, ...], device: torch.device
 ) -> None:
     whole = replace(FULL, num_rows=sum(chunks), context_len=0)
     q, kv = make_queries(whole, device), make_cache(whole, device)
-    ws = make_workspace(whole, whole.config(), device)
+    state = make_state(whole, whole.vertical_slash(kernel), device)
     parts = []
     start = 0
     for rows in chunks:
         case = replace(whole, num_rows=rows, context_len=start)
-        parts.append(prefill(engine, case, q[start : start + rows], hide_keys_from(kv, start + rows), ws))
+        parts.append(prefill(kernel, case, q[start : start + rows], hide_keys_from(kv, start + rows), state))
         start += rows
-    unchunked = prefill(engine, whole, q, kv, ws)
+    unchunked = prefill(kernel, whole, q, kv, state)
     assert_close(torch.cat([part.out for part in parts]), unchunked.out)
     torch.testing.assert_close(torch.cat([part.lse for part in parts], 1), unchunked.lse, rtol=1e-4, atol=1e-4)
     assert sum(part.kept_pairs for part in parts) == unchunked.kept_pairs
 
 
-def test_tensor_parallel_shards_are_slices_of_the_whole(engine: Engine, device: torch.device) -> None:
+def test_tensor_parallel_shards_are_slices_of_the_whole(kernel: Kernel, device: torch.device) -> None:
     whole = replace(SPARSE, num_qo_heads=4, num_kv_heads=2, num_rows=90)
     q, kv = make_queries(whole, device), make_cache(whole, device)
-    expected = prefill(engine, whole, q, kv)
+    expected = prefill(kernel, whole, q, kv)
     assert expected.kept_pairs < causal_pairs(whole)
     kept_pairs = 0
     # Two ranks with a KV head each, and one of four ranks, where every KV head lives on two of them.
     for qo_heads, kv_heads in ((slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2)), (slice(1, 2), slice(0, 1))):
         num_heads = qo_heads.stop - qo_heads.start
         case = replace(whole, num_qo_heads=num_heads, num_kv_heads=1)
-        shard = prefill(engine, case, q[:, qo_heads], PagedKV(kv.k[:, kv_heads], kv.v[:, kv_heads], *kv[2:]))
+        shard = prefill(kernel, case, q[:, qo_heads], kv._replace(k=kv.k[:, kv_heads], v=kv.v[:, kv_heads]))
         assert torch.equal(shard.out, expected.out[:, qo_heads])
         assert torch.equal(shard.lse, expected.lse[qo_heads])
         kept_pairs += shard.kept_pairs if num_heads == 2 else 0
@@ -150,16 +157,14 @@ def test_tensor_parallel_shards_are_slices_of_the_whole(engine: Engine, device: 
     ],
 )
 def test_attention_covers_what_the_index_lists_and_nothing_else(
-    engine: Engine, heads: list[Kept], device: torch.device
+    kernel: Kernel, heads: list[Kept], device: torch.device
 ) -> None:
-    q, kv = make_queries(SPARSE, device), make_cache(SPARSE, device)
-    out, lse = torch.full_like(q, torch.nan), torch.zeros(2, SPARSE.num_rows, device=device)
-    kept_pairs = torch.zeros(1, dtype=torch.int64, device=device)
-    index = index_of(heads, SPARSE, device)
-    engine.attend(q, kv, SPARSE.context_len, SPARSE.scale, index, out, lse, kept_pairs)
+    chunk = make_chunk(SPARSE, device)
+    buffers = AttendBuffers.allocate(SPARSE.num_qo_heads, SPARSE.num_rows, device)
+    ops.attend(chunk, index_of(heads, SPARSE, device), buffers, kernel)
     mask = mask_of(heads, SPARSE).to(device)
-    assert_close(out, dense(SPARSE, q, kv, mask))
-    assert kept_pairs.item() == mask.sum()
+    assert_close(chunk.out, dense(SPARSE, chunk.q, chunk.kv, mask))
+    assert buffers.kept_pairs.item() == mask.sum()
 
 
 def share_cache(caches: list[PagedKV]) -> list[PagedKV]:
@@ -181,23 +186,23 @@ def share_cache(caches: list[PagedKV]) -> list[PagedKV]:
     return [PagedKV(k, v, table, row) for row in range(len(caches))]
 
 
-def test_prompts_of_one_batch_come_out_as_each_alone(engine: Engine, device: torch.device) -> None:
+def test_prompts_of_one_batch_come_out_as_each_alone(kernel: Kernel, device: torch.device) -> None:
     # Long, short, long: what the scratch memory still holds of one must not reach the next.
     cases = [SPARSE, replace(SPARSE, num_rows=70, context_len=130), replace(SPARSE, num_rows=200, context_len=80)]
     queries = [make_queries(case, device, seed) for seed, case in enumerate(cases)]
     caches = [make_cache(case, device, seed + 10) for seed, case in enumerate(cases)]
-    ws = make_workspace(replace(SPARSE, num_rows=300), SPARSE.config(), device)
+    state = make_state(replace(SPARSE, num_rows=300), SPARSE.vertical_slash(kernel), device)
     for case, q, kv, shared in zip(cases, queries, caches, share_cache(caches), strict=True):
-        alone = prefill(engine, case, q, kv)
+        alone = prefill(kernel, case, q, kv)
         assert alone.kept_pairs < causal_pairs(case)
-        assert_equal(prefill(engine, case, q, shared, ws), alone)
+        assert_equal(prefill(kernel, case, q, shared, state), alone)
 
 
-def test_the_order_of_pages_changes_nothing(engine: Engine, device: torch.device) -> None:
+def test_the_order_of_pages_changes_nothing(kernel: Kernel, device: torch.device) -> None:
     q, kv = make_queries(SPARSE, device), make_cache(SPARSE, device)
     (permuted,) = share_cache([kv])
     assert not torch.equal(permuted.block_table[0], kv.block_table[1])
-    assert_equal(prefill(engine, SPARSE, q, permuted), prefill(engine, SPARSE, q, kv))
+    assert_equal(prefill(kernel, SPARSE, q, permuted), prefill(kernel, SPARSE, q, kv))
 
 
 def far_apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -221,25 +226,25 @@ def far_apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("what", "dim"), [("pages", 0), ("kv heads", 1), ("rows", 0)])
-def test_offsets_past_2_to_the_31(engine: Engine, what: str, dim: int, device: torch.device) -> None:
+def test_offsets_past_2_to_the_31(kernel: Kernel, what: str, dim: int, device: torch.device) -> None:
     case = replace(SPARSE, num_rows=70, num_qo_heads=3, num_kv_heads=3)
     q, kv = make_queries(case, device), make_cache(case, device)
-    expected = prefill(engine, case, q, kv)
+    expected = prefill(kernel, case, q, kv)
     if what == "rows":
         q, out = far_apart(q, 0), far_apart(torch.full_like(q, torch.nan), 0)
-        assert_equal(prefill(engine, case, q, kv, out=out), expected)
+        assert_equal(prefill(kernel, case, q, kv, out=out), expected)
         return
     assert (kv.block_table[kv.row] == len(kv.k) - 1).any(), "the last page is the one that lies far off"
     cache = far_apart(torch.cat([kv.k, kv.v], dim=-1), dim)
     k, v = cache.split(case.head_dim, dim=-1)
-    assert_equal(prefill(engine, case, q, PagedKV(k, v, kv.block_table, kv.row)), expected)
+    assert_equal(prefill(kernel, case, q, PagedKV(k, v, kv.block_table, kv.row)), expected)
 
 
 @pytest.mark.parametrize("stride", [0, 1, 2**40])
-def test_the_stride_of_a_single_kv_head_means_nothing(engine: Engine, stride: int, device: torch.device) -> None:
+def test_the_stride_of_a_single_kv_head_means_nothing(kernel: Kernel, stride: int, device: torch.device) -> None:
     case = replace(SPARSE, num_rows=70)
     q, kv = make_queries(case, device), make_cache(case, device)
-    expected = prefill(engine, case, q, kv)
+    expected = prefill(kernel, case, q, kv)
 
     def degenerate(half: torch.Tensor) -> torch.Tensor:
         strides = (half.stride(0), stride, half.stride(2), 1)
@@ -247,4 +252,4 @@ def test_the_stride_of_a_single_kv_head_means_nothing(engine: Engine, stride: in
 
     odd = PagedKV(degenerate(kv.k), degenerate(kv.v), kv.block_table, kv.row)
     assert odd.k.stride(1) == stride
-    assert_equal(prefill(engine, case, q, odd), expected)
+    assert_equal(prefill(kernel, case, q, odd), expected)

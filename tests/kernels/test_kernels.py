@@ -2,27 +2,27 @@
 """Each kernel against its plain-torch twin."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from minference_vllm.attention import sparse_prefill
-from minference_vllm.engine import Engine
-from minference_vllm.estimators import ESTIMATORS
-from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, SparseIndex
+from minference_vllm import ops, reference
+from minference_vllm.attention import prefill
+from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, BandIndex
+from minference_vllm.kernels import cuda, triton
+from minference_vllm.ops import Kernel
 from minference_vllm.reference.attend import kept_before
-from minference_vllm.workspace import MASS_UNIT
+from minference_vllm.scratch import MASS_UNIT, ProbeBuffers, SelectBuffers
 from tests.kernels.cases import (
     CASES,
     GPU_CASES,
     Case,
-    make_cache,
-    make_queries,
+    make_chunk,
     make_rising_cache,
-    make_workspace,
+    make_state,
 )
 from tests.kernels.checks import check_attend, relative_error
-from tests.kernels.engines import CUDA, REFERENCE, TRITON
 from tests.kernels.indexes import Kept, index_of
 
 every_case = pytest.mark.parametrize(
@@ -32,30 +32,42 @@ every_case = pytest.mark.parametrize(
 )
 
 
-every_engine = pytest.mark.parametrize(
-    "engine",
+every_kernel = pytest.mark.parametrize(
+    "kernel",
     [
-        pytest.param(TRITON, id="triton"),
-        pytest.param(CUDA, id="cuda", marks=[pytest.mark.gpu, pytest.mark.hopper]),
+        pytest.param(Kernel.TRITON, id="triton"),
+        pytest.param(Kernel.CUDA, id="cuda", marks=[pytest.mark.gpu, pytest.mark.hopper]),
     ],
 )
 
 
+def attend_with(kernel: Kernel):
+    return lambda chunk, index, buffers: ops.attend(chunk, index, buffers, kernel)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_the_cuda_library_takes_what_it_promises(case: Case) -> None:
+    chunk = make_chunk(case, torch.device("cpu"))
+    promised = case.head_dim in cuda.library.SUPPORTED_HEAD_DIMS and case.dtype != torch.float32
+    assert cuda.attend.supports(chunk) is promised
+    assert cuda.probe.supports(chunk, 64, 0) is promised
+    assert not cuda.probe.supports(chunk, 32, 0)
+
+
 @every_case
 def test_probe_sums_the_mass_of_columns_and_diagonals(case: Case, device: torch.device) -> None:
-    q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
-    num_last, num_spread = config.probe_counts
+    chunk, counts = make_chunk(case, device), case.vertical_slash(Kernel.TRITON).settings.probe_counts
     results = []
-    for engine in (REFERENCE, TRITON):
-        ws = make_workspace(case, config, device)
-        ws.slash.fill_(7)  # left over from another request
-        engine.probe(q, kv, case.context_len, case.scale, num_last, num_spread, ws)
-        results.append(ws)
+    for probe in (reference.probe, triton.probe):
+        buffers = ProbeBuffers.allocate(case.num_qo_heads, sum(counts), case.shape.max_seq_len, device)
+        buffers.slash.fill_(7)  # left over from another request
+        probe(chunk, *counts, buffers)
+        results.append(buffers)
     expected, actual = results
     # A float32 product on the matrix units keeps ten bits of its operands.
     tolerance = 2e-2 if case.dtype == torch.float32 else 1e-4
-    torch.testing.assert_close(actual.probe_lse, expected.probe_lse, rtol=tolerance, atol=tolerance)
-    present = expected.probe_lse.isfinite().sum(1)
+    torch.testing.assert_close(actual.lse, expected.lse, rtol=tolerance, atol=tolerance)
+    present = expected.lse.isfinite().sum(1)
     for name in ("vertical", "slash"):
         mass, want = getattr(actual, name)[:, : case.seq_len], getattr(expected, name)[:, : case.seq_len]
         # Every probe row's mass is 1; half a unit of rounding for each of its entries.
@@ -80,19 +92,28 @@ def test_select_keeps_exactly_what_a_stable_sort_keeps(
         "zeros": torch.zeros(3, length + 50),
         "extremes": torch.randint(0, 2**30 + 1, (3, length + 50), generator=generator),
     }[kind].to(device, torch.int32)
-    case = Case("", num_qo_heads=3)
-    ws = make_workspace(case, case.config(), device)
+    buffers = SelectBuffers.allocate(3, device)
+    # Heads keep what they were given: here as asked, one entry, and more than there is room for.
+    keeps = torch.tensor([keep, 1, 2 * length], dtype=torch.int32, device=device)
     results = []
-    for engine in (REFERENCE, TRITON):
-        below = torch.full((3, -(-length // grain) + 3), -5, dtype=torch.int32, device=device)
+    for select in (reference.select, triton.select):
+        indptr = torch.full((3, -(-length // grain) + 3), -5, dtype=torch.int32, device=device)
         out = torch.full((3, keep + 4), -5, dtype=torch.int32, device=device)
-        engine.select(mass, length, keep, forced, below, grain, out, ws)
-        results.append((below, out))
+        select(mass, length, keeps, forced, indptr, grain, out, buffers)
+        results.append((indptr, out))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    kept = results[0][0][:, -1].tolist()
+    assert kept == [keep, 1, min(length, keep + 4)]
+
+
+def test_select_refuses_marks_that_do_not_reach_all_entries() -> None:
+    mass, indptr = torch.zeros(1, 40, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="2 marks of 16 reach"):
+        ops.select(mass, 40, indptr[:, 0], 0, indptr, 16, None, SelectBuffers.allocate(1, mass.device), Kernel.TRITON)
 
 
 def kept_diagonals(num_bands: int, kept: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three heads' kept diagonals, repeats allowed: [3, kept] distances, ascending, and slash_below of them."""
+    """Three heads' kept diagonals, repeats allowed: [3, kept] distances, ascending, and slash_indptr of them."""
     generator = torch.Generator().manual_seed(kept)
     distances = torch.randint(0, (num_bands + BANDS_PER_TILE) * BAND, (3, kept), generator=generator).sort(1).values
     edges = torch.arange(num_bands + BANDS_PER_TILE + 1).mul(BAND).expand(3, -1).contiguous()
@@ -100,7 +121,7 @@ def kept_diagonals(num_bands: int, kept: int, device: torch.device) -> tuple[tor
 
 
 def band_buffers(num_bands: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """bands, bands_below and band_halves for three heads, cut out of larger ones and full of garbage."""
+    """bands, bands_indptr and band_halves for three heads, cut out of larger ones and full of garbage."""
     return (
         torch.full((3, 3, num_bands + 3), -5, dtype=torch.int32, device=device),
         torch.full((3, 3, num_bands // BANDS_PER_TILE + 4), -5, dtype=torch.int32, device=device)[..., :-3],
@@ -111,12 +132,12 @@ def band_buffers(num_bands: int, device: torch.device) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("num_bands", [0, 8, 16, 2040, 2048, 4104])
 @pytest.mark.parametrize("kept", [0, 1, 100, 5000])
 def test_band_lists_agree(num_bands: int, kept: int, device: torch.device) -> None:
-    _, slash_below = kept_diagonals(num_bands, kept, device)
+    _, slash_indptr = kept_diagonals(num_bands, kept, device)
     results = []
-    for engine in (REFERENCE, TRITON):
+    for band_lists in (reference.band_lists, triton.band_lists):
         buffers = band_buffers(num_bands, device)
-        engine.band_lists(slash_below, num_bands, *buffers)
-        # What lies past bands_below is another tile's and stays as it was.
+        band_lists(slash_indptr, num_bands, *buffers)
+        # What lies past bands_indptr is another tile's and stays as it was.
         results.append((*buffers, buffers[1]._base))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
@@ -125,11 +146,11 @@ def test_band_lists_agree(num_bands: int, kept: int, device: torch.device) -> No
 def test_a_half_keeps_the_bands_of_its_own_rows(kept: int, device: torch.device) -> None:
     last_tile = 4
     num_bands = last_tile * BANDS_PER_TILE
-    distances, slash_below = kept_diagonals(num_bands, kept, device)
-    bands, bands_below, band_halves = band_buffers(num_bands, device)
-    REFERENCE.band_lists(slash_below, num_bands, bands, bands_below, band_halves)
+    distances, slash_indptr = kept_diagonals(num_bands, kept, device)
+    bands, bands_indptr, band_halves = band_buffers(num_bands, device)
+    reference.band_lists(slash_indptr, num_bands, bands, bands_indptr, band_halves)
     no_columns = torch.zeros(3, last_tile + 1, dtype=torch.int32, device=device)
-    index = SparseIndex(bands, bands_below, band_halves, no_columns, no_columns)
+    index = BandIndex(bands, bands_indptr, band_halves, no_columns, no_columns)
     for head, tile, half in itertools.product(range(3), range(last_tile + 1), range(HALVES)):
         start = tile * TILE
         rows = torch.arange(start + half * HALF, start + half * HALF + HALF)
@@ -137,27 +158,26 @@ def test_a_half_keeps_the_bands_of_its_own_rows(kept: int, device: torch.device)
         needed = rows[:, None] - distances[head]
         keys = kept_before(index, head, tile, half).cpu()
         assert torch.isin(needed[(needed >= 0) & (needed < start)], keys).all()
-        # A band of slack, since slash_below tells diagonals apart by BAND.
+        # A band of slack, since slash_indptr tells diagonals apart by BAND.
         for first in keys[keys % BAND == 0].tolist():
             assert ((needed > first - BAND) & (needed < first + 2 * BAND)).any()
 
 
 @every_case
-@every_engine
-def test_attend_matches_the_reference(case: Case, engine: Engine, device: torch.device) -> None:
-    q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
-    ws = make_workspace(case, config, device)
-    index = ESTIMATORS["vertical_slash"](q, kv, case.context_len, case.scale, config, REFERENCE, ws)
-    check_attend(engine.attend, case, index, q, kv)
+@every_kernel
+def test_attend_matches_the_reference(case: Case, kernel: Kernel, device: torch.device) -> None:
+    chunk, method = make_chunk(case, device), case.vertical_slash(Kernel.REFERENCE)
+    state = make_state(case, method, device)
+    check_attend(attend_with(kernel), chunk, method.choose(chunk, state.budgets, state.buffers))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@every_engine
-def test_attend_follows_scores_that_rise(engine: Engine, dtype: torch.dtype, device: torch.device) -> None:
+@every_kernel
+def test_attend_follows_scores_that_rise(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
     case = Case("", num_rows=200, context_len=1100, num_qo_heads=2, num_kv_heads=1, head_dim=128, dtype=dtype)
-    q, kv = make_queries(case, device), make_rising_cache(case, device)
+    chunk = replace(make_chunk(case, device), kv=make_rising_cache(case, device))
     index = index_of([Kept(list(range(1, 70)), [], [71, 73], [0, 30, 64])] * 2, case, device)
-    check_attend(engine.attend, case, index, q, kv)
+    check_attend(attend_with(kernel), chunk, index)
 
 
 @pytest.mark.parametrize(
@@ -165,14 +185,14 @@ def test_attend_follows_scores_that_rise(engine: Engine, dtype: torch.dtype, dev
     [pytest.param(Case("", num_rows=150, context_len=140, num_qo_heads=2, num_kv_heads=1, page_size=32), id="small")]
     + [pytest.param(case, id=case.name, marks=pytest.mark.gpu) for case in GPU_CASES],
 )
-@every_engine
-def test_sparse_prefill_repeats_bit_for_bit(case: Case, engine: Engine, device: torch.device) -> None:
-    q, kv, config = make_queries(case, device), make_cache(case, device), case.config()
-    ws = make_workspace(case, config, device)
+@every_kernel
+def test_sparse_prefill_repeats_bit_for_bit(case: Case, kernel: Kernel, device: torch.device) -> None:
+    method = case.vertical_slash(kernel)
+    state = make_state(case, method, device)
     outs = []
-    for _ in range(10):
-        out = torch.full_like(q, torch.nan)
-        sparse_prefill(q, kv, case.context_len, case.scale, config, engine, ws, out)
-        outs.append(out)
+    for _ in range(10 if device.type == "cuda" else 3):
+        chunk = make_chunk(case, device)
+        prefill(chunk, method, state)
+        outs.append(chunk.out)
     assert outs[0].isfinite().all()
     assert all(torch.equal(outs[0], out) for out in outs[1:])

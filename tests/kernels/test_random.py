@@ -6,14 +6,14 @@ import random
 import pytest
 import torch
 
-from minference_vllm.estimators.vertical_slash import index_masses
-from minference_vllm.index import SparseIndex
-from minference_vllm.workspace import Workspace
-from tests.kernels.cases import Case, make_cache, make_queries, make_workspace
+from minference_vllm import ops
+from minference_vllm.index import BandIndex
+from minference_vllm.methods.vertical_slash import VerticalSlashBuffers
+from minference_vllm.ops import Kernel
+from tests.kernels.cases import Case, make_chunk
 from tests.kernels.checks import check_attend
-from tests.kernels.engines import CUDA, REFERENCE, TRITON
 
-GROUPS, SHAPES_A_GROUP = 20, 25
+NUM_GROUPS, SHAPES_PER_GROUP = 20, 25
 
 
 def random_case(rng: random.Random) -> Case:
@@ -33,27 +33,24 @@ def random_case(rng: random.Random) -> Case:
     )
 
 
-def random_index(case: Case, ws: Workspace, generator: torch.Generator) -> SparseIndex:
+def random_index(case: Case, generator: torch.Generator, device: torch.device) -> BandIndex:
     """Columns and diagonals of random mass, some in clusters."""
-    for mass in (ws.vertical, ws.slash):
+    # Nothing forced: the local band may be missing.
+    method = case.vertical_slash(Kernel.REFERENCE, sink_tokens=0, local_tokens=1)
+    buffers: VerticalSlashBuffers = method.scratch(case.shape, device)
+    for mass in (buffers.probe.vertical, buffers.probe.slash):
         noise = torch.rand(mass.shape, generator=generator)
         clusters = noise[:, ::50].repeat_interleave(50, 1)[:, : mass.shape[1]]
         mass.copy_((torch.where(noise[:, :1] < 0.5, noise, clusters) * 2**20).int())
-    # Nothing forced: the local band may be missing.
-    return index_masses(case.seq_len, case.config(sink_tokens=0, local_tokens=1), REFERENCE, ws)
+    return method.index_masses(case.seq_len, method.budgets(case.num_qo_heads, device), buffers)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", range(GROUPS))
-@pytest.mark.parametrize(
-    "attend",
-    [pytest.param(TRITON.attend, id="triton"), pytest.param(CUDA.attend, id="cuda", marks=pytest.mark.hopper)],
-)
-def test_attend_matches_the_reference_on_random_shapes(attend, group: int, device: torch.device) -> None:
+@pytest.mark.parametrize("group", range(NUM_GROUPS))
+@pytest.mark.parametrize("kernel", [Kernel.TRITON, pytest.param(Kernel.CUDA, marks=pytest.mark.hopper)])
+def test_attend_matches_the_reference_on_random_shapes(kernel: Kernel, group: int, device: torch.device) -> None:
     rng, generator = random.Random(group), torch.Generator().manual_seed(group)
-    for _ in range(SHAPES_A_GROUP if attend is CUDA.attend else 1):  # a variant of the Triton kernel takes seconds
+    for _ in range(SHAPES_PER_GROUP if kernel is Kernel.CUDA else 1):  # a variant of the Triton kernel takes seconds
         case = random_case(rng)
-        q, kv = make_queries(case, device), make_cache(case, device)
-        ws = make_workspace(case, case.config(), device)
-        index = random_index(case, ws, generator)
-        check_attend(attend, case, index, q, kv)
+        index = random_index(case, generator, device)
+        check_attend(lambda *of: ops.attend(*of, kernel), make_chunk(case, device), index)

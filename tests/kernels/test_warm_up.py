@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from minference_vllm.scratch import ScratchShape
+
 
 def test_no_request_selects_a_kernel_variant_that_the_dry_run_did_not() -> None:
     # In a process of its own: the interpreter, which the tests run under without a GPU, has no variants.
@@ -22,10 +24,8 @@ def test_no_request_selects_a_kernel_variant_that_the_dry_run_did_not() -> None:
 def test_warm_up_is_not_counted_as_work() -> None:
     from minference_vllm.config import MInferenceConfig
     from minference_vllm.runtime import Runtime
-    from minference_vllm.workspace import Geometry
 
-    config = MInferenceConfig()
-    runtime = Runtime(config, torch.device("cuda"), publish=False)
-    geometry = Geometry(4, 4096, 4096, sum(config.probe_counts), config.vertical_size)
-    runtime.warm_up(2, 64, 16, torch.bfloat16, geometry)
-    assert runtime.workspace(geometry).kept_pairs.item() == 0
+    runtime = Runtime(MInferenceConfig(), torch.device("cuda"), publish=False)
+    shape = ScratchShape(4, 2, 64, torch.bfloat16, max_seq_len=4096, max_chunk=4096)
+    runtime.warm_up(shape, page_size=16)
+    assert runtime.layer_state(shape, 0).attend.kept_pairs.item() == 0

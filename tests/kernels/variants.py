@@ -12,12 +12,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from minference_vllm.attention import prefill
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.plan import SparseChunk
+from minference_vllm.ops import Kernel
 from minference_vllm.runtime import Runtime
-from minference_vllm.workspace import Geometry
-from tests.kernels.cases import Case, make_cache, make_queries
-from tests.kernels.engines import TRITON
+from minference_vllm.scratch import ScratchShape
+from tests.kernels.cases import Case, make_chunk
 
 MAX_LEN = 40_000
 REQUESTS = [
@@ -42,18 +42,16 @@ def recorder(seen: set[tuple[str, str]]):
 
 def variants(case: Case) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """What the dry run selects, and what a request in a table of odd width selects."""
-    config = MInferenceConfig(probe_rows="both")
+    config = MInferenceConfig.model_validate({"method": {"name": "vertical_slash", "probe_rows": "both"}})
     runtime = Runtime(config, torch.device("cpu"), publish=False)
-    runtime.engine = TRITON
-    geometry = Geometry(case.num_qo_heads, MAX_LEN, 8192, sum(config.probe_counts), config.vertical_size)
+    runtime.method.kernel = Kernel.TRITON
+    shape = ScratchShape(case.num_qo_heads, case.num_kv_heads, case.head_dim, case.dtype, MAX_LEN, max_chunk=8192)
     compiled: set[tuple[str, str]] = set()
     JITFunction.run = recorder(compiled)
-    runtime.dry_run(case.num_kv_heads, case.head_dim, case.page_size, case.dtype, geometry)
+    runtime.dry_run(shape, case.page_size)
     requested: set[tuple[str, str]] = set()
     JITFunction.run = recorder(requested)
-    q, kv = make_queries(case, torch.device("cpu")), make_cache(case, torch.device("cpu"))
-    chunk = SparseChunk(1, 0, case.num_rows, case.context_len)
-    runtime.run(q, kv, chunk, case.scale, geometry, torch.empty_like(q))
+    prefill(make_chunk(case, torch.device("cpu")), runtime.method, runtime.layer_state(shape, 0))
     return compiled, requested
 
 

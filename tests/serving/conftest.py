@@ -43,9 +43,16 @@ def register():
 
     register_backend(AttentionBackendEnum.CUSTOM, "rival.Backend")
 """
+
+
+def vertical_slash(**settings: int) -> dict[str, object]:
+    """The setting `method`."""
+    return {"name": "vertical_slash", **settings}
+
+
 BAD_SETTINGS = {
-    "unknown key": {"vertical_sizes": 7},
-    "negative size": {"slash_size": -5},
+    "unknown key": {"min_seq_length": 7},
+    "negative size": {"method": vertical_slash(slash_size=-5)},
     "wrong type": {"min_seq_len": "lots"},
 }
 
@@ -86,7 +93,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sparse(logs: Path) -> Iterator[Server]:
     """Prompts go sparse in chunks of 1,024 tokens."""
-    with serving(logs / "sparse.log", *OPTIONS, **LOW_GATE, vertical_size=256, slash_size=512) as server:
+    with serving(
+        logs / "sparse.log", *OPTIONS, **LOW_GATE, method=vertical_slash(vertical_size=256, slash_size=512)
+    ) as server:
         yield server
 
 
@@ -111,7 +120,7 @@ def compared(logs: Path, rival: Path) -> tuple[FullBudget, list[Reply]]:
     """What follows COPIES on the sparse path with every key kept, and with vLLM's own backend; both beside a rival."""
 
     def full_budget() -> FullBudget:
-        everything = {"vertical_size": 10_000, "slash_size": 10_000}
+        everything = {"method": vertical_slash(vertical_size=10_000, slash_size=10_000)}
         with serving(logs / "full.log", *OPTIONS, **LOW_GATE, **everything) as server:
             replies, sparse_tokens = go_on(server), prefill_tokens(server, path="sparse")
         return FullBudget(replies, sparse_tokens, (logs / "full.log").read_text())
@@ -148,7 +157,7 @@ def start(log: Path, options: list[str], environ: dict[str, str]) -> Start:
 def refused(logs: Path) -> dict[str, Start]:
     """Starts with settings that nobody can serve, side by side."""
     broken = logs / "broken.json"
-    broken.write_text(json.dumps({"vertical_size": 500})[:-1])
+    broken.write_text(json.dumps({"min_chunk": 500})[:-1])
     with ThreadPoolExecutor(4) as pool:
         starts = {
             name: pool.submit(start, logs / f"{name}.log", minference_option(**settings), {})

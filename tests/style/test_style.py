@@ -17,8 +17,7 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 
 # The command line, then the way of a batch, from the process that vLLM starts down to device code, then the values that
-# every step shares.
-# A module imports only what stands below it.
+# every step shares. A module imports only what stands below it.
 LAYERS = (
     "cli",
     "tuning",
@@ -27,20 +26,25 @@ LAYERS = (
     "cpu",
     "metadata",
     "impl",
-    "compat",
-    "group",
     "layers",
+    "step",
     "runtime",
     "metrics",
-    "attention",
-    "estimators",
-    "engine",
-    "kernels",
-    "reference",
-    "workspace",
-    "index",
+    "record",
+    "compat",
     "plan",
     "config",
+    "reason",
+    "debug",
+    "attention",
+    "methods",
+    "ops",
+    "kernels",
+    "reference",
+    "scratch",
+    "chunk",
+    "index",
+    "errors",
 )
 IMPORT_VLLM = {"plugin", "backend", "cpu", "metadata", "impl", "compat"}
 # vLLM loads the plugin in every process, `vllm serve --help` included.

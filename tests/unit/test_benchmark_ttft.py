@@ -3,7 +3,7 @@
 
 import pytest
 
-from benchmarks import results, ttft
+from benchmarks import parse_method, resolved, results, ttft
 from benchmarks.processes import EngineProcess
 
 
@@ -21,10 +21,23 @@ def test_ttft_rows_hold_medians():
         "sparse_tokens": 8,
         "density": 0.25,
     }
-    assert ttft.make_row(ttft.Sizes.parse("30:200"), 4, 8, found) == {
-        "tokens": 8, "vertical": 30, "slash": 200, "layers": 4, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0,
+    assert ttft.make_row("30:200", 4, 8, found) == {
+        "tokens": 8, "method": "30:200", "layers": 4, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0,
         "speedup": 2.0, "sparse_tokens": 8, "density": 0.25, "timed_requests": 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("block", {"name": "block"}),
+        ('block:{"share": 0.95}', {"name": "block", "share": 0.95}),
+        ("512:2048", {"name": "vertical_slash", "vertical_size": 512, "slash_size": 2048}),
+    ],
+)
+def test_methods_are_named_in_a_word(text, method):
+    assert parse_method(text) == method
+    assert resolved({"method": parse_method(text)})["method"].items() >= method.items()
 
 
 class Taker:

@@ -5,18 +5,22 @@ import argparse
 import json
 import random
 import subprocess
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import greedy, needles, processes, results, synthetic
+import benchmarks
+from benchmarks import greedy, needles, processes, results, synthetic, ttft
 from benchmarks.haystack import CITIES, Haystack, identify
+from minference_vllm.chunk import PagedKV
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.engine import load_engine
-from minference_vllm.estimators import ESTIMATORS
-from minference_vllm.index import PagedKV
+from minference_vllm.metrics.snapshot import Snapshot
+from minference_vllm.runtime import Runtime
+from minference_vllm.scratch import ScratchShape
 from minference_vllm.tuning import masses
-from minference_vllm.workspace import Geometry, Workspace
+from tests.conftest import import_or_skip
 
 RUN = {"gpu": "a card", "driver": "1", "commit": "abc"}
 
@@ -163,26 +167,53 @@ def test_a_budget_beyond_the_prompt_keeps_everything():
     assert (masses.draw_columns(2, 20, 1000, 30, generator) > 0).all()
 
 
-def test_the_estimator_selects_the_drawn_sets_after_a_real_probe(monkeypatch):
-    config = MInferenceConfig(vertical_size=60, slash_size=200)
-    rows, context, heads, head_dim = 256, 768, 2, 64
-    ws = Workspace.allocate(Geometry(heads, 1024, rows, 64, 60), torch.device("cpu"))
+def test_an_engine_that_is_given_the_chooser_probes_in_full_and_keeps_the_drawn_sets():
+    config = MInferenceConfig.model_validate({"method": benchmarks.vertical_slash(60, 200), "log_every": 0})
+    runtime = Runtime(config, torch.device("cpu"), publish=False)
+    runtime.chooser = synthetic.make_chooser(seed=7)
+    rows, context_len, heads, head_dim = 256, 768, 2, 64
+    state = runtime.layer_state(ScratchShape(heads, 1, head_dim, torch.float32, 1024, rows), 0)
+    buffers = state.buffers
     cache = torch.randn(64, 1, 16, 2 * head_dim)
     kv = PagedKV(*cache.split(head_dim, dim=-1), torch.arange(64, dtype=torch.int32)[None], 0)
-    monkeypatch.setitem(ESTIMATORS, "vertical_slash", ESTIMATORS["vertical_slash"])
-    synthetic.install(seed=7)
 
-    def choose() -> list[list[int]]:
+    def columns() -> list[list[int]]:
         q = torch.randn(rows, heads, head_dim)
-        engine = load_engine(config, torch.device("cpu"))
-        return ESTIMATORS["vertical_slash"](q, kv, context, 0.1, config, engine, ws).columns.tolist()
+        buffers.probe.lse.zero_()
+        assert runtime.run(q, torch.empty_like(q), kv, context_len, 0.1, state)
+        assert (buffers.probe.lse != 0).all()
+        return buffers.index.columns.tolist()
 
-    first = choose()
-    assert first == choose()
+    first = columns()
+    assert first == columns()
     assert first[0][:30] == list(range(30))
-    assert (ws.probe_lse[:, :64] != 0).all()
-    assert (ws.vertical[:, :1024] > 0).sum(1).tolist() == [60, 60]
-    assert (ws.slash[:, :1024] > 0).sum(1).tolist() == [200, 200]
+    assert (buffers.probe.vertical[:, :1024] > 0).sum(1).tolist() == [60, 60]
+    assert (buffers.probe.slash[:, :1024] > 0).sum(1).tolist() == [200, 200]
+
+
+# the plugin in this process
+
+
+def test_what_ran_sparse_is_read_from_the_engine_of_this_process(monkeypatch):
+    import_or_skip("vllm")
+    from minference_vllm import impl
+
+    tokens = Counter({("sparse", "gate_open"): 70, ("dense", "short_chunk"): 5})
+    counted = SimpleNamespace(snapshot=lambda: Snapshot(tokens, kept_pairs=2, causal_pairs=8))
+    monkeypatch.setattr(impl, "_runtimes", {"only": SimpleNamespace(counters=counted)})
+    work = benchmarks.sparse_work()
+    assert (work.sparse_tokens, work.density) == (70, 0.25)
+    assert work.since(work).density is None
+
+
+@pytest.mark.parametrize(
+    "settings", [greedy.SETTINGS, needles.SETTINGS, needles.TINY_SETTINGS, ttft.TINY_SETTINGS, {"method": "block"}]
+)
+def test_what_the_benchmarks_set_is_taken_and_recorded_in_full(settings):
+    recorded = benchmarks.resolved(settings)
+    assert recorded.keys() == MInferenceConfig.model_fields.keys()
+    assert MInferenceConfig.model_validate(recorded) == MInferenceConfig.model_validate(settings)
+    json.dumps(recorded)
 
 
 # prompts

@@ -5,55 +5,70 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from minference_vllm.metrics import counters as counters_module
-from minference_vllm.metrics.counters import Counters, Snapshot, summary
+from minference_vllm.metrics.counters import Counters
+from minference_vllm.metrics.snapshot import Snapshot
 
 
-def nothing_read() -> tuple[int, int]:
-    return 0, 0
+def make_counters(tally) -> Counters:
+    return Counters(True, 0, tally, read_pairs=lambda: (0, 0))
 
 
 def test_threads_lose_no_tokens():
-    counters = Counters(True, 0, tally=dict, read_pairs=nothing_read)
+    counters = make_counters(tally=dict)
 
     def serve() -> None:
         for _ in range(500):
-            counters.defer(({("dense", "short_chunk"): (3, 1)},))
+            counters.defer({("dense", "short_chunk"): (3, 1)})
             counters.snapshot()
 
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(serve) for _ in range(8)]:
             done.result()
-    assert counters.snapshot().tokens["dense", "short_chunk"] == 8 * 500 * 3
-    assert counters.snapshot().chunks["dense", "short_chunk"] == 8 * 500
+    assert counters.snapshot() == Snapshot(
+        Counter({("dense", "short_chunk"): 8 * 500 * 3}), Counter({("dense", "short_chunk"): 8 * 500})
+    )
 
 
 def test_steps_are_tallied_in_their_order_when_somebody_asks():
     steps = []
-    counters = Counters(True, 0, tally=lambda *step: steps.append(step) or {}, read_pairs=nothing_read)
-    for step in (("a", 1), ("b", 2), ("a", 3)):
+    counters = make_counters(tally=lambda step: steps.append(step) or {})
+    for step in ("a", "b", "a"):
         counters.defer(step)
     assert steps == []
     counters.snapshot()
-    assert steps == [("a", 1), ("b", 2), ("a", 3)]
+    assert steps == ["a", "b", "a"]
+
+
+def test_a_step_does_no_more_than_append():
+    counters = make_counters(tally=dict)
+    assert counters.defer == counters._deferred.append
 
 
 def test_what_is_left_to_count_is_bounded_and_a_loss_reported_once(monkeypatch, log_lines):
     monkeypatch.setattr(counters_module, "MOST_DEFERRED", 3)
-    counters = Counters(True, 0, tally=lambda step: {("dense", "x"): (step, 1)}, read_pairs=nothing_read)
+    counters = make_counters(tally=lambda step: {("dense", "x"): (step, 1)})
     for total in (4 + 5 + 6, 2 * (4 + 5 + 6)):
         for step in range(1, 7):
-            counters.defer((step,))
+            counters.defer(step)
         assert counters.snapshot().tokens["dense", "x"] == total
     assert [level for level, line in log_lines if "missing" in line] == ["WARNING"]
 
 
 def test_a_step_that_cannot_be_tallied_is_reported_and_the_next_is_counted(log_lines):
-    counters = Counters(True, 0, tally=lambda tokens: {("dense", "x"): (12 // tokens, 1)}, read_pairs=nothing_read)
+    counters = make_counters(tally=lambda tokens: {("dense", "x"): (12 // tokens, 1)})
     for tokens in (0, 4):
-        counters.defer((tokens,))
+        counters.defer(tokens)
     assert counters.snapshot().tokens["dense", "x"] == 3
     [(level, line)] = log_lines
     assert level == "ERROR" and "could not count a step" in line
+
+
+def test_a_snapshot_is_a_value_of_its_time():
+    counters = make_counters(tally=dict)
+    before = counters.snapshot()
+    counters.defer({("dense", "x"): (3, 1)})
+    assert counters.snapshot().tokens["dense", "x"] == 3
+    assert before == Snapshot()
 
 
 def test_snapshot_survives_json_and_arithmetic():
@@ -68,10 +83,10 @@ def test_summary_reads_as_documented():
     tokens = Counter(
         {("sparse", "gate_open"): 12288, ("dense", "short_chunk"): 12, ("dense", "below_min_seq_len"): 800}
     )
-    assert summary(Snapshot(tokens, Counter(), 142, 1000), seconds=10.3) == (
+    assert Snapshot(tokens, Counter(), 142, 1000).summary(seconds=10.3) == (
         "MInference: 12,288 prompt tokens sparse, 812 dense (below_min_seq_len 800, short_chunk 12) in 10 s;"
         " density 14.2%"
     )
-    assert summary(Snapshot(Counter({("sparse", "gate_open"): 5})), seconds=1) == (
+    assert Snapshot(Counter({("sparse", "gate_open"): 5})).summary(seconds=1) == (
         "MInference: 5 prompt tokens sparse, 0 dense in 1 s; density not read yet"
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the demo and the serving tests reach a server of this machine."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from threading import Thread
 
 import pytest
 
+from demo.run import OPTIONS
 from demo.server import free_port
+from minference_vllm.config import load_config
 
 ROOT = Path(__file__).parents[2]
 ASK = """
@@ -54,3 +57,8 @@ def test_a_local_server_is_reached_past_a_proxy(url: str) -> None:
     environ |= {"http_proxy": dead, "HTTP_PROXY": dead, "all_proxy": dead}
     asked = subprocess.run([sys.executable, "-c", ASK, url], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert asked.stdout == '{"data": []} []', asked.stderr
+
+
+def test_the_settings_of_the_demo_are_taken() -> None:
+    [settings] = [json.loads(option) for option in OPTIONS if option.startswith("{")]
+    assert load_config(settings, {}).min_seq_len == 2048

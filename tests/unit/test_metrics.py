@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counting, publishing and scraping, in one process and across the process trees that vLLM builds."""
+"""Publishing and scraping, in one process and across the process trees that vLLM builds."""
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -12,12 +11,15 @@ from pathlib import Path
 
 import prometheus_client
 import pytest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics import exporter
-from minference_vllm.metrics.counters import METRICS_DIR, MULTIPROC_DIR, Counters, Snapshot
+from minference_vllm.metrics.counters import Counters
+from minference_vllm.metrics.publisher import METRICS_DIR, MULTIPROC_DIR
 
-SPARSE_TOKENS = 'minference_prefill_tokens_total{path="sparse",reason="gate_open"}'
+SPARSE = 'path="sparse",reason="gate_open"'
+SHORT = 'path="dense",reason="short_chunk"'
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +50,12 @@ class Worker:
 
     def count(self, tokens: int) -> None:
         """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
-        self.counters.defer(({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)},))
+        self.counters.defer({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)})
         self.pairs = tokens, 4 * tokens
 
 
 def serve_one_step(tokens: int) -> None:
-    """A worker process."""
+    """What a worker process does."""
     exporter.install()
     worker = Worker()
     worker.count(tokens)
@@ -75,7 +77,7 @@ def run_process(target, *args) -> None:
 
 def run_script(script: str, *arguments: str, **environment: str) -> str:
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.check_output(command, env=os.environ | environment, text=True)
 
 
 def wait_until(condition) -> None:
@@ -88,12 +90,13 @@ def wait_until(condition) -> None:
 def test_the_thread_publishes_a_change_once(tmp_path, monkeypatch):
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     monkeypatch.setenv(METRICS_DIR, str(tmp_path))
-    file = tmp_path / f"{os.getpid()}.json"
     worker = Worker()
     worker.counters.start()
     worker.count(100)
-    wait_until(lambda: file.exists() and Snapshot.from_json(file.read_text()) == worker.counters.snapshot())
-    file.unlink()
+    written = exporter.DirectoryCollector(str(tmp_path))._snapshots
+    wait_until(lambda: list(written()) == [worker.counters.snapshot()])
+    for file in tmp_path.iterdir():
+        file.unlink()
     time.sleep(0.1)
     assert not list(tmp_path.iterdir())
 
@@ -102,9 +105,9 @@ def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, 
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     counters = Worker(log_every=0.02).counters
     counters.start()
-    counters.defer(({("sparse", "gate_open"): (1000, 1)},))
+    counters.defer({("sparse", "gate_open"): (1000, 1)})
     wait_until(lambda: len(log_lines) == 1)
-    counters.defer(({("sparse", "gate_open"): (234, 1)},))
+    counters.defer({("sparse", "gate_open"): (234, 1)})
     wait_until(lambda: len(log_lines) == 2)
     time.sleep(0.1)
     assert [line.split(" prompt tokens")[0] for _, line in log_lines] == ["MInference: 1,000", "MInference: 234"]
@@ -123,10 +126,10 @@ def test_other_ranks_export_and_log_nothing(tmp_path, monkeypatch, log_lines):
     assert not log_lines
 
 
-def test_an_unwritable_directory_costs_one_warning(tmp_path, monkeypatch, log_lines):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv(METRICS_DIR, str(tmp_path / "file"))
+def test_a_directory_that_vanishes_while_serving_costs_one_warning(log_lines):
+    exporter.install()
     worker = Worker()
+    os.rmdir(os.environ[METRICS_DIR])
     for _ in range(3):
         worker.count(100)
         worker.counters.flush()
@@ -134,47 +137,58 @@ def test_an_unwritable_directory_costs_one_warning(tmp_path, monkeypatch, log_li
     assert worker.counters.snapshot().tokens["sparse", "gate_open"] == 300
 
 
-def test_a_scrape_before_the_first_read_back_has_no_density():
+@pytest.mark.parametrize("name", ["a file", "a file/folder in it"])
+def test_a_directory_that_cannot_be_made_costs_one_warning_in_all_processes(name, tmp_path, new_process, log_lines):
+    (tmp_path / "a file").touch()
+    new_process(str(tmp_path / name))
     exporter.install()
-    assert "\nminference_density " not in scrape()
-    assert "minference_kept_pairs_total 0.0" in scrape()
+    ((level, line),) = log_lines
+    assert level == "WARNING"
+    assert "missing on /metrics" in line and str(tmp_path / "a file") in line and METRICS_DIR in line
+    assert "minference" not in scrape()
+    # Those below it inherit what it says, forked or spawned.
+    serve_one_step(100)
+    new_process(os.environ[METRICS_DIR])
+    serve_one_step(100)
+    assert len(log_lines) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "a file"]
 
 
-def test_two_workers_sum_in_one_scrape():
+def test_engines_of_one_process_sum_in_one_scrape():
     exporter.install()
-    for name, tokens in (("1", 100), ("2", 300)):
-        worker = Worker()
+    for worker, tokens in ((Worker(), 100), (Worker(), 300)):
         worker.count(tokens)
-        Path(os.environ[METRICS_DIR], f"{name}.json").write_text(worker.counters.snapshot().to_json())
+        worker.counters.flush()
     text = scrape()
-    assert f"{SPARSE_TOKENS} 400.0" in text
-    assert 'minference_prefill_tokens_total{path="dense",reason="short_chunk"} 24.0' in text
-    assert 'minference_prefill_chunks_total{path="dense",reason="short_chunk"} 4.0' in text
+    assert f"minference_prefill_tokens_total{{{SPARSE}}} 400.0" in text
+    assert f"minference_prefill_tokens_total{{{SHORT}}} 24.0" in text
+    assert f"minference_prefill_chunks_total{{{SHORT}}} 4.0" in text
     assert "minference_kept_pairs_total 400.0" in text
     assert "minference_causal_pairs_total 1600.0" in text
     assert "minference_density 0.25" in text
 
 
-def test_installing_twice_changes_nothing():
+def test_installing_twice_serves_once_and_no_density_before_the_first_read_back():
     exporter.install()
     directory = os.environ[METRICS_DIR]
     exporter.install()
     assert os.environ[METRICS_DIR] == directory
     assert scrape().count("# TYPE minference_density gauge") == 1
+    assert "\nminference_density " not in scrape()
+    assert "minference_kept_pairs_total 0.0" in scrape()
 
 
 def test_a_spawned_engines_worker_shows_in_the_servers_scrape():
     exporter.install()
     run_process(run_engine_core, 100)
-    assert f"{SPARSE_TOKENS} 100.0" in scrape()
+    assert f"minference_prefill_tokens_total{{{SPARSE}}} 100.0" in scrape()
 
 
 def test_runs_that_share_a_users_directory_are_counted_apart(tmp_path, new_process):
     for tokens in (100, 300):
         new_process(str(tmp_path / "made" / "if missing"))
-        exporter.install()
-        run_process(serve_one_step, tokens)
-        assert f"{SPARSE_TOKENS} {tokens}.0" in scrape()
+        serve_one_step(tokens)
+        assert f"minference_prefill_tokens_total{{{SPARSE}}} {tokens}.0" in scrape()
 
 
 FORKING_SERVER = """
@@ -195,81 +209,91 @@ def test_the_directory_outlives_forked_children_and_goes_with_its_owner(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-FORKING_WORKER = """
-import os, sys
+# A worker's last step is counted while its server is already ending.
+ENDING_SERVER = """
+import logging, multiprocessing.util, sys, time  # vLLM imports it before the plugin
 from minference_vllm.metrics.counters import Counters
-counters = Counters(publish=True, log_every=0, tally=dict, read_pairs=lambda: (0, 0))
-counters.start()
-counters.defer(({("sparse", "gate_open"): (5, 1)},))
-if child := os.fork():
-    os.waitpid(child, 0)
-sys.exit()
+from minference_vllm.metrics.exporter import install
+logging.basicConfig(stream=sys.stdout, level=logging.INFO)
+
+def serve():
+    counters = Counters(publish=True, log_every=10, tally=dict, read_pairs=lambda: (0, 0))
+    counters.start()
+    time.sleep(0.2)
+    counters.defer({("sparse", "gate_open"): (5, 1)})
+    counters.flush()  # as its thread does
+
+install()
+multiprocessing.get_context("fork").Process(target=serve).start()
 """
 
 
-def test_a_forked_child_does_not_publish_its_parents_counts(tmp_path):
-    run_script(FORKING_WORKER, MINFERENCE_METRICS_DIR=str(tmp_path))
-    (file,) = tmp_path.iterdir()
-    assert json.loads(file.read_text())["prefill"][0]["tokens"] == 5
+def test_a_server_that_ends_before_its_workers_costs_no_warning(tmp_path):
+    lines = run_script(ENDING_SERVER, TMPDIR=str(tmp_path)).splitlines()
+    assert [line.split(" prompt tokens")[0] for line in lines] == ["INFO:vllm.minference.metrics:MInference: 5"]
+    assert not list(tmp_path.iterdir())
 
 
 SHORT_RUN = """
-import logging, sys
+import logging, os, shutil, sys
 from minference_vllm.metrics.counters import Counters
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
 counters = Counters(publish=True, log_every=10, tally=dict, read_pairs=lambda: (0, 0))
 counters.start()
-counters.defer(({("sparse", "gate_open"): (5, 1)},))
+counters.defer({("sparse", "gate_open"): (5, 1)})
+if "fork" in sys.argv and (child := os.fork()):
+    os.waitpid(child, 0)
+if "remove" in sys.argv:
+    shutil.rmtree(os.environ["MINFERENCE_METRICS_DIR"])
+sys.exit()
 """
 
 
-def test_what_was_counted_last_is_published_and_logged_at_exit(tmp_path):
-    assert "MInference: 5 prompt tokens sparse" in run_script(SHORT_RUN, MINFERENCE_METRICS_DIR=str(tmp_path))
-    (file,) = tmp_path.iterdir()
-    row = {"path": "sparse", "reason": "gate_open", "tokens": 5, "chunks": 1}
-    assert json.loads(file.read_text()) == {"prefill": [row], "kept_pairs": 0, "causal_pairs": 0}
+@pytest.mark.parametrize("fork", [(), ("fork",)], ids=["", "a forked child publishes nothing of its parent's"])
+def test_what_was_counted_last_is_published_and_logged_at_exit_once(fork, tmp_path):
+    assert run_script(SHORT_RUN, *fork, MINFERENCE_METRICS_DIR=str(tmp_path)).count("5 prompt tokens sparse") == 1
+    (snapshot,) = exporter.DirectoryCollector(str(tmp_path))._snapshots()
+    assert snapshot.chunks == {("sparse", "gate_open"): 1}
 
 
-ENGINE = """
+def test_a_directory_that_is_gone_at_exit_costs_no_warning(tmp_path):
+    (line,) = run_script(SHORT_RUN, "remove", MINFERENCE_METRICS_DIR=str(tmp_path)).splitlines()
+    assert "5 prompt tokens sparse" in line
+
+
+# One argument an engine: the pairs that it keeps, of a hundred in all its steps; none if its GPU tells nothing.
+ENGINES = """
 import sys
 from minference_vllm.metrics.counters import Counters
-from minference_vllm.metrics.exporter import install
-install()
-pairs = 0, 0
-counters = Counters(publish=True, log_every=0, tally=dict, read_pairs=lambda: pairs)
 for kept_pairs in map(int, sys.argv[1:]):
-    counters.defer(({("sparse", "gate_open"): (50, 1)},))
-    counters.flush()
-    pairs = kept_pairs, 4 * kept_pairs
-    counters.flush()
+    pairs = 0, 0
+    counters = Counters(publish=True, log_every=0, tally=dict, read_pairs=lambda: pairs)
+    for step in (1, 2):
+        counters.defer({("sparse", "gate_open"): (50, 1)})
+        counters.flush()
+        pairs = step * kept_pairs // 2, step * 50 * (kept_pairs > 0)
+        counters.flush()
 """
-API_SERVER = """
-from prometheus_client import CollectorRegistry, generate_latest, multiprocess
-registry = CollectorRegistry()
-multiprocess.MultiProcessCollector(registry)
-print(generate_latest(registry).decode())
-"""
+
+
+def scrape_multiprocess(directory: Path) -> str:
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry, directory)
+    return prometheus_client.generate_latest(registry).decode()
 
 
 def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path):
-    environment = {MULTIPROC_DIR: str(tmp_path)}
-    run_script(ENGINE, "0", "0", **environment)
-    text = run_script(API_SERVER, **environment)
-    assert f"{SPARSE_TOKENS} 100.0" in text
+    run_script(ENGINES, "0", PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    text = scrape_multiprocess(tmp_path)
+    assert f"minference_prefill_tokens_total{{{SPARSE}}} 100.0" in text
     assert "\nminference_density " not in text
 
-    run_script(ENGINE, "10", "25", **environment)
-    text = run_script(API_SERVER, **environment)
-    assert f"{SPARSE_TOKENS} 200.0" in text
-    assert 'minference_prefill_chunks_total{path="sparse",reason="gate_open"} 4.0' in text
-    assert "minference_kept_pairs_total 25.0" in text
-    assert "minference_causal_pairs_total 100.0" in text
-    assert "minference_density 0.25" in text
+    run_script(ENGINES, "30", "10", PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    text = scrape_multiprocess(tmp_path)
+    assert f"minference_prefill_tokens_total{{{SPARSE}}} 300.0" in text
+    assert f"minference_prefill_chunks_total{{{SPARSE}}} 6.0" in text
+    assert "minference_kept_pairs_total 40.0" in text
+    assert "minference_causal_pairs_total 200.0" in text
+    assert "minference_density 0.2\n" in text
 
-
-def test_worker_side_imports_neither_torch_nor_vllm_nor_prometheus():
-    out = run_script(
-        "import sys; from minference_vllm.metrics import counters, exporter\n"
-        "print([name for name in ('torch', 'vllm', 'prometheus_client') if name in sys.modules])"
-    )
-    assert out.strip() == "[]"
+    run_script(ENGINES, "30", PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "missing"))  # and nothing is raised

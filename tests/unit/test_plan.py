@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import pytest
+import torch
 
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.plan import ALL_DENSE, DenseRun, Plan, Reason, Requests, SparseChunk, make_plan, tally
+from minference_vllm.plan import ALL_DENSE, DenseRun, Plan, Requests, SparseChunk, make_plan
+from minference_vllm.reason import Reason
+from minference_vllm.record import StepRecord, Tally, UntoldStep
 
 CONFIG = MInferenceConfig(min_seq_len=1000, min_chunk=100)
 OPEN = ("sparse", "gate_open")
@@ -38,14 +41,14 @@ def plan_of(*batch: Row) -> Plan:
     return make_plan(requests_of(batch), CONFIG)
 
 
-def tally_of(*batch: Row) -> dict[tuple[str, str], tuple[int, int]]:
-    return tally(requests_of(batch), CONFIG)
+def tally_of(*batch: Row, config: MInferenceConfig = CONFIG, **changes: object) -> Tally:
+    return StepRecord("a group", *requests_of(batch), **changes).tally(config)
 
 
-def requests_of(batch: tuple[Row, ...], **reasons: Reason) -> Requests:
+def requests_of(batch: tuple[Row, ...]) -> Requests:
     starts = list(accumulate((row.rows for row in batch), initial=0))
     seq_lens = [row.context_len + row.rows for row in batch]
-    return Requests(starts, seq_lens, [row.prefill for row in batch], **reasons)
+    return Requests(starts, seq_lens, [row.prefill for row in batch])
 
 
 def check(plan: Plan, batch: tuple[Row, ...], config: MInferenceConfig = CONFIG) -> None:
@@ -74,7 +77,7 @@ def check(plan: Plan, batch: tuple[Row, ...], config: MInferenceConfig = CONFIG)
             request_of_row.append(request)
             tokens[label] += is_prefill
     assert plan.chunks == tuple(chunks)
-    assert tally(requests_of(batch), config) == {label: (tokens[label], count) for label, count in counts.items()}
+    assert tally_of(*batch, config=config) == {label: (tokens[label], count) for label, count in counts.items()}
     if chunks:
         check_runs(plan.dense_runs, path_of_row, request_of_row, batch)
     else:
@@ -118,27 +121,42 @@ def test_the_gate(row: Row, label: tuple[str, Reason]) -> None:
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason is not Reason.GATE_OPEN])
-def test_a_reason_of_the_layers_keeps_a_step_dense_and_is_counted(reason: Reason) -> None:
-    requests = requests_of((DECODE, LONG, SHORT, LATER_CHUNK), layer_reason=reason)
-    assert make_plan(requests, CONFIG) is ALL_DENSE
-    assert tally(requests, CONFIG) == {("dense", reason.value): (LONG.rows + SHORT.rows + LATER_CHUNK.rows, 3)}
+def test_a_reason_of_the_layers_is_counted_for_all_prompts(reason: Reason) -> None:
+    tokens = LONG.rows + SHORT.rows + LATER_CHUNK.rows
+    assert tally_of(DECODE, LONG, SHORT, LATER_CHUNK, layer_reason=reason) == {("dense", reason.value): (tokens, 3)}
 
 
 def test_a_reason_of_the_step_is_counted_for_chunks_that_pass_the_gate() -> None:
-    requests = requests_of((DECODE, SHORT, LONG), step_reason=Reason.NOT_CAUSAL)
-    assert make_plan(requests, CONFIG) is ALL_DENSE
-    assert tally(requests, CONFIG) == {TOO_SHORT: (SHORT.rows, 1), ("dense", "not_causal"): (LONG.rows, 1)}
+    counts = tally_of(DECODE, SHORT, LONG, step_reason=Reason.NOT_CAUSAL)
+    assert counts == {TOO_SHORT: (SHORT.rows, 1), ("dense", "not_causal"): (LONG.rows, 1)}
+
+
+def test_requests_that_failed_are_counted_as_faults() -> None:
+    counts = tally_of(LONG, DECODE, LATER_CHUNK, failed={2})
+    assert counts == {OPEN: (LONG.rows, 1), ("dense", "sparse_fault"): (LATER_CHUNK.rows, 1)}
 
 
 def test_a_step_that_cannot_be_told_apart_counts_as_one_chunk() -> None:
-    requests = Requests.unknown(5000, Reason.NO_HOST_METADATA)
-    assert tally(requests, CONFIG) == {("dense", "no_host_metadata"): (5000, 1)}
-    assert make_plan(requests, CONFIG) is ALL_DENSE
+    assert UntoldStep("a group", 5000, Reason.NO_HOST_METADATA).tally(CONFIG) == {
+        ("dense", "no_host_metadata"): (5000, 1)
+    }
 
 
 def test_below_the_gate_lengths_are_not_needed() -> None:
     batch = (DECODE, SHORT, SHORT)
-    assert tally(requests_of(batch)._replace(seq_lens=[]), CONFIG) == tally_of(*batch) == {TOO_SHORT: (120, 2)}
+    without = requests_of(batch)._replace(seq_lens=[])
+    assert StepRecord("a group", *without).tally(CONFIG) == tally_of(*batch) == {TOO_SHORT: (120, 2)}
+
+
+def test_a_record_may_hold_the_tensors_that_describe_the_step() -> None:
+    batch = (DECODE, LONG, SHORT)
+    tensors = [torch.tensor(field) for field in requests_of(batch)]
+    assert StepRecord("a group", *tensors).tally(CONFIG) == tally_of(*batch)
+
+
+def test_rows_that_run_dense_after_all_are_a_run_of_their_own() -> None:
+    run = DenseRun.of_chunk(SparseChunk(request=3, query_start=11, num_rows=512, context_len=4096))
+    assert run == DenseRun(first=3, end=4, query_start=11, query_end=523, max_query_len=512, max_seq_len=4608)
 
 
 @pytest.mark.parametrize(
@@ -216,14 +234,14 @@ def test_flags_may_lack_the_padding_rows() -> None:
     batch = (DECODE, LONG, PADDING, PADDING)
     requests = requests_of(batch)._replace(is_prefilling=[False, True])
     assert make_plan(requests, CONFIG) == plan_of(*batch)
-    assert tally(requests, CONFIG) == tally_of(*batch)
+    assert StepRecord("a group", *requests).tally(CONFIG) == tally_of(*batch)
     assert plan_of(*batch).chunks
 
 
 def test_flags_beyond_the_requests_are_not_looked_at() -> None:
     requests = requests_of((LONG, SHORT))
     stale = requests._replace(is_prefilling=[*requests.is_prefilling, True, True])
-    assert tally(stale, CONFIG) == tally(requests, CONFIG)
+    assert StepRecord("a group", *stale).tally(CONFIG) == tally_of(LONG, SHORT)
     assert make_plan(stale, CONFIG) == make_plan(requests, CONFIG)
 
 
@@ -251,14 +269,3 @@ def test_random_batches_agree_with_the_rule_applied_row_by_row() -> None:
         check(plan, batch)
         sparse_steps += bool(plan.chunks)
     assert sparse_steps > 100
-
-
-@pytest.mark.parametrize(("rows", "context_len"), [(1, 0), (1, 9), (7, 0), (5, 13)])
-def test_causal_pairs_are_what_dense_attention_computes(rows: int, context_len: int) -> None:
-    pairs = sum(context_len + row + 1 for row in range(rows))
-    assert SparseChunk(3, 11, rows, context_len).causal_pairs == pairs
-
-
-def test_pairs_of_a_million_tokens_do_not_overflow() -> None:
-    chunk = plan_of(Row(2**20)).chunks[0]
-    assert chunk.causal_pairs == 2**20 * (2**20 + 1) // 2

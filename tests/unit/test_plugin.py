@@ -3,6 +3,7 @@
 
 import importlib
 import importlib.metadata
+import inspect
 import logging
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from tests.conftest import import_or_skip
 
 registry = import_or_skip("vllm.v1.attention.backends.registry")
 platforms = import_or_skip("vllm.platforms")
+VllmConfig = import_or_skip("vllm.config").VllmConfig
 ON_CPU = platforms.current_platform.is_cpu()
 OUR_PATH = plugin.CPU_BACKEND if ON_CPU else plugin.GPU_BACKEND
 CUSTOM = registry.AttentionBackendEnum.CUSTOM
@@ -32,15 +34,15 @@ cpu_only = pytest.mark.skipif(not ON_CPU, reason="vLLM runs on a GPU here")
 def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process in which no plugin has been loaded; afterwards as it was."""
     platform = type(platforms.current_platform)
+    for name in ("get_attn_backend_cls", "update_block_size_for_backend"):
+        monkeypatch.setattr(platform, name, inspect.getattr_static(platform, name))
+    monkeypatch.setattr(VllmConfig, "try_verify_and_update_config", VllmConfig.try_verify_and_update_config)
     monkeypatch.setattr(exporter, "install", lambda: None)
     monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
     monkeypatch.delitem(registry.AttentionBackendEnum._member_map_, plugin.NAME, raising=False)
-    stock = platform.__dict__.get("get_attn_backend_cls")
     compat.warn_if_untested.cache_clear()
     yield
     registry.AttentionBackendEnum._member_map_.pop(plugin.NAME, None)
-    if stock is not None:
-        platform.get_attn_backend_cls = stock
     compat.warn_if_untested.cache_clear()
 
 
@@ -122,11 +124,31 @@ def test_registering_loads_nothing_heavy() -> None:
 
 def test_registering_twice_is_registering_once(log_lines: list[tuple[str, str]]) -> None:
     plugin.register()
-    wrapped = platforms.current_platform.get_attn_backend_cls
+    wrapped = wrapped_methods()
     plugin.register()
     assert registry.AttentionBackendEnum["MINFERENCE"].get_path() == OUR_PATH
-    assert platforms.current_platform.get_attn_backend_cls == wrapped
+    assert wrapped_methods() == wrapped
     assert log_lines == []
+
+
+def wrapped_methods() -> tuple[Any, ...]:
+    platform = platforms.current_platform
+    return (
+        platform.get_attn_backend_cls,
+        platform.update_block_size_for_backend,
+        VllmConfig.try_verify_and_update_config,
+    )
+
+
+def test_a_worker_reports_a_model_without_a_layer_of_ours() -> None:
+    plugin.register()
+    assert platforms.current_platform.update_block_size_for_backend.reports_models_without_our_layers
+
+
+def test_models_take_us_for_flash_attention_where_we_are_one() -> None:
+    plugin.register()
+    takes = getattr(VllmConfig.try_verify_and_update_config, "passes_ours_for_flash_attention", False)
+    assert takes is not ON_CPU
 
 
 def name_and_path(backend: Any) -> tuple[str, bool, str]:
@@ -162,6 +184,46 @@ def test_an_error_while_registering_goes_no_further(
     monkeypatch.setattr(registry, "register_backend", refuse)
     plugin.register()
     assert [level for level, _ in log_lines] == ["ERROR"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "consequence"),
+    [
+        ("importlib.metadata.version", "cannot tell whether it was tested"),
+        ("minference_vllm.compat.pass_for_flash_attention", "Gemma 4"),
+        ("minference_vllm.compat.report_models_without_our_layers", "will not say so"),
+        ("minference_vllm.metrics.exporter.install", "/metrics lacks its metrics"),
+    ],
+)
+def test_what_fails_after_registration_costs_that_alone(
+    broken: str, consequence: str, monkeypatch: pytest.MonkeyPatch, log_lines: list[tuple[str, str]]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(broken, refuse)
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: False)
+    plugin.register()
+    ((level, line),) = log_lines
+    assert level == "WARNING"
+    assert line.startswith("MInference is registered, but ")
+    assert consequence in line
+    assert "no space left" in line
+    assert "not be available" not in line
+    assert registry.AttentionBackendEnum["MINFERENCE"].get_path() == plugin.GPU_BACKEND
+
+
+def test_every_step_after_registration_is_tried(
+    monkeypatch: pytest.MonkeyPatch, log_lines: list[tuple[str, str]]
+) -> None:
+    def refuse() -> None:
+        raise ImportError("moved")
+
+    monkeypatch.setattr(plugin, "STEPS", tuple((refuse, f"step {number}") for number in range(3)))
+    plugin.register()
+    assert [line for _, line in log_lines] == [
+        f"MInference is registered, but step {number}: ImportError('moved')" for number in range(3)
+    ]
 
 
 def test_another_plugin_on_custom_is_reported_by_its_path(log_lines: list[tuple[str, str]]) -> None:

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from minference_vllm import plan
-from minference_vllm.compat import step_dense_reason
-from minference_vllm.plan import Reason
+from minference_vllm.compat import step_traits
+from minference_vllm.reason import Reason
 
 
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_is_given_somewhere(reason: Reason) -> None:
     sources = {path.name: path.read_text() for path in Path(plan.__file__).parent.glob("*.py")}
-    sources["plan.py"] = sources["plan.py"].split("class SparseChunk")[1]  # where reasons are given, not listed
     assert any(f"Reason.{reason.name}" in source for source in sources.values())
 
 
@@ -32,4 +31,5 @@ def test_every_reason_is_given_somewhere(reason: Reason) -> None:
 )
 def test_what_forbids_a_step_is_named(common: dict[str, Any], metadata: dict[str, Any], reason: Reason | None) -> None:
     plain = {"causal": True, "logits_indices_padded": None}
-    assert step_dense_reason(SimpleNamespace(**{**plain, **common}), SimpleNamespace(**metadata)) is reason
+    traits = step_traits(SimpleNamespace(**{**plain, **common}), SimpleNamespace(**metadata))
+    assert traits.dense_reason is reason

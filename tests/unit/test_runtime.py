@@ -1,65 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers of a worker process share: settings, scratch, counts."""
+"""What the layers of a worker process share: settings, scratch, counts, and what is said at start."""
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
 
 from minference_vllm import runtime
+from minference_vllm.chunk import PagedKV
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.index import PagedKV
-from minference_vllm.plan import SparseChunk
-from minference_vllm.workspace import Geometry
+from minference_vllm.record import StepRecord
+from minference_vllm.scratch import ScratchShape
 
-GEOMETRY = Geometry(num_qo_heads=2, max_seq_len=512, max_chunk=256, num_probes=64, max_columns=1000)
+CPU = torch.device("cpu")
+SHAPE = ScratchShape(2, 1, 64, torch.bfloat16, max_seq_len=512, max_chunk=256)
+ROWS = 200
+
+
+def make_runtime(publish: bool = False, **settings: object) -> runtime.Runtime:
+    worker = runtime.Runtime(MInferenceConfig.model_validate({"log_every": 0.0, **settings}), CPU, publish)
+    worker.counters.start = lambda: None  # type: ignore[method-assign] # no thread a test
+    return worker
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(runtime.logger, level, lambda text, *of, level=level: lines.append(f"{level} {text % of}"))
+    return lines
+
+
+def run_one_chunk(worker: runtime.Runtime) -> None:
+    keys = torch.zeros(32, 1, 16, 64, dtype=torch.bfloat16)
+    kv = PagedKV(keys, keys, torch.arange(32, dtype=torch.int32)[None], 0)
+    q = torch.zeros(ROWS, SHAPE.num_qo_heads, 64, dtype=torch.bfloat16)
+    assert worker.run(q, torch.empty_like(q), kv, 0, 1.0, worker.layer_state(SHAPE, 0))
 
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
-def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(runtime.logger, "info", lambda text, *arguments: lines.append(text % arguments))
-    config = MInferenceConfig(slash_size=777, log_every=0)
-    runtime.Runtime(config, torch.device("cpu"), publish)
-    assert [line for line in lines if "slash_size=777" in line and "min_seq_len=16384" in line] == lines[-1:] * publish
+def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, said: list[str]) -> None:
+    make_runtime(publish, method={"name": "vertical_slash", "slash_size": 777})
+    assert [line for line in said if "slash_size=777" in line and "min_seq_len=16384" in line] == said[-1:] * publish
     assert logging.getLogger("vllm.minference") is runtime.logger
 
 
 def test_nothing_is_claimed_on_the_device_before_the_scratch() -> None:
     # Layers are built in a memory pool that vLLM's sleep mode drops with the weights.
-    worker = runtime.Runtime(MInferenceConfig(log_every=0), torch.device("cpu"), publish=False)
+    worker = make_runtime()
     assert not any(isinstance(value, torch.Tensor) for value in vars(worker).values())
     assert worker._density is None
     with torch.inference_mode():  # as in vLLM's profiling run
-        worker.workspace(GEOMETRY)
-    kept = worker.workspace(GEOMETRY).kept_pairs
-    kept += 7
+        state = worker.layer_state(SHAPE, 0)
+    state.attend.kept_pairs.add_(7)
+    state.budgets.fill_(3)
     worker._density.copy(causal_pairs_so_far=9)
-    assert worker.read_density() == (7, 9)
+    assert worker._read_density() == (7, 9)
+
+
+def test_layers_of_one_shape_share_scratch_and_have_budgets_of_their_own() -> None:
+    worker = make_runtime()
+    first, second = (worker.layer_state(SHAPE, position) for position in (0, 1))
+    assert first.buffers is second.buffers
+    assert first.attend is second.attend
+    assert first.budgets is not second.budgets
+    assert worker.layer_state(SHAPE, 0) is first
 
 
 def test_a_dry_run_is_not_counted() -> None:
-    worker = runtime.Runtime(MInferenceConfig(log_every=0), torch.device("cpu"), publish=False)
-    kept = worker.workspace(GEOMETRY).kept_pairs
+    worker = make_runtime()
+    kept = worker.layer_state(SHAPE, 0).attend.kept_pairs
     kept += 12
-    worker.dry_run(1, 64, 16, torch.bfloat16, replace(GEOMETRY, max_seq_len=768))
+    worker.dry_run(SHAPE, page_size=16)
     assert kept.item() == 12
     assert worker._causal_pairs == 0
 
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
-def test_what_ran_sparse_is_published_once_it_has_been_copied(publish: bool) -> None:
-    worker = runtime.Runtime(MInferenceConfig(log_every=0), torch.device("cpu"), publish)
-    worker.copy_density()  # before any scratch
+def test_what_ran_sparse_is_published_once_the_step_has_run(publish: bool) -> None:
+    worker = make_runtime(publish)
+    record = StepRecord("a group", [0, ROWS], [ROWS], [True])
+    worker.finish_step(record)  # before any scratch
     assert worker.counters.snapshot().density is None
-    keys = torch.zeros(32, 1, 16, 64, dtype=torch.bfloat16)
-    kv = PagedKV(keys, keys, torch.arange(32, dtype=torch.int32)[None], 0)
-    q = torch.zeros(200, GEOMETRY.num_qo_heads, 64, dtype=torch.bfloat16)
-    chunk = SparseChunk(request=0, query_start=0, num_rows=200, context_len=0)
-    worker.run(q, kv, chunk, 1.0, GEOMETRY, torch.empty_like(q))
+    run_one_chunk(worker)
     assert worker.counters.snapshot().density is None
-    worker.copy_density()
+    worker.finish_step(record)
     counted = worker.counters.snapshot()
-    assert counted.causal_pairs == (2 * 200 * 201 // 2 if publish else 0)
+    assert counted.causal_pairs == (2 * ROWS * (ROWS + 1) // 2 if publish else 0)
     assert (0 < counted.kept_pairs <= counted.causal_pairs) == publish
+
+
+# A gate that can never open
+
+
+@pytest.mark.parametrize(
+    ("settings", "said_of"),
+    [
+        ({"min_chunk": 4096}, ("minference.min_chunk is 4096", "2048 rows", "--max-num-batched-tokens")),
+        ({"min_seq_len": 40_000}, ("minference.min_seq_len is 40000", "32768 tokens", "--max-model-len")),
+    ],
+)
+def test_a_gate_that_can_never_open_is_warned_of_once(
+    settings: dict[str, int], said_of: tuple[str, ...], said: list[str]
+) -> None:
+    worker = make_runtime(publish=True, **settings)
+    for _ in range(2):  # KV cache groups
+        worker.start(max_seq_len=32_768, max_chunk=2048, has_sparse_layers=True)
+    [warning] = [line for line in said if line.startswith("warning")]
+    assert all(part in warning for part in said_of)
+
+
+@pytest.mark.parametrize(
+    ("publish", "has_sparse_layers", "min_chunk"),
+    [(True, True, 2048), (True, False, 4096), (False, True, 4096)],
+    ids=["it can open", "no sparse layers", "another rank"],
+)
+def test_no_other_start_is_warned_of(publish: bool, has_sparse_layers: bool, min_chunk: int, said: list[str]) -> None:
+    worker = make_runtime(publish, min_chunk=min_chunk)
+    worker.start(max_seq_len=32_768, max_chunk=2048, has_sparse_layers=has_sparse_layers)
+    assert [line for line in said if line.startswith("warning")] == []
+    assert worker.has_sparse_layers is has_sparse_layers

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import cli, compat
-from minference_vllm.config import CONFIG_FILE_VARIABLE, ConfigError, MInferenceConfig, load_config
-from minference_vllm.index import PagedKV
-from minference_vllm.reference.dense import dense
+from minference_vllm import cli
+from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
+from minference_vllm.errors import ConfigError
+from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.tuning import gate, heads, timing
 from minference_vllm.tuning.gate import Timing, crossover
 from minference_vllm.tuning.heads import Heads
 
 HEADS = ("--heads", "32", "--kv-heads", "8", "--head-dim", "128")
+OWN_METHOD = {"name": "vertical_slash", "slash_size": 4000}
 
 
 def timings(**speedups: float) -> list[Timing]:
@@ -52,9 +53,9 @@ def test_the_crossover_is_where_sparse_stays_faster(measured: list[Timing], expe
 
 def test_the_gate_is_merged_into_the_settings_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
-    path.write_text('{"vertical_size": 500, "min_seq_len": 7}')
+    path.write_text(json.dumps({"method": OWN_METHOD, "min_seq_len": 7}))
     gate.write_gate(path, 16384)
-    assert json.loads(path.read_text()) == {"vertical_size": 500, "min_seq_len": 16384}
+    assert json.loads(path.read_text()) == {"method": OWN_METHOD, "min_seq_len": 16384}
 
 
 def test_a_new_file_is_what_the_server_reads(tmp_path: Path) -> None:
@@ -138,12 +139,12 @@ def test_the_console_script_is_the_function_tested_here() -> None:
 def test_tune_writes_the_gate(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = gpu(k8=0.9, k16=1.1, k32=1.8)
     out = tmp_path / "settings.json"
-    out.write_text('{"slash_size": 4000}')
+    out.write_text(json.dumps({"method": OWN_METHOD}))
     assert cli.main(["tune", *HEADS, "--tensor-parallel-size", "2", "--chunk", "4096", "--out", str(out)]) == 0
-    assert json.loads(out.read_text()) == {"slash_size": 4000, "min_seq_len": 16384}
+    assert json.loads(out.read_text()) == {"method": OWN_METHOD, "min_seq_len": 16384}
     ((layer, config, device, lengths, chunk, _),) = asked
     assert (layer, device, chunk) == (Heads(16, 4, 128), torch.device("cuda", 0), 4096)
-    assert config.slash_size == 4000
+    assert config.method == VerticalSlashSettings(slash_size=4000)
     assert lengths == cli.LENGTHS
     printed = capsys.readouterr().out
     assert "16384     1.100     1.000      1.10" in printed
@@ -202,8 +203,8 @@ def test_a_file_that_no_server_would_read_is_refused_before_measuring(
 ) -> None:
     asked = gpu(k16=1.1)
     out = tmp_path / "settings.json"
-    out.write_text('{"slash_size": -3}')
-    assert "minference.slash_size=-3" in refused(capsys, *HEADS, "--out", str(out))
+    out.write_text('{"min_chunk": -3}')
+    assert "minference.min_chunk=-3" in refused(capsys, *HEADS, "--out", str(out))
     assert asked == []
 
 
@@ -213,51 +214,3 @@ def test_a_count_is_a_whole_number_above_0(value: str, capsys: pytest.CaptureFix
         cli.main(["tune", *HEADS, "--chunk", value])
     assert ended.value.code == 2
     assert f"--chunk: {value!r} is no whole number above 0" in capsys.readouterr().err
-
-
-# What is timed
-
-
-def test_both_ways_attend_to_the_same_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flash_attention(
-        q: Any, k: Any, v: Any, out: Any, block_table: Any, max_seqlen_k: int, softmax_scale: float, **_: Any
-    ) -> None:
-        kv = PagedKV(k.transpose(1, 2), v.transpose(1, 2), block_table, 0)
-        dense(q, kv, max_seqlen_k - len(q), softmax_scale, out)
-
-    monkeypatch.setattr(compat, "flash_attention", lambda head_dim: flash_attention)
-    everything = MInferenceConfig(vertical_size=512, slash_size=512)
-    layer = timing.Layer(Heads(4, 2, 64), everything, torch.device("cpu"), max_len=512, chunk=128)
-    for tokens in (100, 300, 512):
-        expected, found = (run().clone() for run in layer.attentions(tokens))
-        assert len(found) == min(tokens, 128)
-        torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
-
-
-def test_times_are_medians_of_runs_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, order = [0.0], []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = clock[0]
-
-        def elapsed_time(self, end: "Event") -> float:
-            return end.at - self.at
-
-    def run(name: str, *takes: float) -> Callable[[], torch.Tensor]:
-        left = [*[99.0] * timing.WARM_UPS, *takes]
-
-        def take() -> torch.Tensor:
-            clock[0] += left.pop(0)
-            order.append(name)
-            return torch.empty(0)
-
-        return take
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert timing.median_ms([run("a", 5, 1, 2), run("b", 3, 9, 4)], repeats=3) == [2.0, 4.0]
-    assert "".join(order) == "ab" * (timing.WARM_UPS + 3)

@@ -58,11 +58,21 @@ def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> 
         raise RuntimeError(f"{function}: {describe(error).decode()}")
 
 
+def pointers_of(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a structure that point to tensors."""
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def strides_of(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a structure that hold strides, in elements."""
+    return [(f"stride_{name}", ctypes.c_int64) for name in names]
+
+
 def arguments_of(pointers: Sequence[str], strides: Sequence[str], sizes: Sequence[str]) -> list[tuple[str, Any]]:
     """Fields of the structure that a function of the library takes: its C twin names them in the same order."""
     return [
-        *((name, ctypes.c_void_p) for name in pointers),
-        *((f"stride_{name}", ctypes.c_int64) for name in strides),
+        *pointers_of(*pointers),
+        *strides_of(*strides),
         *((name, ctypes.c_int32) for name in sizes),
         ("scale_log2", ctypes.c_float),
     ]
@@ -82,16 +92,6 @@ def takes(q: torch.Tensor, tensors: Iterable[torch.Tensor], strides: Iterable[in
         and all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors)
         and all(stride * q.element_size() % ALIGNMENT_BYTES == 0 for stride in strides)
     )
-
-
-def counter(device: torch.device) -> torch.Tensor:
-    """One int32 for a kernel to count in, zero between launches. Streams run side by side, so each has its own."""
-    return _counter(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-
-
-@functools.cache
-def _counter(device: torch.device, stream: int) -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 @functools.cache

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The method `block` in one layer: choosing and attending, beside FlashAttention-3 on the same chunk.
+
+    python -m benchmarks.block --out benchmarks/results/h100-block.json
+
+Queries and keys are random, so what is attended to is drawn: groups at a density. Choosing does all its work, which
+does not depend on the data but for the length of the lists: its share is set so that they have the drawn ones' length.
+"""
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import peers, results
+from benchmarks.cases import Case as Shape
+from benchmarks.cases import Inputs, make_inputs
+from benchmarks.chunks import TOLERANCE
+from benchmarks.timing import bf16_matmul_tflops, median, say
+from minference_vllm import ops, reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import TILE, TileIndex
+from minference_vllm.methods import Block
+from minference_vllm.methods.block import BlockSettings
+from minference_vllm.ops import Kernel, choose_kernel
+from minference_vllm.scratch import AttendBuffers, ScratchShape, num_bytes
+from minference_vllm.tuning.groups import draw_groups
+
+CHECKED_HEADS, CHECKED_TILES = 2, 3
+
+
+class Case(NamedTuple):
+    """The last `rows` tokens of a prompt of `tokens`, in one layer."""
+
+    tokens: int
+    rows: int
+    density: float
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+
+
+CASES = (
+    *(Case(131072, 16384, density) for density in (0.05, 0.08, 0.10, 0.15)),
+    *(Case(32768, 16384, density) for density in (0.10, 0.15)),
+    *(Case(32768, 32768, density) for density in (0.10, 0.15)),
+    *(Case(28672, 8192, density, 14, 2, 64) for density in (0.10, 0.15)),
+    Case(1048576, 16384, 0.035),
+)
+TINY = (Case(1024, 512, 0.3, 4, 2, 64),)
+
+SETTINGS = {
+    "timing": "CUDA events, medians; see h100-attention.json",
+    "choose_ms": "means of the keys, row normalisers, masses, selection: the whole choice; its parts beside",
+    "attend_ms": "drawn groups, the same for both halves of a tile; of one tile's groups the next keeps "
+    "minference_vllm.tuning.groups.STAYS; bf16, pages of 16 in random order",
+    "density": "kept / causal pairs of the chunk, as the kernel counts them; attend_tflops counts kept pairs alone",
+    "dense_ms": "flash_attn_varlen_func of vLLM, fa_version 3, on the same pages and rows",
+    "speedup": "dense_ms / (choose_ms + attend_ms)",
+    "relative_error": "largest over some tiles and heads, against minference_vllm.reference on the same index",
+}
+
+
+def make_chunk(case: Case, inputs: Inputs) -> Chunk:
+    q = inputs.q[case.tokens - case.rows :]
+    return Chunk(q, torch.empty_like(q), inputs.kv, case.tokens - case.rows, inputs.scale)
+
+
+def error_of(chunk: Chunk, index: TileIndex) -> float:
+    """Largest relative error of the chunk's output in a few tiles and heads."""
+    errors = []
+    for head in range(0, chunk.num_qo_heads, max(chunk.num_qo_heads // CHECKED_HEADS, 1)):
+        kv_head = head // chunk.group_size
+        k, v = (cache[:, kv_head : kv_head + 1] for cache in (chunk.kv.k, chunk.kv.v))
+        for tile in range(0, chunk.num_tiles, max(chunk.num_tiles // CHECKED_TILES, 1)):
+            rows = slice(tile * TILE, tile * TILE + TILE)
+            q = chunk.q[rows, head : head + 1]
+            part = replace(
+                chunk, q=q, out=torch.empty_like(q), kv=chunk.kv._replace(k=k, v=v),
+                context_len=chunk.context_len + tile * TILE,
+            )  # fmt: skip
+            lists = TileIndex(*(of[head : head + 1, tile : tile + 1] for of in (index.groups, index.counts)))
+            reference.attend(part, lists, AttendBuffers.allocate(1, TILE, q.device))
+            errors.append(peers.difference(chunk.out[rows, head : head + 1], part.out))
+    return peers.worst(errors)
+
+
+def time_parts(method: Block, chunk: Chunk, buffers: Any, share: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of the whole choice and of its parts."""
+    ms, kernel, settings = partial(median, device=chunk.q.device), method.kernel, method.settings
+
+    def masses() -> None:
+        for head in range(0, chunk.num_qo_heads, len(buffers.masses)):
+            ops.group_masses(chunk, buffers.means, buffers.row_lse, head, buffers.masses, kernel)
+
+    normalise = partial(ops.row_normalisers, chunk, buffers.means, buffers.row_lse, buffers.partial_sum, kernel)
+    return {
+        "choose_ms": ms(partial(method.choose, chunk, share, buffers)),
+        "means_ms": ms(partial(ops.key_means, chunk.kv, chunk.seq_len, buffers.means, kernel)),
+        "normalise_ms": ms(normalise),
+        "masses_ms": ms(masses),
+        "rows_per_half": settings.rows_per_half,
+    }
+
+
+def measure(case: Case, inputs: Inputs, dense_ms: float | None, kernel: Kernel) -> dict[str, Any]:
+    """A row.
+
+    Raises:
+        SystemExit: the output is wrong.
+    """
+    device = inputs.q.device
+    method, chunk = Block(BlockSettings(), kernel), make_chunk(case, inputs)
+    heads = case.num_qo_heads, case.num_kv_heads, case.head_dim
+    buffers = method.scratch(ScratchShape(*heads, chunk.q.dtype, case.tokens, case.rows), device)
+    attend = AttendBuffers.allocate(case.num_qo_heads, case.rows, device)
+    index = draw_groups(chunk, method.sink_groups, method.local_groups, 0, case.density)
+    ops.attend(chunk, index, attend, kernel)
+    pairs = int(attend.kept_pairs)
+    error = error_of(chunk, index)
+    if not (error <= TOLERANCE and chunk.out.sum().isfinite()):
+        raise SystemExit(f"{case}: our output is wrong, relative error {error:.1e}")
+    share = torch.full((case.num_qo_heads,), case.density, device=device)
+    parts = time_parts(method, chunk, buffers, share)
+    attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)
+    found = {
+        **case._asdict(), "kernel": kernel.value, "density": pairs / (case.num_qo_heads * chunk.causal_pairs),
+        "attend_ms": attend_ms, "attend_tflops": 4 * case.head_dim * pairs / attend_ms / 1e9, **parts,
+        "dense_ms": dense_ms, "speedup": dense_ms and dense_ms / (parts["choose_ms"] + attend_ms),
+        "choose_of_dense": dense_ms and parts["choose_ms"] / dense_ms,
+        "scratch_mib": (num_bytes(buffers) + num_bytes(attend)) / 2**20, "relative_error": error,
+    }  # fmt: skip
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in found.items()}
+
+
+def time_dense(case: Case, inputs: Inputs) -> float:
+    """Milliseconds of FlashAttention-3 on the chunk's rows."""
+    chunk = inputs._replace(q=inputs.q[case.tokens - case.rows :])
+    return median(peers.fa3_paged(chunk, case.tokens), inputs.q.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the result file")
+    parser.add_argument("--tiny", action="store_true", help="smoke test on the CPU: a toy size, no FlashAttention")
+    options = parser.parse_args()
+    results.describe_run(options.tiny)
+    device = torch.device("cpu" if options.tiny else "cuda", None if options.tiny else torch.cuda.current_device())
+    kernel = choose_kernel("auto", device)
+    settings: dict[str, Any] = {**SETTINGS, "method": BlockSettings().model_dump()}
+    settings["bf16_matmul_tflops"] = None if options.tiny else bf16_matmul_tflops(device)
+    rows: list[dict[str, Any]] = []
+    made: tuple[Any, Inputs, float | None] | None = None
+    for case in TINY if options.tiny else CASES:
+        shape = (case.tokens, case.rows, *case[3:])
+        if made is None or made[0] != shape:
+            inputs = made = None
+            inputs = make_inputs(Shape(case.tokens, 1, 1, *case[3:]), device, 0)
+            made = shape, inputs, None if options.tiny else time_dense(case, inputs)
+        rows.append(measure(case, made[1], made[2], kernel))
+        say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
+        results.write(options.out, rows, options.tiny, settings=settings)
+    print(results.table(rows))
+
+
+if __name__ == "__main__":
+    main()

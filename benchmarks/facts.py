@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that hide twenty facts in a text, ask for all of them at the end, and hold the answers themselves.
+
+What a model thinks of the answers' tokens, given all that comes before, tells more than whether it finds one fact.
+"""
+
+import random
+from typing import Any, NamedTuple
+
+CITIES = (
+    "Paris", "London", "Tokyo", "Delhi", "Cairo", "Lima", "Oslo", "Rome", "Madrid", "Berlin", "Vienna", "Prague",
+    "Dublin", "Athens", "Lisbon", "Warsaw", "Sydney", "Boston", "Denver", "Quito",
+)  # fmt: skip
+OPENING = "Below is a long text. Some special magic numbers are hidden in it. Memorize them.\n\n"
+FACT = "The special magic number for {city} is {number}"
+QUESTION = "\n\nQuestion: What is the special magic number for {city} mentioned in the text?\nAnswer: "
+QUESTIONS_TOKENS = 1300  # about what questions, answers and facts take
+CHARACTERS_PER_TOKEN = 6  # more than any tokenizer takes on average
+
+
+class FactPrompt(NamedTuple):
+    """One prompt.
+
+    Attributes:
+        tokens: of the opening, the text with the facts in it, questions and answers.
+        text_end: where the questions begin.
+        answers: positions of the answers' tokens.
+    """
+
+    tokens: list[int]
+    text_end: int
+    answers: list[int]
+
+
+def make_prompt(tokenizer: Any, text: str, tokens: int, seed: int) -> FactPrompt:
+    """A prompt of about so many tokens from a random place of the first half of a text.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: long enough.
+        tokens: how long the prompt is to be, within a few percent.
+        seed: of the place, the facts and their places.
+    """
+
+    def encode(part: str) -> list[int]:
+        return tokenizer.encode(part, add_special_tokens=False)
+
+    lots = random.Random(seed)
+    numbers = {city: str(lots.randrange(10**6, 10**7)) for city in CITIES}
+    start = lots.randrange(len(text) // 2)
+    body = encode(text[start : start + tokens * CHARACTERS_PER_TOKEN])[: tokens - QUESTIONS_TOKENS]
+    if len(body) < tokens - QUESTIONS_TOKENS:
+        raise ValueError(f"the text has {len(body)} tokens from character {start} on; {tokens} are asked for")
+    sentences = tokenizer.decode(body).split(". ")
+    for city, number in numbers.items():
+        sentences.insert(lots.randrange(len(sentences)), FACT.format(city=city, number=number))
+    prompt = encode(OPENING + ". ".join(sentences))
+    text_end, answers = len(prompt), []
+    for city in lots.sample(CITIES, len(CITIES)):
+        prompt += encode(QUESTION.format(city=city))
+        answer = encode(numbers[city])
+        answers += range(len(prompt), len(prompt) + len(answer))
+        prompt += answer
+    return FactPrompt(prompt, text_end, answers)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sparse prefill does to a model's next tokens: the real engine, dense against each method on the same prompts.
+
+    python -m benchmarks.fidelity --model /tmp/qwen --texts austen.txt.xz pydoc.txt.xz stdlib \
+        --out benchmarks/results/h100-fidelity.json
+
+The last tokens of each prompt are scored over the whole vocabulary, from the hidden states after the last layer.
+"""
+
+import argparse
+import lzma
+import statistics
+import sysconfig
+import tempfile
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from benchmarks import (
+    DENSE,
+    SPARSE,
+    SPARSE_BACKEND,
+    argument_parser,
+    facts,
+    load_engine,
+    parse_method,
+    resolved,
+    results,
+    sparse_work,
+)
+from benchmarks.processes import EngineProcess, serve_requests
+
+SCORED_TEXT = 2048  # tokens of the text's end, beside all questions and answers
+ROWS_AT_ONCE = 512
+GATE = {"min_seq_len": 4096, "min_chunk": 512}
+TINY_GATE = {"min_seq_len": 512, "min_chunk": 64}
+STDLIB = "stdlib"  # in place of a file: Python's own library, as it is installed here
+SEVERAL = 2.0  # standard errors of a 95% interval
+
+
+def load_text(name: str) -> str:
+    """A plain text, one compressed by xz, or the sources of Python's library, in alphabetical order."""
+    if name == STDLIB:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        return "\n\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.py")))
+    raw = Path(name).read_bytes()
+    return (lzma.decompress(raw) if name.endswith(".xz") else raw).decode()
+
+
+def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """An engine, and what scores a prompt with it: {"tokens", "scored", "text_end", "answers", "file"}.
+
+    The dense engine leaves its hidden states in the file; a sparse one compares its own with them.
+    """
+    import torch
+    from vllm import SamplingParams
+
+    llm = load_engine(kind, spec)
+    model = llm.apply_model(lambda model: model)[0]
+    one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    steps: list[torch.Tensor] = []
+
+    def keep(module: Any, arguments: Any, output: Any) -> None:
+        steps.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    model.model.norm.register_forward_hook(keep)
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        steps.clear()
+        before = sparse_work() if kind == SPARSE else None
+        llm.generate([{"prompt_token_ids": request["tokens"]}], one, use_tqdm=False)
+        states = torch.cat(steps)
+        if len(states) != len(request["tokens"]):
+            raise SystemExit(f"{len(states)} hidden states of a prompt of {len(request['tokens'])} tokens")
+        # The state before a token predicts it.
+        states = states[request["scored"] - 1 : -1]
+        if before is None:
+            torch.save(states.cpu(), request["file"])
+            return {}
+        work = sparse_work().since(before)
+        dense = torch.load(request["file"]).to(states.device)
+        return {**compare(model, dense, states, request), "density": work.density, "sparse_tokens": work.sparse_tokens}
+
+    return answer
+
+
+def compare(model: Any, dense: Any, sparse: Any, request: dict[str, Any]) -> dict[str, float]:
+    """Losses and agreement over the scored tokens.
+
+    Args:
+        model: vLLM's, which turns hidden states into logits.
+        dense, sparse: [scored tokens, hidden size] hidden states.
+        request: the prompt.
+    """
+    import torch
+
+    scored = request["scored"]
+    wanted = torch.tensor(request["tokens"][scored:], device=dense.device)
+    is_answer = torch.zeros(len(wanted), dtype=torch.bool, device=dense.device)
+    is_answer[torch.tensor(request["answers"], device=dense.device) - scored] = True
+    is_text = torch.arange(len(wanted), device=dense.device) < request["text_end"] - scored
+    divergences, agreements = [], []
+    losses: dict[str, list[Any]] = {DENSE: [], SPARSE: []}
+    hits: dict[str, list[Any]] = {DENSE: [], SPARSE: []}
+    for start in range(0, len(wanted), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        logs = {
+            kind: model.compute_logits(states[rows]).float().log_softmax(-1)
+            for kind, states in ((DENSE, dense), (SPARSE, sparse))
+        }
+        divergences.append((logs[DENSE].exp() * (logs[DENSE] - logs[SPARSE])).sum(-1))
+        agreements.append(logs[DENSE].argmax(-1) == logs[SPARSE].argmax(-1))
+        for kind, log in logs.items():
+            losses[kind].append(-log.gather(1, wanted[rows, None])[:, 0])
+            hits[kind].append(log.argmax(-1) == wanted[rows])
+    found = {"kl": torch.cat(divergences).mean().item(), "agreement": torch.cat(agreements).float().mean().item()}
+    for kind in (DENSE, SPARSE):
+        loss = torch.cat(losses[kind])
+        found[f"answers_{kind}"] = torch.cat(hits[kind])[is_answer].float().mean().item()
+        found[f"answer_loss_{kind}"] = loss[is_answer].mean().item()
+        found[f"text_loss_{kind}"] = loss[is_text].mean().item()
+    return found
+
+
+def make_row(of: dict[str, Any], prompts: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """A row: means over prompts, and the interval of the answers' loss, each prompt paired with itself."""
+    means = {name: round(statistics.fmean(prompt[name] for prompt in prompts), 4) for name in prompts[0]}
+    differences = [prompt["answer_loss_sparse"] - prompt["answer_loss_dense"] for prompt in prompts]
+    mean, spread = statistics.fmean(differences), 0.0
+    if len(differences) > 1:
+        spread = SEVERAL * statistics.stdev(differences) / len(differences) ** 0.5
+    interval = {"answer_loss_low": round(mean - spread, 4), "answer_loss_high": round(mean + spread, 4)}
+    return {**of, "prompts": len(prompts), **means, **interval}
+
+
+def make_requests(options: argparse.Namespace, directory: str) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """What is asked, by length and text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    requests: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for name in options.texts:
+        text = load_text(name)
+        for tokens in options.tokens:
+            for number in range(options.prompts):
+                prompt = facts.make_prompt(tokenizer, text, tokens, options.seed + number)
+                file = Path(directory, f"{Path(name).name}-{tokens}-{number}.pt")
+                scored = max(1, prompt.text_end - SCORED_TEXT)
+                request = {**prompt._asdict(), "scored": scored, "file": str(file)}
+                requests.setdefault((tokens, Path(name).name), []).append(request)
+    return requests
+
+
+def parse() -> argparse.Namespace:
+    parser = argument_parser(__doc__, "short prompts, the gate at 512 tokens")
+    parser.add_argument("--model", required=True, help="a model directory; its final norm must be `model.norm`")
+    parser.add_argument("--texts", nargs="+", required=True, help=f"files, or {STDLIB!r} for Python's own library")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 28672], help="prompt lengths")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts a text and length")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 2048], help="max_num_batched_tokens")
+    parser.add_argument(
+        "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
+        help='`block`, `block:{"share": 0.95}`, or the sizes of vertical_slash',
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -> dict[str, Any]:
+    engine = {
+        "model": options.model, "dtype": "bfloat16", "max_model_len": max(options.tokens) + 2048,
+        "max_num_batched_tokens": chunk, "max_num_seqs": 1, "enforce_eager": True, "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.4, "disable_log_stats": True,
+    }  # fmt: skip
+    gate = TINY_GATE if options.tiny else GATE
+    return {"engine": engine, "dense_backend": options.dense_backend, "minference": {**gate, "method": method}}
+
+
+def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a result file; each engine's come under "sparse" as it is started."""
+    texts = {Path(name).name: sha256(load_text(name).encode()).hexdigest() for name in options.texts}
+    return {
+        "prompts": "twenty facts hidden in a text, all asked for at its end, the answers given (benchmarks.facts); one "
+        f"request at a time. Scored are the text's last {SCORED_TEXT} tokens, the questions and the answers, over the "
+        "whole vocabulary. answers: share of the answers' tokens that are the model's first choice",
+        "texts_sha256": texts,
+        "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
+        "dense": {"attention_backend": options.dense_backend},
+        "sparse": {"attention_backend": SPARSE_BACKEND},
+        "answer_loss_low, answer_loss_high": "95% interval of the mean difference of a prompt's answer loss, sparse "
+        "less dense (two standard errors)",
+    }
+
+
+def main() -> None:
+    if serve_requests(start_engine):
+        return
+    options = parse()
+    results.describe_run(options.tiny)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="fidelity-") as directory:
+        requests = make_requests(options, directory)
+        spec = make_spec(options, options.chunks[0], {})
+        settings = describe(options, spec)
+        with EngineProcess("benchmarks.fidelity", DENSE, spec) as dense:
+            for request in [request for some in requests.values() for request in some]:
+                dense.ask(request)
+        for text in options.methods:
+            for chunk in options.chunks:
+                spec = make_spec(options, chunk, parse_method(text))
+                settings["sparse"][f"{text}, chunks of {chunk}"] = resolved(spec["minference"])
+                with EngineProcess("benchmarks.fidelity", SPARSE, spec) as sparse:
+                    for (tokens, name), some in requests.items():
+                        of = {"tokens": tokens, "text": name, "method": text, "chunk": chunk}
+                        rows.append(make_row(of, [sparse.ask(request) for request in some]))
+                        print(rows[-1], flush=True)
+                # After each engine: what a run that is cut off has measured stays.
+                results.write(options.out, rows, options.tiny, settings=settings)
+    print(results.table(rows))
+
+
+if __name__ == "__main__":
+    main()

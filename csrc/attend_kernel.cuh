@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention kernel: a persistent program per multiprocessor, specialised by warpgroup. A producer warpgroup copies
+// keys and values through the block table into a ring in shared memory, two consumer warpgroups attend for 64 query
+// rows each.
+#pragma once
+
+#include "attend_consume.cuh"
+#include "attend_index.cuh"
+#include "attend_produce.cuh"
+
+namespace attend {
+
+template <typename T, int HEAD_DIM, typename Index>
+__global__ void __launch_bounds__(THREADS, 1)
+attend_kernel(const __grid_constant__ Params p, const __grid_constant__ Index index) {
+    using S = Shape<HEAD_DIM>;
+    extern __shared__ char raw[];
+    // Swizzled atoms begin at multiples of 1024.
+    const uint32_t gap = -hopper::shared_address(raw) & (hopper::ATOM_BYTES - 1);
+    auto& shared = *reinterpret_cast<Storage<HEAD_DIM>*>(raw + gap);
+    if (threadIdx.x == 0) {
+        hopper::prefetch_map(&p.q_map);
+        hopper::prefetch_map(&p.k_map);
+        hopper::prefetch_map(&p.v_map);
+        for (int i = 0; i < 2 * S::STAGES; ++i) {
+            for (auto& full : shared.full[i / S::STAGES][i % S::STAGES]) hopper::init_barrier(&full, FULL_ARRIVALS);
+            hopper::init_barrier(&shared.empty[i / S::STAGES][i % S::STAGES], EMPTY_ARRIVALS);
+        }
+        for (auto& full : shared.drawn_full) hopper::init_barrier(&full, 1);
+        for (auto& empty : shared.drawn_empty) hopper::init_barrier(&empty, 2 * COPYING_WARPS);
+        hopper::init_barrier(&shared.q_full, 1);
+        hopper::init_barrier(&shared.q_empty, EMPTY_ARRIVALS);
+        hopper::fence_barrier_init();
+    }
+    // A stage need not fill its slot, and zero times NaN is NaN: whatever the rest of a slot holds must be finite.
+    for (int i = threadIdx.x * 16; i < int(sizeof(shared.ring[VALUES])); i += THREADS * 16) {
+        *reinterpret_cast<uint4*>(&shared.ring[VALUES][0][0] + i) = {};
+    }
+    hopper::fence_async_proxy();
+    __syncthreads();
+
+    // Read from lane 0, which tells the compiler that all lanes of a warp go the same way.
+    const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
+    const int thread = threadIdx.x % hopper::WARPGROUP;
+    if (warpgroup == 0) {
+        hopper::fewer_registers<PRODUCER_REGISTERS>();
+        const int which = __shfl_sync(0xFFFFFFFF, thread / COPYING_THREADS, 0);
+        produce(p, index, shared, which, thread % COPYING_THREADS);
+    } else {
+        hopper::more_registers<CONSUMER_REGISTERS>();
+        consume<T, HEAD_DIM, Index>(p, shared, warpgroup - 1, thread);
+    }
+}
+
+template <typename T, int HEAD_DIM, typename Index>
+cudaError_t launch(const Params& p, const Index& index, int num_programs, cudaStream_t stream) {
+    constexpr int BYTES = sizeof(Storage<HEAD_DIM>) + hopper::ATOM_BYTES;
+    const auto kernel = attend_kernel<T, HEAD_DIM, Index>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+    if (error != cudaSuccess) return error;
+    kernel<<<num_programs, THREADS, BYTES, stream>>>(p, index);
+    return cudaGetLastError();
+}
+
+}  // namespace attend

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores of sampled rows against means of keys: arguments, the work of a program, its shared memory.
+//
+// The sampled rows of a half, 16, 32 or 64, come in parts of 16 that follow each other. A list is a part under one head:
+// its 16 rows, and the groups before their tile. A program takes 16 lists under one KV head, 256 rows that stay in
+// shared memory, and a range of means. A producer warp brings means into a ring, two consumer warpgroups take 8 lists
+// each.
+#pragma once
+
+#include "hopper.cuh"
+
+namespace score {
+
+constexpr int TILE = 128;  // rows, or keys
+constexpr int HALF = 64;
+constexpr int GROUP = 16;  // keys
+constexpr int MEAN = 4;    // keys
+constexpr int MEANS_PER_GROUP = GROUP / MEAN;
+constexpr int GROUPS_PER_TILE = TILE / GROUP;
+
+constexpr int ROWS = 16;  // of a list
+
+constexpr int CONSUMERS = 2;  // warpgroups
+constexpr int LISTS_PER_CONSUMER = 8;
+constexpr int LISTS = CONSUMERS * LISTS_PER_CONSUMER;
+constexpr int COLUMNS = LISTS_PER_CONSUMER * ROWS;  // of a consumer's scores: rows of queries
+
+// Means come in boxes of 8 groups. What lies before a tile is a whole number of boxes.
+constexpr int BOX_GROUPS = 8;
+constexpr int BOX_MEANS = BOX_GROUPS * MEANS_PER_GROUP;
+constexpr int STAGE_BOXES = 4;
+constexpr int STAGE_GROUPS = STAGE_BOXES * BOX_GROUPS;
+constexpr int STAGE_MEANS = STAGE_BOXES * BOX_MEANS;
+static_assert(GROUPS_PER_TILE % BOX_GROUPS == 0);
+
+constexpr int THREADS = (CONSUMERS + 1) * hopper::WARPGROUP;
+// 168 a thread at launch: 2 x 240 + 24 = 3 x 168.
+constexpr int CONSUMER_REGISTERS = 240;
+constexpr int PRODUCER_REGISTERS = 24;
+
+struct Params {
+    CUtensorMap means_map;
+    const char* q;
+    float* row_lse;
+    uint8_t* masses;
+    float* partial_sum;                         // [ranges, num_sets, num_lists, ROWS]
+    int64_t stride_q_row, stride_q_head;        // bytes
+    int64_t stride_lse;                         // elements
+    int64_t stride_masses, stride_masses_part;  // bytes
+    int32_t num_rows, context_len, first_head;
+    int32_t row_stride;                         // of sampled rows: 4, 2 or 1
+    int32_t heads_each, group_size;             // of a set: heads that share a KV head, all of its heads or some
+    int32_t num_sets, num_lists, num_blocks;    // lists of a set, blocks of LISTS that they make
+    int32_t stages_each;                        // of a range of means
+    int32_t num_boxes;                          // of means before the chunk's last tile
+    float scale_log2;
+
+    __host__ __device__ __forceinline__ int first_tile() const { return context_len / TILE; }
+    // Lists of a part are neighbours, so that those of a block see about the same means.
+    __host__ __device__ __forceinline__ int part(int list) const { return list / heads_each; }
+    __host__ __device__ __forceinline__ int tile(int part) const {
+        return first_tile() + part * ROWS * row_stride / TILE;
+    }
+    // Groups before a list's tile.
+    __host__ __device__ __forceinline__ int num_groups(int list) const {
+        return tile(part(list)) * GROUPS_PER_TILE;
+    }
+
+    // Stages of a block, as many as its last list needs.
+    __host__ __device__ __forceinline__ int num_stages(int block) const {
+        const int end = (block + 1) * LISTS, last_list = (end < num_lists ? end : num_lists) - 1;
+        return (num_groups(last_list) + STAGE_GROUPS - 1) / STAGE_GROUPS;
+    }
+};
+
+// Where a list lies.
+struct List {
+    int part;  // of the chunk's, from its first tile on
+    int head;  // of a set's
+
+    __device__ __forceinline__ List(const Params& p, int list)
+        : part(p.part(list)), head(list - part * p.heads_each) {}
+};
+
+// One program's share. Those at work at the same time read the same range of means; long ones come first.
+struct Job {
+    int set, first_list, kv_head;
+    int first_head;  // of the set, among those at once
+    int range, first_stage, num_stages;  // no stages if the range lies past what the lists see
+
+    __device__ __forceinline__ explicit Job(const Params& p) {
+        const int block = p.num_blocks - 1 - blockIdx.x % p.num_blocks;
+        set = blockIdx.x / p.num_blocks % p.num_sets;
+        range = blockIdx.x / p.num_blocks / p.num_sets;
+        first_list = block * LISTS;
+        first_head = set * p.heads_each;
+        kv_head = (p.first_head + first_head) / p.group_size;
+        first_stage = range * p.stages_each;
+        num_stages = min(p.stages_each, p.num_stages(block) - first_stage);
+    }
+};
+
+// Which row of the chunk is the i-th of a part. The offset changes from tile to tile, lest rows meet the same words of
+// a text of that period everywhere. Rows that the chunk does not have are replaced by its first or its last.
+__device__ __forceinline__ int sampled_row(const Params& p, int part, int i) {
+    const int offset = (p.tile(part) * 5 + 3) & (p.row_stride - 1);
+    const int row = p.first_tile() * TILE + (part * ROWS + i) * p.row_stride + offset;
+    return min(max(row - p.context_len, 0), p.num_rows - 1);
+}
+
+// Column c of a consumer's scores holds row `row_of(c)` of its list `list_of(c)`. A thread of a wgmma accumulator holds
+// the columns 8 j + 2 t + {0, 1}: so all rows of the lists 2 t and 2 t + 1.
+__device__ __forceinline__ int list_of(int column) { return (column >> 1 & 3) * 2 + (column >> 6); }
+__device__ __forceinline__ int row_of(int column) { return (column >> 3 & 7) * 2 + (column & 1); }
+
+template <int HEAD_DIM>
+struct Shape {
+    static constexpr int BLOCKS = HEAD_DIM * 2 / hopper::SWIZZLE_BYTES;  // of 128 bytes a row
+    static constexpr int BOX_BYTES = BOX_MEANS * hopper::SWIZZLE_BYTES;  // of one block
+    static constexpr int STAGE_BLOCK_BYTES = STAGE_BOXES * BOX_BYTES;
+    static constexpr int STAGE_BYTES = BLOCKS * STAGE_BLOCK_BYTES;
+    static constexpr int QUERY_BLOCK_BYTES = COLUMNS * hopper::SWIZZLE_BYTES;
+    static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;
+    static constexpr int STEPS_PER_BLOCK = hopper::SWIZZLE_BYTES / 32;  // of 16 elements
+    static constexpr int STAGES = HEAD_DIM == 128 ? 4 : 8;
+};
+
+template <int HEAD_DIM>
+struct Storage {
+    using S = Shape<HEAD_DIM>;
+    alignas(hopper::ATOM_BYTES) char queries[CONSUMERS][S::QUERY_BYTES];
+    char means[S::STAGES][S::STAGE_BYTES];
+    uint64_t full[S::STAGES], empty[S::STAGES];
+};
+
+// A place in the ring and the parity of its barriers' phase.
+struct Ring {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ __forceinline__ void advance(int stages) {
+        if (++slot == stages) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+}  // namespace score

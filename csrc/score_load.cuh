@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// How means and sampled rows come into shared memory.
+#pragma once
+
+#include "score.cuh"
+
+namespace score {
+
+// One warp: a lane for each box of a stage. A box holds the first means of its 8 groups, then the second ones, and so
+// on: each a swizzled atom, so that wgmma can give a thread the four means of one group (see score_stages.cuh).
+template <int HEAD_DIM>
+__device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shared, const Job& job) {
+    using S = Shape<HEAD_DIM>;
+    const int lane = threadIdx.x % hopper::WARP;
+    const int block = lane % S::BLOCKS, box = lane / S::BLOCKS;
+    const bool copies = box < STAGE_BOXES;
+    const uint32_t target = hopper::shared_address(shared.means) + block * S::STAGE_BLOCK_BYTES + box * S::BOX_BYTES;
+    Ring ring;
+    for (int i = 0; i < job.num_stages; ++i) {
+        uint64_t* full = &shared.full[ring.slot];
+        hopper::wait(&shared.empty[ring.slot], ring.phase ^ 1);
+        if (lane == 0) hopper::arrive_expecting(full, S::STAGE_BYTES);
+        __syncwarp();
+        // Past the end the last box stands in: no list has a code for its groups there.
+        const int number = min((job.first_stage + i) * STAGE_BOXES + box, p.num_boxes - 1);
+        if (copies) {
+            hopper::copy_box(
+                target + ring.slot * S::STAGE_BYTES, &p.means_map, full, block * hopper::BOX_ELEMENTS,
+                number * BOX_GROUPS, 0, job.kv_head
+            );
+        }
+        ring.advance(S::STAGES);
+    }
+}
+
+// One consumer: the rows of its lists, swizzled as the tensor cores read them.
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_queries(const Params& p, char* queries, const Job& job, int first_list) {
+    using S = Shape<HEAD_DIM>;
+    constexpr int PIECES_PER_BLOCK = hopper::SWIZZLE_BYTES / 16;
+    constexpr int PIECES = S::BLOCKS * PIECES_PER_BLOCK;
+    constexpr int AT_ONCE = hopper::WARPGROUP / PIECES;  // columns
+    const int thread = threadIdx.x % hopper::WARPGROUP;
+    const int piece = thread % PIECES;
+    char* block = queries + piece / PIECES_PER_BLOCK * S::QUERY_BLOCK_BYTES;
+#pragma unroll 8
+    for (int column = thread / PIECES; column < COLUMNS; column += AT_ONCE) {
+        // What stands for a list too many is not stored.
+        const List list(p, min(first_list + list_of(column), p.num_lists - 1));
+        const int row = sampled_row(p, list.part, row_of(column)), head = p.first_head + job.first_head + list.head;
+        const char* source = p.q + row * p.stride_q_row + head * p.stride_q_head + piece * 16;
+        const int swizzled = (piece ^ column) % PIECES_PER_BLOCK;
+        *reinterpret_cast<int4*>(block + column * hopper::SWIZZLE_BYTES + swizzled * 16) =
+            __ldg(reinterpret_cast<const int4*>(source));
+    }
+    hopper::fence_async_proxy();
+}
+
+}  // namespace score

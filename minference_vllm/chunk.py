@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request's rows of a step, and its keys and values as they lie in vLLM's cache."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from minference_vllm.index import BAND, TILE
+
+
+class PagedKV(NamedTuple):
+    """One request's keys and values in vLLM's paged cache.
+
+    Attributes:
+        k, v: [num_pages, num_kv_heads, page_size, head_dim], any strides but the last, which is 1.
+        block_table: [num_reqs, max_pages] int32: page of the j-th page_size keys of each request.
+        row: which row of block_table is this request's.
+        k_scale, v_scale: [1] float32, what stored keys and values are multiplied by; None if the cache is not scaled.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    block_table: torch.Tensor
+    row: int
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One request's query rows of this step in one layer, and all that attending to them needs.
+
+    Attributes:
+        q: [num_rows, num_qo_heads, head_dim], any strides but the last, which is 1.
+        out: [num_rows, num_qo_heads, head_dim], written by attention.
+        kv: the request's cache, the chunk's own keys already in it.
+        context_len: keys before the chunk.
+        scale: softmax scale.
+
+    Raises:
+        ValueError: a kernel would read or write such tensors wrongly.
+    """
+
+    q: torch.Tensor
+    out: torch.Tensor
+    kv: PagedKV
+    context_len: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        q, out, (k, v, table, row, _, _) = self.q, self.out, self.kv
+        if q.stride(2) != 1 or out.stride(2) != 1:
+            raise ValueError(
+                f"q and out must end in stride 1, got {q.stride()} and {out.stride()}"
+            )
+        if q.shape != out.shape or q.dtype != out.dtype:
+            raise ValueError(f"q is {q.dtype} {tuple(q.shape)}, out {out.dtype} {tuple(out.shape)}: both must be alike")
+        if table.dtype != torch.int32 or table.stride(1) != 1 or not 0 <= row < len(table):
+            raise ValueError(
+                f"block_table must be int32 with stride 1 along a request, and hold row {row}; "
+                f"got {table.dtype} {tuple(table.shape)} with strides {table.stride()}"
+            )
+        if k.stride() != v.stride() or k.stride(3) != 1:
+            raise ValueError(
+                f"k and v must share strides and end in 1, got {k.stride()} and {v.stride()}; "
+                "pass the two halves of one cache tensor"
+            )
+        if k.shape[2] % BAND or q.shape[1] % k.shape[1]:
+            raise ValueError(
+                f"pages of {k.shape[2]} keys must be multiples of {BAND}, and {q.shape[1]} query heads of "
+                f"{k.shape[1]} KV heads"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def num_qo_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a KV head."""
+        return self.q.shape[1] // self.kv.num_kv_heads
+
+    @property
+    def seq_len(self) -> int:
+        """Keys of the request, the chunk's own included."""
+        return self.context_len + self.q.shape[0]
+
+    @property
+    def causal_pairs(self) -> int:
+        """Row-key pairs of one head that dense causal attention would compute."""
+        return self.num_rows * self.context_len + self.num_rows * (self.num_rows + 1) // 2
+
+    @property
+    def first_tile(self) -> int:
+        """Tile of the chunk's first row, on absolute positions."""
+        return self.context_len // TILE
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that hold rows of the chunk."""
+        return -(-self.seq_len // TILE) - self.first_tile

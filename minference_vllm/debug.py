@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the setting `debug` checks after each chunk; each check waits for the device."""
+
+import torch
+
+from minference_vllm.attention import LayerState
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import BANDS_PER_TILE, EVERY_GROUP, GROUPS_PER_TILE, TILE, BandIndex, SparseIndex, TileIndex
+
+
+def check(chunk: Chunk, index: SparseIndex, layer: LayerState) -> None:
+    """Check what a chunk was attended to, and what came out.
+
+    Raises:
+        RuntimeError: an entry of the index lies where no key is, or the output is not finite.
+    """
+    faults = _faults_of_bands(chunk, index) if isinstance(index, BandIndex) else _faults_of_groups(chunk, index)
+    if not chunk.out.isfinite().all():
+        faults.append(f"the output holds NaN or infinity ({int((~chunk.out.isfinite()).sum())} elements)")
+    if not layer.attend.lse[:, : chunk.num_rows].isfinite().all():
+        faults.append("the log-sum-exp of a row is not finite")
+    if faults:
+        raise RuntimeError(
+            f"MInference, debug: layer {layer.position}, {chunk.num_rows} rows after {chunk.context_len} keys: "
+            f"{'; '.join(faults)}"
+        )
+
+
+def _faults_of_bands(chunk: Chunk, index: BandIndex) -> list[str]:
+    faults = []
+    last_tile = (chunk.seq_len - 1) // TILE
+    for head in range(chunk.num_qo_heads):
+        for kind in range(3):
+            count = int(index.bands_indptr[head, kind, last_tile])
+            if not _ascends(index.bands[head, kind, :count], 1, last_tile * BANDS_PER_TILE + 1):
+                faults.append(f"head {head}: bands of kind {kind} are no ascending offsets before tile {last_tile}")
+        count = int(index.columns_indptr[head, last_tile])
+        if not _ascends(index.columns[head, :count], 0, chunk.seq_len):
+            faults.append(f"head {head}: columns are no ascending keys below {chunk.seq_len}")
+    return faults
+
+
+def _faults_of_groups(chunk: Chunk, index: TileIndex) -> list[str]:
+    faults = []
+    for head in range(chunk.num_qo_heads):
+        for tile, counts in enumerate(index.counts[head, : chunk.num_tiles].tolist()):
+            if counts[0] == EVERY_GROUP:
+                continue
+            lists = index.groups[head, tile, : sum(counts)].split(counts)
+            end = (chunk.first_tile + tile) * GROUPS_PER_TILE
+            if not all(_ascends(groups, 0, end) for groups in lists):
+                faults.append(f"head {head}, tile {tile} of the chunk: groups are not ascending below {end}")
+    return faults
+
+
+def _ascends(entries: torch.Tensor, first: int, end: int) -> bool:
+    """Whether entries rise strictly and lie in [first, end)."""
+    if not len(entries):
+        return True
+    return bool(entries[0] >= first and entries[-1] < end and (entries.diff() > 0).all())

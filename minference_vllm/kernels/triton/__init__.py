@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels: for every GPU and, under Triton's interpreter, for tests without one."""
+
+from minference_vllm.kernels.triton.attend import attend
+from minference_vllm.kernels.triton.attend_tiles import attend_tiles
+from minference_vllm.kernels.triton.bands import band_lists
+from minference_vllm.kernels.triton.groups import select_groups
+from minference_vllm.kernels.triton.masses import group_masses
+from minference_vllm.kernels.triton.means import key_means
+from minference_vllm.kernels.triton.normalisers import row_normalisers
+from minference_vllm.kernels.triton.probe import probe
+from minference_vllm.kernels.triton.select import select
+
+__all__ = [
+    "attend",
+    "attend_tiles",
+    "band_lists",
+    "group_masses",
+    "key_means",
+    "probe",
+    "row_normalisers",
+    "select",
+    "select_groups",
+]

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a chunk over the groups that a TileIndex keeps, read from the pages through the block table.
+
+One program is one tile of one query head. Its kept keys come as one stream of BLOCK_N keys a step: the tile's own keys
+under a causal mask, groups that both halves keep without a mask, then the rest, each row masked out for the half that
+does not keep the group.
+"""
+
+import triton
+import triton.language as tl
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import EVERY_GROUP, GROUP, TILE, TileIndex
+from minference_vllm.kernels.triton.attend import _attend_to, _launch_shape
+from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
+from minference_vllm.scratch import AttendBuffers
+
+
+@triton.jit(do_not_specialize=["num_rows", "context_len", "table_row", "stride_table"])
+def _attend_tiles_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr, groups_ptr, counts_ptr,
+    num_rows, context_len, table_row, scale_log2,
+    stride_qt, stride_qh, stride_ot, stride_oh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse,
+    stride_groups, stride_groups_tile, stride_counts,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, EVERY_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, LOG2_E: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = TILE // 2
+    GROUPS_PER_STEP: tl.constexpr = BLOCK_N // GROUP
+    seq_len = context_len + num_rows
+    num_tiles = tl.cdiv(seq_len, TILE) - context_len // TILE
+    # Neighbouring programs are the heads of one KV head, then neighbouring tiles: they share keys in L2. The longest
+    # tiles come first, so that the short ones fill the tail.
+    i_t = num_tiles - 1 - (tl.program_id(0) // GROUP_SIZE) % num_tiles
+    i_kv = (tl.program_id(0) // GROUP_SIZE) // num_tiles
+    i_h = i_kv * GROUP_SIZE + tl.program_id(0) % GROUP_SIZE
+    start_m = (context_len // TILE + i_t) * TILE
+
+    k_ptr += i_kv.to(tl.int64) * stride_kh
+    v_ptr += i_kv.to(tl.int64) * stride_kh
+    table_ptr += table_row.to(tl.int64) * stride_table
+    groups_ptr += i_h.to(tl.int64) * stride_groups + i_t.to(tl.int64) * stride_groups_tile
+    counts_ptr += i_h.to(tl.int64) * stride_counts + i_t * 3
+
+    o_m = start_m + tl.arange(0, TILE)
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, HEAD_DIM)
+    in_chunk = (o_m >= context_len) & (o_m < seq_len)
+    rows = (o_m - context_len).to(tl.int64)
+    # [TILE, HEAD_DIM]
+    b_q = tl.load(q_ptr + rows[:, None] * stride_qt + i_h * stride_qh + o_d[None, :], mask=in_chunk[:, None], other=0.0)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    acc = tl.zeros([TILE, HEAD_DIM], tl.float32)
+    row_max = tl.full([TILE], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE], tl.float32)
+
+    # The tile's own keys come first: they give every row a finite maximum.
+    for start in range(0, TILE, BLOCK_N):
+        keys = start_m + start + o_n
+        acc, row_max, row_sum = _attend_to(
+            b_q, acc, row_max, row_sum, keys, keys < seq_len, keys[None, :] <= o_m[:, None], scale_log2,
+            k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
+        )  # fmt: skip
+
+    # Groups that both halves keep, only the first, only the second.
+    num_shared = tl.load(counts_ptr)
+    num_first = tl.load(counts_ptr + 1)
+    num_second = tl.load(counts_ptr + 2)
+    # A tile that keeps every group has no list: its entries are the groups.
+    num_listed = tl.where(num_shared == EVERY_GROUP, 0, num_shared + num_first + num_second)
+    num_shared = tl.where(num_shared == EVERY_GROUP, start_m // GROUP, num_shared)
+    unmasked_groups = num_shared // GROUPS_PER_STEP * GROUPS_PER_STEP
+    for start in range(0, unmasked_groups, GROUPS_PER_STEP):
+        entry = start + o_n // GROUP
+        groups = tl.load(groups_ptr + entry, mask=entry < num_listed, other=0)
+        groups = tl.where(entry < num_listed, groups, entry)
+        keys = groups * GROUP + o_n % GROUP
+        acc, row_max, row_sum = _attend_to(
+            b_q, acc, row_max, row_sum, keys, keys >= 0, keys[None, :] >= 0, scale_log2,
+            k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, False, UPCAST,
+        )  # fmt: skip
+
+    # Bit h is set for half h, of rows and of groups.
+    # [TILE]
+    row_half = tl.where(o_m - start_m < HALF, 1, 2)
+    num_groups = num_shared + num_first + num_second
+    for start in range(unmasked_groups, num_groups, GROUPS_PER_STEP):
+        # [BLOCK_N]
+        entry = start + o_n // GROUP
+        only = tl.where(entry < num_shared + num_first, 1, tl.where(entry < num_groups, 2, 0))
+        halves = tl.where(entry < num_shared, 3, only)
+        groups = tl.load(groups_ptr + entry, mask=entry < num_listed, other=0)
+        groups = tl.where(entry < num_listed, groups, entry)
+        keys = groups * GROUP + o_n % GROUP
+        acc, row_max, row_sum = _attend_to(
+            b_q, acc, row_max, row_sum, keys, halves > 0, (row_half[:, None] & halves[None, :]) != 0, scale_log2,
+            k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
+        )  # fmt: skip
+
+    b_o = acc / row_sum[:, None]
+    p_o = out_ptr + rows[:, None] * stride_ot + i_h * stride_oh + o_d[None, :]
+    tl.store(p_o, b_o.to(out_ptr.dtype.element_ty), mask=in_chunk[:, None])
+    p_lse = lse_ptr + i_h.to(tl.int64) * stride_lse + rows
+    tl.store(p_lse, (row_max + tl.log2(row_sum)) / LOG2_E, mask=in_chunk)
+    kept = (num_shared + tl.where(row_half == 1, num_first, num_second)) * GROUP + o_m - start_m + 1
+    # 64-bit: 128 rows of 2^24 keys are 2^31 pairs.
+    tl.atomic_add(kept_ptr, tl.sum(tl.where(in_chunk, kept, 0).to(tl.int64), 0), sem="relaxed")
+
+
+def attend_tiles(chunk: Chunk, index: TileIndex, buffers: AttendBuffers) -> None:
+    """See minference_vllm.reference.attend. A tile's groups and all counts of a head are contiguous."""
+    q, out, kv = chunk.q, chunk.out, chunk.kv
+    block_n, num_warps, num_stages = _launch_shape(chunk.head_dim, q.device)
+    _attend_tiles_kernel[(chunk.num_tiles * chunk.num_qo_heads,)](
+        q, kv.k, kv.v, kv.block_table, out, buffers.lse, buffers.kept_pairs, index.groups, index.counts,
+        chunk.num_rows, chunk.context_len, kv.row, chunk.scale * LOG2_E,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv), kv.block_table.stride(0),
+        buffers.lse.stride(0), index.groups.stride(0), index.groups.stride(1), index.counts.stride(0),
+        GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, PAGE_SIZE=kv.page_size,
+        TILE=TILE, GROUP=GROUP, EVERY_GROUP=EVERY_GROUP, BLOCK_N=block_n, LOG2_E=LOG2_E,
+        UPCAST=not q.is_cuda,  # the interpreter's dot is wrong for bf16
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the masses of groups to the lists of those that each tile keeps: one program a tile and head.
+
+A histogram of each half's codes gives its threshold; the groups are counted by kind, then written in ascending order.
+No sort, no host sync, and masses are added as integers: the same codes give the same lists.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
+from minference_vllm.reference.normalisers import PART
+from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
+
+BLOCK = 1024
+
+PLAIN = ["num_rows", "context_len", "first_head", "rows_per_half", "sink_groups", "local_groups", "max_kept"]
+
+
+@triton.jit
+def _weights(code, CODES_PER_OCTAVE: tl.constexpr):
+    """Masses that codes stand for, int64: see reference.groups.weights."""
+    # No power of 2^(1/8) times 1024 lies so near a half that an approximate exp2 could round it otherwise.
+    mantissa = (tl.exp2((code % CODES_PER_OCTAVE).to(tl.float32) / CODES_PER_OCTAVE) * 1024 + 0.5).to(tl.int64)
+    return tl.where(code > 0, mantissa << (code // CODES_PER_OCTAVE).to(tl.int64), 0)
+
+
+@triton.jit
+def _add_codes(first, second, CODES_PER_OCTAVE: tl.constexpr):
+    """See reference.groups.add_codes."""
+    apart = tl.abs(first - second).to(tl.float32) / CODES_PER_OCTAVE
+    more = (CODES_PER_OCTAVE * tl.log2(1 + tl.exp2(-apart)) + 0.5).to(tl.int32)
+    larger = tl.maximum(first, second)
+    return tl.where((first > 0) & (second > 0), tl.minimum(larger + more, 255), larger)
+
+
+@triton.jit
+def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr):
+    """Codes of the sums of a half's parts' masses: see reference.groups.add_parts."""
+    inside = o_g < num_groups
+    b_code = tl.load(codes_ptr + o_g, mask=inside, other=0).to(tl.int32)
+    if PARTS > 1:
+        b_second = tl.load(codes_ptr + stride + o_g, mask=inside, other=0).to(tl.int32)
+        b_code = _add_codes(b_code, b_second, CODES_PER_OCTAVE)
+    if PARTS > 2:
+        b_third = tl.load(codes_ptr + 2 * stride + o_g, mask=inside, other=0).to(tl.int32)
+        b_fourth = tl.load(codes_ptr + 3 * stride + o_g, mask=inside, other=0).to(tl.int32)
+        b_code = _add_codes(b_code, _add_codes(b_third, b_fourth, CODES_PER_OCTAVE), CODES_PER_OCTAVE)
+    return b_code
+
+
+@triton.jit
+def _codes(
+    codes_ptr, other_ptr, stride, o_g, num_groups,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+):  # fmt: skip
+    """Codes of one half's masses or, by tile, of the sums of both halves'."""
+    b_code = _half_codes(codes_ptr, stride, o_g, num_groups, PARTS, CODES_PER_OCTAVE)
+    if BY_TILE:
+        b_other = _half_codes(other_ptr, stride, o_g, num_groups, PARTS, CODES_PER_OCTAVE)
+        b_code = _add_codes(b_code, b_other, CODES_PER_OCTAVE)
+    return b_code
+
+
+@triton.jit
+def _threshold(
+    codes_ptr, other_ptr, stride, allowed, num_groups, sinks, local,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+):  # fmt: skip
+    """See reference.groups.threshold. Groups before `sinks` and from `local` on are not free to go."""
+    b_count = tl.zeros([CODES], tl.int32)
+    for start in range(sinks // BLOCK * BLOCK, local, BLOCK):
+        o_g = start + tl.arange(0, BLOCK)
+        b_code = _codes(codes_ptr, other_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
+        b_count += tl.histogram(b_code, CODES, mask=(o_g >= sinks) & (o_g < local))
+    # [CODES]; what is dropped if it is all groups of this code and less
+    dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
+    return tl.minimum(tl.maximum(tl.sum((dropped <= allowed).to(tl.int32), 0), 1), CODES - 1)
+
+
+@triton.jit
+def _kept(
+    codes_ptr, other_ptr, stride, o_g, num_groups, sinks, local, threshold,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+):  # fmt: skip
+    b_code = _codes(codes_ptr, other_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
+    return ((b_code >= threshold) | (o_g < sinks) | (o_g >= local)) & (o_g < num_groups)
+
+
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
+def _groups_kernel(
+    masses_ptr, share_ptr, groups_ptr, counts_ptr,
+    num_rows, context_len, first_head, rows_per_half, sink_groups, local_groups, max_kept,
+    stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts,
+    TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    i_t, i_h = tl.program_id(0), tl.program_id(1)
+    tile_start = (context_len // TILE + i_t) * TILE
+    num_groups = tile_start // TILE * GROUPS_PER_TILE
+    sinks = tl.minimum(sink_groups, num_groups)
+    local = tl.maximum(num_groups - local_groups, sinks)
+    # A half of which the chunk has no row keeps what the other keeps.
+    first_half = tl.where(tile_start + HALF <= context_len, 1, 0)
+    second_half = tl.where(tile_start + HALF >= context_len + num_rows, 0, 1)
+    masses_ptr += i_h.to(tl.int64) * stride_masses
+    first_ptr = masses_ptr + ((i_t * 2 + first_half) * PARTS).to(tl.int64) * stride_part
+    second_ptr = masses_ptr + ((i_t * 2 + second_half) * PARTS).to(tl.int64) * stride_part
+    head = first_head + i_h
+    # In units of the weights' and in 64 bits: the twin's very number.
+    num_rows_added = rows_per_half.to(tl.float64) * (2 if BY_TILE else 1)
+    allowed = ((1 - tl.load(share_ptr + head).to(tl.float64)) * (num_rows_added * UNITS)).to(tl.int64)
+    first = _threshold(
+        first_ptr, second_ptr, stride_part, allowed, num_groups, sinks, local,
+        PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE,
+    )  # fmt: skip
+    second = first
+    if not BY_TILE:
+        second = _threshold(
+            second_ptr, first_ptr, stride_part, allowed, num_groups, sinks, local,
+            PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE,
+        )  # fmt: skip
+
+    o_n = tl.arange(0, BLOCK)
+    b_shared = tl.zeros([BLOCK], tl.int32)
+    b_first = tl.zeros([BLOCK], tl.int32)
+    b_second = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_groups, BLOCK):
+        # [BLOCK]
+        in_first = _kept(
+            first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first,
+            PARTS, BY_TILE, CODES_PER_OCTAVE,
+        ).to(tl.int32)  # fmt: skip
+        in_second = in_first
+        if not BY_TILE:
+            in_second = _kept(
+                second_ptr, first_ptr, stride_part, start + o_n, num_groups, sinks, local, second,
+                PARTS, BY_TILE, CODES_PER_OCTAVE,
+            ).to(tl.int32)  # fmt: skip
+        b_shared += in_first & in_second
+        b_first += in_first & ~in_second
+        b_second += in_second & ~in_first
+    num_shared, num_first, num_second = tl.sum(b_shared, 0), tl.sum(b_first, 0), tl.sum(b_second, 0)
+    fits = num_shared + num_first + num_second <= max_kept
+    p_counts = counts_ptr + head.to(tl.int64) * stride_counts + i_t * 3
+    tl.store(p_counts, tl.where(fits, num_shared, EVERY_GROUP))
+    tl.store(p_counts + 1, tl.where(fits, num_first, 0))
+    tl.store(p_counts + 2, tl.where(fits, num_second, 0))
+
+    groups_ptr += head.to(tl.int64) * stride_groups + i_t.to(tl.int64) * stride_groups_tile
+    next_shared = 0
+    next_first = num_shared
+    next_second = num_shared + num_first
+    for start in range(0, tl.where(fits, num_groups, 0), BLOCK):
+        in_first = _kept(
+            first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first,
+            PARTS, BY_TILE, CODES_PER_OCTAVE,
+        ).to(tl.int32)  # fmt: skip
+        in_second = in_first
+        if not BY_TILE:
+            in_second = _kept(
+                second_ptr, first_ptr, stride_part, start + o_n, num_groups, sinks, local, second,
+                PARTS, BY_TILE, CODES_PER_OCTAVE,
+            ).to(tl.int32)  # fmt: skip
+        b_shared = in_first & in_second
+        b_first = in_first & ~in_second
+        b_second = in_second & ~in_first
+        place = tl.where(
+            b_shared > 0,
+            next_shared + tl.cumsum(b_shared, 0),
+            tl.where(b_first > 0, next_first + tl.cumsum(b_first, 0), next_second + tl.cumsum(b_second, 0)),
+        )
+        tl.store(groups_ptr + place - 1, start + o_n, mask=(in_first | in_second) > 0)
+        next_shared += tl.sum(b_shared, 0)
+        next_first += tl.sum(b_first, 0)
+        next_second += tl.sum(b_second, 0)
+
+
+def select_groups(
+    masses: torch.Tensor,
+    chunk: Chunk,
+    first_head: int,
+    share: torch.Tensor,
+    rows_per_half: int,
+    sink_groups: int,
+    local_groups: int,
+    by_tile: bool,
+    index: TileIndex,
+) -> None:
+    """See minference_vllm.reference.select_groups. `share` and the last dimension of the others are contiguous."""
+    groups, counts = index.groups, index.counts
+    num_heads = min(len(masses), chunk.num_qo_heads - first_head)
+    _groups_kernel[(chunk.num_tiles, num_heads)](
+        masses, share, groups, counts,
+        chunk.num_rows, chunk.context_len, first_head, rows_per_half, sink_groups, local_groups, groups.shape[2],
+        masses.stride(0), masses.stride(1), groups.stride(0), groups.stride(1), counts.stride(0),
+        TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
+        PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK,
+        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, UNITS=2.0**38,
+        num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much attention each part of a half gives to each group before the tile, estimated from means of keys.
+
+A "list" is a part of a half's sampled rows under one head: ROWS rows. Lists are counted part by part, and within a part
+head by head. A program takes some lists under one KV head, BLOCK_M rows in all, and a range of means. Scores are
+computed means by rows, and rows are dealt out so that a thread of a tensor core's accumulator holds all rows of its
+lists: sums over rows need no exchange between threads, and those over a group's means come after, on a sixteenth of the
+numbers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import GROUP, HALF, HALVES, TILE
+from minference_vllm.kernels.triton.launch import LOG2_E
+from minference_vllm.kernels.triton.normalisers import _sampled_rows
+from minference_vllm.reference.normalisers import PART
+from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
+
+MEANS_EACH = 8192
+"""Means that one program scores: enough to pay for loading its rows, few enough that programs fill the GPU."""
+
+PLAIN = ["num_rows", "context_len", "first_head", "num_lists", "heads_each", "means_each"]
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _masses_kernel(
+    q_ptr, means_ptr, lse_ptr, masses_ptr,
+    num_rows, context_len, first_head, num_lists, heads_each, means_each, scale_log2,
+    stride_qt, stride_qh, stride_kh, stride_lse, stride_mh, stride_mt,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, OCTAVES: tl.constexpr,
+    LOG2_E: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    HALVES: tl.constexpr = TILE // HALF
+    PARTS: tl.constexpr = ROWS_PER_HALF // ROWS
+    LISTS: tl.constexpr = BLOCK_M // ROWS
+    GROUPS: tl.constexpr = BLOCK_N * MEAN // GROUP
+    # Neighbouring programs share the range of means.
+    i_l, i_n, i_kv = tl.program_id(0) * LISTS, tl.program_id(1), tl.program_id(2)
+    first_tile = context_len // TILE
+    # The last list's tile has the most groups before it. What others' masses are from their tiles on, nobody reads.
+    last_list = tl.minimum(i_l + LISTS, num_lists) - 1
+    num_means = (first_tile + last_list // heads_each // (HALVES * PARTS)) * (TILE // MEAN)
+    head = first_head + i_kv * heads_each
+    means_ptr += (head // GROUP_SIZE).to(tl.int64) * stride_kh
+
+    # [BLOCK_M], the list and the row in it: a thread holds column pairs that are 8 apart
+    o_m = tl.arange(0, BLOCK_M)
+    o_l = i_l + o_m // 2 % LISTS
+    o_r = o_m // (2 * LISTS) * 2 + o_m % 2
+    part = o_l // heads_each
+    i_h = head + o_l % heads_each
+    listed = o_l < num_lists
+    rows, _present = _sampled_rows(
+        first_tile * HALVES + part // PARTS, part % PARTS * ROWS + o_r, num_rows, context_len,
+        HALF, HALVES, HALF // ROWS_PER_HALF,
+    )  # fmt: skip
+    o_d = tl.arange(0, HEAD_DIM)
+    p_q = q_ptr + (rows - context_len).to(tl.int64)[:, None] * stride_qt + i_h[:, None] * stride_qh + o_d[None, :]
+    # [BLOCK_M, HEAD_DIM]
+    b_q = tl.load(p_q)
+    b_lse = tl.load(lse_ptr + i_h.to(tl.int64) * stride_lse + part * ROWS + o_r, mask=listed, other=float("inf"))
+    b_lse = b_lse * LOG2_E - LOG2_MEAN
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    b_qt = tl.trans(b_q)
+
+    o_n = tl.arange(0, BLOCK_N)
+    # [LISTS]
+    o_out = i_l + tl.arange(0, LISTS)
+    out_head = i_kv * heads_each + o_out % heads_each
+    p_out = masses_ptr + out_head.to(tl.int64) * stride_mh + (o_out // heads_each).to(tl.int64) * stride_mt
+    for start in range(i_n * means_each, tl.minimum((i_n + 1) * means_each, num_means), BLOCK_N):
+        # [BLOCK_N, HEAD_DIM]; 2^22 means of 2^24 tokens, of 256 numbers each, still fit 32 bits
+        p_means = means_ptr + (start + o_n)[:, None] * HEAD_DIM + o_d[None, :]
+        b_k = tl.load(p_means, mask=(start + o_n < num_means)[:, None], other=0.0)
+        if UPCAST:
+            b_k = b_k.to(tl.float32)
+        # [BLOCK_N, BLOCK_M]
+        b_p = tl.exp2(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :])
+        # [BLOCK_N, LISTS]
+        b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
+        # [GROUPS, LISTS]
+        b_mass = tl.sum(tl.reshape(b_mass, (GROUPS, GROUP // MEAN, LISTS)), 1)
+        b_code = tl.floor((tl.log2(b_mass) + OCTAVES) * CODES_PER_OCTAVE + 0.5)
+        b_code = tl.minimum(tl.maximum(b_code, 0.0), CODES - 1).to(tl.uint8)
+        o_g = start * MEAN // GROUP + tl.arange(0, GROUPS)
+        inside = (o_g < num_means * MEAN // GROUP)[:, None] & (o_out < num_lists)[None, :]
+        tl.store(p_out[None, :] + o_g[:, None], b_code, mask=inside)
+
+
+def group_masses(
+    chunk: Chunk,
+    means: torch.Tensor,
+    row_lse: torch.Tensor,
+    first_head: int,
+    masses: torch.Tensor,
+    mean: int = MEAN,
+) -> None:
+    """See minference_vllm.reference.group_masses. Means follow each other without a gap, and so do rows."""
+    q, rows_per_half = chunk.q, row_lse.shape[2]
+    num_heads = min(len(masses), chunk.num_qo_heads - first_head)
+    heads_each = min(num_heads, chunk.group_size)
+    num_lists = chunk.num_tiles * HALVES * rows_per_half // PART * heads_each
+    num_means = (chunk.first_tile + chunk.num_tiles - 1) * TILE // mean
+    if not num_means:
+        return
+    block_m = 128 if chunk.head_dim <= 128 else 64
+    num_blocks = triton.cdiv(num_lists * PART, block_m)
+    grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), num_heads // heads_each)
+    _masses_kernel[grid](
+        q, means, row_lse, masses,
+        chunk.num_rows, chunk.context_len, first_head, num_lists, heads_each, MEANS_EACH, chunk.scale * LOG2_E,
+        q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0), masses.stride(0), masses.stride(1),
+        GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF, GROUP=GROUP,
+        ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1,
+        BLOCK_M=block_m, BLOCK_N=64,
+        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, OCTAVES=OCTAVES_BELOW_ONE, LOG2_E=LOG2_E,
+        UPCAST=not q.is_cuda,  # the interpreter's dot is wrong for bf16
+        num_warps=4, num_stages=2,
+    )  # fmt: skip

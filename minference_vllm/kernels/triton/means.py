@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means of a few consecutive keys: the cache is read once, at memory speed."""
+
+import torch
+import triton
+import triton.language as tl
+
+from minference_vllm.chunk import PagedKV
+from minference_vllm.kernels.triton.launch import kv_strides
+from minference_vllm.scratch import MEAN
+
+BLOCK_BYTES = 8192
+"""Of means that one program writes."""
+
+
+@triton.jit(do_not_specialize=["first", "count", "table_row", "stride_table"])
+def _means_kernel(
+    k_ptr, table_ptr, means_ptr, first, count, table_row, stride_kp, stride_kh, stride_kt, stride_table, stride_mh,
+    MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs are the heads of the same keys: in an NHD cache they lie side by side.
+    i_kv, i_n = tl.program_id(0), tl.program_id(1)
+    k_ptr += i_kv.to(tl.int64) * stride_kh
+    means_ptr += i_kv.to(tl.int64) * stride_mh
+    table_ptr += table_row.to(tl.int64) * stride_table
+    # [BLOCK]
+    o_n = first + i_n * BLOCK + tl.arange(0, BLOCK)
+    o_d = tl.arange(0, HEAD_DIM)
+    inside = o_n < count
+    # A mean's keys lie in one page, whose size is a multiple of MEAN.
+    pages = tl.load(table_ptr + o_n * MEAN // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    # [BLOCK, HEAD_DIM]
+    p_k = k_ptr + (pages * stride_kp + (o_n * MEAN % PAGE_SIZE) * stride_kt)[:, None] + o_d[None, :]
+    b_sum = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    for i in tl.static_range(MEAN):
+        b_sum += tl.load(p_k + i * stride_kt, mask=inside[:, None], other=0.0).to(tl.float32)
+    p_means = means_ptr + o_n.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
+    tl.store(p_means, (b_sum / MEAN).to(means_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, mean: int = MEAN) -> None:
+    """See minference_vllm.reference.key_means. The last two dimensions of `means` are contiguous."""
+    count = seq_len // mean
+    if count <= first:
+        return
+    head_dim = means.shape[2]
+    block = BLOCK_BYTES // 2 // head_dim
+    _means_kernel[(kv.num_kv_heads, triton.cdiv(count - first, block))](
+        kv.k, kv.block_table, means, first, count, kv.row, *kv_strides(kv), kv.block_table.stride(0), means.stride(0),
+        MEAN=mean, HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the kept keys are chosen: one module a method, one line here."""
+
+from minference_vllm.methods.base import MAX_TOKENS, Method, MethodSettings
+from minference_vllm.methods.block import Block
+from minference_vllm.methods.vertical_slash import VerticalSlash
+from minference_vllm.ops import Kernel
+
+METHODS: tuple[type[Method], ...] = (Block, VerticalSlash)
+
+
+def make_method(settings: MethodSettings, kernel: Kernel) -> Method:
+    """The method that these settings belong to."""
+    [method] = [method for method in METHODS if isinstance(settings, method.Settings)]
+    return method(settings, kernel)
+
+
+__all__ = ["MAX_TOKENS", "METHODS", "Block", "Method", "MethodSettings", "VerticalSlash", "make_method"]

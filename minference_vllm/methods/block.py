@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block: for each half of a tile the 16-key groups that hold a share of its attention, estimated from means of 4 keys.
+
+A few rows of each half are scored against means of keys, as FlexPrefill (arXiv 2502.20766) scores means of queries, but
+with finer means and with rows of the half itself. The lightest groups are dropped while what is left holds the share;
+the first keys and those just before the tile always stay. docs/methods.md has what was measured.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from minference_vllm import ops
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import GROUP, GROUPS_PER_TILE, HALVES, TILE, TileIndex
+from minference_vllm.methods.base import MAX_TOKENS, Method, MethodSettings
+from minference_vllm.ops import Kernel
+from minference_vllm.reference.normalisers import PART
+from minference_vllm.scratch import MASS_BYTES, MEAN, ScratchShape
+
+KEY_RANGES = 4
+"""Ranges of keys for which a row's partial sums have room: a chunk of few rows then keeps the whole GPU busy."""
+
+
+class BlockSettings(MethodSettings):
+    """Settings of `block`. Units are tokens unless a field says otherwise."""
+
+    name: Literal["block"] = "block"
+
+    rows_per_half: Literal[16, 32, 64] = 32
+    """Query rows of every 64 that choose the keys of all 64. The cost of choosing grows with them."""
+
+    share: float = Field(default=0.90, gt=0, le=1)
+    """Share of the estimated attention that each head keeps for each half of a tile, the tile itself and what is always
+    kept included. No unit. With 1, all that has any mass is kept."""
+
+    rows_per_list: Literal[64, 128] = 128
+    """Query rows that keep the same groups. With 64, each half of a tile has a list of its own: fewer pairs are kept,
+    but keys that one half alone keeps are loaded for 64 rows instead of 128."""
+
+    sink_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
+    """First keys of the prompt that are always kept, rounded up to groups of 16."""
+
+    local_tokens: int = Field(default=128, ge=0, le=MAX_TOKENS)
+    """Keys just before a tile that are always kept, beside the tile's own; rounded up to groups of 16."""
+
+    max_density: float = Field(default=0.5, gt=0, le=1)
+    """A tile whose halves together want more than this share of the groups before the chunk's last tile keeps all
+    groups. No unit. It sizes the lists: at 0.5 and 131,072 tokens they take 16 KiB for each head and tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBuffers:
+    """Scratch of `block`.
+
+    Attributes:
+        means: [num_kv_heads, max_means, head_dim] in the model's dtype, see ops.key_means.
+        row_lse: [num_qo_heads, max_halves, rows_per_half] float32, see ops.row_normalisers.
+        partial_sum: [num_qo_heads, max_halves, rows_per_half, KEY_RANGES] float32, see ops.row_normalisers.
+        masses: [num_heads_at_once, max_parts, max_groups] uint8, see ops.group_masses.
+        index: what `choose` returns a part of.
+    """
+
+    means: torch.Tensor
+    row_lse: torch.Tensor
+    partial_sum: torch.Tensor
+    masses: torch.Tensor
+    index: TileIndex
+
+
+class Block(Method):
+    """Groups of each half of a tile by the estimated attention mass of some of its rows, until a share is reached."""
+
+    Settings = BlockSettings
+
+    def __init__(self, settings: BlockSettings, kernel: Kernel) -> None:
+        super().__init__(settings, kernel)
+        self.sink_groups = -(-settings.sink_tokens // GROUP)
+        self.local_groups = -(-settings.local_tokens // GROUP)
+
+    def scratch(self, shape: ScratchShape, device: torch.device) -> BlockBuffers:
+        heads = shape.num_qo_heads
+        length = -(-shape.max_seq_len // TILE) * TILE
+        # A chunk may begin with the last row of a tile.
+        tiles = min((shape.max_chunk + TILE - 2) // TILE + 1, length // TILE)
+        groups = length // GROUP
+        # Rows of codes start on multiples of 16 bytes, the widest load.
+        codes = -(-groups // 16) * 16
+        rows = self.settings.rows_per_half
+        parts = tiles * HALVES * rows // PART
+        at_once = heads_at_once(heads, heads // shape.num_kv_heads, parts * codes)
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        return BlockBuffers(
+            means=zeros(shape.num_kv_heads, length // MEAN, shape.head_dim, dtype=shape.dtype),
+            row_lse=zeros(heads, tiles * HALVES, rows, dtype=torch.float32),
+            partial_sum=zeros(heads, tiles * HALVES, rows, KEY_RANGES, dtype=torch.float32),
+            masses=zeros(at_once, parts, codes, dtype=torch.uint8),
+            index=TileIndex(groups=zeros(heads, tiles, self.max_kept(groups)), counts=zeros(heads, tiles, 3)),
+        )
+
+    def budgets(self, num_qo_heads: int, device: torch.device) -> torch.Tensor:
+        """[num_qo_heads] float32: the share of each head."""
+        return torch.full((num_qo_heads,), self.settings.share, dtype=torch.float32, device=device)
+
+    def choose(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers) -> TileIndex:
+        """See Method.choose."""
+        settings, kernel, masses = self.settings, self.kernel, buffers.masses
+        forced, by_tile = (self.sink_groups, self.local_groups), settings.rows_per_list == TILE
+        cap = self.max_kept((chunk.first_tile + chunk.num_tiles - 1) * GROUPS_PER_TILE)
+        index = TileIndex(
+            groups=buffers.index.groups[:, : chunk.num_tiles, :cap], counts=buffers.index.counts[:, : chunk.num_tiles]
+        )
+        ops.key_means(chunk.kv, chunk.seq_len, buffers.means, kernel)
+        ops.row_normalisers(chunk, buffers.means, buffers.row_lse, buffers.partial_sum, kernel)
+        for first_head in range(0, chunk.num_qo_heads, len(masses)):
+            ops.group_masses(chunk, buffers.means, buffers.row_lse, first_head, masses, kernel)
+            ops.select_groups(
+                masses, chunk, first_head, budgets, settings.rows_per_half, *forced, by_tile, index, kernel
+            )
+        return index
+
+    def max_kept(self, num_groups: int) -> int:
+        """Groups that a tile may list if up to this many lie before it: what is always kept has room."""
+        wanted = max(int(num_groups * self.settings.max_density), self.sink_groups + self.local_groups)
+        return max(1, min(wanted, num_groups))
+
+
+def heads_at_once(num_qo_heads: int, group_size: int, bytes_each: int) -> int:
+    """Heads whose masses MASS_BYTES hold: all of some KV heads, or an even share of one KV head's; one at the least."""
+    limit = max(1, MASS_BYTES // bytes_each)
+    if limit >= group_size:
+        return min(limit // group_size * group_size, num_qo_heads)
+    return max(count for count in range(1, limit + 1) if group_size % count == 0)

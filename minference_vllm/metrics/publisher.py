@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a worker's counts go, for the processes that serve /metrics to read."""
+
+import functools
+import itertools
+import os
+import threading
+from pathlib import Path
+
+import prometheus_client as prometheus
+
+from minference_vllm.metrics.snapshot import CAUSAL_PAIRS, CHUNKS, DENSITY, KEPT_PAIRS, LABELS, TOKENS, Snapshot
+
+METRICS_DIR = "MINFERENCE_METRICS_DIR"
+MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
+NOWHERE = os.devnull  # what a process that can make no folder sets METRICS_DIR to: its children neither try nor warn
+
+
+class Publisher:
+    """Publishes the totals of one engine; a process may hold several."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self._name = f"{os.getpid()}-{next(self._numbers)}.json"
+
+    def publish(self, total: Snapshot, delta: Snapshot) -> None:
+        """Let readers see `total`, which is `delta` more than the last time. Raises OSError if it cannot be written."""
+        directory = os.environ.get(METRICS_DIR)
+        if MULTIPROC_DIR in os.environ:
+            with _process_lock:
+                process_metrics().add(delta)
+        elif directory and directory != NOWHERE:
+            path = Path(directory, self._name)
+            draft = path.with_suffix(".tmp")
+            draft.write_text(total.to_json())
+            os.replace(draft, path)  # a reader sees the old totals or the new, never a part
+
+
+class ProcessMetrics:
+    """prometheus_client metrics kept in PROMETHEUS_MULTIPROC_DIR, the only place that several API servers read."""
+
+    def __init__(self) -> None:
+        # registry=None: the API servers read the directory; this process serves nothing.
+        self._tokens, self._chunks = (prometheus.Counter(*name, LABELS, registry=None) for name in (TOKENS, CHUNKS))
+        self._kept, self._causal = (prometheus.Counter(*name, registry=None) for name in (KEPT_PAIRS, CAUSAL_PAIRS))
+        # A ratio has no sum, and prometheus_client no weighted mean: show the process that read its GPU last. Over all
+        # processes, density is the ratio of the two pair counters.
+        self._density = prometheus.Gauge(*DENSITY, registry=None, multiprocess_mode="mostrecent")
+        self._total = Snapshot()
+
+    def add(self, delta: Snapshot) -> None:
+        self._total += delta
+        for family, counts in ((self._tokens, delta.tokens), (self._chunks, delta.chunks)):
+            for labels, count in counts.items():
+                family.labels(*labels).inc(count)
+        self._kept.inc(delta.kept_pairs)
+        self._causal.inc(delta.causal_pairs)
+        if self._total.density is not None:
+            self._density.set(self._total.density)
+
+
+_process_lock = threading.Lock()  # each engine has a thread that publishes
+
+
+@functools.cache
+def process_metrics() -> ProcessMetrics:
+    """Of all engines of this process: a second instance would overwrite the counts of the first in the same file."""
+    return ProcessMetrics()

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is counted, and its names on /metrics."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+# Name and help text; Prometheus appends _total to the name of a counter.
+TOKENS = ("minference_prefill_tokens", "Prompt tokens by attention path, and why they took it.")
+CHUNKS = ("minference_prefill_chunks", "Prefill chunks by attention path, and why they took it.")
+LABELS = ("path", "reason")
+KEPT_PAIRS = ("minference_kept_pairs", "Query-key pairs that sparse attention computed.")
+CAUSAL_PAIRS = ("minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.")
+DENSITY = ("minference_density", "Kept / causal pairs of all sparse attention since start.")
+
+Counts = Counter[tuple[str, str]]
+"""By path and reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Totals since start, or what came between two of them."""
+
+    tokens: Counts = field(default_factory=Counter)
+    chunks: Counts = field(default_factory=Counter)
+    kept_pairs: int = 0
+    causal_pairs: int = 0
+
+    @property
+    def density(self) -> float | None:
+        """Kept / causal pairs, in [0, 1]; None before the first read-back from the GPU."""
+        return self.kept_pairs / self.causal_pairs if self.causal_pairs else None
+
+    def __add__(self, other: "Snapshot") -> "Snapshot":
+        pairs = self.kept_pairs + other.kept_pairs, self.causal_pairs + other.causal_pairs
+        return Snapshot(self.tokens + other.tokens, self.chunks + other.chunks, *pairs)
+
+    def __sub__(self, other: "Snapshot") -> "Snapshot":
+        pairs = self.kept_pairs - other.kept_pairs, self.causal_pairs - other.causal_pairs
+        return Snapshot(self.tokens - other.tokens, self.chunks - other.chunks, *pairs)
+
+    def to_json(self) -> str:
+        prefill = [(*label, tokens, self.chunks[label]) for label, tokens in self.tokens.items()]
+        return json.dumps({"prefill": prefill, "kept_pairs": self.kept_pairs, "causal_pairs": self.causal_pairs})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Snapshot":
+        totals = json.loads(text)
+        prefill = totals.pop("prefill")
+        tokens = Counter({(path, reason): tokens for path, reason, tokens, _ in prefill})
+        return cls(tokens, Counter({(path, reason): chunks for path, reason, _, chunks in prefill}), **totals)
+
+    def summary(self, seconds: float) -> str:
+        """The log line for what was counted in this many seconds."""
+        dense = Counter({reason: tokens for (path, reason), tokens in self.tokens.items() if path == "dense"})
+        reasons = ", ".join(f"{reason} {tokens:,}" for reason, tokens in dense.most_common())
+        density = "density not read yet" if self.density is None else f"density {self.density:.1%}"
+        return (
+            f"MInference: {self.tokens.total() - dense.total():,} prompt tokens sparse, {dense.total():,} dense"
+            f"{f' ({reasons})' if reasons else ''} in {seconds:.0f} s; {density}"
+        )

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method is made of. An operation picks the code that runs it, launches it, and returns.
+
+Signatures and meanings are those of its twin in minference_vllm.reference; `kernel` says which code is wanted. What the
+CUDA library is not made for (heads of 256, tensors at odd addresses) runs in Triton.
+"""
+
+from minference_vllm.ops.attend import attend
+from minference_vllm.ops.groups import select_groups
+from minference_vllm.ops.kernel import Kernel, choose_kernel
+from minference_vllm.ops.lists import band_lists
+from minference_vllm.ops.masses import group_masses
+from minference_vllm.ops.means import key_means
+from minference_vllm.ops.normalisers import row_normalisers
+from minference_vllm.ops.probe import probe
+from minference_vllm.ops.select import select
+
+__all__ = [
+    "Kernel",
+    "attend",
+    "band_lists",
+    "choose_kernel",
+    "group_masses",
+    "key_means",
+    "probe",
+    "row_normalisers",
+    "select",
+    "select_groups",
+]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the masses of groups to the lists of those that each tile keeps."""
+
+import torch
+
+from minference_vllm import reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import HALVES, TileIndex
+from minference_vllm.kernels import triton
+from minference_vllm.ops.kernel import Kernel
+from minference_vllm.reference.normalisers import PART
+
+
+def select_groups(
+    masses: torch.Tensor,
+    chunk: Chunk,
+    first_head: int,
+    share: torch.Tensor,
+    rows_per_half: int,
+    sink_groups: int,
+    local_groups: int,
+    by_tile: bool,
+    index: TileIndex,
+    kernel: Kernel,
+) -> None:
+    """See minference_vllm.reference.select_groups.
+
+    Raises:
+        ValueError: `masses` does not have the parts of so many rows.
+    """
+    parts = chunk.num_tiles * HALVES * rows_per_half // PART
+    if rows_per_half not in (16, 32, 64) or masses.shape[1] < parts:
+        raise ValueError(
+            f"rows_per_half must be 16, 32 or 64 and masses hold all parts of the {chunk.num_tiles} tiles, "
+            f"got {rows_per_half} and {tuple(masses.shape)}"
+        )
+    run = reference.select_groups if kernel is Kernel.REFERENCE else triton.select_groups
+    run(masses, chunk, first_head, share, rows_per_half, sink_groups, local_groups, by_tile, index)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which code runs the sparse path: CUDA on Hopper, Triton on any GPU, plain torch without one."""
+
+import logging
+from enum import StrEnum
+
+import torch
+
+from minference_vllm.errors import ConfigError
+
+HOPPER = 9
+AUTO = "auto"
+
+logger = logging.getLogger("vllm.minference")
+
+
+class Kernel(StrEnum):
+    """Best first."""
+
+    CUDA = "cuda"
+    TRITON = "triton"
+    REFERENCE = "reference"
+
+
+def choose_kernel(asked: str, device: torch.device) -> Kernel:
+    """The kernels that the setting `kernel` asks for on this device; says in the log which ones and why.
+
+    Args:
+        asked: "auto", or the value of a Kernel.
+
+    Raises:
+        ConfigError: a kernel was asked for that cannot run here.
+    """
+    kernel, reason = _choose(asked, device)
+    logger.info("MInference: kernel %s: %s", kernel, reason)
+    return kernel
+
+
+def _choose(asked: str, device: torch.device) -> tuple[Kernel, str]:
+    """The kernels, and why it is these."""
+    obstacles = {Kernel.CUDA: _cuda_obstacle(device), Kernel.TRITON: _gpu_obstacle(device), Kernel.REFERENCE: ""}
+    able = [kernel for kernel, obstacle in obstacles.items() if not obstacle]
+    if asked != AUTO:
+        if obstacle := obstacles[Kernel(asked)]:
+            fault = f"minference.kernel={asked!r} cannot run here: {obstacle}"
+            raise ConfigError(f"{fault}. Use 'auto' or {able[0].value!r}.")
+        return Kernel(asked), "asked for"
+    better = [obstacle for obstacle in obstacles.values() if obstacle]
+    return able[0], better[-1] if better else f"this is {_describe(device)}"
+
+
+def _gpu_obstacle(device: torch.device) -> str:
+    return "" if device.type == "cuda" else f"no GPU (the device is {device.type})"
+
+
+def _cuda_obstacle(device: torch.device) -> str:
+    if obstacle := _gpu_obstacle(device):
+        return obstacle
+    if torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return f"the CUDA library is for H100 and H200, and this is {_describe(device)}"
+    from minference_vllm.kernels.cuda import library
+
+    return library.why_missing()
+
+
+def _describe(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""By what the scores of the rows that choose groups are normalised."""
+
+import torch
+
+from minference_vllm import reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import HALVES
+from minference_vllm.kernels import cuda, triton
+from minference_vllm.ops.kernel import Kernel
+
+
+def row_normalisers(
+    chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, partial_sum: torch.Tensor, kernel: Kernel
+) -> None:
+    """See minference_vllm.reference.row_normalisers.
+
+    Args:
+        partial_sum: float32 scratch of the CUDA kernel, contiguous, some times the size of row_lse.
+
+    Raises:
+        ValueError: `row_lse` has no room for the chunk's rows, is not laid out as kernels read it, or has not 16, 32 or
+            64 rows for a half.
+    """
+    if row_lse.shape[2] not in (16, 32, 64):
+        raise ValueError(f"rows_per_half must be 16, 32 or 64, got {row_lse.shape[2]}")
+    if row_lse.shape[1] < chunk.num_tiles * HALVES or row_lse.stride()[1:] != (row_lse.shape[2], 1):
+        raise ValueError(
+            f"row_lse must hold {chunk.num_tiles * HALVES} halves of rows that follow each other, "
+            f"got {tuple(row_lse.shape)} with strides {row_lse.stride()}"
+        )
+    if kernel is Kernel.REFERENCE:
+        reference.row_normalisers(chunk, means, row_lse)
+    elif kernel is Kernel.CUDA and cuda.masses.supports(chunk, row_lse.shape[2]):
+        triton.row_normalisers(chunk, means, row_lse, before=False)
+        cuda.masses.add_means(chunk, means, row_lse, partial_sum)
+    else:
+        triton.row_normalisers(chunk, means, row_lse)

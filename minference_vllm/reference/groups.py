@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the masses of groups to the lists of those that each tile keeps."""
+
+import torch
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
+from minference_vllm.reference.normalisers import PART
+from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
+
+
+def weights(codes: torch.Tensor) -> torch.Tensor:
+    """Masses that mass codes stand for, int64, to a unit of 2^-38: integers, so that their sums are exact in any order.
+
+    The largest are 2^42, and 2^24 tokens have 2^20 groups: sums stay below 2^63.
+    """
+    octave, step = codes.long() // CODES_PER_OCTAVE, codes % CODES_PER_OCTAVE
+    mantissa = ((step / CODES_PER_OCTAVE).exp2() * 1024 + 0.5).long()
+    return (mantissa << octave).where(codes > 0, 0)
+
+
+def add_codes(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Codes of the sums of two masses each, from their codes; to half a step, as all codes."""
+    larger, smaller = torch.maximum(first, second).int(), torch.minimum(first, second).int()
+    more = (CODES_PER_OCTAVE * (1 + ((smaller - larger) / CODES_PER_OCTAVE).exp2()).log2() + 0.5).int()
+    return (larger + more).clamp(max=MASS_CODES - 1).where(smaller > 0, larger).to(torch.uint8)
+
+
+def add_parts(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of the sums of several masses each, [parts, num_groups]: neighbours are added, then their sums, and so on.
+
+    The order matters, for each addition rounds. There are 1, 2 or 4 parts.
+    """
+    while len(codes) > 1:
+        codes = add_codes(codes[0::2], codes[1::2])
+    return codes[0]
+
+
+def threshold(codes: torch.Tensor, free: torch.Tensor, share: torch.Tensor, num_rows: int) -> int:
+    """The smallest code with which a group is kept. Those of the largest always are: it stands for any larger mass.
+
+    Args:
+        codes: [num_groups] uint8.
+        free: [num_groups] bool, groups that are not kept whatever their mass.
+        share: float32 scalar, how much of the rows' mass is kept; all that is not of free groups is.
+        num_rows: rows whose masses were added, each of which has a mass of 1.
+    """
+    allowed = ((1 - share.double()) * (num_rows << 38)).long()
+    weight = torch.zeros(MASS_CODES, dtype=torch.int64, device=codes.device)
+    weight.index_add_(0, codes[free].long(), weights(codes[free]))
+    # What is dropped if it is all groups of this code and less.
+    dropped = weight.cumsum(0)
+    return min(max(1, int((dropped <= allowed).sum())), MASS_CODES - 1)
+
+
+def select_groups(
+    masses: torch.Tensor,
+    chunk: Chunk,
+    first_head: int,
+    share: torch.Tensor,
+    rows_per_half: int,
+    sink_groups: int,
+    local_groups: int,
+    by_tile: bool,
+    index: TileIndex,
+) -> None:
+    """Drop for each half, or tile, the lightest groups before the tile, as many as leave it a share of its rows' mass.
+
+    Each row's mass is 1, and what the groups before the tile do not have of it the tile has itself. Groups of equal
+    mass code are dropped all or none. The first groups of the request and those just before the tile are always kept,
+    and their mass counts. A half of which the chunk has no row keeps what the other keeps.
+
+    Args:
+        masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
+            group_masses.
+        chunk: whose masses these are.
+        first_head: the query head that is `masses`' first.
+        share: [num_qo_heads] float32, the share of each head; above 0. With 1 all that has mass is kept.
+        rows_per_half: rows of a half whose masses are in `masses`, PART to a part.
+        sink_groups, local_groups: how many first groups and groups before the tile are always kept.
+        by_tile: whether the rows of both halves choose together, and both halves keep the same.
+        index: lists and counts of these heads' tiles are written. A tile of which the halves together keep more groups
+            than a list has room for keeps all: EVERY_GROUP.
+    """
+    first_absent = chunk.context_len % TILE >= HALF
+    last_absent = (chunk.seq_len - 1) % TILE < HALF
+    parts = rows_per_half // PART
+    for i in range(min(len(masses), chunk.num_qo_heads - first_head)):
+        head = first_head + i
+        for tile in range(chunk.num_tiles):
+            number = torch.arange((chunk.first_tile + tile) * GROUPS_PER_TILE, device=masses.device)
+            free = (number >= sink_groups) & (number < len(number) - local_groups)
+            # A half of which the chunk has no row stands for nothing: the other stands in for it.
+            halves = [int(tile == 0 and first_absent), int(not (tile == chunk.num_tiles - 1 and last_absent))]
+            first_parts = [(tile * HALVES + half) * parts for half in halves]
+            codes = [add_parts(masses[i, first : first + parts, : len(number)]) for first in first_parts]
+            num_rows = rows_per_half
+            if by_tile:
+                codes, num_rows = [add_codes(*codes)] * HALVES, HALVES * rows_per_half
+            kept = [~free | (of_half.int() >= threshold(of_half, free, share[head], num_rows)) for of_half in codes]
+            write_lists(kept[0], kept[1], index.groups[head, tile], index.counts[head, tile])
+
+
+def write_lists(first: torch.Tensor, second: torch.Tensor, groups: torch.Tensor, counts: torch.Tensor) -> None:
+    """List the groups that both halves keep, the first alone, the second alone.
+
+    Args:
+        first, second: [num_groups] bool, what each half keeps.
+        groups: [max_groups] int32, written.
+        counts: [3] int32, written.
+    """
+    kinds = [kept.nonzero().flatten() for kept in (first & second, first & ~second, second & ~first)]
+    listed = torch.cat(kinds).to(torch.int32)
+    if len(listed) > len(groups):
+        counts.copy_(torch.tensor([EVERY_GROUP, 0, 0]))
+        return
+    groups[: len(listed)] = listed
+    counts.copy_(torch.tensor([len(kept) for kept in kinds]))

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much attention each part of a half gives to each group before the tile, estimated from means of keys."""
+
+import math
+
+import torch
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import GROUP, HALVES, TILE
+from minference_vllm.reference.normalisers import PART, sampled_rows
+from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
+
+
+def encode(mass: torch.Tensor) -> torch.Tensor:
+    """Mass codes, uint8: see MASS_CODES."""
+    code = (CODES_PER_OCTAVE * (mass.log2() + OCTAVES_BELOW_ONE)).round()
+    return code.clamp(0, MASS_CODES - 1).to(torch.uint8)
+
+
+def group_masses(
+    chunk: Chunk,
+    means: torch.Tensor,
+    row_lse: torch.Tensor,
+    first_head: int,
+    masses: torch.Tensor,
+    mean: int = MEAN,
+) -> None:
+    """Sum exp(score - normaliser) over a part's rows and a group's means, each mean as often as it has keys.
+
+    All groups lie before the tile, so every row sees them: no causal mask. Parts, not halves: what kernels hold of a
+    row's scores at once then does not grow with the number of rows.
+
+    Args:
+        chunk: its queries are read.
+        means: [num_kv_heads, >= first key of the last tile / mean, head_dim], see key_means.
+        row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, see row_normalisers.
+        first_head: the query head that is `masses`' first.
+        masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8,
+            written: codes of the groups before each part's tile; what they are from there on is not said. A half has
+            rows_per_half / PART parts. The heads at once are those of some KV heads, all of each, or an even share of
+            one KV head's.
+        mean: keys in a mean.
+    """
+    rows_per_half = row_lse.shape[2]
+    parts_per_tile = HALVES * rows_per_half // PART
+    lse_of_parts = row_lse.view(len(row_lse), -1, PART)
+    for part, rows in enumerate(sampled_rows(chunk, rows_per_half).view(-1, PART)):
+        tile_start = (chunk.first_tile + part // parts_per_tile) * TILE
+        # Of an absent half any row will do: its normaliser is infinite.
+        q = chunk.q[rows.clamp(min=chunk.context_len) - chunk.context_len].float() * chunk.scale
+        for i in range(min(len(masses), chunk.num_qo_heads - first_head)):
+            head = first_head + i
+            scores = q[:, head] @ means[head // chunk.group_size, : tile_start // mean].float().T + math.log(mean)
+            # [PART, means]
+            mass = (scores - lse_of_parts[head, part, :, None]).exp()
+            masses[i, part, : tile_start // GROUP] = encode(mass.sum(0).unflatten(0, (-1, GROUP // mean)).sum(1))

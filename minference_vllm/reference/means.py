@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means of a few consecutive keys."""
+
+import torch
+
+from minference_vllm.chunk import PagedKV
+from minference_vllm.reference.pages import gather
+from minference_vllm.scratch import MEAN
+
+
+def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, mean: int = MEAN) -> None:
+    """Average every `mean` keys, from absolute position 0 on.
+
+    Args:
+        kv: the request's cache.
+        seq_len: keys of the request that are there; a last few that are fewer than `mean` get no mean.
+        means: [num_kv_heads, >= seq_len // mean, head_dim], in the model's dtype; entries first .. seq_len // mean - 1
+            are written, in float32 until they are rounded once.
+        first: means before this one are valid already.
+        mean: keys in a mean: 4, 8 or 16.
+    """
+    count = seq_len // mean
+    if count > first:
+        keys, _ = gather(kv, count * mean)
+        means[:, first:count] = keys[:, first * mean :].float().unflatten(1, (-1, mean)).mean(2).to(means.dtype)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""By what the scores of the rows that choose groups are normalised, and which rows those are."""
+
+import math
+
+import torch
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import GROUP, HALF, HALVES, TILE
+from minference_vllm.scratch import MEAN
+
+PART = 16
+"""A half's sampled rows come in parts of this many that follow each other; each part's masses have codes of their own.
+
+Kernels that make masses work on "lists": a list is a part under one head.
+"""
+
+
+def sampled_rows(chunk: Chunk, rows_per_half: int) -> torch.Tensor:
+    """[num_tiles * HALVES, rows_per_half] int64, absolute rows that choose for each half of each tile of the chunk.
+
+    They lie evenly over the half, at an offset that changes from tile to tile, lest they meet the same words of a text
+    of that period everywhere; it is always the same for the same tile. In place of rows before the chunk or past it
+    stand its first or its last. A half of which the chunk has no row has -1.
+    """
+    stride = HALF // rows_per_half
+    halves = torch.arange(chunk.num_tiles * HALVES, device=chunk.q.device)[:, None] + chunk.first_tile * HALVES
+    offset = (halves // HALVES * 5 + 3) % stride
+    rows = halves * HALF + offset + stride * torch.arange(rows_per_half, device=chunk.q.device)
+    absent = (halves * HALF >= chunk.seq_len) | (halves * HALF + HALF <= chunk.context_len)
+    return rows.clamp(chunk.context_len, chunk.seq_len - 1).masked_fill(absent, -1)
+
+
+def row_normalisers(
+    chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, before: bool = True, mean: int = MEAN
+) -> None:
+    """Log-sum-exp of each sampled row over the means of the groups that begin at or before it.
+
+    Means and no single keys, even where those are read anyway: the first keys' and the nearest's peaks would make rows
+    that have them count for little, and measured choices are far worse so. See docs/methods.md.
+
+    Args:
+        chunk: its queries are read.
+        means: [num_kv_heads, >= seq_len // mean, head_dim], of all keys of the request: see key_means.
+        row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, written: natural logarithms, a mean
+            counted as often as it has keys; infinity for rows of a half of which the chunk has none, so that they weigh
+            nothing. rows_per_half is 16, 32 or 64.
+        before: whether the means before the row's tile count, or those of the tile alone.
+        mean: keys in a mean.
+    """
+    for half, rows in enumerate(sampled_rows(chunk, row_lse.shape[2])):
+        if rows[0] < 0:
+            row_lse[:, half] = torch.inf
+            continue
+        tile_start = (chunk.first_tile + half // HALVES) * TILE
+        number = torch.arange(0 if before else tile_start // mean, chunk.seq_len // mean, device=rows.device)
+        # [rows_per_half, means]
+        hidden = number * mean // GROUP > rows[:, None] // GROUP
+        for head in range(chunk.num_qo_heads):
+            q = chunk.q[rows - chunk.context_len, head].float() * chunk.scale
+            scores = q @ means[head // chunk.group_size, number].float().T + math.log(mean)
+            row_lse[head, half] = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scratch memory of the sparse path, typed by the operation that uses it.
+
+Claimed once, in vLLM's profiling run, and shared by all layers of a worker that have the same shape: one chunk of one
+layer uses it and the next overwrites it. A step allocates nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+
+MASS_UNIT = 2.0**-23
+"""Attention mass is counted in multiples of this: 128 probe rows of mass 1 still fit an int32."""
+
+PROBE_SPLITS = 32
+"""Key ranges that the probe's passes work on side by side."""
+
+PROBE_PARTIALS = 128
+"""Key ranges for which the partial softmax has room: the CUDA probe takes as many as fill the GPU."""
+
+SELECT_BINS = 2048
+"""Weights that the selection tells apart."""
+
+SELECT_SPLITS = 16
+"""Ranges of a row that the selection works on side by side."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScratchShape:
+    """What sizes scratch: a layer's heads on this tensor-parallel rank, the longest request and chunk in tokens."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    max_seq_len: int
+    max_chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeBuffers:
+    """What the probe writes.
+
+    Attributes:
+        partial_max, partial_sum: [num_qo_heads, PROBE_PARTIALS, num_probes] float32, partial softmax of the probe rows.
+        lse: [num_qo_heads, num_probes] float32, natural log-sum-exp of the probe rows over all their keys.
+        vertical, slash: [num_qo_heads, max_len] int32, attention mass of columns and diagonals (unit: MASS_UNIT).
+    """
+
+    partial_max: torch.Tensor
+    partial_sum: torch.Tensor
+    lse: torch.Tensor
+    vertical: torch.Tensor
+    slash: torch.Tensor
+
+    @classmethod
+    def allocate(cls, num_heads: int, num_probes: int, max_len: int, device: torch.device) -> "ProbeBuffers":
+        partial = (num_heads, PROBE_PARTIALS, num_probes)
+        return cls(
+            partial_max=torch.zeros(partial, dtype=torch.float32, device=device),
+            partial_sum=torch.zeros(partial, dtype=torch.float32, device=device),
+            lse=torch.zeros(num_heads, num_probes, dtype=torch.float32, device=device),
+            vertical=torch.zeros(num_heads, max_len, dtype=torch.int32, device=device),
+            slash=torch.zeros(num_heads, max_len, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SelectBuffers:
+    """What the selection counts in.
+
+    Attributes:
+        histogram: [num_heads, SELECT_BINS] int32, entries of a row by weight.
+        counts: [num_heads, SELECT_SPLITS, 2] int32, entries of a range above and at the threshold.
+    """
+
+    histogram: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def allocate(cls, num_heads: int, device: torch.device) -> "SelectBuffers":
+        return cls(
+            histogram=torch.zeros(num_heads, SELECT_BINS, dtype=torch.int32, device=device),
+            counts=torch.zeros(num_heads, SELECT_SPLITS, 2, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AttendBuffers:
+    """What attending writes beside the output.
+
+    Attributes:
+        lse: [num_qo_heads, max_chunk] float32, natural log-sum-exp of every row over its kept keys.
+        kept_pairs: [1] int64, row-key pairs attended to since the start; only ever added to.
+        tile_counter: [1] int32, zero between launches: the CUDA kernel's programs draw their tiles from it.
+    """
+
+    lse: torch.Tensor
+    kept_pairs: torch.Tensor
+    tile_counter: torch.Tensor
+
+    @classmethod
+    def allocate(cls, num_heads: int, max_chunk: int, device: torch.device) -> "AttendBuffers":
+        return cls(
+            lse=torch.zeros(num_heads, max_chunk, dtype=torch.float32, device=device),
+            kept_pairs=torch.zeros(1, dtype=torch.int64, device=device),
+            tile_counter=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+
+def num_bytes(buffers: Any) -> int:
+    """Bytes of all tensors in a dataclass of tensors and of such dataclasses."""
+    return sum(tensor.nbytes for tensor in _tensors(buffers))
+
+
+def _tensors(buffers: Any) -> Iterator[torch.Tensor]:
+    for field in fields(buffers):
+        value = getattr(buffers, field.name)
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)
+
+
+MEAN = 4
+"""Consecutive keys, from a multiple of MEAN on, whose mean stands for them when groups are chosen."""
+
+MASS_CODES = 256
+"""Values of a group's mass code: 0 is nothing, code c a mass of about 2^(c / CODES_PER_OCTAVE - OCTAVES_BELOW_ONE)."""
+
+CODES_PER_OCTAVE = 8
+"""Mass codes for each factor of two: neighbours differ by 9%, less than the estimate is wrong by."""
+
+OCTAVES_BELOW_ONE = 28
+"""Masses under 2^-28 count as nothing. The largest code stands for 14.7 and more: of 16 rows' mass, nearly all."""
+
+MASS_BYTES = 128 * 2**20
+"""Mass codes take no more than this: heads are worked on in turns where those of all do not fit."""

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups as `block` keeps them of real prompts, drawn."""
+
+import torch
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import GROUPS_PER_TILE, TileIndex
+
+# With a share of .90 a tile keeps this much of prompts of so many tokens, and less of longer ones: measured from 4.3K
+# to 28.4K tokens (docs/methods.md), carried on from there.
+DENSITY, AT_TOKENS, FALLS = 0.146, 28_400, 0.372
+STAYS = 0.9
+"""Of a tile's groups, the part that the next tile keeps too. An assumption: neighbours look at much the same keys."""
+
+
+def density_at(tokens: int) -> float:
+    """Share of the keys before a tile that it keeps, in a prompt of so many tokens."""
+    return min(1.0, DENSITY * (AT_TOKENS / tokens) ** FALLS)
+
+
+def draw_groups(
+    chunk: Chunk, sink_groups: int, local_groups: int, seed: int, density: float | None = None
+) -> TileIndex:
+    """First groups, groups before the tile and random ones for each tile of the chunk and each head.
+
+    Args:
+        density: share of the groups before a tile that it keeps; None for that of real prompts of this length.
+    """
+    density = density_at(chunk.seq_len) if density is None else density
+    heads, device = chunk.num_qo_heads, chunk.q.device
+    generator = torch.Generator(device).manual_seed(seed + chunk.seq_len)
+    last = (chunk.first_tile + chunk.num_tiles - 1) * GROUPS_PER_TILE
+    score = torch.rand(heads, last, device=device, generator=generator)
+    tiles = []
+    for tile in range(chunk.first_tile, chunk.first_tile + chunk.num_tiles):
+        before = tile * GROUPS_PER_TILE
+        kept = min(before, max(round(density * before), sink_groups + local_groups))
+        forced = score[:, :before].clone()
+        forced[:, :sink_groups] += 1
+        forced[:, max(before - local_groups, 0) :] += 1
+        tiles.append(forced.topk(kept).indices.int().sort(dim=1).values)
+        redrawn = torch.rand(score.shape, device=device, generator=generator)
+        # A group that is drawn anew is kept as seldom as any.
+        score = torch.where(torch.rand(score.shape, device=device, generator=generator) < STAYS, score, redrawn)
+    counts = torch.zeros(heads, len(tiles), 3, dtype=torch.int32, device=device)
+    groups = torch.zeros(
+        heads, len(tiles), max(1, *(tile.shape[1] for tile in tiles)), dtype=torch.int32, device=device
+    )
+    for number, listed in enumerate(tiles):
+        counts[:, number, 0] = listed.shape[1]
+        groups[:, number, : listed.shape[1]] = listed
+    return TileIndex(groups, counts)

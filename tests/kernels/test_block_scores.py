@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `block` chooses by, each kernel against its plain-torch twin: means of keys, normalisers, masses of groups."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minference_vllm import ops, reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import GROUP, GROUPS_PER_TILE, HALF, HALVES
+from minference_vllm.kernels import triton
+from minference_vllm.ops import Kernel
+from minference_vllm.reference.groups import add_codes, add_parts, weights
+from minference_vllm.reference.masses import encode
+from minference_vllm.reference.normalisers import PART, sampled_rows
+from minference_vllm.reference.pages import gather
+from minference_vllm.scratch import MASS_CODES
+from tests.kernels.blocks import (
+    BF16,
+    CASES,
+    SPARSE,
+    engines,
+    every_case,
+    make_index,
+    make_lse,
+    make_masses,
+    make_means,
+)  # fmt: skip
+from tests.kernels.cases import Case, make_cache, make_chunk
+
+
+@every_case
+def test_means_of_keys(case: Case, device: torch.device) -> None:
+    check_means(case, 4, 0, device)
+
+
+@pytest.mark.parametrize(("mean", "first"), [(4, 30), (16, 0), (8, 1000)])
+def test_means_of_other_sizes_and_starts(mean: int, first: int, device: torch.device) -> None:
+    check_means(SPARSE, mean, first, device)
+
+
+def check_means(case: Case, mean: int, first: int, device: torch.device) -> None:
+    kv = make_cache(case, device)
+    results = []
+    for key_means in (reference.key_means, triton.key_means):
+        means = torch.full((case.num_kv_heads, case.seq_len // mean + 3, case.head_dim), 7.0).to(device, case.dtype)
+        key_means(kv, case.seq_len, means, first, mean)
+        results.append(means)
+    expected, actual = results
+    torch.testing.assert_close(actual, expected, rtol=1e-2 if case.dtype == BF16 else 2e-3, atol=1e-3)
+    written = torch.arange(expected.shape[1]) >= first
+    written[case.seq_len // mean :] = False
+    assert (actual[:, ~written] == 7).all()
+    keys, _ = gather(kv, case.seq_len)
+    for j in written.nonzero().flatten()[::13].tolist():
+        torch.testing.assert_close(actual[:, j], keys[:, j * mean : (j + 1) * mean].mean(1), rtol=1e-2, atol=1e-2)
+
+
+@every_case
+@pytest.mark.parametrize("rows_per_half", [16, 32, 64])
+def test_sampled_rows_lie_in_their_halves_and_in_the_chunk(case: Case, rows_per_half: int) -> None:
+    chunk = make_chunk(case, torch.device("cpu"))
+    rows = sampled_rows(chunk, rows_per_half)
+    assert rows.shape == (chunk.num_tiles * HALVES, rows_per_half)
+    for half, of_half in enumerate(rows, start=chunk.first_tile * HALVES):
+        begin, end = max(half * HALF, case.context_len), min(half * HALF + HALF, case.seq_len)
+        assert (of_half == -1).all() if begin >= end else ((of_half >= begin) & (of_half < end)).all()
+        assert end - begin < HALF or len(of_half.unique()) == rows_per_half
+
+
+@every_case
+def test_normalisers(case: Case, device: torch.device) -> None:
+    check_normalisers(make_chunk(case, device), rows_per_half=32)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in (CASES[0], CASES[5], CASES[6])])
+def test_normalisers_of_the_tile_alone(case: Case, device: torch.device) -> None:
+    check_normalisers(make_chunk(case, device), before=False)
+
+
+def check_normalisers(chunk: Chunk, before: bool = True, rows_per_half: int = 16, mean: int = 4) -> None:
+    means, expected, actual = make_means(chunk, mean), make_lse(chunk, rows_per_half), make_lse(chunk, rows_per_half)
+    reference.row_normalisers(chunk, means, expected, before, mean)
+    triton.row_normalisers(chunk, means, actual, before, mean)
+    # A float32 product on the matrix units keeps ten bits of its operands.
+    tolerance = 2e-2 if chunk.q.dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", [reference.row_normalisers, triton.row_normalisers], ids=["reference", "triton"])
+def test_normalisers_count_every_key_up_to_the_group(function: Callable[..., None], device: torch.device) -> None:
+    chunk = make_chunk(SPARSE, device)
+    # All scores are 0, and the log-sum-exp that of the number of keys.
+    chunk = replace(chunk, q=torch.zeros_like(chunk.q))
+    lse = make_lse(chunk)
+    function(chunk, make_means(chunk), lse)
+    for half, rows in enumerate(sampled_rows(chunk, 16)):
+        counted = lse[:, half].exp()
+        expected = ((rows // GROUP + 1) * GROUP).clamp(max=chunk.seq_len // 4 * 4).float().expand_as(counted)
+        torch.testing.assert_close(counted, torch.where(rows < 0, torch.inf, expected), rtol=1e-4, atol=0)
+
+
+@engines
+@pytest.mark.parametrize("rows_per_half", [16, 64])
+def test_the_mass_of_a_row_is_one(kernel: Kernel, rows_per_half: int, device: torch.device) -> None:
+    # A tile's first half has few keys of its own: next to all mass lies before.
+    chunk = make_chunk(replace(SPARSE, num_rows=3, context_len=384), device)
+    means, lse = make_means(chunk), make_lse(chunk, rows_per_half)
+    masses = make_masses(chunk, chunk.num_qo_heads, rows_per_half)
+    ops.row_normalisers(chunk, means, lse, torch.empty(4 * lse.numel(), device=lse.device), kernel)
+    ops.group_masses(chunk, means, lse, 0, masses, kernel)
+    # [heads, parts of the first half]
+    mass = weights(masses[:, : rows_per_half // PART, :24]).sum(2) / 2.0**38
+    assert (mass < 16 * 1.05).all()
+    assert (mass > 16 * 0.6).all()
+
+
+@every_case
+@pytest.mark.parametrize("rows_per_half", [16, 32])
+def test_masses_of_groups(case: Case, rows_per_half: int, device: torch.device) -> None:
+    chunk = make_chunk(case, device)
+    means, lse = make_means(chunk), make_lse(chunk, rows_per_half)
+    reference.row_normalisers(chunk, means, lse)
+    check_masses(chunk, means, lse, 0, case.num_qo_heads)
+
+
+@pytest.mark.parametrize(("first_head", "at_once"), [(3, 3), (4, 1), (0, 9)])
+def test_masses_of_some_heads(first_head: int, at_once: int, device: torch.device) -> None:
+    chunk = make_chunk(replace(SPARSE, num_qo_heads=6, num_kv_heads=2, num_rows=100), device)
+    means, lse = make_means(chunk), make_lse(chunk)
+    reference.row_normalisers(chunk, means, lse)
+    check_masses(chunk, means, lse, first_head, at_once)
+
+
+@pytest.mark.parametrize(("rows_per_half", "mean"), [(64, 4), (32, 8), (16, 16)])
+def test_masses_of_other_rows_and_means(rows_per_half: int, mean: int, device: torch.device) -> None:
+    chunk = make_chunk(SPARSE, device)
+    check_normalisers(chunk, rows_per_half=rows_per_half, mean=mean)
+    means, lse = make_means(chunk, mean), make_lse(chunk, rows_per_half)
+    reference.row_normalisers(chunk, means, lse, mean=mean)
+    check_masses(chunk, means, lse, 0, chunk.num_qo_heads, mean)
+
+
+def test_masses_of_ranges_of_means(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minference_vllm.kernels.triton.masses.MEANS_EACH", 64)
+    chunk = make_chunk(SPARSE, device)
+    means, lse = make_means(chunk), make_lse(chunk)
+    reference.row_normalisers(chunk, means, lse)
+    check_masses(chunk, means, lse, 0, chunk.num_qo_heads)
+
+
+def check_masses(
+    chunk: Chunk, means: torch.Tensor, lse: torch.Tensor, first_head: int, at_once: int, mean: int = 4
+) -> None:
+    rows_per_half = lse.shape[2]
+    expected, actual = (make_masses(chunk, at_once, rows_per_half) for _ in range(2))
+    reference.group_masses(chunk, means, lse, first_head, expected, mean)
+    triton.group_masses(chunk, means, lse, first_head, actual, mean)
+    differ = 0
+    parts_per_tile = HALVES * rows_per_half // PART
+    for part in range(chunk.num_tiles * parts_per_tile):
+        groups = (chunk.first_tile + part // parts_per_tile) * GROUPS_PER_TILE
+        error = (actual[:, part, :groups].int() - expected[:, part, :groups].int()).abs()
+        assert error.max() <= 1 if groups else True
+        differ += error.sum().item()
+    # Sums that lie between two codes may fall to either.
+    assert differ <= 0.02 * actual.numel()
+
+
+def test_codes_of_masses() -> None:
+    assert encode(torch.tensor([0.0, 2.0**-29, 2.0**-28, 2.0**-20, 1.0, 16.0, torch.inf])).tolist() == [
+        0, 0, 0, 64, 224, 255, 255,
+    ]  # fmt: skip
+    codes = torch.arange(1, MASS_CODES, dtype=torch.uint8)
+    assert torch.equal(encode(weights(codes) / 2.0**38), codes)
+    assert weights(torch.zeros(1, dtype=torch.uint8)).item() == 0
+    # As many groups as the longest prompt has, all of the largest mass.
+    assert 0 < weights(codes[-1:]).item() * 2**20 < 2**63
+
+
+def test_a_sum_of_parts_is_off_by_half_a_step_for_each_addition() -> None:
+    codes = torch.randint(MASS_CODES - 20, (4, 500), dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    for parts in (1, 2, 4):
+        octaves = weights(add_parts(codes[:parts])).log2() - weights(codes[:parts]).sum(0).log2()
+        assert octaves.nan_to_num().abs().max() <= parts // 2 * 0.5 / 8 + 0.01
+    assert torch.equal(add_parts(codes), add_codes(add_codes(codes[0], codes[1]), add_codes(codes[2], codes[3])))
+
+
+def test_what_does_not_fit_is_refused(device: torch.device) -> None:
+    chunk = make_chunk(SPARSE, device)
+    means, lse = make_means(chunk), make_lse(chunk)
+    with pytest.raises(ValueError, match="room for"):
+        ops.key_means(chunk.kv, chunk.seq_len, means[:, :9], Kernel.TRITON)
+    with pytest.raises(ValueError, match="halves"):
+        ops.row_normalisers(chunk, means, lse[:, :2], lse, Kernel.TRITON)
+    with pytest.raises(ValueError, match="groups"):
+        ops.group_masses(chunk, means, lse, 0, make_masses(chunk, 1)[:, :, :8], Kernel.TRITON)
+    with pytest.raises(ValueError, match="parts"):
+        ops.group_masses(chunk, means, make_lse(chunk, 32), 0, make_masses(chunk, 1), Kernel.TRITON)
+    with pytest.raises(ValueError, match="parts"):
+        ops.select_groups(
+            make_masses(chunk, 1), chunk, 0, lse, 32, 0, 0, True, make_index(chunk, 9), Kernel.TRITON
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="got 8"):
+        ops.row_normalisers(chunk, means, make_lse(chunk, 8), lse, Kernel.TRITON)
+    wide = make_chunk(replace(SPARSE, num_qo_heads=6, num_kv_heads=2), device)
+    with pytest.raises(ValueError, match="neither"):
+        ops.group_masses(wide, means, lse, 0, make_masses(wide, 2), Kernel.TRITON)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels that score means of keys, on the CPU: see test_emulated.py."""
+
+import ctypes
+import platform
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minference_vllm import reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import GROUPS_PER_TILE, HALF, HALVES, TILE
+from minference_vllm.kernels.cuda import library
+from minference_vllm.kernels.cuda.masses import add_means, group_masses, supports
+from minference_vllm.reference.normalisers import PART
+from tests.conftest import ON_CI
+from tests.emulator.build import Build, can_leave_out
+from tests.kernels.cases import Case, make_chunk
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None and not ON_CI, reason="needs g++"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator switches stacks of x86-64"),
+]
+
+CPU = torch.device("cpu")
+FP16, BF16 = torch.float16, torch.bfloat16
+MULTIPROCESSORS = (1, 7, 40)
+UNTOUCHED = 99
+
+CASES = [
+    Case("whole tiles", num_rows=256, context_len=512, num_qo_heads=2, num_kv_heads=1),
+    Case("chunk inside a tile", num_rows=150, context_len=300, head_dim=128, dtype=BF16),
+    Case("no context", num_rows=260, context_len=0, dtype=BF16),
+    Case("second half only", num_rows=40, context_len=200, head_dim=128),
+    Case("1 row", num_rows=1, context_len=400, num_kv_heads=1, dtype=BF16),
+    Case("no grouping", num_rows=180, context_len=140, num_qo_heads=3, num_kv_heads=3, dtype=BF16),
+    Case("group of seven", num_rows=100, context_len=220, num_qo_heads=14, num_kv_heads=2),
+    Case("group of eight", num_rows=70, context_len=1000, num_qo_heads=8, num_kv_heads=1, head_dim=128),
+    Case("more stages than slots", num_rows=64, context_len=5000, num_qo_heads=2, num_kv_heads=1, dtype=BF16),
+    Case("ranges of means", num_rows=129, context_len=3967, num_qo_heads=2, num_kv_heads=1, head_dim=128, dtype=BF16),
+]
+LONGEST = CASES[-1]
+
+# Statements without which the kernels are wrong.
+BREAKS = {
+    "means are copied over others in use": (
+        "score_load.cuh",
+        "hopper::wait(&shared.empty[ring.slot], ring.phase ^ 1);",
+    ),
+    "means are read before they are there": ("score_stages.cuh", "hopper::wait(&shared.full[ring.slot], ring.phase);"),
+    "scores are read before they are there": ("score_stages.cuh", "hopper::mma_wait<0>();\n        hopper::pin(odd);"),
+    "queries are read before they are there": (
+        "score_stages.cuh",
+        "hopper::wait_named(1 + warpgroup, hopper::WARPGROUP);",
+    ),
+    "slots are never left": ("score_stages.cuh", "if (lane == 0) hopper::arrive(&shared.empty[ring.slot]);"),
+}
+
+
+class Emulated:
+    """Stands for the library of CUDA kernels."""
+
+    def __init__(self, functions: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.functions = functions
+        self.seed = 0  # of the order of what happens
+        self.left_out = -1
+        monkeypatch.setattr(library, "launch", self.launch)
+        # The more there are, the more ranges of means.
+        self.num_multiprocessors = 1
+        monkeypatch.setattr(library, "num_multiprocessors", lambda device: self.num_multiprocessors)
+
+    def launch(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
+        self.functions.emulator_begin(self.seed, self.left_out)
+        if error := self.functions[function](ctypes.byref(arguments), None):
+            raise RuntimeError(f"{function}, seed {self.seed}: {self.functions.minference_error(error).decode()}")
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    edits = [can_leave_out(number, *statement) for number, statement in enumerate(BREAKS.values())]
+    return Build(tmp_path_factory.mktemp("score"), edits, only="score.cu")
+
+
+@pytest.fixture
+def emulated(build: Build, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    return Emulated(build.functions, monkeypatch)
+
+
+def make_inputs(case: Case) -> tuple[Chunk, torch.Tensor]:
+    """A chunk, and means with NaN past the last key."""
+    chunk = make_chunk(case, CPU)
+    means = torch.full((case.num_kv_heads, case.seq_len // 4 + 5, case.head_dim), torch.nan, dtype=case.dtype)
+    reference.key_means(chunk.kv, case.seq_len, means)
+    return chunk, means
+
+
+def normalisers(chunk: Chunk, means: torch.Tensor, rows_per_half: int, before: bool = True) -> torch.Tensor:
+    row_lse = torch.full((chunk.num_qo_heads, chunk.num_tiles * HALVES + 3, rows_per_half), torch.nan)
+    reference.row_normalisers(chunk, means, row_lse, before)
+    return row_lse
+
+
+def written(chunk: Chunk, like: torch.Tensor, parts_per_half: int) -> torch.Tensor:
+    """[parts, groups] bool: the groups before the tile of each part."""
+    tile = torch.arange(like.shape[1])[:, None] // (HALVES * parts_per_half)
+    before = torch.arange(like.shape[2]) < (chunk.first_tile + tile) * GROUPS_PER_TILE
+    return before & (tile < chunk.num_tiles)
+
+
+def has_rows(chunk: Chunk, num_parts: int, parts_per_half: int) -> torch.Tensor:
+    """[parts, 1] bool: the parts of halves of which the chunk has a row."""
+    start = torch.arange(num_parts)[:, None] // parts_per_half * HALF + chunk.first_tile * TILE
+    return (start + HALF > chunk.context_len) & (start < chunk.seq_len)
+
+
+def run_masses(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, first_head: int, at_once: int) -> torch.Tensor:
+    """Masses of a kernel, in a buffer that is larger than they are."""
+    groups = (chunk.first_tile + chunk.num_tiles) * GROUPS_PER_TILE
+    parts = chunk.num_tiles * HALVES * row_lse.shape[2] // PART
+    masses = torch.full((at_once + 1, parts + 1, groups + 3), UNTOUCHED, dtype=torch.uint8)
+    group_masses(chunk, means, row_lse, first_head, masses[:at_once])
+    return masses
+
+
+def check_masses(case: Case, first_head: int, at_once: int, rows_per_half: int = 16) -> torch.Tensor:
+    chunk, means = make_inputs(case)
+    row_lse, parts_per_half = normalisers(chunk, means, rows_per_half), rows_per_half // PART
+    assert supports(chunk, rows_per_half)
+    actual = run_masses(chunk, means, row_lse, first_head, at_once)
+    num_heads = min(at_once, case.num_qo_heads - first_head)
+    expected = torch.full_like(actual, UNTOUCHED)
+    reference.group_masses(chunk, means, row_lse, first_head, expected[:at_once])
+    is_written = written(chunk, actual, parts_per_half)
+    counted = is_written & has_rows(chunk, actual.shape[1], parts_per_half)
+    assert (actual[:num_heads, ~is_written] == UNTOUCHED).all()
+    assert (actual[num_heads:] == UNTOUCHED).all()
+    difference = (actual[:num_heads].int() - expected[:num_heads].int()).abs()[:, counted]
+    if difference.numel():
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.02
+    return actual
+
+
+cases_and_rows = [(case, rows) for case in CASES for rows in (16, 32)] + [(CASES[1], 64)]
+
+
+@pytest.mark.parametrize(
+    ("case", "rows_per_half"), [pytest.param(*params, id=f"{params[0].name}, {params[1]}") for params in cases_and_rows]
+)
+def test_masses_match_the_reference(emulated: Emulated, case: Case, rows_per_half: int) -> None:
+    results = []
+    for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):
+        results.append(check_masses(case, 0, case.num_qo_heads, rows_per_half))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(("first_head", "at_once"), [(3, 3), (4, 1), (0, 9)])
+def test_masses_of_some_heads(emulated: Emulated, first_head: int, at_once: int) -> None:
+    case = Case("", num_rows=100, context_len=366, num_qo_heads=6, num_kv_heads=2)
+    for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):
+        check_masses(case, first_head, at_once, 32)
+
+
+def check_lse(case: Case, ranges: int, rows_per_half: int = 16) -> torch.Tensor:
+    chunk, means = make_inputs(case)
+    row_lse = normalisers(chunk, means, rows_per_half, before=False)
+    used = chunk.num_qo_heads * chunk.num_tiles * HALVES * rows_per_half * ranges
+    partial_sum = torch.full((used + 100,), torch.nan)
+    add_means(chunk, means, row_lse, partial_sum[: used + 1])
+    torch.testing.assert_close(row_lse, normalisers(chunk, means, rows_per_half), rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert partial_sum[used:].isnan().all()
+    return row_lse
+
+
+@pytest.mark.parametrize(
+    ("case", "rows_per_half"),
+    [
+        pytest.param(*params, id=f"{params[0].name}, {params[1]}")
+        for params in cases_and_rows[2::4] + cases_and_rows[-2:]
+    ],
+)
+def test_normalisers_match_the_reference(emulated: Emulated, case: Case, rows_per_half: int) -> None:
+    for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS[1:]):
+        check_lse(case, 1 + emulated.seed, rows_per_half)
+
+
+def test_normalisers_are_always_the_same(emulated: Emulated) -> None:
+    emulated.num_multiprocessors = MULTIPROCESSORS[-1]
+    results = []
+    for emulated.seed in range(3):
+        results.append(check_lse(LONGEST, 2))
+    assert all(torch.equal(result.nan_to_num(), results[0].nan_to_num()) for result in results)
+
+
+@pytest.mark.parametrize("num_rows", [129, 131])
+def test_rows_without_a_mean_in_their_tile(emulated: Emulated, num_rows: int) -> None:
+    check_lse(Case("", num_rows=num_rows, context_len=256, num_qo_heads=2, num_kv_heads=1), 1, 32)
+
+
+def test_far_scores_do_not_overflow(emulated: Emulated) -> None:
+    chunk, means = make_inputs(CASES[0])
+    chunk = replace(chunk, q=chunk.q * 100)
+    row_lse = normalisers(chunk, means, 16, before=False)
+    add_means(chunk, means, row_lse, torch.empty(10_000))
+    assert row_lse[:, : chunk.num_tiles * HALVES].isfinite().all()
+
+
+def test_partial_sums_need_room(emulated: Emulated) -> None:
+    chunk, means = make_inputs(CASES[0])
+    with pytest.raises(ValueError, match="must hold 256 numbers, got 255"):
+        add_means(chunk, means, torch.empty(2, 4, 32), torch.empty(255))
+
+
+def test_other_queries_are_not_supported() -> None:
+    chunk = make_chunk(CASES[0], CPU)
+    assert not supports(chunk, 8)
+    assert not supports(replace(chunk, q=chunk.q.float(), out=chunk.out.float()), 16)
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_broken_kernel_is_noticed(emulated: Emulated, broken: str) -> None:
+    emulated.left_out = list(BREAKS).index(broken)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for emulated.seed in range(40):
+            check_masses(LONGEST, 0, LONGEST.num_qo_heads)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of a few layers with random weights, and a program that runs vLLM's real engine on them.
+
+`python -m tests.serving.tiny_models FOLDER` writes what came of every job to FOLDER/outcomes.json. All jobs share one
+process, for most of a start is imports.
+"""
+
+import gc
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+STOCK, OURS = "CPU_ATTN", "minference"
+CHUNK = 512
+GLOBAL_LAYER = 2  # not the last: what every row of the prompt gets from it counts
+NUM_GENERATED = 8
+START_OF_TRANSCRIPT = "<|startoftranscript|>"
+SECONDS_OF_AUDIO, SAMPLING_RATE = 2, 16_000
+
+# The gate is low and the budget larger than any prompt: sparse attention keeps every key.
+FULL_BUDGET = {
+    "min_seq_len": 256,
+    "min_chunk": 64,
+    "method": {"name": "vertical_slash", "vertical_size": 10_000, "slash_size": 10_000},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine, which reads the prompts of its model.
+
+    Attributes:
+        model, backend: by name.
+        cache: type of the KV cache; the model computes in float32.
+        settings: ours, beside those of FULL_BUDGET.
+    """
+
+    model: str
+    backend: str
+    cache: str = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.backend == OURS
+
+
+JOBS = {
+    "whisper stock": Job("whisper", STOCK),
+    "whisper": Job("whisper", OURS, settings={"debug": True}),
+    "gemma3 stock": Job("gemma3", STOCK),
+    "gemma3": Job("gemma3", OURS),
+    "gemma3, fp8 cache, stock": Job("gemma3", STOCK, "fp8"),
+    "gemma3, fp8 cache": Job("gemma3", OURS, "fp8"),
+    "gemma3, bfloat16 cache": Job("gemma3", OURS, "bfloat16"),
+    "gemma3 kept dense, bfloat16 cache": Job("gemma3", OURS, "bfloat16", {"dense_layers": 6}),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        tokens, logprobs: what followed each prompt.
+        counted: prefill tokens by path and reason, "sparse gate_open" for one, as our runtime counted them.
+        log: the messages of vLLM's loggers.
+        error: type and text of the exception that ended it, if one did.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    counted: dict[str, int] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+def make_gemma3(folder: Path) -> None:
+    """A global layer among five with a sliding window. It has no tokenizer."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        layer_types=["full_attention" if layer == GLOBAL_LAYER else "sliding_attention" for layer in range(6)],
+        sliding_window=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        architectures=["Gemma3ForCausalLM"],
+    )
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+
+
+def make_whisper(folder: Path) -> None:
+    """An encoder and a decoder of two layers each, a tokenizer of single bytes, and what makes audio into features."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+    )
+
+    torch.manual_seed(0)
+    vocabulary = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = WhisperTokenizer(vocabulary, merges=[], additional_special_tokens=[START_OF_TRANSCRIPT])
+    features = WhisperFeatureExtractor(feature_size=16, chunk_length=SECONDS_OF_AUDIO, sampling_rate=SAMPLING_RATE)
+    config = WhisperConfig(
+        vocab_size=288,
+        num_mel_bins=16,
+        d_model=128,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_source_positions=50 * SECONDS_OF_AUDIO,
+        max_target_positions=512,
+        init_std=0.2,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.convert_tokens_to_ids(START_OF_TRANSCRIPT),
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        architectures=["WhisperForConditionalGeneration"],
+    )
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperProcessor(features, tokenizer).save_pretrained(folder)
+
+
+def token_ids(length: int) -> list[int]:
+    """Of letters: neither model has a token below 256 that means anything else."""
+    return [10 + (7 * i * i + length) % 240 for i in range(length)]
+
+
+def gemma3_prompts() -> list[Any]:
+    """Three chunks, one and a bit, and a part of one."""
+    return [{"prompt_token_ids": token_ids(length)} for length in (1_400, 700, 100)]
+
+
+def whisper_prompts() -> list[Any]:
+    """A high note and a deep one with the same text so far, and another note."""
+    import numpy
+
+    prompts = []
+    for frequency, length in ((2_000, 400), (200, 400), (700, 10)):
+        times = numpy.arange(SECONDS_OF_AUDIO * SAMPLING_RATE, dtype=numpy.float32) / SAMPLING_RATE
+        audio = numpy.sin(2 * numpy.pi * frequency * times)
+        heard = {"prompt": "", "multi_modal_data": {"audio": (audio, SAMPLING_RATE)}}
+        written = {"prompt_token_ids": [257, *token_ids(length)]}
+        prompts.append({"encoder_prompt": heard, "decoder_prompt": written})
+    return prompts
+
+
+MAKERS = {"gemma3": make_gemma3, "whisper": make_whisper}
+PROMPTS = {"gemma3": gemma3_prompts, "whisper": whisper_prompts}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma3": {"max_model_len": 2_048, "max_num_batched_tokens": CHUNK, "skip_tokenizer_init": True},
+    "whisper": {"max_model_len": 512},  # vLLM reads its prompts in one step each
+}
+
+
+@contextmanager
+def engine(job: Job, folder: Path) -> Iterator[Any]:
+    """vLLM's engine inside this process. It computes in float32, so that rounding hides no difference."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = dict(OPTIONS[job.model])
+    if job.is_ours:
+        options["additional_config"] = {"minference": {**FULL_BUDGET, **job.settings}}
+    try:
+        yield LLM(
+            str(folder / job.model),
+            dtype="float32",
+            kv_cache_dtype=job.cache,
+            attention_backend=job.backend,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            max_num_seqs=4,
+            **options,
+        )
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def answer(job: Job, folder: Path) -> Outcome:
+    """Greedy tokens after every prompt of the job's model, all in one batch, and their logprobs."""
+    from vllm import SamplingParams
+
+    with engine(job, folder) as llm:
+        sampling = SamplingParams(
+            temperature=0, max_tokens=NUM_GENERATED, logprobs=0, ignore_eos=True, detokenize=False
+        )
+        answers = [output.outputs[0] for output in llm.generate(PROMPTS[job.model](), sampling, use_tqdm=False)]
+    return Outcome(
+        [list(answer.token_ids) for answer in answers],
+        [[chosen[token].logprob for token, chosen in zip(a.token_ids, a.logprobs, strict=True)] for a in answers],
+    )
+
+
+def counted() -> dict[str, int]:
+    """All prefill tokens that our runtimes of this process have counted since the last call."""
+    from minference_vllm import impl
+
+    tokens = {
+        f"{path} {reason}": number
+        for runtime in impl._runtimes.values()
+        for (path, reason), number in runtime.counters.snapshot().tokens.items()
+    }
+    impl._runtimes.clear()  # the next engine makes a new one
+    return tokens
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """The messages that vLLM's loggers get inside a `with` block, ours among them."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def outcome(job: Job, folder: Path) -> Outcome:
+    """Run one job, come what may."""
+    with listening() as log:
+        try:
+            result = answer(job, folder)
+        except Exception as error:
+            logging.getLogger("vllm").exception("This job failed")
+            result = Outcome(error=f"{type(error).__name__}: {error}")
+    return replace(result, counted=counted() if job.is_ours else {}, log=log)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for name, make in MAKERS.items():
+        make(folder / name)
+    outcomes = {}
+    for name, job in JOBS.items():
+        start = time.process_time()
+        # vLLM has all garbage collected eight times an engine, which would take longer than all else.
+        with patch.object(gc, "collect"):
+            outcomes[name] = asdict(outcome(job, folder))
+        logging.getLogger("vllm").info("Job %r took %.1f s of CPU", name, time.process_time() - start)
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()

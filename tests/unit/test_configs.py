@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples in configs/ are what the plugin and vLLM take. `python -m tests.unit.test_configs` makes two of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
+from tests.conftest import import_or_skip
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SETTINGS, SCHEMA = CONFIGS / "minference.json", CONFIGS / "minference.schema.json"
+SERVE = sorted((CONFIGS / "serve").glob("*.yaml"))
+
+
+def made() -> dict[Path, str]:
+    """The files that are made from the models of the settings."""
+    contents = {SETTINGS: MInferenceConfig().model_dump(mode="json"), SCHEMA: MInferenceConfig.model_json_schema()}
+    return {path: json.dumps(content, indent=2) + "\n" for path, content in contents.items()}
+
+
+@pytest.mark.parametrize("path", made(), ids=lambda path: path.name)
+def test_what_is_made_from_the_settings_is_up_to_date(path: Path) -> None:
+    assert path.read_text() == made()[path], "python -m tests.unit.test_configs writes it anew"
+
+
+def test_the_file_of_settings_is_taken() -> None:
+    assert load_config(None, {CONFIG_FILE_VARIABLE: str(SETTINGS)}) == MInferenceConfig()
+
+
+def test_the_file_of_settings_fits_the_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(json.loads(SETTINGS.read_text()), json.loads(SCHEMA.read_text()))
+
+
+def test_the_schema_describes_every_setting() -> None:
+    schema = json.loads(SCHEMA.read_text())
+    for settings in (schema, *schema["$defs"].values()):
+        assert all("description" in field for name, field in settings["properties"].items() if name != "name")
+
+
+# For vllm serve
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    """vLLM's parser of the engine's options, which `vllm serve` has all."""
+    import_or_skip("vllm")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from minference_vllm import plugin
+
+    plugin.register()  # an option may name our backend
+    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+@pytest.mark.parametrize("path", SERVE, ids=lambda path: path.name)
+def test_vllm_takes_every_option(path: Path, parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml = import_or_skip("yaml")
+    try:
+        options = parser.parse_args(["--config", str(path)])
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        parsed = getattr(options, key.replace("-", "_"))
+        assert parsed == value or key == "attention-config"
+    backends = {options.attention_backend, *options.attention_config.backend_per_kind.values()}
+    assert backends & {"minference", plugin_backend()}
+
+
+@pytest.mark.parametrize("path", SERVE, ids=lambda path: path.name)
+def test_the_settings_for_the_plugin_are_taken(path: Path) -> None:
+    yaml = import_or_skip("yaml")
+    load_config(yaml.safe_load(path.read_text())["additional-config"], {})
+
+
+def test_there_are_examples() -> None:
+    assert {path.name for path in SERVE} == {"hybrid.yaml", "one-gpu.yaml", "two-gpus.yaml"}
+
+
+def plugin_backend() -> Any:
+    """vLLM's member for our backend."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum.CUSTOM
+
+
+if __name__ == "__main__":
+    for path, text in made().items():
+        path.write_text(text)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels run where, what the log says of it, and what is refused."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minference_vllm
+from minference_vllm.errors import ConfigError
+from minference_vllm.kernels.cuda import library
+from minference_vllm.ops import Kernel, choose_kernel, kernel
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+H100, A100, B200 = (9, 0), (8, 0), (10, 0)
+NAMES = {H100: "NVIDIA H100 80GB HBM3", A100: "NVIDIA A100-SXM4-80GB", B200: "NVIDIA B200"}
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")  # type: ignore[method-assign]
+    before = kernel.logger.level
+    kernel.logger.addHandler(handler)
+    kernel.logger.setLevel(logging.INFO)
+    yield lines
+    kernel.logger.setLevel(before)
+    kernel.logger.removeHandler(handler)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Pretend that the GPU is of this capability, and that the library is there, absent or broken."""
+
+    def pretend(capability: tuple[int, int], built: bool = True, broken: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: NAMES[capability])
+        monkeypatch.setattr(library, "PATH", tmp_path / "_hopper.so")
+        if built:
+            library.PATH.write_bytes(b"no library")
+            if not broken:
+                monkeypatch.setattr(library.ctypes, "CDLL", lambda path: object())
+
+    library._open.cache_clear()
+    yield pretend
+    library._open.cache_clear()
+
+
+def refusal(asked: str, device: torch.device = GPU) -> str:
+    with pytest.raises(ConfigError) as caught:
+        choose_kernel(asked, device)
+    message = str(caught.value)
+    assert message.startswith(f"minference.kernel={asked!r} cannot run here: ")
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+def test_hopper_with_the_library_takes_cuda(machine: Any, log_lines: list[str]) -> None:
+    machine(H100)
+    assert choose_kernel("auto", GPU) is Kernel.CUDA
+    assert log_lines == ["INFO MInference: kernel cuda: this is NVIDIA H100 80GB HBM3, compute capability 9.0"]
+
+
+def test_hopper_without_the_library_takes_triton_and_says_why(machine: Any, log_lines: list[str]) -> None:
+    machine(H100, built=False)
+    assert choose_kernel("auto", GPU) is Kernel.TRITON
+    (line,) = log_lines
+    assert line.startswith("INFO MInference: kernel triton: no CUDA library in this installation (built without nvcc")
+
+
+def test_a_library_that_does_not_load_is_no_library(machine: Any, log_lines: list[str]) -> None:
+    machine(H100, broken=True)
+    assert choose_kernel("auto", GPU) is Kernel.TRITON
+    (line,) = log_lines
+    assert "the CUDA library cannot be loaded" in line
+    assert "_hopper.so" in line
+
+
+@pytest.mark.parametrize("capability", [A100, B200])
+def test_other_gpus_take_triton_whether_or_not_there_is_a_library(
+    capability: tuple[int, int], machine: Any, log_lines: list[str]
+) -> None:
+    machine(capability)
+    assert choose_kernel("auto", GPU) is Kernel.TRITON
+    (line,) = log_lines
+    assert NAMES[capability] in line
+    assert "H100" in line
+
+
+def test_no_gpu_takes_the_reference(log_lines: list[str]) -> None:
+    assert choose_kernel("auto", CPU) is Kernel.REFERENCE
+    assert log_lines == ["INFO MInference: kernel reference: no GPU (the device is cpu)"]
+
+
+@pytest.mark.parametrize("asked", Kernel)
+def test_what_is_asked_for_and_can_run_runs(asked: Kernel, machine: Any, log_lines: list[str]) -> None:
+    machine(H100)
+    assert choose_kernel(asked.value, GPU) is asked
+    assert log_lines == [f"INFO MInference: kernel {asked}: asked for"]
+
+
+def test_cuda_without_the_library_is_refused(machine: Any) -> None:
+    machine(H100, built=False)
+    message = refusal("cuda")
+    assert "no CUDA library" in message
+    assert "MINFERENCE_BUILD_CUDA=1" in message
+    assert "Use 'auto' or 'triton'." in message
+
+
+def test_cuda_on_another_gpu_is_refused(machine: Any) -> None:
+    machine(A100)
+    message = refusal("cuda")
+    assert NAMES[A100] in message
+    assert "MINFERENCE_BUILD_CUDA" not in message
+
+
+@pytest.mark.parametrize("asked", ["cuda", "triton"])
+def test_kernels_without_a_gpu_are_refused(asked: str) -> None:
+    message = refusal(asked, CPU)
+    assert "no GPU (the device is cpu)" in message
+    assert "Use 'auto' or 'reference'." in message
+
+
+def test_the_library_is_opened_once(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(H100)
+    opened: list[str] = []
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: opened.append(path) or object())
+    assert library.load() is library.load() is not None
+    assert library.why_missing() == ""
+    assert opened == [str(library.PATH)]
+
+
+def test_the_library_lies_beside_the_package() -> None:
+    assert Path(minference_vllm.__file__).with_name("_hopper.so") == library.PATH
