@@ -59,9 +59,7 @@ class Chunk:
     def __post_init__(self) -> None:
         q, out, (k, v, table, row, _, _) = self.q, self.out, self.kv
         if q.stride(2) != 1 or out.stride(2) != 1:
-            raise ValueError(
-                f"q and out must end in stride 1, got {q.stride()} and {out.stride()}"
-            )
+            raise ValueError(f"q and out must end in stride 1, got {q.stride()} and {out.stride()}")
         if q.shape != out.shape or q.dtype != out.dtype:
             raise ValueError(f"q is {q.dtype} {tuple(q.shape)}, out {out.dtype} {tuple(out.shape)}: both must be alike")
         if table.dtype != torch.int32 or table.stride(1) != 1 or not 0 <= row < len(table):
