@@ -124,12 +124,13 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See FlashAttentionImpl.forward; rows that the plan does not name run there, exactly as without us."""
+        # Every dense step passes here once a layer, so: one look-up, and no super(), which costs as much again.
         step: Step | None = getattr(attn_metadata, "minference", None)
-        if attn_metadata is None or step is None or self._stays_dense(output_scale, output_block_scale):
+        if step is None or attn_metadata is None or self._stays_dense(output_scale, output_block_scale):
             if attn_metadata is None:
                 self.decide()
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            return FlashAttentionImpl.forward(
+                self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         for run, metadata in step.dense_runs:
             self._run_dense(layer, query, key, value, kv_cache, run, metadata, output)
@@ -153,7 +154,7 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
     ) -> None:
         """FlashAttention for some requests of the step; `metadata` is that of a batch of their own."""
         rows = slice(run.query_start, run.query_end)
-        super().forward(layer, query[rows], key, value, kv_cache, metadata, output[rows])
+        FlashAttentionImpl.forward(self, layer, query[rows], key, value, kv_cache, metadata, output[rows])
 
     def _stays_dense(self, *scales: torch.Tensor | None) -> bool:
         """Whether this layer runs dense even in a step in which others go sparse."""
