@@ -74,7 +74,7 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.join_runtime(torch.device("cpu"))
+        self.attach_runtime(torch.device("cpu"))
         self._is_stock = False
 
     def decide(self) -> None:

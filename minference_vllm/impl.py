@@ -31,7 +31,7 @@ class SparseLayerMixin(SparseLayer):
     num_kv_heads: int
     scale: float
 
-    def join_runtime(self, device: torch.device) -> None:
+    def attach_runtime(self, device: torch.device) -> None:
         """Find the worker's runtime. Called once, at construction."""
         self._vllm_config = vllm_config = get_current_vllm_config()
         self.is_of_drafter = compat.is_loading_drafter()
@@ -109,7 +109,7 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.join_runtime(torch.device("cuda", torch.cuda.current_device()))
+        self.attach_runtime(torch.device("cuda", torch.cuda.current_device()))
 
     def forward(
         self,
