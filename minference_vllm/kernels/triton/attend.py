@@ -55,6 +55,41 @@ def _attend_to(
     return acc, new_max, row_sum
 
 
+@triton.jit
+def _attend_to_own_tile(
+    q_ptr, rows, in_chunk, o_m, start_m, seq_len, scale_log2,
+    k_ptr, v_ptr, table_ptr, stride_qt, stride_kp, stride_kt,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The tile's queries, and their online softmax over its own keys: those give every row a finite maximum."""
+    o_d = tl.arange(0, HEAD_DIM)
+    # [TILE, HEAD_DIM]
+    b_q = tl.load(q_ptr + rows[:, None] * stride_qt + o_d[None, :], mask=in_chunk[:, None], other=0.0)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    acc = tl.zeros([TILE, HEAD_DIM], tl.float32)
+    row_max = tl.full([TILE], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE], tl.float32)
+    for start in range(0, TILE, BLOCK_N):
+        keys = start_m + start + tl.arange(0, BLOCK_N)
+        acc, row_max, row_sum = _attend_to(
+            b_q, acc, row_max, row_sum, keys, keys < seq_len, keys[None, :] <= o_m[:, None], scale_log2,
+            k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
+        )  # fmt: skip
+    return b_q, acc, row_max, row_sum
+
+
+@triton.jit
+def _store_rows(
+    out_ptr, lse_ptr, acc, row_max, row_sum, rows, in_chunk, stride_ot, HEAD_DIM: tl.constexpr, LOG2_E: tl.constexpr
+):
+    """Write the rows' outputs and natural log-sum-exps; both pointers are at the head."""
+    b_o = acc / row_sum[:, None]
+    p_o = out_ptr + rows[:, None] * stride_ot + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(p_o, b_o.to(out_ptr.dtype.element_ty), mask=in_chunk[:, None])
+    tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) / LOG2_E, mask=in_chunk)
+
+
 @triton.jit(do_not_specialize=["num_rows", "context_len", "table_row", "stride_table"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr,
@@ -90,24 +125,12 @@ def _attend_kernel(
 
     o_m = start_m + tl.arange(0, TILE)
     o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, HEAD_DIM)
     in_chunk = (o_m >= context_len) & (o_m < seq_len)
     rows = (o_m - context_len).to(tl.int64)
-    # [TILE, HEAD_DIM]
-    b_q = tl.load(q_ptr + rows[:, None] * stride_qt + i_h * stride_qh + o_d[None, :], mask=in_chunk[:, None], other=0.0)
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
-    acc = tl.zeros([TILE, HEAD_DIM], tl.float32)
-    row_max = tl.full([TILE], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE], tl.float32)
-
-    # The tile's own keys come first: they give every row a finite maximum.
-    for start in range(0, TILE, BLOCK_N):
-        keys = start_m + start + o_n
-        acc, row_max, row_sum = _attend_to(
-            b_q, acc, row_max, row_sum, keys, keys < seq_len, keys[None, :] <= o_m[:, None], scale_log2,
-            k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
-        )  # fmt: skip
+    b_q, acc, row_max, row_sum = _attend_to_own_tile(
+        q_ptr + i_h * stride_qh, rows, in_chunk, o_m, start_m, seq_len, scale_log2,
+        k_ptr, v_ptr, table_ptr, stride_qt, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, TILE, BLOCK_N, UPCAST,
+    )  # fmt: skip
 
     # Bands that both halves see, only the first, only the second.
     num_shared = tl.load(bands_indptr_ptr)
@@ -159,10 +182,10 @@ def _attend_kernel(
             k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
         )  # fmt: skip
 
-    b_o = acc / row_sum[:, None]
-    p_o = out_ptr + rows[:, None] * stride_ot + i_h * stride_oh + o_d[None, :]
-    tl.store(p_o, b_o.to(out_ptr.dtype.element_ty), mask=in_chunk[:, None])
-    tl.store(lse_ptr + i_h * stride_lse + rows, (row_max + tl.log2(row_sum)) / LOG2_E, mask=in_chunk)
+    _store_rows(
+        out_ptr + i_h * stride_oh, lse_ptr + i_h.to(tl.int64) * stride_lse,
+        acc, row_max, row_sum, rows, in_chunk, stride_ot, HEAD_DIM, LOG2_E,
+    )  # fmt: skip
     first_keys = (num_shared + num_first) * BAND + tl.sum(first_columns, 0)
     second_keys = (num_shared + num_second) * BAND + tl.sum(second_columns, 0)
     before_tile = tl.where(row_half == 1, first_keys, second_keys)

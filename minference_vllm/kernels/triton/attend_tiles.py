@@ -11,7 +11,7 @@ import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, TILE, TileIndex
-from minference_vllm.kernels.triton.attend import _attend_to, _launch_shape
+from minference_vllm.kernels.triton.attend import _attend_to, _attend_to_own_tile, _launch_shape, _store_rows
 from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
 from minference_vllm.scratch import AttendBuffers
 
@@ -44,24 +44,12 @@ def _attend_tiles_kernel(
 
     o_m = start_m + tl.arange(0, TILE)
     o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, HEAD_DIM)
     in_chunk = (o_m >= context_len) & (o_m < seq_len)
     rows = (o_m - context_len).to(tl.int64)
-    # [TILE, HEAD_DIM]
-    b_q = tl.load(q_ptr + rows[:, None] * stride_qt + i_h * stride_qh + o_d[None, :], mask=in_chunk[:, None], other=0.0)
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
-    acc = tl.zeros([TILE, HEAD_DIM], tl.float32)
-    row_max = tl.full([TILE], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE], tl.float32)
-
-    # The tile's own keys come first: they give every row a finite maximum.
-    for start in range(0, TILE, BLOCK_N):
-        keys = start_m + start + o_n
-        acc, row_max, row_sum = _attend_to(
-            b_q, acc, row_max, row_sum, keys, keys < seq_len, keys[None, :] <= o_m[:, None], scale_log2,
-            k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
-        )  # fmt: skip
+    b_q, acc, row_max, row_sum = _attend_to_own_tile(
+        q_ptr + i_h * stride_qh, rows, in_chunk, o_m, start_m, seq_len, scale_log2,
+        k_ptr, v_ptr, table_ptr, stride_qt, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, TILE, BLOCK_N, UPCAST,
+    )  # fmt: skip
 
     # Groups that both halves keep, only the first, only the second.
     num_shared = tl.load(counts_ptr)
@@ -98,11 +86,10 @@ def _attend_tiles_kernel(
             k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
         )  # fmt: skip
 
-    b_o = acc / row_sum[:, None]
-    p_o = out_ptr + rows[:, None] * stride_ot + i_h * stride_oh + o_d[None, :]
-    tl.store(p_o, b_o.to(out_ptr.dtype.element_ty), mask=in_chunk[:, None])
-    p_lse = lse_ptr + i_h.to(tl.int64) * stride_lse + rows
-    tl.store(p_lse, (row_max + tl.log2(row_sum)) / LOG2_E, mask=in_chunk)
+    _store_rows(
+        out_ptr + i_h * stride_oh, lse_ptr + i_h.to(tl.int64) * stride_lse,
+        acc, row_max, row_sum, rows, in_chunk, stride_ot, HEAD_DIM, LOG2_E,
+    )  # fmt: skip
     kept = (num_shared + tl.where(row_half == 1, num_first, num_second)) * GROUP + o_m - start_m + 1
     # 64-bit: 128 rows of 2^24 keys are 2^31 pairs.
     tl.atomic_add(kept_ptr, tl.sum(tl.where(in_chunk, kept, 0).to(tl.int64), 0), sem="relaxed")

@@ -90,6 +90,25 @@ def _kept(
     return ((b_code >= threshold) | (o_g < sinks) | (o_g >= local)) & (o_g < num_groups)
 
 
+@triton.jit
+def _kept_by_halves(
+    first_ptr, second_ptr, stride, o_g, num_groups, sinks, local, first_threshold, second_threshold,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+):  # fmt: skip
+    """1 for the groups that both halves keep, only the first, only the second, int32. By tile both keep the same."""
+    first = _kept(
+        first_ptr, second_ptr, stride, o_g, num_groups, sinks, local, first_threshold,
+        PARTS, BY_TILE, CODES_PER_OCTAVE,
+    ).to(tl.int32)  # fmt: skip
+    second = first
+    if not BY_TILE:
+        second = _kept(
+            second_ptr, first_ptr, stride, o_g, num_groups, sinks, local, second_threshold,
+            PARTS, BY_TILE, CODES_PER_OCTAVE,
+        ).to(tl.int32)  # fmt: skip
+    return first & second, first & ~second, second & ~first
+
+
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
 def _groups_kernel(
     masses_ptr, share_ptr, groups_ptr, counts_ptr,
@@ -131,19 +150,13 @@ def _groups_kernel(
     b_second = tl.zeros([BLOCK], tl.int32)
     for start in range(0, num_groups, BLOCK):
         # [BLOCK]
-        in_first = _kept(
-            first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first,
+        shared, first_only, second_only = _kept_by_halves(
+            first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first, second,
             PARTS, BY_TILE, CODES_PER_OCTAVE,
-        ).to(tl.int32)  # fmt: skip
-        in_second = in_first
-        if not BY_TILE:
-            in_second = _kept(
-                second_ptr, first_ptr, stride_part, start + o_n, num_groups, sinks, local, second,
-                PARTS, BY_TILE, CODES_PER_OCTAVE,
-            ).to(tl.int32)  # fmt: skip
-        b_shared += in_first & in_second
-        b_first += in_first & ~in_second
-        b_second += in_second & ~in_first
+        )  # fmt: skip
+        b_shared += shared
+        b_first += first_only
+        b_second += second_only
     num_shared, num_first, num_second = tl.sum(b_shared, 0), tl.sum(b_first, 0), tl.sum(b_second, 0)
     fits = num_shared + num_first + num_second <= max_kept
     p_counts = counts_ptr + head.to(tl.int64) * stride_counts + i_t * 3
@@ -156,28 +169,19 @@ def _groups_kernel(
     next_first = num_shared
     next_second = num_shared + num_first
     for start in range(0, tl.where(fits, num_groups, 0), BLOCK):
-        in_first = _kept(
-            first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first,
+        shared, first_only, second_only = _kept_by_halves(
+            first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first, second,
             PARTS, BY_TILE, CODES_PER_OCTAVE,
-        ).to(tl.int32)  # fmt: skip
-        in_second = in_first
-        if not BY_TILE:
-            in_second = _kept(
-                second_ptr, first_ptr, stride_part, start + o_n, num_groups, sinks, local, second,
-                PARTS, BY_TILE, CODES_PER_OCTAVE,
-            ).to(tl.int32)  # fmt: skip
-        b_shared = in_first & in_second
-        b_first = in_first & ~in_second
-        b_second = in_second & ~in_first
+        )  # fmt: skip
         place = tl.where(
-            b_shared > 0,
-            next_shared + tl.cumsum(b_shared, 0),
-            tl.where(b_first > 0, next_first + tl.cumsum(b_first, 0), next_second + tl.cumsum(b_second, 0)),
+            shared > 0,
+            next_shared + tl.cumsum(shared, 0),
+            tl.where(first_only > 0, next_first + tl.cumsum(first_only, 0), next_second + tl.cumsum(second_only, 0)),
         )
-        tl.store(groups_ptr + place - 1, start + o_n, mask=(in_first | in_second) > 0)
-        next_shared += tl.sum(b_shared, 0)
-        next_first += tl.sum(b_first, 0)
-        next_second += tl.sum(b_second, 0)
+        tl.store(groups_ptr + place - 1, start + o_n, mask=(shared | first_only | second_only) > 0)
+        next_shared += tl.sum(shared, 0)
+        next_first += tl.sum(first_only, 0)
+        next_second += tl.sum(second_only, 0)
 
 
 def select_groups(
