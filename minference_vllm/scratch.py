@@ -26,6 +26,21 @@ SELECT_BINS = 2048
 SELECT_SPLITS = 16
 """Ranges of a row that the selection works on side by side."""
 
+MEAN = 4
+"""Consecutive keys, from a multiple of MEAN on, whose mean stands for them when groups are chosen."""
+
+MASS_CODES = 256
+"""Values of a group's mass code: 0 is nothing, code c a mass of about 2^(c / CODES_PER_OCTAVE - OCTAVES_BELOW_ONE)."""
+
+CODES_PER_OCTAVE = 8
+"""Mass codes for each factor of two: neighbours differ by 9%, less than the estimate is wrong by."""
+
+OCTAVES_BELOW_ONE = 28
+"""Masses under 2^-28 count as nothing. The largest code stands for 14.7 and more: of 16 rows' mass, nearly all."""
+
+MASS_BYTES = 128 * 2**20
+"""Mass codes take no more than this: heads are worked on in turns where those of all do not fit."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScratchShape:
@@ -122,19 +137,3 @@ def _tensors(buffers: Any) -> Iterator[torch.Tensor]:
             yield value
         elif is_dataclass(value):
             yield from _tensors(value)
-
-
-MEAN = 4
-"""Consecutive keys, from a multiple of MEAN on, whose mean stands for them when groups are chosen."""
-
-MASS_CODES = 256
-"""Values of a group's mass code: 0 is nothing, code c a mass of about 2^(c / CODES_PER_OCTAVE - OCTAVES_BELOW_ONE)."""
-
-CODES_PER_OCTAVE = 8
-"""Mass codes for each factor of two: neighbours differ by 9%, less than the estimate is wrong by."""
-
-OCTAVES_BELOW_ONE = 28
-"""Masses under 2^-28 count as nothing. The largest code stands for 14.7 and more: of 16 rows' mass, nearly all."""
-
-MASS_BYTES = 128 * 2**20
-"""Mass codes take no more than this: heads are worked on in turns where those of all do not fit."""
