@@ -4,6 +4,7 @@
 Triton chooses a variant by its arguments alone, so each launch is recorded in place of being compiled and run.
 """
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from minference_vllm.scratch import ScratchShape
 from tests.kernels.cases import Case, make_chunk
 
 MAX_LEN = 40_000
+METHODS = [{"name": "block"}, {"name": "vertical_slash", "probe_rows": "both"}]
 REQUESTS = [
     Case("odd lengths", num_rows=1025, context_len=20_001),
     Case("aligned", num_rows=2048, context_len=32_768),
@@ -40,9 +42,9 @@ def recorder(seen: set[tuple[str, str]]):
     return run
 
 
-def variants(case: Case) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+def variants(case: Case, method: dict[str, str]) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """What the dry run selects, and what a request in a table of odd width selects."""
-    config = MInferenceConfig.model_validate({"method": {"name": "vertical_slash", "probe_rows": "both"}})
+    config = MInferenceConfig.model_validate({"method": method})
     runtime = Runtime(config, torch.device("cpu"), publish=False)
     runtime.method.kernel = Kernel.TRITON
     shape = ScratchShape(case.num_qo_heads, case.num_kv_heads, case.head_dim, case.dtype, MAX_LEN, max_chunk=8192)
@@ -59,11 +61,11 @@ def main() -> None:
     target = GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
     count = 0
-    for case in REQUESTS:
-        compiled, requested = variants(case)
+    for case, method in itertools.product(REQUESTS, METHODS):
+        compiled, requested = variants(case, method)
         count += len(requested)
         for name, variant in requested - compiled:
-            sys.stdout.write(f"NEW in {case.name}: {name} {variant}\n")
+            sys.stdout.write(f"NEW in {case.name}, {method['name']}: {name} {variant}\n")
     sys.stdout.write(f"{count} launches checked\n")
 
 
