@@ -30,6 +30,11 @@ struct MInferenceAttendTiles {
     int64_t stride_groups, stride_groups_tile, stride_counts, stride_counts_tile;
 };
 
+struct MInferenceAttendHeads {
+    MInferenceAttendChunk chunk;
+    const void *heads, *num_heads;
+};
+
 static cudaError_t make_params(const MInferenceAttendChunk& a, attend::Params& p) {
     constexpr int ELEMENT = 2;  // bytes
     p.k = static_cast<const char*>(a.k);
@@ -105,6 +110,13 @@ extern "C" int minference_attend_tiles(const MInferenceAttendTiles* args, cudaSt
     index.stride_counts_tile = a.stride_counts_tile;
     index.first_tile = a.chunk.context_len / attend::TILE;
     return attend_to(a.chunk, index, stream);
+}
+
+extern "C" int minference_attend_heads(const MInferenceAttendHeads* args, cudaStream_t stream) {
+    attend::HeadIndex index;
+    index.heads = static_cast<const int32_t*>(args->heads);
+    index.num_heads = static_cast<const int32_t*>(args->num_heads);
+    return attend_to(args->chunk, index, stream);
 }
 
 extern "C" const char* minference_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

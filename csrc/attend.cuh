@@ -193,12 +193,17 @@ __device__ __forceinline__ long long count_pairs(
 
 // In which order the tiles of all heads are computed.
 struct Order {
-    int first_tile, num_tiles;
+    int first_tile, num_tiles, num_heads;
 
-    __device__ __forceinline__ explicit Order(const Params& p)
-        : first_tile(p.context_len / TILE), num_tiles((p.context_len + p.num_rows + TILE - 1) / TILE - first_tile) {}
+    template <typename Index>
+    __device__ __forceinline__ Order(const Params& p, const Index& index)
+        : first_tile(p.context_len / TILE),
+          num_tiles((p.context_len + p.num_rows + TILE - 1) / TILE - first_tile),
+          num_heads(p.num_qo_heads) {
+        if constexpr (Index::LISTS_HEADS) num_heads = __ldg(index.num_heads);
+    }
 
-    __device__ __forceinline__ int size(const Params& p) const { return num_tiles * p.num_qo_heads; }
+    __device__ __forceinline__ int size() const { return num_tiles * num_heads; }
 
     // Neighbours in the order are the heads of one KV head, then neighbouring tiles: they run at the same time and
     // share keys in L2. The longest tiles come first, so that at the end the short ones keep all programs busy. Each
@@ -206,11 +211,18 @@ struct Order {
     // without that the same programs would always get those.
     template <typename Index>
     __device__ __forceinline__ Work at(const Params& p, const Index& index, int id) const {
-        const int tiles_before = id / p.group_size % num_tiles;
         Work work;
-        work.kv_head = id / (p.group_size * num_tiles);
-        work.tile = first_tile + num_tiles - 1 - tiles_before;
-        work.head = work.kv_head * p.group_size + (id + tiles_before / p.tiles_per_wave) % p.group_size;
+        if constexpr (Index::LISTS_HEADS) {
+            // Few heads, in whatever order: for each tile one after the other.
+            work.tile = first_tile + num_tiles - 1 - id / num_heads;
+            work.head = __ldg(index.heads + id % num_heads);
+            work.kv_head = work.head / p.group_size;
+        } else {
+            const int tiles_before = id / p.group_size % num_tiles;
+            work.kv_head = id / (p.group_size * num_tiles);
+            work.tile = first_tile + num_tiles - 1 - tiles_before;
+            work.head = work.kv_head * p.group_size + (id + tiles_before / p.tiles_per_wave) % p.group_size;
+        }
         index.count(work);
         return work;
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two types of minference_vllm/index.py, as the attention kernel reads them: how many groups and columns a tile
-// keeps, and where they are.
+// The types of minference_vllm/index.py, as the attention kernel reads them: which heads are attended for, how many groups
+// and columns a tile keeps, and where they are.
 #pragma once
 
 #include "attend.cuh"
@@ -9,7 +9,7 @@ namespace attend {
 
 // Groups at distances from the tile that are the same for every tile of a head, called bands, and single columns.
 struct BandIndex {
-    static constexpr bool HAS_COLUMNS = true;
+    static constexpr bool HAS_COLUMNS = true, LISTS_HEADS = false;
 
     const int32_t* bands;
     const int32_t* bands_indptr;
@@ -47,7 +47,7 @@ struct BandIndex {
 
 // Groups listed for each tile, no columns.
 struct TileIndex {
-    static constexpr bool HAS_COLUMNS = false;
+    static constexpr bool HAS_COLUMNS = false, LISTS_HEADS = false;
     static constexpr int EVERY_GROUP = -1;
 
     const int32_t* groups;
@@ -71,6 +71,22 @@ struct TileIndex {
         const int64_t list = work.head * stride_groups + (work.tile - first_tile) * stride_groups_tile;
         return __ldg(groups + list + before + i) * GROUP;
     }
+};
+
+// All groups, for some heads alone.
+struct HeadIndex {
+    static constexpr bool HAS_COLUMNS = false, LISTS_HEADS = true;
+
+    const int32_t* heads;
+    const int32_t* num_heads;
+
+    __device__ __forceinline__ void count(Work& work) const {
+        work.num_groups[SHARED] = work.tile * GROUPS_PER_TILE;
+        for (int kind = SHARED + 1; kind < KINDS; ++kind) work.num_groups[kind] = 0;
+        work.num_columns = 0;
+    }
+
+    __device__ __forceinline__ int group_key(const Work&, int, int i) const { return i * GROUP; }
 };
 
 }  // namespace attend

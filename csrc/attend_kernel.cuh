@@ -14,6 +14,9 @@ template <typename T, int HEAD_DIM, typename Index>
 __global__ void __launch_bounds__(THREADS, 1)
 attend_kernel(const __grid_constant__ Params p, const __grid_constant__ Index index) {
     using S = Shape<HEAD_DIM>;
+    if constexpr (Index::LISTS_HEADS) {
+        if (__ldg(index.num_heads) == 0) return;
+    }
     extern __shared__ char raw[];
     // Swizzled atoms begin at multiples of 1024.
     const uint32_t gap = -hopper::shared_address(raw) & (hopper::ATOM_BYTES - 1);

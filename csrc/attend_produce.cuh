@@ -273,9 +273,9 @@ __device__ __forceinline__ void produce(
     const Params& p, const Index& index, Storage<HEAD_DIM>& shared, int which, int thread
 ) {
     Stream<HEAD_DIM, Index> stream(p, index, shared, which, thread);
-    const Order order(p);
+    const Order order(p, index);
     long long pairs = 0;
-    const int last = order.size(p) - 1;
+    const int last = order.size() - 1;
     int id = blockIdx.x;
     Work work = order.at(p, index, min(id, last));
     Ahead ahead = look_ahead(stream, work);

@@ -44,8 +44,9 @@ cudaError_t run(Params& p, cudaStream_t stream) {
     p.stages = MAX_STAGES;
     while (shared_bytes<HEAD_DIM>(p.batch_size, p.stages) + hopper::ATOM_BYTES > MAX_SHARED_BYTES) --p.stages;
     const cudaError_t error = launch<HEAD_DIM>(lse_kernel<T, HEAD_DIM>, p, stream);
-    if (error != cudaSuccess) return error;
-    return launch<HEAD_DIM>(p.spread ? mass_kernel<T, HEAD_DIM, true> : mass_kernel<T, HEAD_DIM, false>, p, stream);
+    if (error != cudaSuccess || p.which == Which::HELD_OUT) return error;
+    const auto kernel = p.which == Which::SPREAD ? mass_kernel<T, HEAD_DIM, true> : mass_kernel<T, HEAD_DIM, false>;
+    return launch<HEAD_DIM>(kernel, p, stream);
 }
 
 // Even with the most heads that a program can have there is room for two stages, the fewest that overlap.
@@ -61,8 +62,9 @@ struct MInferenceProbe {
     int32_t num_rows, context_len, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, is_bf16;
     int32_t max_splits;  // that the partial sums have room for
     int32_t num_multiprocessors;
-    int32_t spread;      // 64 rows over the whole chunk instead of its last 64
+    int32_t which;       // rows: see probe::Which
     int32_t accumulate;  // add to the masses of other rows
+    int32_t splits;      // written: ranges of keys whose partial sums there are
     float scale_log2;
 };
 
@@ -92,22 +94,15 @@ static probe::Params make_params(const MInferenceProbe& a) {
         probe::choose_splits(p.num_kv_heads * p.batches, p.num_tiles, a.max_splits, a.num_multiprocessors);
     p.tiles_each = (p.num_tiles + splits - 1) / splits;
     p.splits = (p.num_tiles + p.tiles_each - 1) / p.tiles_each;
-    p.spread = a.spread;
+    p.which = static_cast<probe::Which>(a.which);
     p.accumulate = a.accumulate;
     p.scale_log2 = a.scale_log2;
     return p;
 }
 
-extern "C" int minference_probe(const MInferenceProbe* args, cudaStream_t stream) {
-    const MInferenceProbe& a = *args;
-    probe::Params p = make_params(a);
-    cudaError_t error = hopper::make_cache_map(&p.k_map, a.k, a, probe::BAND);
+static cudaError_t run(const MInferenceProbe& a, probe::Params& p, cudaStream_t stream) {
+    const cudaError_t error = hopper::make_cache_map(&p.k_map, a.k, a, probe::BAND);
     if (error != cudaSuccess) return error;
-    if (!a.accumulate) {
-        const size_t width = size_t(a.context_len + a.num_rows) * sizeof(int32_t);
-        error = cudaMemset2DAsync(a.slash, a.stride_mass * sizeof(int32_t), 0, width, a.num_qo_heads, stream);
-        if (error != cudaSuccess) return error;
-    }
     if (a.head_dim == 128) {
         return a.is_bf16 ? probe::run<__nv_bfloat16, 128>(p, stream) : probe::run<__half, 128>(p, stream);
     }
@@ -115,4 +110,23 @@ extern "C" int minference_probe(const MInferenceProbe* args, cudaStream_t stream
         return a.is_bf16 ? probe::run<__nv_bfloat16, 64>(p, stream) : probe::run<__half, 64>(p, stream);
     }
     return cudaErrorInvalidValue;
+}
+
+extern "C" int minference_probe(const MInferenceProbe* args, cudaStream_t stream) {
+    const MInferenceProbe& a = *args;
+    probe::Params p = make_params(a);
+    if (!a.accumulate) {
+        const size_t width = size_t(a.context_len + a.num_rows) * sizeof(int32_t);
+        const size_t pitch = a.stride_mass * sizeof(int32_t);
+        const cudaError_t error = cudaMemset2DAsync(a.slash, pitch, 0, width, a.num_qo_heads, stream);
+        if (error != cudaSuccess) return error;
+    }
+    return run(a, p, stream);
+}
+
+// The first pass alone: partial softmaxes of the rows, [num_qo_heads, splits, NUM_PROBES].
+extern "C" int minference_probe_sums(MInferenceProbe* args, cudaStream_t stream) {
+    probe::Params p = make_params(*args);
+    args->splits = p.splits;
+    return run(*args, p, stream);
 }

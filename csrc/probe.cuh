@@ -11,7 +11,8 @@
 namespace probe {
 
 constexpr int NUM_PROBES = 64;
-constexpr int TILE = 128;  // keys
+constexpr int TILE = 128;        // keys
+constexpr int QUERY_TILE = 128;  // rows
 constexpr int BAND = 16;   // consecutive keys of one page, copied together
 constexpr int BANDS = TILE / BAND;
 constexpr int MAX_HEADS = 8;  // of one program: their queries stay in shared memory
@@ -27,6 +28,9 @@ constexpr int PRODUCER_REGISTERS = 32;
 // Named barriers. __syncthreads uses number 0.
 constexpr int ALL_CONSUMERS = 1;
 constexpr int FIRST_TURN = 2;
+
+// Which rows of the chunk are probed. minference_vllm/kernels/cuda/probe.py holds the same numbers.
+enum class Which { LAST, SPREAD, HELD_OUT };
 
 constexpr float NO_MAX = -1e30f;  // maximum of a row that has seen no key
 
@@ -46,7 +50,8 @@ struct Params {
     int32_t batches, batch_size;          // the heads of a group, at most MAX_HEADS at a time
     int32_t splits, num_tiles, tiles_each;  // ranges of keys
     int32_t stages;
-    int32_t spread, accumulate;
+    int32_t accumulate;
+    Which which;
     float scale_log2;
 
     __device__ __forceinline__ int seq_len() const { return context_len + num_rows; }
@@ -68,17 +73,21 @@ struct Job {
     }
 };
 
-// Which rows are probed: the chunk's last ones, or as many spread evenly over it.
+// The rows that are probed: the chunk's last ones, as many spread evenly over it, or those that measure recall, which
+// minference_vllm/reference/recall.py describes.
 struct Rows {
     int num_rows, context_len;
-    bool spread;
+    Which which;
 
     __device__ __forceinline__ explicit Rows(const Params& p)
-        : num_rows(p.num_rows), context_len(p.context_len), spread(p.spread) {}
+        : num_rows(p.num_rows), context_len(p.context_len), which(p.which) {}
 
     // Row of the chunk; negative if the chunk is too short to have it.
     __device__ __forceinline__ int row(int probe) const {
-        return spread ? ((probe + 1) * num_rows) / NUM_PROBES - 1 : num_rows - NUM_PROBES + probe;
+        if (which == Which::LAST) return num_rows - NUM_PROBES + probe;
+        if (which == Which::SPREAD) return (probe + 1) * num_rows / NUM_PROBES - 1;
+        const int near = context_len + (2 * probe + 1) * num_rows / (2 * NUM_PROBES);
+        return min(max(near / 4 * 4 + near / QUERY_TILE % 4 - context_len, 0), num_rows - 1);
     }
     __device__ __forceinline__ int position(int probe) const { return context_len + row(probe); }
 

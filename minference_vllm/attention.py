@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse prefill of one chunk in one layer: choose the keys, attend to them."""
+"""Sparse prefill of one chunk in one layer: choose the keys, attend to them, see that they were enough."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +9,24 @@ import torch
 
 from minference_vllm import ops
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import SparseIndex
+from minference_vllm.index import HeadIndex, SparseIndex
 from minference_vllm.methods import Method
-from minference_vllm.scratch import AttendBuffers
+from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What measures whether the kept keys hold the attention of rows that did not choose them, and acts on it.
+
+    Attributes:
+        floor: a head whose recall in a chunk is below this attends to all keys, in this chunk.
+        buffers: what a chunk's measurement writes.
+        totals: what is measured of all layers since the start.
+    """
+
+    floor: float
+    buffers: RecallBuffers
+    totals: RecallTotals
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +38,14 @@ class LayerState:
         budgets: [num_qo_heads, ...], see Method.
         buffers: the method's scratch.
         attend: what attending writes beside the output.
+        guard: None if recall is not measured.
     """
 
     position: int
     budgets: torch.Tensor
     buffers: Any
     attend: AttendBuffers
+    guard: Guard | None = None
 
 
 Chooser = Callable[[Method, Chunk, LayerState], SparseIndex]
@@ -55,4 +72,17 @@ def prefill(chunk: Chunk, method: Method, layer: LayerState, chooser: Chooser = 
     """
     index = chooser(method, chunk, layer)
     ops.attend(chunk, index, layer.attend, method.kernel)
+    if layer.guard is not None:
+        watch(chunk, layer, layer.guard, method.kernel)
     return index
+
+
+def watch(chunk: Chunk, layer: LayerState, guard: Guard, kernel: ops.Kernel) -> None:
+    """Measure each head's recall in a chunk; heads below the floor attend again, to all keys.
+
+    How many they are stays on the device, and nothing of a chunk is remembered for the next: so it holds for any order
+    of chunks and requests.
+    """
+    ops.measure_recall(chunk, layer.attend.lse, guard.floor, layer.position, guard.buffers, guard.totals, kernel)
+    if guard.floor > 0:
+        ops.attend(chunk, HeadIndex(guard.buffers.heads, guard.buffers.num_heads), layer.attend, kernel)

@@ -40,6 +40,13 @@ class MInferenceConfig(BaseModel):
     method: Annotated[VerticalSlashSettings | BlockSettings, Field(discriminator="name")] = BlockSettings()
     """How the kept keys are chosen: a method's name, or an object of its name and settings."""
 
+    measure_recall: bool = True
+    """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that it kept."""
+
+    recall_floor: float = Field(default=0.5, ge=0, le=1)
+    """The guard: a head that kept less than this share of those rows' attention attends to all keys, in the same chunk.
+    No unit. 0 turns it off, and recall is still measured."""
+
     dense_layers: int = Field(default=0, ge=0, le=10_000)
     """The first layers of the model, this many, always run dense."""
 

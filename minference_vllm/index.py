@@ -78,4 +78,21 @@ class TileIndex:
     counts: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class HeadIndex:
+    """The query heads that attend to all keys. What the other heads have written already is left alone.
+
+    Attributes:
+        heads: [num_qo_heads] int32, in any order; valid up to num_heads.
+        num_heads: [1] int32, on the device like all else: nobody waits to know how many they are.
+    """
+
+    heads: torch.Tensor
+    num_heads: torch.Tensor
+
+
 SparseIndex = BandIndex | TileIndex
+"""What a method chooses."""
+
+AnyIndex = SparseIndex | HeadIndex
+"""What attending kernels take."""

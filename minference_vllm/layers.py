@@ -25,6 +25,7 @@ class SparseLayer:
         is_decided: whether the attributes below hold.
         dense_reason: why the layer never runs sparse; None if it may.
         position: of the layer among ours on this worker, in the order in which they run.
+        num_layers: of ours on this worker.
         is_last_sparse: whether no layer after it may run sparse.
     """
 
@@ -33,6 +34,7 @@ class SparseLayer:
     is_decided = False
     dense_reason: Reason | None = None
     position = -1
+    num_layers = 0
     is_last_sparse = False
 
     # vLLM's implementation beside this class sets these.
@@ -61,7 +63,7 @@ def decide_layers(vllm_config: Any, publish: bool, dense_layers: int) -> None:
     if all(impl.is_decided for impl in impls):
         return
     for position, (name, layer) in enumerate(ours.items()):
-        layer.impl.position = position
+        layer.impl.position, layer.impl.num_layers = position, len(impls)
         layer.impl.dense_reason = traits_of(name, layer, vllm_config, dense_layers).dense_reason
         layer.impl.is_decided = True
     sparse = [impl for impl in impls if impl.dense_reason is None]

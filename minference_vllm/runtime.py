@@ -8,16 +8,18 @@ from typing import Any
 import torch
 
 from minference_vllm import debug
-from minference_vllm.attention import Chooser, LayerState, choose, prefill
+from minference_vllm.attention import Chooser, Guard, LayerState, choose, prefill
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.index import TILE
 from minference_vllm.methods import make_method
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.density import DensityMeter
+from minference_vllm.metrics.recall_meter import RecallMeter
 from minference_vllm.ops import choose_kernel
+from minference_vllm.recall import Recall
 from minference_vllm.record import Record, StepRecord, Tally
-from minference_vllm.scratch import AttendBuffers, ScratchShape, num_bytes
+from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 
 MOST_FAULTS = 3
 """Faults of the sparse path, one after the other, after which it is not tried again."""
@@ -45,7 +47,7 @@ class Runtime:
         self.device = device
         self.method = make_method(config.method, choose_kernel(config.kernel, device))
         self.chooser: Chooser = choose
-        self.counters = Counters(publish, config.log_every, self._tally_once, self._read_density)
+        self.counters = Counters(publish, config.log_every, self._tally_once, self._read)
         self.is_broken = False
         self.failed: set[int] = set()  # requests of this step whose sparse attention raised an exception
         self._faults = 0  # since a chunk last ran sparse
@@ -56,8 +58,9 @@ class Runtime:
         self._causal_pairs = 0
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
-        self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers]] = {}
-        self._layers: dict[tuple[ScratchShape, int], LayerState] = {}
+        self._recalls: dict[tuple[ScratchShape, int], tuple[RecallTotals, RecallMeter]] = {}
+        self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers, RecallBuffers]] = {}
+        self._layers: dict[tuple[ScratchShape, int, int], LayerState] = {}
         self._warm: set[tuple[ScratchShape, int]] = set()
         if publish:  # every rank has the same
             logger.info("MInference: %s", config)
@@ -84,26 +87,36 @@ class Runtime:
                         setting, value, limit, name,
                     )  # fmt: skip
 
-    def layer_state(self, shape: ScratchShape, position: int) -> LayerState:
+    def layer_state(self, shape: ScratchShape, position: int, num_layers: int) -> LayerState:
         """What the layer at this position brings to its chunks; claimed when first asked for, in the profiling run."""
-        if (shape, position) not in self._layers:
+        key = shape, position, num_layers
+        if key not in self._layers:
             # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
             with torch.inference_mode(False):
-                buffers, attend = self._claim(shape)
-                budgets = self.method.budgets(shape.num_qo_heads, self.device)
-            self._layers[shape, position] = LayerState(position, budgets, buffers, attend)
-        return self._layers[shape, position]
+                self._layers[key] = self._claim(shape, position, self._totals(shape, num_layers))
+        return self._layers[key]
 
-    def _claim(self, shape: ScratchShape) -> tuple[Any, AttendBuffers]:
-        """The scratch for all layers of this shape."""
+    def _totals(self, shape: ScratchShape, num_layers: int) -> RecallTotals:
+        """What is measured of all layers of this shape."""
+        if (shape, num_layers) not in self._recalls:
+            totals = RecallTotals.allocate(num_layers, shape.num_qo_heads, self.device)
+            self._recalls[shape, num_layers] = totals, RecallMeter(totals)
+        return self._recalls[shape, num_layers][0]
+
+    def _claim(self, shape: ScratchShape, position: int, totals: RecallTotals) -> LayerState:
+        """The state of a layer; its scratch is that of all layers of this shape."""
         if shape not in self._buffers:
             buffers = self.method.scratch(shape, self.device)
             attend = AttendBuffers.allocate(shape.num_qo_heads, shape.max_chunk, self.device)
+            recall = RecallBuffers.allocate(shape.num_qo_heads, self.device)
             self._density = self._density or DensityMeter(attend.kept_pairs)
-            size = (num_bytes(buffers) + num_bytes(attend)) / 2**20
+            size = (num_bytes(buffers) + num_bytes(attend) + num_bytes(recall)) / 2**20
             logger.info("MInference: %.0f MiB of scratch for %s", size, shape)
-            self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs)
-        return self._buffers[shape]
+            self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs), recall
+        buffers, attend, recall = self._buffers[shape]
+        guard = Guard(self.config.recall_floor, recall, totals) if self.config.measure_recall else None
+        budgets = self.method.budgets(shape.num_qo_heads, self.device)
+        return LayerState(position, budgets, buffers, attend, guard)
 
     def run(
         self, q: torch.Tensor, out: torch.Tensor, kv: PagedKV, context_len: int, scale: float, layer: LayerState
@@ -148,6 +161,8 @@ class Runtime:
             self.counters.defer(record)
             if self._density:
                 self._density.copy(self._causal_pairs)
+            for _, meter in self._recalls.values():
+                meter.copy()
 
     def _tally_once(self, record: Record) -> Tally:
         """What to count of a step's prefill: all of it once, though every KV cache group plans it.
@@ -160,9 +175,10 @@ class Runtime:
         self._counted.add(record.group)
         return record.tally(self.config) if len(self._counted) == 1 else {}
 
-    def _read_density(self) -> tuple[int, int]:
-        """Kept and causal pairs of all sparse attention since start whose copy has arrived. Called by the counters."""
-        return self._density.read() if self._density else (0, 0)
+    def _read(self) -> tuple[int, int, Recall]:
+        """Kept and causal pairs, and the recall, of all sparse attention since start whose copies have arrived."""
+        pairs = self._density.read() if self._density else (0, 0)
+        return *pairs, sum((meter.read() for _, meter in list(self._recalls.values())), start=Recall())
 
     def warm_up(self, shape: ScratchShape, page_size: int) -> None:
         """Compile every kernel that layers of this shape will need, before the first request."""
@@ -181,7 +197,7 @@ class Runtime:
         table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
         q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device=self.device)
         chunk = Chunk(q, torch.empty_like(q), PagedKV(k, v, table, 0), 0, 1.0)
-        buffers, attend = self._claim(shape)
-        budgets = self.method.budgets(shape.num_qo_heads, self.device)
-        attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))
-        prefill(chunk, self.method, LayerState(-1, budgets, buffers, attend))
+        # Counted where nobody looks.
+        layer = self._claim(shape, 0, RecallTotals.allocate(1, shape.num_qo_heads, self.device))
+        attend = replace(layer.attend, kept_pairs=torch.zeros_like(layer.attend.kept_pairs))
+        prefill(chunk, self.method, replace(layer, attend=attend))

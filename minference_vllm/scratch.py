@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from minference_vllm.recall import NUM_BUCKETS
+
 MASS_UNIT = 2.0**-23
 """Attention mass is counted in multiples of this: 128 probe rows of mass 1 still fit an int32."""
 
@@ -37,6 +39,9 @@ CODES_PER_OCTAVE = 8
 
 OCTAVES_BELOW_ONE = 28
 """Masses under 2^-28 count as nothing. The largest code stands for 14.7 and more: of 16 rows' mass, nearly all."""
+
+HELD_OUT_ROWS = 64
+"""Query rows of a chunk whose recall is measured."""
 
 MASS_BYTES = 128 * 2**20
 """Mass codes take no more than this: heads are worked on in turns where those of all do not fit."""
@@ -122,6 +127,71 @@ class AttendBuffers:
             lse=torch.zeros(num_heads, max_chunk, dtype=torch.float32, device=device),
             kept_pairs=torch.zeros(1, dtype=torch.int64, device=device),
             tile_counter=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RecallTotals:
+    """What was measured of all layers since the start, in one tensor, so that it comes to the host in one copy.
+
+    Attributes:
+        flat: [num_buckets + num_layers * (2 + 2 * num_qo_heads)] float64; the rest are views of it.
+        histogram: [num_buckets] recalls of a head in a chunk, by recall.RECALL_EDGES.
+        chunks: [num_layers] chunks measured.
+        redone: [num_layers] heads of chunks that were attended to again.
+        sums: [num_layers, num_qo_heads] of the recalls.
+        worst: [num_layers, num_qo_heads] smallest recall, 1 before the first.
+    """
+
+    flat: torch.Tensor
+    histogram: torch.Tensor
+    chunks: torch.Tensor
+    redone: torch.Tensor
+    sums: torch.Tensor
+    worst: torch.Tensor
+
+    @classmethod
+    def of(cls, flat: torch.Tensor, num_layers: int, num_heads: int) -> "RecallTotals":
+        """The views of `flat`."""
+        each = num_layers * num_heads
+        sizes = [NUM_BUCKETS, num_layers, num_layers, each, each]
+        histogram, chunks, redone, sums, worst = flat.split(sizes)
+        return cls(flat, histogram, chunks, redone, sums.view(num_layers, -1), worst.view(num_layers, -1))
+
+    @classmethod
+    def allocate(cls, num_layers: int, num_heads: int, device: torch.device) -> "RecallTotals":
+        size = NUM_BUCKETS + num_layers * (2 + 2 * num_heads)
+        totals = cls.of(torch.zeros(size, dtype=torch.float64, device=device), num_layers, num_heads)
+        totals.worst.fill_(1.0)
+        return totals
+
+
+@dataclass(frozen=True, slots=True)
+class RecallBuffers:
+    """What measuring recall writes.
+
+    Attributes:
+        partial_max, partial_sum: [num_qo_heads, PROBE_PARTIALS, HELD_OUT_ROWS] float32, partial softmax of the rows.
+        recall: [num_qo_heads] float32, of each head in the chunk measured last.
+        heads: [num_qo_heads] int32, those of them that are below the floor, in any order; valid up to num_heads.
+        num_heads: [1] int32.
+    """
+
+    partial_max: torch.Tensor
+    partial_sum: torch.Tensor
+    recall: torch.Tensor
+    heads: torch.Tensor
+    num_heads: torch.Tensor
+
+    @classmethod
+    def allocate(cls, num_heads: int, device: torch.device) -> "RecallBuffers":
+        partial = (num_heads, PROBE_PARTIALS, HELD_OUT_ROWS)
+        return cls(
+            partial_max=torch.zeros(partial, dtype=torch.float32, device=device),
+            partial_sum=torch.zeros(partial, dtype=torch.float32, device=device),
+            recall=torch.zeros(num_heads, dtype=torch.float32, device=device),
+            heads=torch.zeros(num_heads, dtype=torch.int32, device=device),
+            num_heads=torch.zeros(1, dtype=torch.int32, device=device),
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from minference_vllm.metrics.publisher import Publisher
 from minference_vllm.metrics.snapshot import Counts, Snapshot
+from minference_vllm.recall import Recall
 
 if TYPE_CHECKING:
     from minference_vllm.record import Record, Tally
@@ -34,13 +35,13 @@ class Counters:
         publish: export and log; False on every rank but 0.
         log_every: seconds between two log lines; 0 never logs.
         tally: says what to count of a record; called in the order of the steps, by one thread at a time.
-        read_pairs: gives the kept and the causal pairs since start, as far as the GPU has told.
+        read: gives kept and causal pairs and the recall since start, as far as the GPU has told.
     """
 
     def __init__(
-        self, publish: bool, log_every: float, tally: "Tallier", read_pairs: Callable[[], tuple[int, int]]
+        self, publish: bool, log_every: float, tally: "Tallier", read: Callable[[], tuple[int, int, Recall]]
     ) -> None:
-        self._publish, self._log_every, self._tally, self._read_pairs = publish, log_every, tally, read_pairs
+        self._publish, self._log_every, self._tally, self._read = publish, log_every, tally, read
         self._deferred: deque[Record] = deque(maxlen=MOST_DEFERRED)
         # A step calls it, so it is the bare method: thread-safe, and never waiting for the thread, which a disk may
         # hold up; then the oldest records go uncounted.
@@ -66,7 +67,7 @@ class Counters:
         """What was counted since start, all records that steps have left included."""
         with self._counting:
             self._count()
-            return Snapshot(self._tokens.copy(), self._chunks.copy(), *self._read_pairs())
+            return Snapshot(self._tokens.copy(), self._chunks.copy(), *self._read())
 
     def _count(self) -> None:
         if len(self._deferred) == MOST_DEFERRED and not self._has_warned_of_loss:

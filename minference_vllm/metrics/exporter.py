@@ -16,7 +16,21 @@ import prometheus_client as prometheus
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from minference_vllm.metrics.publisher import METRICS_DIR, NOWHERE
-from minference_vllm.metrics.snapshot import CAUSAL_PAIRS, CHUNKS, DENSITY, KEPT_PAIRS, LABELS, TOKENS, Snapshot
+from minference_vllm.metrics.snapshot import (
+    CAUSAL_PAIRS,
+    CHUNKS,
+    DENSITY,
+    HEAD_LABELS,
+    KEPT_PAIRS,
+    LABELS,
+    RECALL,
+    RECALL_LABELS,
+    RECALL_MEAN,
+    RECALL_WORST,
+    REDONE,
+    TOKENS,
+    Snapshot,
+)
 
 logger = logging.getLogger("vllm.minference.metrics")
 
@@ -66,6 +80,15 @@ class DirectoryCollector:
         yield CounterMetricFamily(*KEPT_PAIRS, value=total.kept_pairs)
         yield CounterMetricFamily(*CAUSAL_PAIRS, value=total.causal_pairs)
         yield GaugeMetricFamily(*DENSITY, value=total.density)  # None: named, without a sample
+        yield CounterMetricFamily(*REDONE, value=total.recall.redone)
+        buckets = CounterMetricFamily(*RECALL, labels=RECALL_LABELS)
+        for edge, count in total.recall.cumulative():
+            buckets.add_metric([edge], count)
+        mean, worst = (GaugeMetricFamily(*name, labels=HEAD_LABELS) for name in (RECALL_MEAN, RECALL_WORST))
+        for key, head in total.recall.heads.items():
+            mean.add_metric([str(part) for part in key], head.total / head.chunks)
+            worst.add_metric([str(part) for part in key], head.worst)
+        yield from (buckets, mean, worst)
 
     def _snapshots(self) -> Iterator[Snapshot]:
         for name in iglob("**/*.json", root_dir=self._directory, recursive=True):

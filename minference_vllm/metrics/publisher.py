@@ -9,7 +9,21 @@ from pathlib import Path
 
 import prometheus_client as prometheus
 
-from minference_vllm.metrics.snapshot import CAUSAL_PAIRS, CHUNKS, DENSITY, KEPT_PAIRS, LABELS, TOKENS, Snapshot
+from minference_vllm.metrics.snapshot import (
+    CAUSAL_PAIRS,
+    CHUNKS,
+    DENSITY,
+    HEAD_LABELS,
+    KEPT_PAIRS,
+    LABELS,
+    RECALL,
+    RECALL_LABELS,
+    RECALL_MEAN,
+    RECALL_WORST,
+    REDONE,
+    TOKENS,
+    Snapshot,
+)
 
 METRICS_DIR = "MINFERENCE_METRICS_DIR"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
@@ -47,6 +61,12 @@ class ProcessMetrics:
         # A ratio has no sum, and prometheus_client no weighted mean: show the process that read its GPU last. Over all
         # processes, density is the ratio of the two pair counters.
         self._density = prometheus.Gauge(*DENSITY, registry=None, multiprocess_mode="mostrecent")
+        self._redone = prometheus.Counter(*REDONE, registry=None)
+        self._recall = prometheus.Counter(*RECALL, RECALL_LABELS, registry=None)
+        self._mean, self._worst = (
+            prometheus.Gauge(*name, HEAD_LABELS, registry=None, multiprocess_mode="mostrecent")
+            for name in (RECALL_MEAN, RECALL_WORST)
+        )
         self._total = Snapshot()
 
     def add(self, delta: Snapshot) -> None:
@@ -58,6 +78,12 @@ class ProcessMetrics:
         self._causal.inc(delta.causal_pairs)
         if self._total.density is not None:
             self._density.set(self._total.density)
+        self._redone.inc(delta.recall.redone)
+        for edge, count in delta.recall.cumulative():
+            self._recall.labels(edge).inc(count)
+        for key, head in self._total.recall.heads.items():
+            self._mean.labels(*key).set(head.total / head.chunks)
+            self._worst.labels(*key).set(head.worst)
 
 
 _process_lock = threading.Lock()  # each engine has a thread that publishes

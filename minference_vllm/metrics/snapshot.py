@@ -5,6 +5,8 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 
+from minference_vllm.recall import Recall
+
 # Name and help text; Prometheus appends _total to the name of a counter.
 TOKENS = ("minference_prefill_tokens", "Prompt tokens by attention path, and why they took it.")
 CHUNKS = ("minference_prefill_chunks", "Prefill chunks by attention path, and why they took it.")
@@ -12,6 +14,12 @@ LABELS = ("path", "reason")
 KEPT_PAIRS = ("minference_kept_pairs", "Query-key pairs that sparse attention computed.")
 CAUSAL_PAIRS = ("minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.")
 DENSITY = ("minference_density", "Kept / causal pairs of all sparse attention since start.")
+RECALL = ("minference_recall_heads", "Heads of measured chunks whose recall is at most le.")
+RECALL_LABELS = ("le",)
+REDONE = ("minference_guard_heads", "Heads of chunks that the guard attended to again, to all keys.")
+RECALL_MEAN = ("minference_recall_mean", "Mean recall by layer and head of rank 0, over all measured chunks.")
+RECALL_WORST = ("minference_recall_worst", "Smallest recall of a chunk by layer and head of rank 0, since start.")
+HEAD_LABELS = ("layer", "head")
 
 Counts = Counter[tuple[str, str]]
 """By path and reason."""
@@ -25,6 +33,7 @@ class Snapshot:
     chunks: Counts = field(default_factory=Counter)
     kept_pairs: int = 0
     causal_pairs: int = 0
+    recall: Recall = field(default_factory=Recall)
 
     @property
     def density(self) -> float | None:
@@ -33,22 +42,24 @@ class Snapshot:
 
     def __add__(self, other: "Snapshot") -> "Snapshot":
         pairs = self.kept_pairs + other.kept_pairs, self.causal_pairs + other.causal_pairs
-        return Snapshot(self.tokens + other.tokens, self.chunks + other.chunks, *pairs)
+        return Snapshot(self.tokens + other.tokens, self.chunks + other.chunks, *pairs, self.recall + other.recall)
 
     def __sub__(self, other: "Snapshot") -> "Snapshot":
         pairs = self.kept_pairs - other.kept_pairs, self.causal_pairs - other.causal_pairs
-        return Snapshot(self.tokens - other.tokens, self.chunks - other.chunks, *pairs)
+        return Snapshot(self.tokens - other.tokens, self.chunks - other.chunks, *pairs, self.recall - other.recall)
 
     def to_json(self) -> str:
         prefill = [(*label, tokens, self.chunks[label]) for label, tokens in self.tokens.items()]
-        return json.dumps({"prefill": prefill, "kept_pairs": self.kept_pairs, "causal_pairs": self.causal_pairs})
+        pairs = {"kept_pairs": self.kept_pairs, "causal_pairs": self.causal_pairs}
+        return json.dumps({"prefill": prefill, **pairs, "recall": self.recall.to_json()})
 
     @classmethod
     def from_json(cls, text: str) -> "Snapshot":
         totals = json.loads(text)
-        prefill = totals.pop("prefill")
+        prefill, recall = totals.pop("prefill"), Recall.from_json(totals.pop("recall"))
         tokens = Counter({(path, reason): tokens for path, reason, tokens, _ in prefill})
-        return cls(tokens, Counter({(path, reason): chunks for path, reason, _, chunks in prefill}), **totals)
+        chunks = Counter({(path, reason): chunks for path, reason, _, chunks in prefill})
+        return cls(tokens, chunks, **totals, recall=recall)
 
     def summary(self, seconds: float) -> str:
         """The log line for what was counted in this many seconds."""
@@ -57,5 +68,9 @@ class Snapshot:
         density = "density not read yet" if self.density is None else f"density {self.density:.1%}"
         return (
             f"MInference: {self.tokens.total() - dense.total():,} prompt tokens sparse, {dense.total():,} dense"
-            f"{f' ({reasons})' if reasons else ''} in {seconds:.0f} s; {density}"
+            f"{f' ({reasons})' if reasons else ''} in {seconds:.0f} s; {density}{self._guarded()}"
         )
+
+    def _guarded(self) -> str:
+        recall = self.recall
+        return f"; {recall.redone:,} of {recall.measured:,} heads again dense" if recall.redone else ""

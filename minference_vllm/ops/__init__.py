@@ -13,6 +13,7 @@ from minference_vllm.ops.masses import group_masses
 from minference_vllm.ops.means import key_means
 from minference_vllm.ops.normalisers import row_normalisers
 from minference_vllm.ops.probe import probe
+from minference_vllm.ops.recall import measure_recall
 from minference_vllm.ops.select import select
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "choose_kernel",
     "group_masses",
     "key_means",
+    "measure_recall",
     "probe",
     "row_normalisers",
     "select",

@@ -8,6 +8,17 @@ from minference_vllm.reference.masses import group_masses
 from minference_vllm.reference.means import key_means
 from minference_vllm.reference.normalisers import row_normalisers
 from minference_vllm.reference.probe import probe
+from minference_vllm.reference.recall import measure_recall
 from minference_vllm.reference.select import select
 
-__all__ = ["attend", "band_lists", "group_masses", "key_means", "probe", "row_normalisers", "select", "select_groups"]
+__all__ = [
+    "attend",
+    "band_lists",
+    "group_masses",
+    "key_means",
+    "measure_recall",
+    "probe",
+    "row_normalisers",
+    "select",
+    "select_groups",
+]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a chunk over the keys that a SparseIndex keeps, half a tile at a time, in float32 on gathered keys."""
+"""Attention of a chunk over the keys that an index keeps, half a tile at a time, in float32 on gathered keys."""
 
 import torch
 
@@ -12,24 +12,26 @@ from minference_vllm.index import (
     HALF,
     HALVES,
     TILE,
+    AnyIndex,
     BandIndex,
-    SparseIndex,
+    HeadIndex,
     TileIndex,
 )
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import AttendBuffers
 
 
-def attend(chunk: Chunk, index: SparseIndex, buffers: AttendBuffers) -> None:
+def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
     """Attend to the kept keys of each row.
 
     Args:
-        chunk: what is attended for; its `out` is written.
+        chunk: what is attended for; its `out` is written, of a HeadIndex' heads alone.
         index: what is kept.
-        buffers: `lse` is written, `kept_pairs` is added to.
+        buffers: `lse` is written, as `out`; `kept_pairs` is added to.
     """
     q, context_len, seq_len = chunk.q, chunk.context_len, chunk.seq_len
     keys, values = (cache.float() for cache in gather(chunk.kv, seq_len))
+    heads = index.heads[: int(index.num_heads)].tolist() if isinstance(index, HeadIndex) else range(chunk.num_qo_heads)
     for i in range(context_len // HALF, (seq_len - 1) // HALF + 1):
         tile, half = divmod(i, HALVES)
         first, last = max(i * HALF, context_len), min(i * HALF + HALF, seq_len)
@@ -39,11 +41,13 @@ def attend(chunk: Chunk, index: SparseIndex, buffers: AttendBuffers) -> None:
         # [rows of the half, own keys]
         future = own > torch.arange(first, last, device=q.device)[:, None]
         num_future = future.sum()
-        for head in range(chunk.num_qo_heads):
+        for head in heads:
             if isinstance(index, BandIndex):
                 earlier = kept_before(index, head, tile, half)
-            else:
+            elif isinstance(index, TileIndex):
                 earlier = kept_by_tile(index, head, tile, half, chunk.first_tile)
+            else:
+                earlier = torch.arange(tile * TILE, device=q.device)
             kept = torch.cat([earlier, own])
             scores = (q[rows, head].float() * chunk.scale) @ keys[head // chunk.group_size, kept].T
             scores[:, len(earlier) :].masked_fill_(future, -torch.inf)

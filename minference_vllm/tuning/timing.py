@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from minference_vllm import compat
-from minference_vllm.attention import LayerState, prefill
+from minference_vllm.attention import Guard, LayerState, prefill
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import Method, make_method
 from minference_vllm.ops import choose_kernel
-from minference_vllm.scratch import AttendBuffers, ScratchShape
+from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape
 from minference_vllm.tuning.drawn import drawn_choice
 from minference_vllm.tuning.gate import Timing
 from minference_vllm.tuning.heads import Heads
@@ -24,10 +24,16 @@ SEED = 0
 Run = Callable[[], torch.Tensor]
 
 
-def make_state(method: Method, shape: ScratchShape, device: torch.device) -> LayerState:
-    """A layer's budgets and scratch, outside a server."""
-    attend = AttendBuffers.allocate(shape.num_qo_heads, shape.max_chunk, device)
-    return LayerState(0, method.budgets(shape.num_qo_heads, device), method.scratch(shape, device), attend)
+def make_state(method: Method, shape: ScratchShape, device: torch.device, measures: bool = True) -> LayerState:
+    """A layer's budgets and scratch, outside a server.
+
+    Recall costs its time if it is measured, but the guard does not act: on random keys no choice keeps much attention.
+    """
+    heads = shape.num_qo_heads
+    attend = AttendBuffers.allocate(heads, shape.max_chunk, device)
+    guard = Guard(0.0, RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device))
+    budgets, buffers = method.budgets(heads, device), method.scratch(shape, device)
+    return LayerState(0, budgets, buffers, attend, guard if measures else None)
 
 
 class Layer:
@@ -53,7 +59,8 @@ class Layer:
         self.kv = PagedKV(k, v, table, 0)
         self.flash_attention = compat.flash_attention(heads.head_dim)
         self.method = make_method(config.method, choose_kernel(config.kernel, device))
-        self.state = make_state(self.method, ScratchShape(*heads, cache.dtype, max_len, min(chunk, max_len)), device)
+        shape = ScratchShape(*heads, cache.dtype, max_len, min(chunk, max_len))
+        self.state = make_state(self.method, shape, device, config.measure_recall)
 
     def attentions(self, tokens: int) -> tuple[Run, Run]:
         """Dense and sparse attention of the last chunk of a prompt of so many tokens, into the same output."""

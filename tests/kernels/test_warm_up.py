@@ -28,4 +28,4 @@ def test_warm_up_is_not_counted_as_work() -> None:
     runtime = Runtime(MInferenceConfig(), torch.device("cuda"), publish=False)
     shape = ScratchShape(4, 2, 64, torch.bfloat16, max_seq_len=4096, max_chunk=4096)
     runtime.warm_up(shape, page_size=16)
-    assert runtime.layer_state(shape, 0).attend.kept_pairs.item() == 0
+    assert runtime.layer_state(shape, 0, 1).attend.kept_pairs.item() == 0

@@ -53,7 +53,7 @@ def variants(case: Case, method: dict[str, str]) -> tuple[set[tuple[str, str]], 
     runtime.dry_run(shape, case.page_size)
     requested: set[tuple[str, str]] = set()
     JITFunction.run = recorder(requested)
-    prefill(make_chunk(case, torch.device("cpu")), runtime.method, runtime.layer_state(shape, 0))
+    prefill(make_chunk(case, torch.device("cpu")), runtime.method, runtime.layer_state(shape, 0, 1))
     return compiled, requested
 
 

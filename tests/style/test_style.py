@@ -44,6 +44,7 @@ LAYERS = (
     "scratch",
     "chunk",
     "index",
+    "recall",
     "errors",
 )
 IMPORT_VLLM = {"plugin", "backend", "cpu", "metadata", "impl", "compat"}

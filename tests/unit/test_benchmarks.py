@@ -172,7 +172,7 @@ def test_an_engine_that_is_given_the_chooser_probes_in_full_and_keeps_the_drawn_
     runtime = Runtime(config, torch.device("cpu"), publish=False)
     runtime.chooser = synthetic.make_chooser(seed=7)
     rows, context_len, heads, head_dim = 256, 768, 2, 64
-    state = runtime.layer_state(ScratchShape(heads, 1, head_dim, torch.float32, 1024, rows), 0)
+    state = runtime.layer_state(ScratchShape(heads, 1, head_dim, torch.float32, 1024, rows), 0, 1)
     buffers = state.buffers
     cache = torch.randn(64, 1, 16, 2 * head_dim)
     kv = PagedKV(*cache.split(head_dim, dim=-1), torch.arange(64, dtype=torch.int32)[None], 0)

@@ -19,20 +19,24 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "min_seq_len": (0, MAX_TOKENS),
     "min_chunk": (1, MAX_TOKENS),
     "dense_layers": (0, 10_000),
+    "recall_floor": (0.0, 1.0),
     "log_every": (0.0, 86_400.0),
 }
 CHOICES: dict[str, list[Any]] = {
     "method": [*METHOD_NAMES],
     "kernel": ["auto", "cuda", "triton", "reference"],
     "debug": [True, False],
+    "measure_recall": [True, False],
 }
 # What JSON can say and the field's type is not; no string is read as a number, no number as a choice.
 WRONG_TYPES: dict[str, list[Any]] = {
     **{field: ["7", 7.5, True, None, [7], {"of": 7}] for field in BOUNDS},
     "log_every": ["7", True, None, [7.0]],
+    "recall_floor": ["0.5", True, None, [0.5]],
     "method": [7, True, None, ["vertical_slash"], {}, {"name": None}, {"name": ["vertical_slash"]}],
     "kernel": [7, True, None, ["auto"]],
     "debug": [1, 0.0, "true", None],
+    "measure_recall": [1, 0.0, "true", None],
 }
 LONGEST_MESSAGE = 2000  # characters
 
@@ -125,7 +129,7 @@ def test_a_number_of_a_method_is_taken_within_its_bounds(method: type, field: st
         assert f"equal to {bound}" in message
 
 
-@pytest.mark.parametrize("field", [field for field in BOUNDS if field != "log_every"])
+@pytest.mark.parametrize("field", [field for field in BOUNDS if MInferenceConfig.model_fields[field].annotation is int])
 def test_a_number_of_any_size_is_refused_by_field_and_bound(field: str) -> None:
     for value in (10**30, -(10**30), 10**5000):
         message = refusal({"minference": {field: value}})

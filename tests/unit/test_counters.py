@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.snapshot import Snapshot
+from minference_vllm.recall import HeadRecall, Recall
 
 
 def make_counters(tally) -> Counters:
-    return Counters(True, 0, tally, read_pairs=lambda: (0, 0))
+    return Counters(True, 0, tally, read=lambda: (0, 0, Recall()))
 
 
 def test_threads_lose_no_tokens():
@@ -72,7 +73,8 @@ def test_a_snapshot_is_a_value_of_its_time():
 
 
 def test_snapshot_survives_json_and_arithmetic():
-    one = Snapshot(Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1}), 2**63, 2**65)
+    recall = Recall(tuple(range(10)), 3, {(0, 1): HeadRecall(9, 8.25, 0.5), (4, 0): HeadRecall(9, 7.5, 0.25)})
+    one = Snapshot(Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1}), 2**63, 2**65, recall)
     assert Snapshot.from_json(one.to_json()) == one
     assert one + one - one == one
     assert one - one == Snapshot()
@@ -86,6 +88,12 @@ def test_summary_reads_as_documented():
     assert Snapshot(tokens, Counter(), 142, 1000).summary(seconds=10.3) == (
         "MInference: 12,288 prompt tokens sparse, 812 dense (below_min_seq_len 800, short_chunk 12) in 10 s;"
         " density 14.2%"
+    )
+    guarded = Recall((5, 0, 0, 0, 0, 0, 0, 0, 0, 1000), 5)
+    assert (
+        Snapshot(tokens, Counter(), 142, 1000, guarded)
+        .summary(seconds=10.3)
+        .endswith("; density 14.2%; 5 of 1,005 heads again dense")
     )
     assert Snapshot(Counter({("sparse", "gate_open"): 5})).summary(seconds=1) == (
         "MInference: 5 prompt tokens sparse, 0 dense in 1 s; density not read yet"

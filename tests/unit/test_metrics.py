@@ -7,16 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import prometheus_client
 import pytest
-from prometheus_client.multiprocess import MultiProcessCollector
 
 from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics import exporter
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.publisher import METRICS_DIR, MULTIPROC_DIR
+from minference_vllm.recall import HeadRecall, Recall
 
 SPARSE = 'path="sparse",reason="gate_open"'
 SHORT = 'path="dense",reason="short_chunk"'
@@ -46,7 +45,8 @@ class Worker:
 
     def __init__(self, publish: bool = True, log_every: float = 0) -> None:
         self.pairs = 0, 0
-        self.counters = Counters(publish, log_every, tally=dict, read_pairs=lambda: self.pairs)
+        self.recall = Recall()
+        self.counters = Counters(publish, log_every, tally=dict, read=lambda: (*self.pairs, self.recall))
 
     def count(self, tokens: int) -> None:
         """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
@@ -178,6 +178,22 @@ def test_installing_twice_serves_once_and_no_density_before_the_first_read_back(
     assert "minference_kept_pairs_total 0.0" in scrape()
 
 
+def test_recall_is_summed_over_workers_and_the_worst_is_kept(tmp_path, new_process):
+    new_process(str(tmp_path))
+    exporter.install()
+    for worst in (0.4, 0.2):
+        worker = Worker()
+        worker.recall = Recall((1, *[0] * 8, 3), 1, {(2, 5): HeadRecall(4, 3.0 + worst, worst)})
+        worker.count(7)
+        worker.counters.flush()
+    text = scrape()
+    assert 'minference_recall_heads_total{le="0.9"} 2.0' in text
+    assert 'minference_recall_heads_total{le="1.0"} 8.0' in text
+    assert "minference_guard_heads_total 2.0" in text
+    assert 'minference_recall_mean{head="5",layer="2"} 0.825' in text
+    assert 'minference_recall_worst{head="5",layer="2"} 0.2' in text
+
+
 def test_a_spawned_engines_worker_shows_in_the_servers_scrape():
     exporter.install()
     run_process(run_engine_core, 100)
@@ -214,10 +230,11 @@ ENDING_SERVER = """
 import logging, multiprocessing.util, sys, time  # vLLM imports it before the plugin
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.exporter import install
+from minference_vllm.recall import Recall
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
 
 def serve():
-    counters = Counters(publish=True, log_every=10, tally=dict, read_pairs=lambda: (0, 0))
+    counters = Counters(publish=True, log_every=10, tally=dict, read=lambda: (0, 0, Recall()))
     counters.start()
     time.sleep(0.2)
     counters.defer({("sparse", "gate_open"): (5, 1)})
@@ -237,8 +254,9 @@ def test_a_server_that_ends_before_its_workers_costs_no_warning(tmp_path):
 SHORT_RUN = """
 import logging, os, shutil, sys
 from minference_vllm.metrics.counters import Counters
+from minference_vllm.recall import Recall
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
-counters = Counters(publish=True, log_every=10, tally=dict, read_pairs=lambda: (0, 0))
+counters = Counters(publish=True, log_every=10, tally=dict, read=lambda: (0, 0, Recall()))
 counters.start()
 counters.defer({("sparse", "gate_open"): (5, 1)})
 if "fork" in sys.argv and (child := os.fork()):
@@ -259,41 +277,3 @@ def test_what_was_counted_last_is_published_and_logged_at_exit_once(fork, tmp_pa
 def test_a_directory_that_is_gone_at_exit_costs_no_warning(tmp_path):
     (line,) = run_script(SHORT_RUN, "remove", MINFERENCE_METRICS_DIR=str(tmp_path)).splitlines()
     assert "5 prompt tokens sparse" in line
-
-
-# One argument an engine: the pairs that it keeps, of a hundred in all its steps; none if its GPU tells nothing.
-ENGINES = """
-import sys
-from minference_vllm.metrics.counters import Counters
-for kept_pairs in map(int, sys.argv[1:]):
-    pairs = 0, 0
-    counters = Counters(publish=True, log_every=0, tally=dict, read_pairs=lambda: pairs)
-    for step in (1, 2):
-        counters.defer({("sparse", "gate_open"): (50, 1)})
-        counters.flush()
-        pairs = step * kept_pairs // 2, step * 50 * (kept_pairs > 0)
-        counters.flush()
-"""
-
-
-def scrape_multiprocess(directory: Path) -> str:
-    registry = prometheus_client.CollectorRegistry()
-    MultiProcessCollector(registry, directory)
-    return prometheus_client.generate_latest(registry).decode()
-
-
-def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path):
-    run_script(ENGINES, "0", PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
-    text = scrape_multiprocess(tmp_path)
-    assert f"minference_prefill_tokens_total{{{SPARSE}}} 100.0" in text
-    assert "\nminference_density " not in text
-
-    run_script(ENGINES, "30", "10", PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
-    text = scrape_multiprocess(tmp_path)
-    assert f"minference_prefill_tokens_total{{{SPARSE}}} 300.0" in text
-    assert f"minference_prefill_chunks_total{{{SPARSE}}} 6.0" in text
-    assert "minference_kept_pairs_total 40.0" in text
-    assert "minference_causal_pairs_total 200.0" in text
-    assert "minference_density 0.2\n" in text
-
-    run_script(ENGINES, "30", PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "missing"))  # and nothing is raised

@@ -6,7 +6,7 @@ import ctypes
 import torch
 
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import BandIndex, SparseIndex, TileIndex
+from minference_vllm.index import AnyIndex, BandIndex, HeadIndex, TileIndex
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
 from minference_vllm.scratch import AttendBuffers
@@ -47,6 +47,12 @@ class _Tiles(ctypes.Structure):
     ]
 
 
+class _Heads(ctypes.Structure):
+    """Mirrors MInferenceAttendHeads in csrc/attend.cu."""
+
+    _fields_ = [("chunk", _Chunk), *library.pointers_of("heads", "num_heads")]
+
+
 def supports(chunk: Chunk) -> bool:
     """Whether the kernel is made for this head size and type, and for tensors that lie like these."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
@@ -54,13 +60,16 @@ def supports(chunk: Chunk) -> bool:
     return kv.k.dtype == q.dtype and library.takes(q, (q, kv.k, kv.v, out), strides)
 
 
-def attend(chunk: Chunk, index: SparseIndex, buffers: AttendBuffers) -> None:
+def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
     """See minference_vllm.reference.attend."""
-    device = chunk.q.device
+    device, described = chunk.q.device, _describe(chunk, buffers)
     if isinstance(index, BandIndex):
-        library.launch("minference_attend_bands", _Bands(_describe(chunk, buffers), *_describe_bands(index)), device)
+        library.launch("minference_attend_bands", _Bands(described, *_describe_bands(index)), device)
+    elif isinstance(index, HeadIndex):
+        heads = _Heads(described, index.heads.data_ptr(), index.num_heads.data_ptr())
+        library.launch("minference_attend_heads", heads, device)
     else:
-        library.launch("minference_attend_tiles", _Tiles(_describe(chunk, buffers), *_describe_tiles(index)), device)
+        library.launch("minference_attend_tiles", _Tiles(described, *_describe_tiles(index)), device)
 
 
 def _describe(chunk: Chunk, buffers: AttendBuffers) -> _Chunk:

@@ -8,17 +8,21 @@ import torch
 from minference_vllm.chunk import Chunk
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
-from minference_vllm.scratch import MASS_UNIT, ProbeBuffers
+from minference_vllm.scratch import HELD_OUT_ROWS, MASS_UNIT, ProbeBuffers, RecallBuffers
 
 GROUP = 64
 """Rows that one call probes."""
+assert HELD_OUT_ROWS == GROUP
 assert MASS_UNIT == 2.0**-23  # the kernel reads masses off the bits of 1 + p
+
+LAST, SPREAD, HELD_OUT = range(3)
+"""Which rows: see probe::Which in csrc/probe.cuh."""
 
 POINTERS = ("q", "k", "block_table", "partial_max", "partial_sum", "lse", "vertical", "slash")
 STRIDES = ("q_row", "q_head", "page", "kv_head", "token", "lse", "mass")
 SIZES = (
     "num_rows", "context_len", "num_qo_heads", "num_kv_heads", "head_dim", "page_size", "num_pages", "is_bf16",
-    "max_splits", "num_multiprocessors", "spread", "accumulate",
+    "max_splits", "num_multiprocessors", "which", "accumulate", "splits",
 )  # fmt: skip
 
 
@@ -30,31 +34,66 @@ class _Arguments(ctypes.Structure):
 
 def supports(chunk: Chunk, num_last: int, num_spread: int) -> bool:
     """Whether the kernel is made for this head size and type, this many rows, and tensors that lie like these."""
+    return {num_last, num_spread} <= {0, GROUP} and supports_held_out(chunk)
+
+
+def supports_held_out(chunk: Chunk) -> bool:
+    """Whether the first pass is made for this head size and type, and for tensors that lie like these."""
     strides = (chunk.q.stride(0), chunk.q.stride(1), *kv_strides(chunk.kv))
-    return {num_last, num_spread} <= {0, GROUP} and library.takes(chunk.q, (chunk.q, chunk.kv.k), strides)
+    return library.takes(chunk.q, (chunk.q, chunk.kv.k), strides)
 
 
 def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -> None:
     """See minference_vllm.reference.probe."""
     if num_last:
-        _probe_group(chunk, buffers, before=0, spread=False)
+        _probe_group(chunk, buffers, 0, LAST)
     if num_spread:
-        _probe_group(chunk, buffers, before=num_last, spread=True)
+        _probe_group(chunk, buffers, num_last, SPREAD)
 
 
-def _probe_group(chunk: Chunk, buffers: ProbeBuffers, before: int, spread: bool) -> None:
+def held_out_sums(chunk: Chunk, buffers: RecallBuffers) -> int:
+    """Partial softmaxes of the held-out rows, see reference.recall, over ranges of all keys; how many ranges."""
+    arguments = _describe(chunk, buffers, HELD_OUT)
+    library.launch("minference_probe_sums", arguments, chunk.q.device)
+    return int(arguments.splits)
+
+
+def _probe_group(chunk: Chunk, buffers: ProbeBuffers, before: int, which: int) -> None:
     """Add one group of probe rows; `before` of them came earlier."""
-    q, kv, num_qo_heads = chunk.q, chunk.kv, chunk.num_qo_heads
+    arguments = _describe(chunk, buffers, which)
+    arguments.lse = buffers.lse[:, before:].data_ptr()
+    arguments.vertical, arguments.slash = buffers.vertical.data_ptr(), buffers.slash.data_ptr()
+    arguments.stride_lse, arguments.stride_mass = buffers.lse.stride(0), buffers.vertical.stride(0)
+    arguments.accumulate = before > 0
+    library.launch("minference_probe", arguments, chunk.q.device)
+
+
+def _describe(chunk: Chunk, buffers: ProbeBuffers | RecallBuffers, which: int) -> _Arguments:
+    """What the first pass needs; the rest is zero."""
+    q, kv = chunk.q, chunk.kv
     num_pages, num_kv_heads, page_size, head_dim = kv.k.shape
     page, kv_head, token = kv_strides(kv)
-    arguments = _Arguments(
-        q.data_ptr(), kv.k.data_ptr(), kv.block_table[kv.row].data_ptr(),
-        buffers.partial_max.data_ptr(), buffers.partial_sum.data_ptr(), buffers.lse[:, before:].data_ptr(),
-        buffers.vertical.data_ptr(), buffers.slash.data_ptr(),
-        q.stride(0), q.stride(1), page, kv_head or token, token, buffers.lse.stride(0), buffers.vertical.stride(0),
-        chunk.num_rows, chunk.context_len, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages,
-        q.dtype == torch.bfloat16,
-        buffers.partial_max.numel() // (num_qo_heads * GROUP), library.num_multiprocessors(q.device), spread,
-        before > 0, chunk.scale * LOG2_E,
-    )  # fmt: skip
-    library.launch("minference_probe", arguments, q.device)
+    return _Arguments(
+        q=q.data_ptr(),
+        k=kv.k.data_ptr(),
+        block_table=kv.block_table[kv.row].data_ptr(),
+        partial_max=buffers.partial_max.data_ptr(),
+        partial_sum=buffers.partial_sum.data_ptr(),
+        stride_q_row=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_page=page,
+        stride_kv_head=kv_head or token,
+        stride_token=token,
+        num_rows=chunk.num_rows,
+        context_len=chunk.context_len,
+        num_qo_heads=chunk.num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        num_pages=num_pages,
+        is_bf16=q.dtype == torch.bfloat16,
+        max_splits=buffers.partial_max.numel() // (chunk.num_qo_heads * GROUP),
+        num_multiprocessors=library.num_multiprocessors(q.device),
+        which=which,
+        scale_log2=chunk.scale * LOG2_E,
+    )

@@ -2,21 +2,26 @@
 """Triton kernels: for every GPU and, under Triton's interpreter, for tests without one."""
 
 from minference_vllm.kernels.triton.attend import attend
+from minference_vllm.kernels.triton.attend_heads import attend_heads
 from minference_vllm.kernels.triton.attend_tiles import attend_tiles
 from minference_vllm.kernels.triton.bands import band_lists
 from minference_vllm.kernels.triton.groups import select_groups
 from minference_vllm.kernels.triton.masses import group_masses
 from minference_vllm.kernels.triton.means import key_means
 from minference_vllm.kernels.triton.normalisers import row_normalisers
-from minference_vllm.kernels.triton.probe import probe
+from minference_vllm.kernels.triton.probe import held_out_sums, probe
+from minference_vllm.kernels.triton.recall import measure_recall
 from minference_vllm.kernels.triton.select import select
 
 __all__ = [
     "attend",
+    "attend_heads",
     "attend_tiles",
     "band_lists",
     "group_masses",
+    "held_out_sums",
     "key_means",
+    "measure_recall",
     "probe",
     "row_normalisers",
     "select",

@@ -5,12 +5,20 @@ The first pass finds each row's log-sum-exp, key ranges side by side; the second
 probabilities. Masses are integers (see MASS_UNIT), so atomics give the same sums in any order.
 """
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from minference_vllm.chunk import Chunk
+from minference_vllm.index import TILE
 from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
-from minference_vllm.scratch import MASS_UNIT, PROBE_SPLITS, ProbeBuffers
+from minference_vllm.kernels.triton.recall import _held_out_rows
+from minference_vllm.scratch import HELD_OUT_ROWS, MASS_UNIT, PROBE_SPLITS, ProbeBuffers, RecallBuffers
+
+LAST, SPREAD, HELD_OUT = range(3)
+"""Which rows of the chunk: the last, as many spread evenly over it, or those that measure recall."""
 
 # Run-time integers whose value or alignment must not select another compiled variant.
 PLAIN = ["num_rows", "context_len", "table_row", "stride_table"]
@@ -21,16 +29,18 @@ def _probe_scores(
     q_ptr, k_ptr, table_ptr, i_h, start_n, num_rows, context_len, scale_log2,
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    NUM_PROBES: tl.constexpr, SPREAD: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    NUM_PROBES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Scaled scores (base 2) of the probe rows for BLOCK_N keys from start_n on, and their distances row - key."""
     o_r = tl.arange(0, NUM_PROBES)
     o_d = tl.arange(0, HEAD_DIM)
     # [NUM_PROBES] rows of the chunk
-    if SPREAD:
+    if ROWS == 0:
+        rows = num_rows - NUM_PROBES + o_r
+    elif ROWS == 1:
         rows = (o_r + 1) * num_rows // NUM_PROBES - 1
     else:
-        rows = num_rows - NUM_PROBES + o_r
+        rows = _held_out_rows(o_r, num_rows, context_len, NUM_PROBES, TILE)
     keys = start_n + tl.arange(0, BLOCK_N)
     in_cache = keys < context_len + num_rows
     p_q = q_ptr + rows.to(tl.int64)[:, None] * stride_qt + i_h * stride_qh + o_d[None, :]
@@ -54,8 +64,7 @@ def _probe_lse_kernel(
     q_ptr, k_ptr, table_ptr, max_ptr, sum_ptr, num_rows, context_len, table_row, blocks_each, scale_log2,
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_table,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    NUM_PROBES: tl.constexpr, SPREAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NUM_PROBES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     i_h, i_s = tl.program_id(0), tl.program_id(1)
     table_ptr += table_row.to(tl.int64) * stride_table
@@ -66,13 +75,13 @@ def _probe_lse_kernel(
         b_s, _, visible = _probe_scores(
             q_ptr, k_ptr, table_ptr, i_h, block * BLOCK_N, num_rows, context_len, scale_log2,
             stride_qt, stride_qh, stride_kp, stride_kh, stride_kt,
-            GROUP, HEAD_DIM, PAGE_SIZE, NUM_PROBES, SPREAD, BLOCK_N, UPCAST,
+            GROUP, HEAD_DIM, PAGE_SIZE, NUM_PROBES, ROWS, TILE, BLOCK_N, UPCAST,
         )  # fmt: skip
         new_max = tl.maximum(b_max, tl.max(tl.where(visible, b_s, -1e30), 1))
         b_p = tl.where(visible, tl.exp2(b_s - new_max[:, None]), 0.0)
         b_sum = b_sum * tl.exp2(b_max - new_max) + tl.sum(b_p, 1)
         b_max = new_max
-    o_out = (i_h * SPLITS + i_s) * NUM_PROBES + tl.arange(0, NUM_PROBES)
+    o_out = (i_h * tl.num_programs(1) + i_s) * NUM_PROBES + tl.arange(0, NUM_PROBES)
     tl.store(max_ptr + o_out, b_max)
     tl.store(sum_ptr + o_out, b_sum)
 
@@ -83,7 +92,7 @@ def _probe_mass_kernel(
     num_rows, context_len, table_row, blocks_each, scale_log2,
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse, stride_mass,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    NUM_PROBES: tl.constexpr, SPREAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    NUM_PROBES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     ACCUMULATE: tl.constexpr, INVERSE_UNIT: tl.constexpr, LOG2_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +102,7 @@ def _probe_mass_kernel(
     o_s = tl.arange(0, SPLITS)
     ran = (o_s < tl.num_programs(1))[:, None]
     # [SPLITS, NUM_PROBES]
-    o_part = (i_h * SPLITS + o_s)[:, None] * NUM_PROBES + o_r[None, :]
+    o_part = (i_h * tl.num_programs(1) + o_s)[:, None] * NUM_PROBES + o_r[None, :]
     b_max = tl.load(max_ptr + o_part, mask=ran, other=-1e30)
     b_sum = tl.load(sum_ptr + o_part, mask=ran, other=0.0)
     row_max = tl.max(b_max, 0)
@@ -108,7 +117,7 @@ def _probe_mass_kernel(
         b_s, distance, visible = _probe_scores(
             q_ptr, k_ptr, table_ptr, i_h, block * BLOCK_N, num_rows, context_len, scale_log2,
             stride_qt, stride_qh, stride_kp, stride_kh, stride_kt,
-            GROUP, HEAD_DIM, PAGE_SIZE, NUM_PROBES, SPREAD, BLOCK_N, UPCAST,
+            GROUP, HEAD_DIM, PAGE_SIZE, NUM_PROBES, ROWS, TILE, BLOCK_N, UPCAST,
         )  # fmt: skip
         # [NUM_PROBES, BLOCK_N]
         b_mass = (tl.where(visible, tl.exp2(b_s - lse[:, None]), 0.0) * INVERSE_UNIT + 0.5).to(tl.int32)
@@ -124,35 +133,55 @@ def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -
     """See minference_vllm.reference.probe. `num_last` and `num_spread` are powers of two from 16 on, or 0."""
     buffers.slash[:, : chunk.seq_len].zero_()
     if num_last:
-        _probe_group(chunk, buffers, num_last, 0, spread=False)
+        _probe_group(chunk, buffers, num_last, 0, LAST)
     if num_spread:
-        _probe_group(chunk, buffers, num_spread, num_last, spread=True)
+        _probe_group(chunk, buffers, num_spread, num_last, SPREAD)
 
 
-def _probe_group(chunk: Chunk, buffers: ProbeBuffers, count: int, before: int, spread: bool) -> None:
-    """Add one group of probe rows; `before` of them came earlier."""
-    q, kv = chunk.q, chunk.kv
-    block_n = 128 if chunk.head_dim <= 128 else 64
-    shape = dict(
-        GROUP=chunk.group_size,
-        HEAD_DIM=chunk.head_dim,
-        PAGE_SIZE=kv.page_size,
-        NUM_PROBES=count,
-        SPREAD=spread,
-        BLOCK_N=block_n,
-        SPLITS=PROBE_SPLITS,
-        UPCAST=not q.is_cuda,  # the interpreter's dot is wrong for bf16
+def held_out_sums(chunk: Chunk, buffers: RecallBuffers) -> int:
+    """Partial softmaxes of the held-out rows, see reference.recall, over ranges of all keys; how many ranges."""
+    launch = _Launch.of(chunk, HELD_OUT_ROWS, HELD_OUT)
+    _probe_lse_kernel[launch.grid](
+        *launch.reads, buffers.partial_max, buffers.partial_sum, *launch.plain, **launch.shape
     )
-    strides = (q.stride(0), q.stride(1), *kv_strides(kv), kv.block_table.stride(0))
-    blocks = triton.cdiv(chunk.seq_len, block_n)
-    blocks_each = triton.cdiv(blocks, PROBE_SPLITS)
-    sizes = (chunk.num_rows, chunk.context_len, kv.row, blocks_each, chunk.scale * LOG2_E)
+    return launch.grid[1]
+
+
+def _probe_group(chunk: Chunk, buffers: ProbeBuffers, count: int, before: int, rows: int) -> None:
+    """Add one group of probe rows; `before` of them came earlier."""
+    launch = _Launch.of(chunk, count, rows)
     partials = (buffers.partial_max, buffers.partial_sum)
-    grid = (chunk.num_qo_heads, triton.cdiv(blocks, blocks_each))
-    _probe_lse_kernel[grid](q, kv.k, kv.block_table, *partials, *sizes, *strides, **shape, num_warps=4)
+    _probe_lse_kernel[launch.grid](*launch.reads, *partials, *launch.plain, **launch.shape)
     lse = buffers.lse[:, before:]
-    _probe_mass_kernel[grid](
-        q, kv.k, kv.block_table, *partials, lse, buffers.vertical, buffers.slash,
-        *sizes, *strides, lse.stride(0), buffers.vertical.stride(0),
-        **shape, ACCUMULATE=before > 0, INVERSE_UNIT=1.0 / MASS_UNIT, LOG2_E=LOG2_E, num_warps=8,
+    _probe_mass_kernel[launch.grid](
+        *launch.reads, *partials, lse, buffers.vertical, buffers.slash,
+        *launch.plain, lse.stride(0), buffers.vertical.stride(0),
+        **launch.shape | dict(num_warps=8), SPLITS=PROBE_SPLITS,
+        ACCUMULATE=before > 0, INVERSE_UNIT=1.0 / MASS_UNIT, LOG2_E=LOG2_E,
     )  # fmt: skip
+
+
+class _Launch(NamedTuple):
+    """What both passes over some rows of a chunk are launched with."""
+
+    grid: tuple[int, int]
+    reads: tuple[torch.Tensor, ...]
+    plain: tuple[Any, ...]
+    shape: dict[str, Any]
+
+    @classmethod
+    def of(cls, chunk: Chunk, count: int, rows: int) -> "_Launch":
+        q, kv = chunk.q, chunk.kv
+        block_n = 128 if chunk.head_dim <= 128 else 64
+        blocks = triton.cdiv(chunk.seq_len, block_n)
+        blocks_each = triton.cdiv(blocks, PROBE_SPLITS)
+        sizes = (chunk.num_rows, chunk.context_len, kv.row, blocks_each, chunk.scale * LOG2_E)
+        strides = (q.stride(0), q.stride(1), *kv_strides(kv), kv.block_table.stride(0))
+        shape = dict(
+            GROUP=chunk.group_size, HEAD_DIM=chunk.head_dim, PAGE_SIZE=kv.page_size,
+            NUM_PROBES=count, ROWS=rows, TILE=TILE, BLOCK_N=block_n,
+            UPCAST=not q.is_cuda,  # the interpreter's dot is wrong for bf16
+            num_warps=4,
+        )  # fmt: skip
+        grid = (chunk.num_qo_heads, triton.cdiv(blocks, blocks_each))
+        return cls(grid, (q, kv.k, kv.block_table), (*sizes, *strides), shape)

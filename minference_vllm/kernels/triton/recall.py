@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From partial softmaxes of held-out rows over all keys to each head's recall: one program a head."""
+
+import torch
+import triton
+import triton.language as tl
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import TILE
+from minference_vllm.kernels.triton.launch import LOG2_E
+from minference_vllm.recall import RECALL_EDGES
+from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
+
+
+@triton.jit
+def _held_out_rows(number, num_rows, context_len, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Rows of the chunk: see reference.recall.held_out_rows."""
+    # Of 2^24 rows the product stays below 2^31.
+    positions = context_len + (2 * number + 1) * num_rows // (2 * ROWS)
+    positions = positions // 4 * 4 + positions // TILE % 4
+    return tl.minimum(tl.maximum(positions - context_len, 0), num_rows - 1)
+
+
+@triton.jit(do_not_specialize=["num_rows", "context_len", "num_ranges", "layer", "num_layers"])
+def _recall_kernel(
+    max_ptr, sum_ptr, lse_ptr, recall_ptr, heads_ptr, num_heads_ptr, totals_ptr,
+    num_rows, context_len, num_ranges, layer, num_layers, floor, stride_partial, stride_range, stride_lse,
+    ROWS: tl.constexpr, TILE: tl.constexpr, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(0)
+    num_qo_heads = tl.num_programs(0)
+    o_r = tl.arange(0, ROWS)
+    max_ptr += i_h.to(tl.int64) * stride_partial
+    sum_ptr += i_h.to(tl.int64) * stride_partial
+    b_max = tl.full([ROWS], -1e30, tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    for i in range(num_ranges):
+        range_max = tl.load(max_ptr + i * stride_range + o_r)
+        new_max = tl.maximum(b_max, range_max)
+        b_sum = b_sum * tl.exp2(b_max - new_max)
+        b_sum += tl.load(sum_ptr + i * stride_range + o_r) * tl.exp2(range_max - new_max)
+        b_max = new_max
+    # [ROWS], base 2
+    exact = b_max + tl.log2(b_sum)
+    rows = _held_out_rows(o_r, num_rows, context_len, ROWS, TILE)
+    kept = tl.load(lse_ptr + i_h.to(tl.int64) * stride_lse + rows) * LOG2_E
+    # Not a minimum, which would take zero for what is no number.
+    missed = tl.where(kept > exact, 0.0, kept - exact)
+    recall = tl.sum(tl.exp2(missed), 0) / ROWS
+    tl.store(recall_ptr + i_h, recall)
+    if not (recall >= floor):
+        place = tl.atomic_add(num_heads_ptr, 1, sem="relaxed")
+        tl.store(heads_ptr + place, i_h)
+
+    # The totals' parts follow each other, see RecallTotals. Only this program touches its head's.
+    bucket = 0
+    for i in tl.static_range(NUM_EDGES):
+        bucket += tl.where(recall > EDGES[i], 1, 0)
+    one = tl.full([], 1.0, tl.float64)
+    tl.atomic_add(totals_ptr + bucket, one, sem="relaxed")
+    p_chunks = totals_ptr + NUM_EDGES + 1 + layer
+    if i_h == 0:
+        tl.store(p_chunks, tl.load(p_chunks) + 1)
+    if not (recall >= floor):
+        tl.atomic_add(p_chunks + num_layers, one, sem="relaxed")
+    p_sum = totals_ptr + NUM_EDGES + 1 + 2 * num_layers + layer * num_qo_heads + i_h
+    p_worst = p_sum + num_layers * num_qo_heads
+    tl.store(p_sum, tl.load(p_sum) + recall)
+    tl.store(p_worst, tl.minimum(tl.load(p_worst), recall.to(tl.float64)))
+
+
+def measure_recall(
+    chunk: Chunk,
+    lse: torch.Tensor,
+    floor: float,
+    layer: int,
+    num_ranges: int,
+    buffers: RecallBuffers,
+    totals: RecallTotals,
+) -> None:
+    """See minference_vllm.reference.measure_recall.
+
+    Args:
+        num_ranges: ranges of keys whose partial softmaxes of the held-out rows, base 2, are in `buffers`.
+    """
+    partial = buffers.partial_max
+    buffers.num_heads.zero_()
+    _recall_kernel[(chunk.num_qo_heads,)](
+        partial, buffers.partial_sum, lse, buffers.recall, buffers.heads, buffers.num_heads, totals.flat,
+        chunk.num_rows, chunk.context_len, num_ranges, layer, len(totals.chunks), floor,
+        num_ranges * HELD_OUT_ROWS, HELD_OUT_ROWS, lse.stride(0),
+        ROWS=HELD_OUT_ROWS, TILE=TILE, EDGES=RECALL_EDGES, NUM_EDGES=len(RECALL_EDGES), LOG2_E=LOG2_E,
+        num_warps=1,
+    )  # fmt: skip

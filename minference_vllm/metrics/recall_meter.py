@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings measured recalls from the GPU to the host, without ever waiting for it."""
+
+import itertools
+import threading
+from collections import deque
+
+import torch
+
+from minference_vllm.recall import HeadRecall, Recall
+from minference_vllm.scratch import RecallTotals
+
+SLOTS = 16  # copies on their way: few steps are ever enqueued ahead of the GPU
+PENDING = -1.0
+
+
+class RecallMeter:
+    """Copies the totals of a set of layers to the host at the end of a step; see DensityMeter for who may call what.
+
+    A copy of many numbers has arrived when a stamp has that is copied after it on the same stream.
+    """
+
+    def __init__(self, totals: RecallTotals) -> None:
+        self._totals = totals
+        is_cuda = totals.flat.is_cuda
+        shape = (SLOTS, len(totals.flat) + 1)
+        self._slots = itertools.cycle(torch.full(shape, PENDING, dtype=torch.float64, pin_memory=is_cuda).unbind())
+        self._lock = threading.Lock()  # of what follows, and of the slots
+        self._copies: deque[torch.Tensor] = deque(maxlen=SLOTS)
+        self._last = Recall()  # as last read
+
+    def copy(self) -> None:
+        """Enqueue a copy, on the stream that the kernels run on."""
+        flat = self._totals.flat
+        with self._lock:
+            slot = next(self._slots)
+            slot[-1].fill_(PENDING)
+            slot[:-1].copy_(flat, non_blocking=True)
+            slot[-1:].copy_(flat[:1], non_blocking=True)  # a count, so never PENDING
+            self._copies.append(slot)
+
+    def read(self) -> Recall:
+        """All that was measured before the newest copy that has arrived."""
+        num_layers, num_heads = self._totals.sums.shape
+        with self._lock:
+            for slot in reversed(self._copies):
+                if float(slot[-1]) != PENDING:
+                    self._last = _recall_of(RecallTotals.of(slot[:-1], num_layers, num_heads))
+                    self._copies.clear()
+                    break
+            return self._last
+
+
+def _recall_of(totals: RecallTotals) -> Recall:
+    """What totals on the host hold; layers of which nothing was measured are left out."""
+    heads = {
+        (layer, head): HeadRecall(int(chunks), total, worst)
+        for layer, chunks in enumerate(totals.chunks.tolist())
+        if chunks
+        for head, (total, worst) in enumerate(
+            zip(totals.sums[layer].tolist(), totals.worst[layer].tolist(), strict=True)
+        )
+    }
+    return Recall(tuple(map(int, totals.histogram.tolist())), int(totals.redone.sum()), heads)

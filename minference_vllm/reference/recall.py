@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of their attention a chunk's held-out rows have on the keys that were kept."""
+
+import torch
+
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import TILE
+from minference_vllm.recall import RECALL_EDGES
+from minference_vllm.reference.pages import gather
+from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
+
+
+def held_out_rows(chunk: Chunk) -> torch.Tensor:
+    """[HELD_OUT_ROWS] int64, rows of the chunk, one in the middle of each of as many equal ranges.
+
+    Each is moved within its four rows, aligned on absolute positions, to where `block` never samples with 16 or 32 rows
+    of a half: its rows begin at (5 tile + 3) modulo 4 or 2, these lie at tile modulo 4.
+    """
+    number = torch.arange(HELD_OUT_ROWS, device=chunk.q.device)
+    positions = chunk.context_len + (2 * number + 1) * chunk.num_rows // (2 * HELD_OUT_ROWS)
+    positions = positions // 4 * 4 + positions // TILE % 4
+    return (positions - chunk.context_len).clamp(0, chunk.num_rows - 1)
+
+
+def measure_recall(
+    chunk: Chunk, lse: torch.Tensor, floor: float, layer: int, buffers: RecallBuffers, totals: RecallTotals
+) -> None:
+    """Measure each head's recall: the attention that its held-out rows have on kept keys, on average over the rows.
+
+    A row's is exp(lse - its log-sum-exp over all keys).
+
+    Args:
+        chunk: its queries and keys are read.
+        lse: [num_qo_heads, >= num_rows] float32, natural log-sum-exp of each row over its kept keys, see AttendBuffers.
+        floor: heads whose recall is below it, or is not a number, are listed.
+        layer: whose row of `totals` is added to.
+        buffers: `recall`, `heads` and `num_heads` are written.
+        totals: added to.
+    """
+    rows = held_out_rows(chunk)
+    keys, _ = gather(chunk.kv, chunk.seq_len)
+    future = torch.arange(chunk.seq_len, device=rows.device) > (chunk.context_len + rows)[:, None]
+    for head in range(chunk.num_qo_heads):
+        scores = chunk.q[rows, head].float() @ keys[head // chunk.group_size].float().T * chunk.scale
+        exact = scores.masked_fill_(future, -torch.inf).logsumexp(-1)
+        buffers.recall[head] = (lse[head, rows] - exact).clamp(max=0).exp().mean()
+    below = (~(buffers.recall >= floor)).nonzero().flatten()
+    buffers.heads[: len(below)] = below.to(torch.int32)
+    buffers.num_heads.fill_(len(below))
+    edges = torch.tensor(RECALL_EDGES, device=rows.device)
+    buckets = (buffers.recall[:, None] > edges).sum(1)
+    totals.histogram.index_add_(0, buckets, torch.ones_like(buffers.recall, dtype=torch.float64))
+    totals.chunks[layer] += 1
+    totals.redone[layer] += len(below)
+    totals.sums[layer] += buffers.recall
+    totals.worst[layer] = torch.minimum(totals.worst[layer], buffers.recall.double())

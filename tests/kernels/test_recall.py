@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recall of held-out rows, and the guard that acts on it: Triton against the reference, and what both promise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minference_vllm import ops, reference
+from minference_vllm.attention import Guard, prefill
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import HeadIndex
+from minference_vllm.ops import Kernel
+from minference_vllm.reference.dense import dense
+from minference_vllm.reference.normalisers import sampled_rows
+from minference_vllm.reference.recall import held_out_rows
+from minference_vllm.scratch import HELD_OUT_ROWS, AttendBuffers, RecallBuffers, RecallTotals
+from tests.kernels.cases import CASES, GPU_CASES, Case, make_chunk, make_queries, make_rising_cache, make_state
+from tests.kernels.checks import assert_close
+
+FLOOR, LAYER, NUM_LAYERS = 0.6, 1, 3
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+on_gpu = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.gpu) for case in GPU_CASES],
+    ids=lambda case: case.name,
+)
+
+
+def measure(kernel: Kernel, chunk: Chunk, lse: torch.Tensor) -> tuple[RecallBuffers, RecallTotals]:
+    buffers = RecallBuffers.allocate(chunk.num_qo_heads, chunk.q.device)
+    for left_over in (buffers.partial_max, buffers.partial_sum, buffers.recall, buffers.heads, buffers.num_heads):
+        left_over.fill_(7)
+    totals = RecallTotals.allocate(NUM_LAYERS, chunk.num_qo_heads, chunk.q.device)
+    ops.measure_recall(chunk, lse, FLOOR, LAYER, buffers, totals, kernel)
+    ops.measure_recall(chunk, lse, FLOOR, LAYER, buffers, totals, kernel)  # totals add up
+    return buffers, totals
+
+
+def attended(case: Case, device: torch.device) -> tuple[Chunk, torch.Tensor]:
+    """A chunk of which each head has kept another part of the keys, and its log-sum-exps over those."""
+    chunk = make_chunk(case, device)
+    method = case.vertical_slash(Kernel.REFERENCE)
+    state = make_state(case, method, device)
+    prefill(chunk, method, state)
+    return chunk, state.attend.lse
+
+
+def check(kernel: Kernel, case: Case, device: torch.device) -> None:
+    chunk, lse = attended(case, device)
+    (want, want_totals), (got, totals) = (measure(which, chunk, lse) for which in (Kernel.REFERENCE, kernel))
+    torch.testing.assert_close(got.recall, want.recall, rtol=2e-3, atol=2e-3)
+    below = sorted(got.heads[: int(got.num_heads)].tolist())
+    assert below == (got.recall < FLOOR).nonzero().flatten().tolist()
+    assert totals.histogram.sum() == want_totals.histogram.sum() == 2 * case.num_qo_heads
+    assert totals.chunks.tolist() == [0, 2, 0]
+    assert totals.redone.tolist() == [0, 2 * len(below), 0]
+    torch.testing.assert_close(totals.sums[LAYER], 2 * got.recall.double())
+    torch.testing.assert_close(totals.worst[LAYER], got.recall.double())
+    assert (totals.worst[[0, 2]] == 1).all()
+    assert (totals.sums[[0, 2]] == 0).all()
+
+
+@every_case
+def test_recall_is_that_of_the_reference(case: Case, device: torch.device) -> None:
+    check(Kernel.TRITON, case, device)
+
+
+@on_gpu
+def test_recall_on_a_gpu_is_that_of_the_reference(case: Case, device: torch.device) -> None:
+    check(Kernel.TRITON, case, device)
+
+
+@pytest.mark.hopper
+@on_gpu
+def test_recall_in_cuda_is_that_of_the_reference(case: Case, device: torch.device) -> None:
+    check(Kernel.CUDA, case, device)
+
+
+@pytest.mark.parametrize("rows_per_half", [16, 32])
+@pytest.mark.parametrize("context_len", [0, 1, 2, 127, 640, 5003])
+@pytest.mark.parametrize("num_rows", [512, 1000, 4096])
+def test_held_out_rows_are_none_that_choose(num_rows: int, context_len: int, rows_per_half: int) -> None:
+    case = Case("", num_rows=num_rows, context_len=context_len)
+    chunk = make_chunk(replace(case, num_qo_heads=1, num_kv_heads=1), torch.device("cpu"))
+    rows = held_out_rows(chunk)
+    assert ((rows >= 0) & (rows < num_rows)).all()
+    assert len(rows.unique()) == HELD_OUT_ROWS
+    # One in each of as many ranges, but for the four rows within which it moves.
+    middle = (2 * torch.arange(HELD_OUT_ROWS) + 1) * num_rows // (2 * HELD_OUT_ROWS)
+    assert ((rows - middle).abs() <= 3).all()
+    # Rows that stand in for those before the chunk or past it are its first or its last.
+    chosen = set(sampled_rows(chunk, rows_per_half).flatten().tolist()) - {context_len, context_len + num_rows - 1}
+    assert chosen.isdisjoint((rows + context_len).tolist())
+
+
+@every_case
+def test_listed_heads_attend_to_all_keys_and_others_are_left_alone(case: Case, device: torch.device) -> None:
+    check_heads(Kernel.TRITON, case, device)
+
+
+@on_gpu
+def test_listed_heads_attend_to_all_keys_on_a_gpu(case: Case, device: torch.device) -> None:
+    check_heads(Kernel.TRITON, case, device)
+
+
+@pytest.mark.hopper
+@on_gpu
+def test_listed_heads_attend_to_all_keys_in_cuda(case: Case, device: torch.device) -> None:
+    check_heads(Kernel.CUDA, case, device)
+
+
+def check_heads(kernel: Kernel, case: Case, device: torch.device) -> None:
+    whole = make_chunk(case, device)
+    dense(whole.q, whole.kv, case.context_len, case.scale, whole.out)
+    everyone = list(range(case.num_qo_heads))
+    for listed in ([], everyone[::-1], everyone[-1:], everyone[1::2]):
+        chunk = make_chunk(case, device)
+        heads = torch.full((case.num_qo_heads,), 2**30, dtype=torch.int32, device=device)
+        heads[: len(listed)] = torch.tensor(listed, dtype=torch.int32)
+        num_heads = torch.tensor([len(listed)], dtype=torch.int32, device=device)
+        buffers = AttendBuffers.allocate(case.num_qo_heads, case.num_rows + 5, device)
+        buffers.lse.fill_(torch.nan)
+        ops.attend(chunk, HeadIndex(heads, num_heads), buffers, kernel)
+        others = [head for head in everyone if head not in listed]
+        if listed:
+            assert_close(chunk.out[:, sorted(listed)], whole.out[:, sorted(listed)])
+        assert buffers.lse[listed, : case.num_rows].isfinite().all()
+        assert buffers.lse[others].isnan().all()
+        assert chunk.out[:, others].isnan().all()
+        assert buffers.kept_pairs.item() == len(listed) * chunk.causal_pairs
+        assert buffers.tile_counter.item() == 0
+
+
+# The guard
+
+GUARDED = Case("guarded", num_rows=300, context_len=500, vertical_size=1, slash_size=16, num_qo_heads=4)
+
+
+def guarded_prefill(kernel: Kernel, floor: float, chunk: Chunk, case: Case = GUARDED) -> tuple[Guard, AttendBuffers]:
+    device = chunk.q.device
+    guard = Guard(
+        floor,
+        RecallBuffers.allocate(case.num_qo_heads, device),
+        RecallTotals.allocate(1, case.num_qo_heads, device),
+    )
+    method = case.vertical_slash(kernel)
+    state = replace(make_state(case, method, device), guard=guard)
+    prefill(chunk, method, state)
+    return guard, state.attend
+
+
+@pytest.mark.parametrize("kernel", [Kernel.REFERENCE, Kernel.TRITON])
+def test_a_head_below_the_floor_gives_what_dense_attention_gives(kernel: Kernel, device: torch.device) -> None:
+    chunk = make_chunk(GUARDED, device)
+    # The far keys that no row of its own tile sees are what the last head's rows look for; the others look nowhere.
+    kv = make_rising_cache(GUARDED, device)
+    q = make_queries(GUARDED, device)
+    q[:, :3] *= 1e-3
+    local, far = replace(chunk, q=q, kv=kv), [3]
+    guard, attend = guarded_prefill(kernel, 0.35, local)
+    # Rows that look nowhere have 16 to 128 of 500 to 800 keys: less than the floor too, so they are dense as well.
+    listed = sorted(guard.buffers.heads[: int(guard.buffers.num_heads)].tolist())
+    assert set(far) <= set(listed)
+    expected = torch.empty_like(chunk.out)
+    dense(q, kv, GUARDED.context_len, GUARDED.scale, expected)
+    assert_close(local.out[:, listed], expected[:, listed])
+    assert attend.lse[:, : chunk.num_rows].isfinite().all()
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_no_floor_changes_nothing_and_the_highest_makes_all_dense(floor: float, device: torch.device) -> None:
+    chunk, plain = make_chunk(GUARDED, device), make_chunk(GUARDED, device)
+    method = GUARDED.vertical_slash(Kernel.TRITON)
+    prefill(plain, method, make_state(GUARDED, method, device))
+    guard, _ = guarded_prefill(Kernel.TRITON, floor, chunk)
+    assert guard.totals.chunks.item() == 1
+    if floor:
+        dense(plain.q, plain.kv, GUARDED.context_len, GUARDED.scale, plain.out)
+        assert guard.totals.redone.item() == GUARDED.num_qo_heads
+        assert_close(chunk.out, plain.out)
+    else:
+        assert torch.equal(chunk.out, plain.out)
+
+
+def test_recall_that_is_no_number_is_below_every_floor(device: torch.device) -> None:
+    chunk, lse = attended(GUARDED, device)
+    lse[2, :] = torch.nan
+    for kernel in (Kernel.REFERENCE, Kernel.TRITON):
+        buffers, _ = measure(kernel, chunk, lse)
+        assert 2 in buffers.heads[: int(buffers.num_heads)].tolist()
+
+
+def test_all_keys_kept_is_a_recall_of_one(device: torch.device) -> None:
+    chunk = make_chunk(GUARDED, device)
+    buffers = AttendBuffers.allocate(4, GUARDED.num_rows, device)
+    everyone = torch.arange(4, dtype=torch.int32, device=device)
+    reference.attend(chunk, HeadIndex(everyone, torch.tensor([4], device=device)), buffers)
+    for kernel in (Kernel.REFERENCE, Kernel.TRITON):
+        measured, totals = measure(kernel, chunk, buffers.lse)
+        torch.testing.assert_close(measured.recall, torch.ones(4, device=device), rtol=0, atol=1e-3)
+        assert totals.histogram[-1] == 8

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics where several API servers read them: in prometheus_client's directory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import prometheus_client
+from prometheus_client.multiprocess import MultiProcessCollector
+
+SPARSE = 'path="sparse",reason="gate_open"'
+
+# One argument an engine: the pairs that it keeps, of a hundred in all its steps; none if its GPU tells nothing.
+ENGINES = """
+import sys
+from minference_vllm.metrics.counters import Counters
+from minference_vllm.recall import HeadRecall, Recall
+for kept_pairs in map(int, sys.argv[1:]):
+    pairs = 0, 0
+    recall = Recall()
+    counters = Counters(publish=True, log_every=0, tally=dict, read=lambda: (*pairs, recall))
+    for step in (1, 2):
+        counters.defer({("sparse", "gate_open"): (50, 1)})
+        counters.flush()
+        pairs = step * kept_pairs // 2, step * 50 * (kept_pairs > 0)
+        recall = Recall((step, *[0] * 8, 2 * step), step, {(0, 1): HeadRecall(3 * step, 2.0 * step, kept_pairs / 100)})
+        counters.flush()
+"""
+
+
+def run_engines(*kept_pairs: str, directory: Path) -> None:
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(directory)}
+    subprocess.run([sys.executable, "-c", ENGINES, *kept_pairs], env=environment, check=True)
+
+
+def scrape_multiprocess(directory: Path) -> str:
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry, directory)
+    return prometheus_client.generate_latest(registry).decode()
+
+
+def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path):
+    run_engines("0", directory=tmp_path)
+    text = scrape_multiprocess(tmp_path)
+    assert f"minference_prefill_tokens_total{{{SPARSE}}} 100.0" in text
+    assert "\nminference_density " not in text
+
+    run_engines("30", "10", directory=tmp_path)
+    text = scrape_multiprocess(tmp_path)
+    assert f"minference_prefill_tokens_total{{{SPARSE}}} 300.0" in text
+    assert f"minference_prefill_chunks_total{{{SPARSE}}} 6.0" in text
+    assert "minference_kept_pairs_total 40.0" in text
+    assert "minference_causal_pairs_total 200.0" in text
+    assert "minference_density 0.2\n" in text
+    assert 'minference_recall_heads_total{le="0.25"} 6.0' in text
+    assert 'minference_recall_heads_total{le="0.98"} 6.0' in text
+    assert 'minference_recall_heads_total{le="1.0"} 18.0' in text
+    assert "minference_guard_heads_total 6.0" in text
+    assert 'minference_recall_worst{head="1",layer="0"} 0.1' in text
+
+    run_engines("30", directory=tmp_path / "missing")  # and nothing is raised
