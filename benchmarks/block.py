@@ -96,7 +96,7 @@ def time_parts(method: Block, chunk: Chunk, buffers: Any, share: torch.Tensor) -
         for head in range(0, chunk.num_qo_heads, len(buffers.masses)):
             ops.group_masses(chunk, buffers.means, buffers.row_lse, head, buffers.masses, kernel)
 
-    normalise = partial(ops.row_normalisers, chunk, buffers.means, buffers.row_lse, buffers.partial_sum, kernel)
+    normalise = partial(ops.row_normalisers, chunk, buffers.means, buffers.row_lse, kernel)
     return {
         "choose_ms": ms(partial(method.choose, chunk, share, buffers)),
         "means_ms": ms(partial(ops.key_means, chunk.kv, chunk.seq_len, buffers.means, kernel)),

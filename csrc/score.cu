@@ -1,24 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sampled rows against means of 4 keys, for Hopper (sm_90a): bf16 and fp16, head_dim 64 and 128. What the means before
-// a row's tile add to its normaliser, and the attention mass that rows give to each group of 16 keys there. The twins:
-// minference_vllm/reference/normalisers.py and masses.py.
+// Sampled rows against means of 4 keys, for Hopper (sm_90a): bf16 and fp16, head_dim 64 and 128. The attention mass that
+// rows give to each group of 16 keys before their tile. The twin: minference_vllm/reference/masses.py.
 
-#include "score_lse.cuh"
-#include "score_mass.cuh"
+#include "score_stages.cuh"
 #include "tensor_map.cuh"
 
 namespace score {
 
 // Stages of a range of means. Ranges are short enough to keep all multiprocessors busy, and long enough to pay for what
 // a program costs beside its stages: loading its rows, mainly.
-inline int choose_stages_each(const Params& p, int max_ranges, int num_multiprocessors) {
+inline int choose_stages_each(const Params& p, int num_multiprocessors) {
     constexpr int START = 2, SHORTEST = 4;  // stages
     const int longest = p.num_stages(p.num_blocks - 1);
     const int64_t programs = int64_t(p.num_blocks) * p.num_sets;
     const int64_t total = programs * (longest + p.num_stages(0)) / 2;
     int best = longest;
     int64_t least = INT64_MAX;
-    for (int ranges = 1; ranges <= max_ranges; ++ranges) {
+    for (int ranges = 1;; ++ranges) {
         const int each = (longest + ranges - 1) / ranges;
         if (ranges > 1 && each < SHORTEST) break;
         // Two bounds of the time of programs that are started one after another: if all are as long as the longest, and
@@ -35,35 +33,26 @@ inline int choose_stages_each(const Params& p, int max_ranges, int num_multiproc
     return best;
 }
 
-inline cudaError_t launch(void (*kernel)(Params), int num_programs, int bytes, const Params& p, cudaStream_t stream) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<num_programs, THREADS, bytes, stream>>>(p);
-    return cudaGetLastError();
-}
-
 template <typename T, int HEAD_DIM>
 cudaError_t run(const Params& p, cudaStream_t stream) {
     constexpr int BYTES = sizeof(Storage<HEAD_DIM>) + hopper::ATOM_BYTES;
     const int ranges = (p.num_stages(p.num_blocks - 1) + p.stages_each - 1) / p.stages_each;
-    const int num_programs = p.num_blocks * p.num_sets * ranges;
-    if (p.masses != nullptr) return launch(mass_kernel<T, HEAD_DIM>, num_programs, BYTES, p, stream);
-    const cudaError_t error = launch(lse_kernel<T, HEAD_DIM>, num_programs, BYTES, p, stream);
+    const auto kernel = mass_kernel<T, HEAD_DIM>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (error != cudaSuccess) return error;
-    const int rows = p.num_sets * p.num_lists * ROWS;
-    return launch(add_kernel, (rows + THREADS - 1) / THREADS, 0, p, stream);
+    kernel<<<p.num_blocks * p.num_sets * ranges, THREADS, BYTES, stream>>>(p);
+    return cudaGetLastError();
 }
 
 }  // namespace score
 
 // See minference_vllm/kernels/cuda/masses.py, which mirrors it. Strides are in elements.
 struct MInferenceScore {
-    const void *q, *means;
-    void *row_lse, *masses, *partial_sum;
+    const void *q, *means, *row_lse;
+    void* masses;
     int64_t stride_q_row, stride_q_head, stride_means, stride_lse, stride_masses, stride_masses_part;
     int32_t num_rows, context_len, rows_per_half, num_qo_heads, num_kv_heads, head_dim, is_bf16;
     int32_t first_head, num_heads;  // that are worked on: all heads of some KV heads, or an even share of one's
-    int32_t max_ranges;  // that the partial sums have room for
     int32_t num_multiprocessors;
     float scale_log2;
 };
@@ -72,9 +61,8 @@ static score::Params make_params(const MInferenceScore& a) {
     constexpr int ELEMENT = 2;  // bytes
     score::Params p{};
     p.q = static_cast<const char*>(a.q);
-    p.row_lse = static_cast<float*>(a.row_lse);
+    p.row_lse = static_cast<const float*>(a.row_lse);
     p.masses = static_cast<uint8_t*>(a.masses);
-    p.partial_sum = static_cast<float*>(a.partial_sum);
     p.stride_q_row = a.stride_q_row * ELEMENT;
     p.stride_q_head = a.stride_q_head * ELEMENT;
     p.stride_lse = a.stride_lse;
@@ -95,11 +83,12 @@ static score::Params make_params(const MInferenceScore& a) {
     return p;
 }
 
-static cudaError_t run(const MInferenceScore& a, int max_ranges, cudaStream_t stream) {
+extern "C" int minference_group_masses(const MInferenceScore* args, cudaStream_t stream) {
+    const MInferenceScore& a = *args;
     score::Params p = make_params(a);
     // The first tile of a request has no group before it.
     if (p.num_stages(p.num_blocks - 1) == 0) return cudaSuccess;
-    p.stages_each = score::choose_stages_each(p, max_ranges, a.num_multiprocessors);
+    p.stages_each = score::choose_stages_each(p, a.num_multiprocessors);
     // Coordinates: element, group, mean of the group, KV head.
     const uint64_t num_groups = uint64_t(p.num_boxes) * score::BOX_GROUPS;
     const cudaError_t error = hopper::make_tensor_map<4>(
@@ -116,13 +105,4 @@ static cudaError_t run(const MInferenceScore& a, int max_ranges, cudaStream_t st
         return a.is_bf16 ? score::run<__nv_bfloat16, 64>(p, stream) : score::run<__half, 64>(p, stream);
     }
     return cudaErrorInvalidValue;
-}
-
-extern "C" int minference_group_masses(const MInferenceScore* args, cudaStream_t stream) {
-    return run(*args, INT32_MAX, stream);
-}
-
-// Adds the means before each row's tile to row_lse, which holds log-sum-exps over those of the tile itself.
-extern "C" int minference_row_lse(const MInferenceScore* args, cudaStream_t stream) {
-    return run(*args, args->max_ranges, stream);
 }

@@ -41,9 +41,8 @@ constexpr int PRODUCER_REGISTERS = 24;
 struct Params {
     CUtensorMap means_map;
     const char* q;
-    float* row_lse;
+    const float* row_lse;
     uint8_t* masses;
-    float* partial_sum;                         // [ranges, num_sets, num_lists, ROWS]
     int64_t stride_q_row, stride_q_head;        // bytes
     int64_t stride_lse;                         // elements
     int64_t stride_masses, stride_masses_part;  // bytes
@@ -86,16 +85,15 @@ struct List {
 struct Job {
     int set, first_list, kv_head;
     int first_head;  // of the set, among those at once
-    int range, first_stage, num_stages;  // no stages if the range lies past what the lists see
+    int first_stage, num_stages;  // of a range of means; no stages if it lies past what the lists see
 
     __device__ __forceinline__ explicit Job(const Params& p) {
         const int block = p.num_blocks - 1 - blockIdx.x % p.num_blocks;
         set = blockIdx.x / p.num_blocks % p.num_sets;
-        range = blockIdx.x / p.num_blocks / p.num_sets;
         first_list = block * LISTS;
         first_head = set * p.heads_each;
         kv_head = (p.first_head + first_head) / p.group_size;
-        first_stage = range * p.stages_each;
+        first_stage = blockIdx.x / p.num_blocks / p.num_sets * p.stages_each;
         num_stages = min(p.stages_each, p.num_stages(block) - first_stage);
     }
 };

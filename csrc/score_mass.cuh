@@ -2,14 +2,43 @@
 // The mass that a list's rows give to each group, as a code of one byte.
 #pragma once
 
-#include "score_stages.cuh"
+#include "score_load.cuh"
 
 namespace score {
+
+constexpr int LISTS_PER_THREAD = 2;
+constexpr int SCORES = HALF * COLUMNS / hopper::WARPGROUP;  // of a thread in an accumulator
+
+// The columns of a thread's accumulator; their rows are f = 0 and 1.
+struct Place {
+    int list, row;
+
+    __device__ __forceinline__ explicit Place(int column) : list(column / ROWS), row(column % ROWS) {}
+    // Element 4 j + 2 f + e: row 2 (j % 8) + e of list j / 8.
+    __device__ __forceinline__ int element(int f) const { return list * 2 * ROWS + row / 2 * 4 + f * 2 + row % 2; }
+};
+
+// What is added to a thread's scaled scores, logarithms to base 2.
+struct Shifts {
+    float of[LISTS_PER_THREAD][ROWS];
+
+    __device__ __forceinline__ Shifts(const Params& p, const Job& job, int first_list) {
+        constexpr float LOG2_E = 1.4426950408889634f, LOG2_MEAN = 2.0f;
+#pragma unroll
+        for (int l = 0; l < LISTS_PER_THREAD; ++l) {
+            const List list(p, min(first_list + l, p.num_lists - 1));
+            const int head = p.first_head + job.first_head + list.head;
+            const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
+#pragma unroll
+            for (int row = 0; row < ROWS; ++row) of[l][row] = fmaf(__ldg(lse + row), -LOG2_E, LOG2_MEAN);
+        }
+    }
+};
 
 // See minference_vllm/scratch.py.
 constexpr float MASS_CODES = 256;
 constexpr float CODES_PER_OCTAVE = 8;
-constexpr float OCTAVES_BELOW_ONE = 28;
+constexpr float OCTAVES_BELOW_ONE = 26;
 
 // In the low byte.
 __device__ __forceinline__ uint32_t encode(float mass) {
@@ -18,6 +47,8 @@ __device__ __forceinline__ uint32_t encode(float mass) {
     return __float_as_uint(fminf(fmaxf(code, 0.0f), MASS_CODES - 1) + 0x1p23f);
 }
 
+// The mass of one of a thread's groups after the other, for both of its lists: it takes the scores of two of the group's
+// means, then the other two's, and ends the stage: the next group is STAGE_GROUPS further on.
 struct MassTaker {
     const float scale_log2;
     const Shifts shifts;
@@ -42,7 +73,9 @@ struct MassTaker {
             // The lists in turn: neither waits for its last addition.
             const Place place(i / 4 + i % 2 * ROWS);
             const float score = scores[place.element(i / 2 % 2)];
-            mass[place.list] += hopper::exp2_approx(fmaf(score, scale_log2, shifts.of[place.list][place.row]));
+            const float log2_share = fmaf(score, scale_log2, shifts.of[place.list][place.row]);
+            // No mean counts more than all that the row's normaliser has seen. The unit that compares is idle else.
+            mass[place.list] += hopper::exp2_approx(fminf(log2_share, 0.0f));
         }
     }
 
@@ -57,11 +90,5 @@ struct MassTaker {
         }
     }
 };
-
-template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant__ Params p) {
-    extern __shared__ char raw[];
-    run_program<HEAD_DIM>(p, raw, consume<T, HEAD_DIM, MassTaker>);
-}
 
 }  // namespace score

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A program: scores of means against the rows of its lists, stage by stage, for a taker that makes something of them.
+// A program: scores of means against the rows of its lists, stage by stage, and their masses.
 //
 // Scores are S^T = K Q^T, means by rows. Of a stage's 16 atoms of 8 means one product takes the even ones: warp w gets
 // the first and the third means of the groups of box w. Another takes the odd ones. So between them a thread holds all
@@ -7,45 +7,9 @@
 // within a thread.
 #pragma once
 
-#include "score_load.cuh"
+#include "score_mass.cuh"
 
 namespace score {
-
-constexpr int LISTS_PER_THREAD = 2;
-constexpr int SCORES = HALF * COLUMNS / hopper::WARPGROUP;  // of a thread in an accumulator
-
-// The columns of a thread's accumulator; their rows are f = 0 and 1.
-struct Place {
-    int list, row;
-
-    __device__ __forceinline__ explicit Place(int column) : list(column / ROWS), row(column % ROWS) {}
-    // Element 4 j + 2 f + e: row 2 (j % 8) + e of list j / 8.
-    __device__ __forceinline__ int element(int f) const { return list * 2 * ROWS + row / 2 * 4 + f * 2 + row % 2; }
-};
-constexpr int COLUMNS_PER_THREAD = LISTS_PER_THREAD * ROWS;
-
-// The normaliser that exponentials are taken under, finite or plus infinity. A row in whose tile there is no mean yet
-// (the request ends with the tile's third key or before) has minus infinity: zero then serves as well as any.
-__device__ __forceinline__ float reference_of(float lse) { return lse == -INFINITY ? 0.0f : lse; }
-
-// What is added to a thread's scaled scores, logarithms to base 2.
-struct Shifts {
-    float of[LISTS_PER_THREAD][ROWS];
-
-    __device__ __forceinline__ Shifts(const Params& p, const Job& job, int first_list) {
-        constexpr float LOG2_E = 1.4426950408889634f, LOG2_MEAN = 2.0f;
-#pragma unroll
-        for (int l = 0; l < LISTS_PER_THREAD; ++l) {
-            const List list(p, min(first_list + l, p.num_lists - 1));
-            const int head = p.first_head + job.first_head + list.head;
-            const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
-#pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                of[l][row] = fmaf(reference_of(__ldg(lse + row)), -LOG2_E, LOG2_MEAN);
-            }
-        }
-    }
-};
 
 // Start the scores of every second atom of a stage, from `first` on.
 template <typename T, int HEAD_DIM>
@@ -69,16 +33,14 @@ __device__ __forceinline__ void start_scores(float (&scores)[SCORES], uint32_t m
 }
 
 // A consumer warpgroup: while the taker takes the even scores of a stage, its odd ones are computed, and so on.
-//   Taker: made of (p, job, the thread's first list, its first group); it takes the scores of two of its group's means,
-//   then the other two's, and ends the stage: its next group is STAGE_GROUPS further on.
-template <typename T, int HEAD_DIM, typename Taker>
-__device__ __forceinline__ Taker consume(const Params& p, Storage<HEAD_DIM>& shared, const Job& job, int warpgroup) {
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shared, const Job& job, int warpgroup) {
     using S = Shape<HEAD_DIM>;
     const int thread = threadIdx.x % hopper::WARPGROUP, lane = thread % hopper::WARP;
     const int first_list = job.first_list + warpgroup * LISTS_PER_CONSUMER;
     const int first_group = job.first_stage * STAGE_GROUPS + thread / hopper::WARP * BOX_GROUPS + lane / 4;
     load_queries<HEAD_DIM>(p, shared.queries[warpgroup], job, first_list);
-    Taker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, first_group);
+    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, first_group);
     hopper::wait_named(1 + warpgroup, hopper::WARPGROUP);
 
     const uint32_t queries = hopper::shared_address(shared.queries[warpgroup]);
@@ -108,12 +70,12 @@ __device__ __forceinline__ Taker consume(const Params& p, Storage<HEAD_DIM>& sha
     }
     taker.take(odd);
     taker.end_stage();
-    return taker;
 }
 
 // One program: the last warpgroup produces, the others call `consume`.
-template <int HEAD_DIM, typename Consume>
-__device__ __forceinline__ void run_program(const Params& p, char* raw, Consume consume) {
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant__ Params p) {
+    extern __shared__ char raw[];
     // Swizzled atoms begin at multiples of 1024.
     const uint32_t gap = -hopper::shared_address(raw) & (hopper::ATOM_BYTES - 1);
     auto& shared = *reinterpret_cast<Storage<HEAD_DIM>*>(raw + gap);
@@ -136,7 +98,7 @@ __device__ __forceinline__ void run_program(const Params& p, char* raw, Consume 
         if (threadIdx.x < CONSUMERS * hopper::WARPGROUP + hopper::WARP) produce<HEAD_DIM>(p, shared, job);
     } else {
         hopper::more_registers<CONSUMER_REGISTERS>();
-        if (warpgroup == 0 || second_has_lists) consume(p, shared, job, warpgroup);
+        if (warpgroup == 0 || second_has_lists) consume<T, HEAD_DIM>(p, shared, job, warpgroup);
     }
 }
 

@@ -37,8 +37,8 @@ MASS_CODES = 256
 CODES_PER_OCTAVE = 8
 """Mass codes for each factor of two: neighbours differ by 9%, less than the estimate is wrong by."""
 
-OCTAVES_BELOW_ONE = 28
-"""Masses under 2^-28 count as nothing. The largest code stands for 14.7 and more: of 16 rows' mass, nearly all."""
+OCTAVES_BELOW_ONE = 26
+"""Masses under 2^-26 count as nothing. The largest code stands for 58.7 and more: 16 rows give a group 64 at most."""
 
 HELD_OUT_ROWS = 64
 """Query rows of a chunk whose recall is measured."""

@@ -2,8 +2,9 @@
 """Block: for each half of a tile the 16-key groups that hold a share of its attention, estimated from means of 4 keys.
 
 A few rows of each half are scored against means of keys, as FlexPrefill (arXiv 2502.20766) scores means of queries, but
-with finer means and with rows of the half itself. The lightest groups are dropped while what is left holds the share;
-the first keys and those just before the tile always stay. docs/methods.md has what was measured.
+with finer means and with rows of the half itself. What counts is a score beside those of the row's own tile and the
+first keys, at most as much as all of them: one pass over the means. The lightest groups are dropped while what is left
+holds the share; the first keys and those just before the tile always stay. docs/methods.md has what was measured.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,6 @@ from minference_vllm.ops import Kernel
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.scratch import MASS_BYTES, MEAN, ScratchShape
 
-KEY_RANGES = 4
-"""Ranges of keys for which a row's partial sums have room: a chunk of few rows then keeps the whole GPU busy."""
-
 
 class BlockSettings(MethodSettings):
     """Settings of `block`. Units are tokens unless a field says otherwise."""
@@ -32,7 +30,7 @@ class BlockSettings(MethodSettings):
     rows_per_half: Literal[16, 32, 64] = 32
     """Query rows of every 64 that choose the keys of all 64. The cost of choosing grows with them."""
 
-    share: float = Field(default=0.90, gt=0, le=1)
+    share: float = Field(default=0.87, gt=0, le=1)
     """Share of the estimated attention that each head keeps for each half of a tile, the tile itself and what is always
     kept included. No unit. With 1, all that has any mass is kept."""
 
@@ -58,14 +56,12 @@ class BlockBuffers:
     Attributes:
         means: [num_kv_heads, max_means, head_dim] in the model's dtype, see ops.key_means.
         row_lse: [num_qo_heads, max_halves, rows_per_half] float32, see ops.row_normalisers.
-        partial_sum: [num_qo_heads, max_halves, rows_per_half, KEY_RANGES] float32, see ops.row_normalisers.
         masses: [num_heads_at_once, max_parts, max_groups] uint8, see ops.group_masses.
         index: what `choose` returns a part of.
     """
 
     means: torch.Tensor
     row_lse: torch.Tensor
-    partial_sum: torch.Tensor
     masses: torch.Tensor
     index: TileIndex
 
@@ -98,7 +94,6 @@ class Block(Method):
         return BlockBuffers(
             means=zeros(shape.num_kv_heads, length // MEAN, shape.head_dim, dtype=shape.dtype),
             row_lse=zeros(heads, tiles * HALVES, rows, dtype=torch.float32),
-            partial_sum=zeros(heads, tiles * HALVES, rows, KEY_RANGES, dtype=torch.float32),
             masses=zeros(at_once, parts, codes, dtype=torch.uint8),
             index=TileIndex(groups=zeros(heads, tiles, self.max_kept(groups)), counts=zeros(heads, tiles, 3)),
         )
@@ -116,7 +111,7 @@ class Block(Method):
             groups=buffers.index.groups[:, : chunk.num_tiles, :cap], counts=buffers.index.counts[:, : chunk.num_tiles]
         )
         ops.key_means(chunk.kv, chunk.seq_len, buffers.means, kernel)
-        ops.row_normalisers(chunk, buffers.means, buffers.row_lse, buffers.partial_sum, kernel)
+        ops.row_normalisers(chunk, buffers.means, buffers.row_lse, kernel)
         for first_head in range(0, chunk.num_qo_heads, len(masses)):
             ops.group_masses(chunk, buffers.means, buffers.row_lse, first_head, masses, kernel)
             ops.select_groups(

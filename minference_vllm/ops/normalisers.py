@@ -6,17 +6,12 @@ import torch
 from minference_vllm import reference
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES
-from minference_vllm.kernels import cuda, triton
+from minference_vllm.kernels import triton
 from minference_vllm.ops.kernel import Kernel
 
 
-def row_normalisers(
-    chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, partial_sum: torch.Tensor, kernel: Kernel
-) -> None:
+def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, kernel: Kernel) -> None:
     """See minference_vllm.reference.row_normalisers.
-
-    Args:
-        partial_sum: float32 scratch of the CUDA kernel, contiguous, some times the size of row_lse.
 
     Raises:
         ValueError: `row_lse` has no room for the chunk's rows, is not laid out as kernels read it, or has not 16, 32 or
@@ -29,10 +24,5 @@ def row_normalisers(
             f"row_lse must hold {chunk.num_tiles * HALVES} halves of rows that follow each other, "
             f"got {tuple(row_lse.shape)} with strides {row_lse.stride()}"
         )
-    if kernel is Kernel.REFERENCE:
-        reference.row_normalisers(chunk, means, row_lse)
-    elif kernel is Kernel.CUDA and cuda.masses.supports(chunk, row_lse.shape[2]):
-        triton.row_normalisers(chunk, means, row_lse, before=False)
-        cuda.masses.add_means(chunk, means, row_lse, partial_sum)
-    else:
-        triton.row_normalisers(chunk, means, row_lse)
+    run = reference.row_normalisers if kernel is Kernel.REFERENCE else triton.row_normalisers
+    run(chunk, means, row_lse)

@@ -4,13 +4,16 @@
 import torch
 
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
-from minference_vllm.reference.normalisers import PART
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
+from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
+from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
+from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, OCTAVES_BELOW_ONE
+
+ONE = 1024 << OCTAVES_BELOW_ONE
+"""The weight of a mass of 1."""
 
 
 def weights(codes: torch.Tensor) -> torch.Tensor:
-    """Masses that mass codes stand for, int64, to a unit of 2^-38: integers, so that their sums are exact in any order.
+    """Masses that mass codes stand for, int64, as integers, 1 being ONE, so that their sums are exact in any order.
 
     The largest are 2^42, and 2^24 tokens have 2^20 groups: sums stay below 2^63.
     """
@@ -42,15 +45,16 @@ def threshold(codes: torch.Tensor, free: torch.Tensor, share: torch.Tensor, num_
     Args:
         codes: [num_groups] uint8.
         free: [num_groups] bool, groups that are not kept whatever their mass.
-        share: float32 scalar, how much of the rows' mass is kept; all that is not of free groups is.
-        num_rows: rows whose masses were added, each of which has a mass of 1.
+        share: float32 scalar, how much of all mass is kept; all that is not of free groups is.
+        num_rows: rows whose masses were added. Each has a mass of 1 in what its normaliser has seen.
     """
-    allowed = ((1 - share.double()) * (num_rows << 38)).long()
+    total = num_rows * ONE + weights(codes[NORMALISER_KEYS // GROUP :]).sum()
+    allowed = ((1 - share.double()) * total).long()
     weight = torch.zeros(MASS_CODES, dtype=torch.int64, device=codes.device)
     weight.index_add_(0, codes[free].long(), weights(codes[free]))
     # What is dropped if it is all groups of this code and less.
     dropped = weight.cumsum(0)
-    return min(max(1, int((dropped <= allowed).sum())), MASS_CODES - 1)
+    return min(int((dropped <= allowed).sum()), MASS_CODES - 1)
 
 
 def select_groups(
@@ -66,16 +70,18 @@ def select_groups(
 ) -> None:
     """Drop for each half, or tile, the lightest groups before the tile, as many as leave it a share of its rows' mass.
 
-    Each row's mass is 1, and what the groups before the tile do not have of it the tile has itself. Groups of equal
-    mass code are dropped all or none. The first groups of the request and those just before the tile are always kept,
-    and their mass counts. A half of which the chunk has no row keeps what the other keeps.
+    Each row's mass is 1, which is its own tile's and that of the first NORMALISER_KEYS keys, and what the groups
+    between have. Groups of equal mass code are dropped all or none. The first groups of the request and those just
+    before the tile are always kept, and their mass counts. A half of which the chunk has no row keeps what the other
+    keeps.
 
     Args:
         masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
             group_masses.
         chunk: whose masses these are.
         first_head: the query head that is `masses`' first.
-        share: [num_qo_heads] float32, the share of each head; above 0. With 1 all that has mass is kept.
+        share: [num_qo_heads] float32, the share of each head; above 0. With 1 all that has mass is kept, above 1
+            every group.
         rows_per_half: rows of a half whose masses are in `masses`, PART to a part.
         sink_groups, local_groups: how many first groups and groups before the tile are always kept.
         by_tile: whether the rows of both halves choose together, and both halves keep the same.

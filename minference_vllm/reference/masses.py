@@ -27,6 +27,9 @@ def group_masses(
 ) -> None:
     """Sum exp(score - normaliser) over a part's rows and a group's means, each mean as often as it has keys.
 
+    But no mean counts more than 1 for a row, which is what all that its normaliser has seen counts: a row that looks at
+    a far key its normaliser has not seen would else outweigh all others by any factor.
+
     All groups lie before the tile, so every row sees them: no causal mask. Parts, not halves: what kernels hold of a
     row's scores at once then does not grow with the number of rows.
 
@@ -52,5 +55,5 @@ def group_masses(
             head = first_head + i
             scores = q[:, head] @ means[head // chunk.group_size, : tile_start // mean].float().T + math.log(mean)
             # [PART, means]
-            mass = (scores - lse_of_parts[head, part, :, None]).exp()
+            mass = (scores - lse_of_parts[head, part, :, None]).clamp(max=0).exp()
             masses[i, part, : tile_start // GROUP] = encode(mass.sum(0).unflatten(0, (-1, GROUP // mean)).sum(1))

@@ -15,6 +15,9 @@ PART = 16
 Kernels that make masses work on "lists": a list is a part under one head.
 """
 
+NORMALISER_KEYS = 64
+"""First keys of a request that every row's normaliser counts, whatever the settings keep: there lie attention sinks."""
+
 
 def sampled_rows(chunk: Chunk, rows_per_half: int) -> torch.Tensor:
     """[num_tiles * HALVES, rows_per_half] int64, absolute rows that choose for each half of each tile of the chunk.
@@ -31,21 +34,19 @@ def sampled_rows(chunk: Chunk, rows_per_half: int) -> torch.Tensor:
     return rows.clamp(chunk.context_len, chunk.seq_len - 1).masked_fill(absent, -1)
 
 
-def row_normalisers(
-    chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, before: bool = True, mean: int = MEAN
-) -> None:
-    """Log-sum-exp of each sampled row over the means of the groups that begin at or before it.
+def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, mean: int = MEAN) -> None:
+    """Log-sum-exp of each sampled row over means of its own tile and of the first keys of the request.
 
-    Means and no single keys, even where those are read anyway: the first keys' and the nearest's peaks would make rows
-    that have them count for little, and measured choices are far worse so. See docs/methods.md.
+    A row's own tile up to the row's group, and the first NORMALISER_KEYS keys: most rows have most of their attention
+    there, and rows that have not are held back where masses are made. Means and no single keys, even where those are
+    read anyway: peaks of single keys would make rows that have them count for little. See docs/methods.md.
 
     Args:
         chunk: its queries are read.
         means: [num_kv_heads, >= seq_len // mean, head_dim], of all keys of the request: see key_means.
         row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, written: natural logarithms, a mean
-            counted as often as it has keys; infinity for rows of a half of which the chunk has none, so that they weigh
-            nothing. rows_per_half is 16, 32 or 64.
-        before: whether the means before the row's tile count, or those of the tile alone.
+            counted as often as it has keys. Infinity for rows of a half of which the chunk has none, so that they weigh
+            nothing; minus infinity if the request has no mean yet. rows_per_half is 16, 32 or 64.
         mean: keys in a mean.
     """
     for half, rows in enumerate(sampled_rows(chunk, row_lse.shape[2])):
@@ -53,7 +54,10 @@ def row_normalisers(
             row_lse[:, half] = torch.inf
             continue
         tile_start = (chunk.first_tile + half // HALVES) * TILE
-        number = torch.arange(0 if before else tile_start // mean, chunk.seq_len // mean, device=rows.device)
+        # The first tile has the first keys itself.
+        first = torch.arange(min(NORMALISER_KEYS, tile_start) // mean, device=rows.device)
+        own = torch.arange(tile_start // mean, chunk.seq_len // mean, device=rows.device)
+        number = torch.cat([first, own])
         # [rows_per_half, means]
         hidden = number * mean // GROUP > rows[:, None] // GROUP
         for head in range(chunk.num_qo_heads):

@@ -42,8 +42,7 @@ NEEDED = (
     Edit("probe_lse.cuh", *SHARED_MEMORY),
     Edit("probe_mass.cuh", *SHARED_MEMORY),
     Edit("probe.cu", *LAUNCH),
-    Edit("score_lse.cuh", *SHARED_MEMORY),
-    Edit("score_mass.cuh", *SHARED_MEMORY),
+    Edit("score_stages.cuh", *SHARED_MEMORY),
     Edit("score.cu", *LAUNCH),
     Edit("probe_sums.cuh", r'asm volatile\(.*?: "memory"\);', "*address += value;"),
 )

@@ -9,12 +9,12 @@ import torch
 
 from minference_vllm import ops, reference
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUP, GROUPS_PER_TILE, HALF, HALVES
+from minference_vllm.index import GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE
 from minference_vllm.kernels import triton
 from minference_vllm.ops import Kernel
-from minference_vllm.reference.groups import add_codes, add_parts, weights
+from minference_vllm.reference.groups import ONE, add_codes, add_parts, weights
 from minference_vllm.reference.masses import encode
-from minference_vllm.reference.normalisers import PART, sampled_rows
+from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART, sampled_rows
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MASS_CODES
 from tests.kernels.blocks import (
@@ -75,46 +75,97 @@ def test_normalisers(case: Case, device: torch.device) -> None:
     check_normalisers(make_chunk(case, device), rows_per_half=32)
 
 
+@pytest.mark.parametrize("rows_per_half", [16, 64])
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in (CASES[0], CASES[5], CASES[6])])
-def test_normalisers_of_the_tile_alone(case: Case, device: torch.device) -> None:
-    check_normalisers(make_chunk(case, device), before=False)
+def test_normalisers_of_more_or_fewer_rows(case: Case, rows_per_half: int, device: torch.device) -> None:
+    check_normalisers(make_chunk(case, device), rows_per_half)
 
 
-def check_normalisers(chunk: Chunk, before: bool = True, rows_per_half: int = 16, mean: int = 4) -> None:
+@pytest.mark.parametrize(("num_rows", "context_len"), [(1, 0), (3, 0), (4, 0), (2, 256), (3, 128), (131, 128)])
+def test_normalisers_where_a_tile_has_few_means_or_none(num_rows: int, context_len: int, device: torch.device) -> None:
+    chunk = make_chunk(replace(SPARSE, num_rows=num_rows, context_len=context_len), device)
+    lse = check_normalisers(chunk)
+    last = lse[:, 2 * chunk.num_tiles - 2]
+    # A tile but the first has the first keys to count; there is no mean at all before the fourth.
+    assert (last.isfinite() if chunk.seq_len >= 4 else last == -torch.inf).all()
+
+
+def check_normalisers(chunk: Chunk, rows_per_half: int = 16, mean: int = 4) -> torch.Tensor:
     means, expected, actual = make_means(chunk, mean), make_lse(chunk, rows_per_half), make_lse(chunk, rows_per_half)
-    reference.row_normalisers(chunk, means, expected, before, mean)
-    triton.row_normalisers(chunk, means, actual, before, mean)
+    reference.row_normalisers(chunk, means, expected, mean)
+    triton.row_normalisers(chunk, means, actual, mean)
     # A float32 product on the matrix units keeps ten bits of its operands.
     tolerance = 2e-2 if chunk.q.dtype == torch.float32 else 1e-3
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return actual
 
 
 @pytest.mark.parametrize("function", [reference.row_normalisers, triton.row_normalisers], ids=["reference", "triton"])
-def test_normalisers_count_every_key_up_to_the_group(function: Callable[..., None], device: torch.device) -> None:
-    chunk = make_chunk(SPARSE, device)
+@pytest.mark.parametrize("context_len", [0, 100, 306])
+def test_normalisers_count_the_tile_up_to_the_group_and_the_first_keys(
+    function: Callable[..., None], context_len: int, device: torch.device
+) -> None:
+    chunk = make_chunk(replace(SPARSE, context_len=context_len), device)
     # All scores are 0, and the log-sum-exp that of the number of keys.
     chunk = replace(chunk, q=torch.zeros_like(chunk.q))
     lse = make_lse(chunk)
     function(chunk, make_means(chunk), lse)
     for half, rows in enumerate(sampled_rows(chunk, 16)):
         counted = lse[:, half].exp()
-        expected = ((rows // GROUP + 1) * GROUP).clamp(max=chunk.seq_len // 4 * 4).float().expand_as(counted)
+        tile_start = (chunk.first_tile + half // HALVES) * TILE
+        expected = ((rows // GROUP + 1) * GROUP).clamp(max=chunk.seq_len // 4 * 4) - tile_start
+        expected = (expected + min(tile_start, NORMALISER_KEYS)).float().expand_as(counted)
         torch.testing.assert_close(counted, torch.where(rows < 0, torch.inf, expected), rtol=1e-4, atol=0)
 
 
 @engines
 @pytest.mark.parametrize("rows_per_half", [16, 64])
-def test_the_mass_of_a_row_is_one(kernel: Kernel, rows_per_half: int, device: torch.device) -> None:
-    # A tile's first half has few keys of its own: next to all mass lies before.
+def test_the_mass_of_the_first_keys_is_one_where_the_tile_has_none(
+    kernel: Kernel, rows_per_half: int, device: torch.device
+) -> None:
     chunk = make_chunk(replace(SPARSE, num_rows=3, context_len=384), device)
+    masses = masses_of(chunk, rows_per_half, kernel)
+    # [heads, parts of the first half]
+    mass = weights(masses[:, : rows_per_half // PART, : NORMALISER_KEYS // GROUP]).sum(2) / ONE
+    torch.testing.assert_close(mass, torch.full_like(mass, 16), rtol=0.05, atol=0)
+
+
+@engines
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(
+    kernel: Kernel, dtype: torch.dtype, device: torch.device
+) -> None:
+    chunk = make_chunk(replace(SPARSE, context_len=384, dtype=dtype), device)
+    give_keys(chunk, 0.0)
+    give_keys(chunk, 30.0, 200, 204)  # one mean, of e^30 times a row's own tile
+    masses = masses_of(chunk, 16, kernel)[:, 0, : 384 // GROUP]
+    mass = weights(masses) / ONE
+    # Each of the rows has seen 64 keys and those of its tile, 16 to 64; any other group is 16 keys of them.
+    others = torch.cat([mass[:, :12], mass[:, 13:]], 1)
+    assert ((others > 16 * 16 / 128 * 0.95) & (others < 16 * 16 / 80 * 1.05)).all()
+    expected = 16 + others[:, :1] * 12 / 16
+    torch.testing.assert_close(mass[:, 12:13], expected, rtol=0.1, atol=0)
+    give_keys(chunk, 30.0, 192, 208)
+    assert (masses_of(chunk, 16, kernel)[:, 0, 12] == MASS_CODES - 1).all(), "four means of each of 16 rows: 64"
+
+
+def give_keys(chunk: Chunk, score: float, begin: int = 0, end: int | None = None) -> None:
+    """Let keys begin .. end - 1, or all, have the same score under all rows, each of which becomes (1, 0, 0, …)."""
+    position = torch.arange(begin, chunk.seq_len if end is None else end, device=chunk.q.device)
+    page_size = chunk.kv.k.shape[2]
+    pages = chunk.kv.block_table[chunk.kv.row][position // page_size].long()
+    chunk.q.zero_()
+    chunk.q[:, :, 0] = 1
+    chunk.kv.k[pages, :, position % page_size] = 0
+    chunk.kv.k[pages, :, position % page_size, 0] = score / chunk.scale
+
+
+def masses_of(chunk: Chunk, rows_per_half: int, kernel: Kernel) -> torch.Tensor:
     means, lse = make_means(chunk), make_lse(chunk, rows_per_half)
     masses = make_masses(chunk, chunk.num_qo_heads, rows_per_half)
-    ops.row_normalisers(chunk, means, lse, torch.empty(4 * lse.numel(), device=lse.device), kernel)
+    ops.row_normalisers(chunk, means, lse, kernel)
     ops.group_masses(chunk, means, lse, 0, masses, kernel)
-    # [heads, parts of the first half]
-    mass = weights(masses[:, : rows_per_half // PART, :24]).sum(2) / 2.0**38
-    assert (mass < 16 * 1.05).all()
-    assert (mass > 16 * 0.6).all()
+    return masses
 
 
 @every_case
@@ -170,11 +221,11 @@ def check_masses(
 
 
 def test_codes_of_masses() -> None:
-    assert encode(torch.tensor([0.0, 2.0**-29, 2.0**-28, 2.0**-20, 1.0, 16.0, torch.inf])).tolist() == [
-        0, 0, 0, 64, 224, 255, 255,
+    assert encode(torch.tensor([0.0, 2.0**-27, 2.0**-26, 2.0**-18, 1.0, 32.0, 64.0, torch.inf])).tolist() == [
+        0, 0, 0, 64, 208, 248, 255, 255,
     ]  # fmt: skip
     codes = torch.arange(1, MASS_CODES, dtype=torch.uint8)
-    assert torch.equal(encode(weights(codes) / 2.0**38), codes)
+    assert torch.equal(encode(weights(codes) / ONE), codes)
     assert weights(torch.zeros(1, dtype=torch.uint8)).item() == 0
     # As many groups as the longest prompt has, all of the largest mass.
     assert 0 < weights(codes[-1:]).item() * 2**20 < 2**63
@@ -194,7 +245,7 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match="room for"):
         ops.key_means(chunk.kv, chunk.seq_len, means[:, :9], Kernel.TRITON)
     with pytest.raises(ValueError, match="halves"):
-        ops.row_normalisers(chunk, means, lse[:, :2], lse, Kernel.TRITON)
+        ops.row_normalisers(chunk, means, lse[:, :2], Kernel.TRITON)
     with pytest.raises(ValueError, match="groups"):
         ops.group_masses(chunk, means, lse, 0, make_masses(chunk, 1)[:, :, :8], Kernel.TRITON)
     with pytest.raises(ValueError, match="parts"):
@@ -204,7 +255,7 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
             make_masses(chunk, 1), chunk, 0, lse, 32, 0, 0, True, make_index(chunk, 9), Kernel.TRITON
         )  # fmt: skip
     with pytest.raises(ValueError, match="got 8"):
-        ops.row_normalisers(chunk, means, make_lse(chunk, 8), lse, Kernel.TRITON)
+        ops.row_normalisers(chunk, means, make_lse(chunk, 8), Kernel.TRITON)
     wide = make_chunk(replace(SPARSE, num_qo_heads=6, num_kv_heads=2), device)
     with pytest.raises(ValueError, match="neither"):
         ops.group_masses(wide, means, lse, 0, make_masses(wide, 2), Kernel.TRITON)

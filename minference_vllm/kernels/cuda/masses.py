@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is made of sampled rows and means of keys on Hopper, csrc/score.cu: bf16 and fp16, head_dim 64 and 128."""
+"""The masses of groups on Hopper, csrc/score.cu: bf16 and fp16, head_dim 64 and 128."""
 
 import ctypes
 
 import torch
 
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUP, HALF, HALVES, TILE
+from minference_vllm.index import GROUP, HALF, TILE
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E
 from minference_vllm.reference.normalisers import PART
@@ -16,13 +16,13 @@ ROWS_PER_HALF = (16, 32, 64)
 """Rows of a half that the kernels can take: one, two or four parts."""
 # csrc/score.cuh and csrc/score_mass.cuh hold the same numbers.
 assert (TILE, HALF, PART, GROUP, MEAN) == (128, 64, 16, 16, 4)
-assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE) == (256, 8, 28)
+assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE) == (256, 8, 26)
 
-POINTERS = ("q", "means", "row_lse", "masses", "partial_sum")
+POINTERS = ("q", "means", "row_lse", "masses")
 STRIDES = ("q_row", "q_head", "means", "lse", "masses", "masses_part")
 SIZES = (
     "num_rows", "context_len", "rows_per_half", "num_qo_heads", "num_kv_heads", "head_dim", "is_bf16",
-    "first_head", "num_heads", "max_ranges", "num_multiprocessors",
+    "first_head", "num_heads", "num_multiprocessors",
 )  # fmt: skip
 
 
@@ -45,49 +45,18 @@ def group_masses(
 
     Nothing is written but the codes of the groups before each part's tile.
     """
-    num_heads = min(len(masses), chunk.num_qo_heads - first_head)
-    arguments = _describe(chunk, means, row_lse)
-    arguments.masses = masses.data_ptr()
-    arguments.stride_masses, arguments.stride_masses_part = masses.stride(0), masses.stride(1)
-    arguments.first_head, arguments.num_heads = first_head, num_heads
-    library.launch("minference_group_masses", arguments, chunk.q.device)
-
-
-def add_means(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, partial_sum: torch.Tensor) -> None:
-    """Let normalisers count the means before each row's tile too.
-
-    What minference_vllm.reference.row_normalisers gives without `before` becomes what it gives with it.
-
-    Args:
-        chunk, means: as there.
-        row_lse: added to. Its last two dimensions, and those of `means`, are contiguous.
-        partial_sum: float32 scratch, contiguous, of at least the size of the chunk's part of row_lse. With a few times
-            that, a chunk of few rows keeps the whole GPU busy.
-
-    Raises:
-        ValueError: partial_sum is too small.
-    """
-    num_sums = chunk.num_qo_heads * chunk.num_tiles * HALVES * row_lse.shape[2]
-    max_ranges = partial_sum.numel() // num_sums
-    if not max_ranges:
-        raise ValueError(f"partial_sum must hold {num_sums} numbers, got {partial_sum.numel()}")
-    arguments = _describe(chunk, means, row_lse)
-    arguments.partial_sum = partial_sum.data_ptr()
-    arguments.num_heads, arguments.max_ranges = chunk.num_qo_heads, max_ranges
-    library.launch("minference_row_lse", arguments, chunk.q.device)
-
-
-def _describe(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor) -> _Arguments:
-    """What both kernels read; the rest is zero."""
     q = chunk.q
-    return _Arguments(
+    arguments = _Arguments(
         q=q.data_ptr(),
         means=means.data_ptr(),
         row_lse=row_lse.data_ptr(),
+        masses=masses.data_ptr(),
         stride_q_row=q.stride(0),
         stride_q_head=q.stride(1),
         stride_means=means.stride(0),
         stride_lse=row_lse.stride(0),
+        stride_masses=masses.stride(0),
+        stride_masses_part=masses.stride(1),
         num_rows=chunk.num_rows,
         context_len=chunk.context_len,
         rows_per_half=row_lse.shape[2],
@@ -95,6 +64,9 @@ def _describe(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor) -> _Argu
         num_kv_heads=len(means),
         head_dim=chunk.head_dim,
         is_bf16=q.dtype == torch.bfloat16,
+        first_head=first_head,
+        num_heads=min(len(masses), chunk.num_qo_heads - first_head),
         num_multiprocessors=library.num_multiprocessors(q.device),
         scale_log2=chunk.scale * LOG2_E,
     )
+    library.launch("minference_group_masses", arguments, q.device)

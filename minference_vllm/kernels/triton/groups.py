@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
-from minference_vllm.reference.normalisers import PART
+from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
+from minference_vllm.reference.groups import ONE
+from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
 
 BLOCK = 1024
@@ -66,19 +67,26 @@ def _codes(
 
 @triton.jit
 def _threshold(
-    codes_ptr, other_ptr, stride, allowed, num_groups, sinks, local,
+    codes_ptr, other_ptr, stride, share, rows_weight, num_groups, sinks, local,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """See reference.groups.threshold. Groups before `sinks` and from `local` on are not free to go."""
+    """See reference.groups.threshold. Groups before `sinks` and from `local` on are not free to go.
+
+    The mass of groups from COUNTED on is not in rows_weight, the weight of what the rows' normalisers have seen.
+    """
     b_count = tl.zeros([CODES], tl.int32)
-    for start in range(sinks // BLOCK * BLOCK, local, BLOCK):
+    b_weight = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, num_groups, BLOCK):
         o_g = start + tl.arange(0, BLOCK)
         b_code = _codes(codes_ptr, other_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
         b_count += tl.histogram(b_code, CODES, mask=(o_g >= sinks) & (o_g < local))
+        b_weight += tl.where(o_g >= COUNTED, _weights(b_code, CODES_PER_OCTAVE), 0)
+    # In 64 bits, the twin's very number.
+    allowed = ((1 - share.to(tl.float64)) * (rows_weight + tl.sum(b_weight, 0)).to(tl.float64)).to(tl.int64)
     # [CODES]; what is dropped if it is all groups of this code and less
     dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
-    return tl.minimum(tl.maximum(tl.sum((dropped <= allowed).to(tl.int32), 0), 1), CODES - 1)
+    return tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
 
 
 @triton.jit
@@ -116,7 +124,7 @@ def _groups_kernel(
     stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, UNITS: tl.constexpr,
+    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     tile_start = (context_len // TILE + i_t) * TILE
@@ -130,18 +138,17 @@ def _groups_kernel(
     first_ptr = masses_ptr + ((i_t * 2 + first_half) * PARTS).to(tl.int64) * stride_part
     second_ptr = masses_ptr + ((i_t * 2 + second_half) * PARTS).to(tl.int64) * stride_part
     head = first_head + i_h
-    # In units of the weights' and in 64 bits: the twin's very number.
-    num_rows_added = rows_per_half.to(tl.float64) * (2 if BY_TILE else 1)
-    allowed = ((1 - tl.load(share_ptr + head).to(tl.float64)) * (num_rows_added * UNITS)).to(tl.int64)
+    share = tl.load(share_ptr + head)
+    rows_weight = rows_per_half.to(tl.int64) * (2 * ONE if BY_TILE else ONE)
     first = _threshold(
-        first_ptr, second_ptr, stride_part, allowed, num_groups, sinks, local,
-        PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE,
+        first_ptr, second_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
+        PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE, COUNTED,
     )  # fmt: skip
     second = first
     if not BY_TILE:
         second = _threshold(
-            second_ptr, first_ptr, stride_part, allowed, num_groups, sinks, local,
-            PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE,
+            second_ptr, first_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
+            PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE, COUNTED,
         )  # fmt: skip
 
     o_n = tl.arange(0, BLOCK)
@@ -204,6 +211,6 @@ def select_groups(
         masses.stride(0), masses.stride(1), groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
         PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK,
-        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, UNITS=2.0**38,
+        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, COUNTED=NORMALISER_KEYS // GROUP, ONE=ONE,
         num_warps=4,
     )  # fmt: skip

@@ -81,8 +81,8 @@ def _masses_kernel(
         b_k = tl.load(p_means, mask=(start + o_n < num_means)[:, None], other=0.0)
         if UPCAST:
             b_k = b_k.to(tl.float32)
-        # [BLOCK_N, BLOCK_M]
-        b_p = tl.exp2(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :])
+        # [BLOCK_N, BLOCK_M]; no mean counts more than all that the row's normaliser has seen
+        b_p = tl.exp2(tl.minimum(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :], 0.0))
         # [BLOCK_N, LISTS]
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
         # [GROUPS, LISTS]
