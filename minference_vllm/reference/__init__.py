@@ -9,5 +9,16 @@ from minference_vllm.reference.means import key_means
 from minference_vllm.reference.normalisers import row_normalisers
 from minference_vllm.reference.probe import probe
 from minference_vllm.reference.select import select
+from minference_vllm.reference.share import share_sizes
 
-__all__ = ["attend", "band_lists", "group_masses", "key_means", "probe", "row_normalisers", "select", "select_groups"]
+__all__ = [
+    "attend",
+    "band_lists",
+    "group_masses",
+    "key_means",
+    "probe",
+    "row_normalisers",
+    "select",
+    "select_groups",
+    "share_sizes",
+]

@@ -10,6 +10,7 @@ from minference_vllm.kernels.triton.means import key_means
 from minference_vllm.kernels.triton.normalisers import row_normalisers
 from minference_vllm.kernels.triton.probe import probe
 from minference_vllm.kernels.triton.select import select
+from minference_vllm.kernels.triton.share import share_sizes
 
 __all__ = [
     "attend",
@@ -21,4 +22,5 @@ __all__ = [
     "row_normalisers",
     "select",
     "select_groups",
+    "share_sizes",
 ]
