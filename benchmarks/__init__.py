@@ -57,7 +57,8 @@ def vertical_slash(vertical_size: int, slash_size: int) -> dict[str, Any]:
 
 
 def parse_method(text: str) -> dict[str, Any]:
-    """The setting `method` from `block`, `block:{"share": 0.95}` or, for vertical_slash of those sizes, `1000:6096`."""
+    """The setting `method` from a name, `block`, a name and settings, `block:{"share": 0.95}`, or the sizes of
+    vertical_slash, `1000:6096`."""
     name, _, rest = text.partition(":")
     if name.isdecimal():
         return vertical_slash(int(name), int(rest))

@@ -5,6 +5,11 @@
         --out benchmarks/results/h100-fidelity.json
 
 The last tokens of each prompt are scored over the whole vocabulary, from the hidden states after the last layer.
+
+A method is named by its name alone, by the sizes of vertical_slash, or by a name and settings in JSON:
+
+    --methods block 1000:6096 'vertical_slash:{"vertical_size": 1000, "slash_size": 1000, "probe_rows": "spread"}' \
+        'vertical_slash:{"share": 0.95}' 'vertical_slash:{"share": 0.95, "probe_rows": "spread"}'
 """
 
 import argparse
@@ -161,7 +166,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 2048], help="max_num_batched_tokens")
     parser.add_argument(
         "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
-        help='`block`, `block:{"share": 0.95}`, or the sizes of vertical_slash',
+        help='`block`, `vertical_slash:{"share": 0.95}`, or the sizes of vertical_slash',
     )  # fmt: skip
     return parser.parse_args()
 
