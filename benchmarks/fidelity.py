@@ -26,6 +26,7 @@ from benchmarks import (
     DENSE,
     SPARSE,
     SPARSE_BACKEND,
+    SparseWork,
     argument_parser,
     facts,
     load_engine,
@@ -85,9 +86,14 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
             return {}
         work = sparse_work().since(before)
         dense = torch.load(request["file"]).to(states.device)
-        return {**compare(model, dense, states, request), "density": work.density, "sparse_tokens": work.sparse_tokens}
+        return {**compare(model, dense, states, request), **described(work)}
 
     return answer
+
+
+def described(work: SparseWork) -> dict[str, Any]:
+    """What ran sparse for a request."""
+    return {name: getattr(work, name) for name in ("density", "recall", "redone", "sparse_tokens")}
 
 
 def compare(model: Any, dense: Any, sparse: Any, request: dict[str, Any]) -> dict[str, float]:
@@ -192,6 +198,8 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND},
+        "recall, redone": "held-out rows' attention on the keys kept, mean over layers, heads and chunks, before the "
+        "guard acted; share of those heads that the guard then had attend to all keys (density counts both)",
         "answer_loss_low, answer_loss_high": "95% interval of the mean difference of a prompt's answer loss, sparse "
         "less dense (two standard errors)",
     }
