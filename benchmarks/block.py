@@ -28,6 +28,7 @@ from minference_vllm.index import TILE, TileIndex
 from minference_vllm.methods import Block
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.ops import Kernel, choose_kernel
+from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 from minference_vllm.tuning.groups import draw_groups
 
@@ -113,7 +114,9 @@ def make_guard(chunk: Chunk, attend: AttendBuffers, method: Block) -> Callable[[
     """What measures the chunk's recall, and finds no head below the floor: the lowest there is."""
     heads, device = chunk.num_qo_heads, chunk.q.device
     lowest = torch.finfo(torch.float32).tiny
-    guard = Guard(lowest, RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device))
+    guard = Guard(
+        Floors(lowest, lowest), RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device)
+    )
     layer = LayerState(0, method.budgets(heads, device), None, attend, guard)
     return partial(watch, chunk, layer, guard, method.kernel)
 

@@ -41,24 +41,45 @@ def make_prompt(tokenizer: Any, text: str, tokens: int, seed: int) -> FactPrompt
         tokens: how long the prompt is to be, within a few percent.
         seed: of the place, the facts and their places.
     """
-
-    def encode(part: str) -> list[int]:
-        return tokenizer.encode(part, add_special_tokens=False)
-
     lots = random.Random(seed)
-    numbers = {city: str(lots.randrange(10**6, 10**7)) for city in CITIES}
+    numbers = draw_numbers(lots)
+    prompt = encode(tokenizer, OPENING + hide(cut(tokenizer, text, tokens - QUESTIONS_TOKENS, lots), numbers, lots))
+    text_end = len(prompt)
+    return FactPrompt(prompt, text_end, ask(tokenizer, prompt, numbers, lots))
+
+
+def encode(tokenizer: Any, part: str) -> list[int]:
+    return list(tokenizer.encode(part, add_special_tokens=False))
+
+
+def draw_numbers(lots: random.Random) -> dict[str, str]:
+    """A number for each city."""
+    return {city: str(lots.randrange(10**6, 10**7)) for city in CITIES}
+
+
+def cut(tokenizer: Any, text: str, tokens: int, lots: random.Random) -> str:
+    """So many tokens from a random place of the first half of a text."""
     start = lots.randrange(len(text) // 2)
-    body = encode(text[start : start + tokens * CHARACTERS_PER_TOKEN])[: tokens - QUESTIONS_TOKENS]
-    if len(body) < tokens - QUESTIONS_TOKENS:
+    body = encode(tokenizer, text[start : start + tokens * CHARACTERS_PER_TOKEN])[:tokens]
+    if len(body) < tokens:
         raise ValueError(f"the text has {len(body)} tokens from character {start} on; {tokens} are asked for")
-    sentences = tokenizer.decode(body).split(". ")
+    return str(tokenizer.decode(body))
+
+
+def hide(text: str, numbers: dict[str, str], lots: random.Random) -> str:
+    """The text with a sentence for each city at random places."""
+    sentences = text.split(". ")
     for city, number in numbers.items():
         sentences.insert(lots.randrange(len(sentences)), FACT.format(city=city, number=number))
-    prompt = encode(OPENING + ". ".join(sentences))
-    text_end, answers = len(prompt), []
+    return ". ".join(sentences)
+
+
+def ask(tokenizer: Any, prompt: list[int], numbers: dict[str, str], lots: random.Random) -> list[int]:
+    """Append a question and its answer for each city, in random order; positions of the answers' tokens."""
+    answers: list[int] = []
     for city in lots.sample(CITIES, len(CITIES)):
-        prompt += encode(QUESTION.format(city=city))
-        answer = encode(numbers[city])
+        prompt += encode(tokenizer, QUESTION.format(city=city))
+        answer = encode(tokenizer, numbers[city])
         answers += range(len(prompt), len(prompt) + len(answer))
         prompt += answer
-    return FactPrompt(prompt, text_end, answers)
+    return answers

@@ -53,6 +53,8 @@ SHORT = 32768
 MOST_FOR_SHORT = 16
 
 
+# Recall is measured as in service; but what is drawn holds little of it, and the guard would act.
+NO_FLOOR = {"recall_floor": 0.0, "row_recall_floor": 0.0}
 NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
 
 
@@ -188,8 +190,7 @@ def main() -> None:
         record = {"settings": settings, "seconds": seconds}
         with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
             for method in options.methods:
-                # Recall is measured as in service; but what is drawn holds little of it, and the guard would act.
-                minference: dict[str, Any] = {"method": parse_method(method), "recall_floor": 0.0}
+                minference: dict[str, Any] = {"method": parse_method(method), **NO_FLOOR}
                 minference |= TINY_SETTINGS if options.tiny else {}
                 settings["sparse"][method] = resolved(minference)
                 with EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}) as sparse:

@@ -11,6 +11,7 @@ from minference_vllm import ops
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HeadIndex, SparseIndex
 from minference_vllm.methods import Method
+from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals
 
 
@@ -19,12 +20,12 @@ class Guard:
     """What measures whether the kept keys hold the attention of rows that did not choose them, and acts on it.
 
     Attributes:
-        floor: a head whose recall in a chunk is below this attends to all keys, in this chunk.
+        floors: a head that is below one of them in a chunk attends to all keys, in this chunk.
         buffers: what a chunk's measurement writes.
         totals: what is measured of all layers since the start.
     """
 
-    floor: float
+    floors: Floors
     buffers: RecallBuffers
     totals: RecallTotals
 
@@ -78,11 +79,11 @@ def prefill(chunk: Chunk, method: Method, layer: LayerState, chooser: Chooser = 
 
 
 def watch(chunk: Chunk, layer: LayerState, guard: Guard, kernel: ops.Kernel) -> None:
-    """Measure each head's recall in a chunk; heads below the floor attend again, to all keys.
+    """Measure each head's recall in a chunk; heads below a floor attend again, to all keys.
 
     How many they are stays on the device, and nothing of a chunk is remembered for the next: so it holds for any order
     of chunks and requests.
     """
-    ops.measure_recall(chunk, layer.attend.lse, guard.floor, layer.position, guard.buffers, guard.totals, kernel)
-    if guard.floor > 0:
+    ops.measure_recall(chunk, layer.attend.lse, guard.floors, layer.position, guard.buffers, guard.totals, kernel)
+    if any(guard.floors):
         ops.attend(chunk, HeadIndex(guard.buffers.heads, guard.buffers.num_heads), layer.attend, kernel)

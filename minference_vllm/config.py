@@ -43,9 +43,12 @@ class MInferenceConfig(BaseModel):
     measure_recall: bool = True
     """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that it kept."""
 
-    recall_floor: float = Field(default=0.5, ge=0, le=1)
-    """The guard: a head that kept less than this share of those rows' attention attends to all keys, in the same chunk.
-    No unit. 0 turns it off, and recall is still measured."""
+    recall_floor: float = Field(default=0.7, ge=0, le=1)
+    """The guard: a head that kept less than this share of those rows' attention, on average over them, attends to all
+    keys, in the same chunk. No unit; 0 is no floor, and recall is still measured."""
+
+    row_recall_floor: float = Field(default=0.25, ge=0, le=1)
+    """The same for a head of which two of those rows are below this."""
 
     dense_layers: int = Field(default=0, ge=0, le=10_000)
     """The first layers of the model, this many, always run dense."""

@@ -4,12 +4,27 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 RECALL_EDGES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 """Upper edges of the histogram's buckets but the last, which ends at 1."""
 
 NUM_BUCKETS = len(RECALL_EDGES) + 1
+
+LOST_ROWS = 2
+"""Held-out rows that must be lost before the guard acts: one in 64 is below a quarter in one head of a hundred."""
+
+
+class Floors(NamedTuple):
+    """When a head's kept keys are too few. Shares of attention; 0 is no floor.
+
+    Attributes:
+        head: its recall in a chunk, the mean over held-out rows, is below this;
+        row: or LOST_ROWS of these rows have less than this.
+    """
+
+    head: float
+    row: float
 
 
 @dataclass(frozen=True, slots=True)

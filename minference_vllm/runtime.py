@@ -17,7 +17,7 @@ from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.density import DensityMeter
 from minference_vllm.metrics.recall_meter import RecallMeter
 from minference_vllm.ops import choose_kernel
-from minference_vllm.recall import Recall
+from minference_vllm.recall import Floors, Recall
 from minference_vllm.record import Record, StepRecord, Tally
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 
@@ -48,6 +48,7 @@ class Runtime:
         self.method = make_method(config.method, choose_kernel(config.kernel, device))
         self.chooser: Chooser = choose
         self.counters = Counters(publish, config.log_every, self._tally_once, self._read)
+        self._floors = Floors(config.recall_floor, config.row_recall_floor)
         self.is_broken = False
         self.failed: set[int] = set()  # requests of this step whose sparse attention raised an exception
         self._faults = 0  # since a chunk last ran sparse
@@ -114,7 +115,7 @@ class Runtime:
             logger.info("MInference: %.0f MiB of scratch for %s", size, shape)
             self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs), recall
         buffers, attend, recall = self._buffers[shape]
-        guard = Guard(self.config.recall_floor, recall, totals) if self.config.measure_recall else None
+        guard = Guard(self._floors, recall, totals) if self.config.measure_recall else None
         budgets = self.method.budgets(shape.num_qo_heads, self.device)
         return LayerState(position, budgets, buffers, attend, guard)
 

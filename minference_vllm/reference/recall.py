@@ -5,7 +5,7 @@ import torch
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE
-from minference_vllm.recall import RECALL_EDGES
+from minference_vllm.recall import LOST_ROWS, RECALL_EDGES, Floors
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
 
@@ -23,7 +23,7 @@ def held_out_rows(chunk: Chunk) -> torch.Tensor:
 
 
 def measure_recall(
-    chunk: Chunk, lse: torch.Tensor, floor: float, layer: int, buffers: RecallBuffers, totals: RecallTotals
+    chunk: Chunk, lse: torch.Tensor, floors: Floors, layer: int, buffers: RecallBuffers, totals: RecallTotals
 ) -> None:
     """Measure each head's recall: the attention that its held-out rows have on kept keys, on average over the rows.
 
@@ -32,7 +32,7 @@ def measure_recall(
     Args:
         chunk: its queries and keys are read.
         lse: [num_qo_heads, >= num_rows] float32, natural log-sum-exp of each row over its kept keys, see AttendBuffers.
-        floor: heads whose recall is below it, or is not a number, are listed.
+        floors: heads that are below one are listed, and those whose recall is not a number.
         layer: whose row of `totals` is added to.
         buffers: `recall`, `heads` and `num_heads` are written.
         totals: added to.
@@ -40,11 +40,14 @@ def measure_recall(
     rows = held_out_rows(chunk)
     keys, _ = gather(chunk.kv, chunk.seq_len)
     future = torch.arange(chunk.seq_len, device=rows.device) > (chunk.context_len + rows)[:, None]
+    recalls = torch.empty(chunk.num_qo_heads, HELD_OUT_ROWS, device=rows.device)
     for head in range(chunk.num_qo_heads):
         scores = chunk.q[rows, head].float() @ keys[head // chunk.group_size].float().T * chunk.scale
         exact = scores.masked_fill_(future, -torch.inf).logsumexp(-1)
-        buffers.recall[head] = (lse[head, rows] - exact).clamp(max=0).exp().mean()
-    below = (~(buffers.recall >= floor)).nonzero().flatten()
+        recalls[head] = (lse[head, rows] - exact).clamp(max=0).exp()
+    buffers.recall.copy_(recalls.mean(1))
+    lost = (recalls < floors.row).sum(1) >= LOST_ROWS
+    below = (~(buffers.recall >= floors.head) | lost).nonzero().flatten()
     buffers.heads[: len(below)] = below.to(torch.int32)
     buffers.num_heads.fill_(len(below))
     edges = torch.tensor(RECALL_EDGES, device=rows.device)

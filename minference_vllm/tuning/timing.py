@@ -12,6 +12,7 @@ from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import Method, make_method
 from minference_vllm.ops import choose_kernel
+from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape
 from minference_vllm.tuning.drawn import drawn_choice
 from minference_vllm.tuning.gate import Timing
@@ -31,7 +32,7 @@ def make_state(method: Method, shape: ScratchShape, device: torch.device, measur
     """
     heads = shape.num_qo_heads
     attend = AttendBuffers.allocate(heads, shape.max_chunk, device)
-    guard = Guard(0.0, RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device))
+    guard = Guard(Floors(0.0, 0.0), RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device))
     budgets, buffers = method.budgets(heads, device), method.scratch(shape, device)
     return LayerState(0, budgets, buffers, attend, guard if measures else None)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recall of held-out rows, and the guard that acts on it: Triton against the reference, and what both promise."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from minference_vllm.attention import Guard, prefill
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HeadIndex
 from minference_vllm.ops import Kernel
+from minference_vllm.recall import Floors
 from minference_vllm.reference.dense import dense
 from minference_vllm.reference.normalisers import sampled_rows
 from minference_vllm.reference.recall import held_out_rows
@@ -84,7 +86,7 @@ GUARDED = Case("guarded", num_rows=300, context_len=500, vertical_size=1, slash_
 def guarded_prefill(kernel: Kernel, floor: float, chunk: Chunk, case: Case = GUARDED) -> tuple[Guard, AttendBuffers]:
     device = chunk.q.device
     guard = Guard(
-        floor,
+        Floors(floor, 0.0),
         RecallBuffers.allocate(case.num_qo_heads, device),
         RecallTotals.allocate(1, case.num_qo_heads, device),
     )
@@ -144,3 +146,16 @@ def test_all_keys_kept_is_a_recall_of_one(device: torch.device) -> None:
         measured, totals = measure(kernel, chunk, buffers.lse)
         torch.testing.assert_close(measured.recall, torch.ones(4, device=device), rtol=0, atol=1e-3)
         assert totals.histogram[-1] == 8
+
+
+@pytest.mark.parametrize(("lost", "listed"), [(0, False), (1, False), (2, True), (64, True)])
+def test_two_lost_rows_are_enough(lost: int, listed: bool, device: torch.device) -> None:
+    chunk = make_chunk(GUARDED, device)
+    everyone = torch.arange(4, dtype=torch.int32, device=device)
+    buffers = AttendBuffers.allocate(4, GUARDED.num_rows, device)
+    reference.attend(chunk, HeadIndex(everyone, torch.tensor([4], device=device)), buffers)
+    # What all keys give, less what leaves a fifth, for some rows of one head.
+    buffers.lse[1, held_out_rows(chunk)[:lost]] -= math.log(5)
+    for kernel in (Kernel.REFERENCE, Kernel.TRITON):
+        measured, _ = measure(kernel, chunk, buffers.lse, Floors(0.0, 0.25))
+        assert measured.heads[: int(measured.num_heads)].tolist() == [1] * listed

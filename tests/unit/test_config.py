@@ -20,6 +20,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "min_chunk": (1, MAX_TOKENS),
     "dense_layers": (0, 10_000),
     "recall_floor": (0.0, 1.0),
+    "row_recall_floor": (0.0, 1.0),
     "log_every": (0.0, 86_400.0),
 }
 CHOICES: dict[str, list[Any]] = {
@@ -33,6 +34,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     **{field: ["7", 7.5, True, None, [7], {"of": 7}] for field in BOUNDS},
     "log_every": ["7", True, None, [7.0]],
     "recall_floor": ["0.5", True, None, [0.5]],
+    "row_recall_floor": ["0.5", True, None, [0.5]],
     "method": [7, True, None, ["vertical_slash"], {}, {"name": None}, {"name": ["vertical_slash"]}],
     "kernel": [7, True, None, ["auto"]],
     "debug": [1, 0.0, "true", None],

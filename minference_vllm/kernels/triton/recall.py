@@ -8,7 +8,7 @@ import triton.language as tl
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE
 from minference_vllm.kernels.triton.launch import LOG2_E
-from minference_vllm.recall import RECALL_EDGES
+from minference_vllm.recall import LOST_ROWS, RECALL_EDGES, Floors
 from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
 
 
@@ -24,8 +24,10 @@ def _held_out_rows(number, num_rows, context_len, ROWS: tl.constexpr, TILE: tl.c
 @triton.jit(do_not_specialize=["num_rows", "context_len", "num_ranges", "layer", "num_layers"])
 def _recall_kernel(
     max_ptr, sum_ptr, lse_ptr, recall_ptr, heads_ptr, num_heads_ptr, totals_ptr,
-    num_rows, context_len, num_ranges, layer, num_layers, floor, stride_partial, stride_range, stride_lse,
-    ROWS: tl.constexpr, TILE: tl.constexpr, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr, LOG2_E: tl.constexpr,
+    num_rows, context_len, num_ranges, layer, num_layers, head_floor, row_floor,
+    stride_partial, stride_range, stride_lse,
+    ROWS: tl.constexpr, TILE: tl.constexpr, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr, LOST_ROWS: tl.constexpr,
+    LOG2_E: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0)
     num_qo_heads = tl.num_programs(0)
@@ -46,9 +48,12 @@ def _recall_kernel(
     kept = tl.load(lse_ptr + i_h.to(tl.int64) * stride_lse + rows) * LOG2_E
     # Not a minimum, which would take zero for what is no number.
     missed = tl.where(kept > exact, 0.0, kept - exact)
-    recall = tl.sum(tl.exp2(missed), 0) / ROWS
+    b_recall = tl.exp2(missed)
+    recall = tl.sum(b_recall, 0) / ROWS
     tl.store(recall_ptr + i_h, recall)
-    if not (recall >= floor):
+    # What is no number is not enough.
+    is_enough = (recall >= head_floor) & (tl.sum((b_recall < row_floor).to(tl.int32), 0) < LOST_ROWS)
+    if not is_enough:
         place = tl.atomic_add(num_heads_ptr, 1, sem="relaxed")
         tl.store(heads_ptr + place, i_h)
 
@@ -61,7 +66,7 @@ def _recall_kernel(
     p_chunks = totals_ptr + NUM_EDGES + 1 + layer
     if i_h == 0:
         tl.store(p_chunks, tl.load(p_chunks) + 1)
-    if not (recall >= floor):
+    if not is_enough:
         tl.atomic_add(p_chunks + num_layers, one, sem="relaxed")
     p_sum = totals_ptr + NUM_EDGES + 1 + 2 * num_layers + layer * num_qo_heads + i_h
     p_worst = p_sum + num_layers * num_qo_heads
@@ -72,7 +77,7 @@ def _recall_kernel(
 def measure_recall(
     chunk: Chunk,
     lse: torch.Tensor,
-    floor: float,
+    floors: Floors,
     layer: int,
     num_ranges: int,
     buffers: RecallBuffers,
@@ -87,8 +92,8 @@ def measure_recall(
     buffers.num_heads.zero_()
     _recall_kernel[(chunk.num_qo_heads,)](
         partial, buffers.partial_sum, lse, buffers.recall, buffers.heads, buffers.num_heads, totals.flat,
-        chunk.num_rows, chunk.context_len, num_ranges, layer, len(totals.chunks), floor,
+        chunk.num_rows, chunk.context_len, num_ranges, layer, len(totals.chunks), *floors,
         num_ranges * HELD_OUT_ROWS, HELD_OUT_ROWS, lse.stride(0),
-        ROWS=HELD_OUT_ROWS, TILE=TILE, EDGES=RECALL_EDGES, NUM_EDGES=len(RECALL_EDGES), LOG2_E=LOG2_E,
-        num_warps=1,
+        ROWS=HELD_OUT_ROWS, TILE=TILE, EDGES=RECALL_EDGES, NUM_EDGES=len(RECALL_EDGES), LOST_ROWS=LOST_ROWS,
+        LOG2_E=LOG2_E, num_warps=1,
     )  # fmt: skip

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the guard keeps dense attention's answers where a choice of keys fails: the real engine, on such prompts.
+
+    python -m benchmarks.guard --model /tmp/qwen --texts austen.txt.xz stdlib --out benchmarks/results/guard.json
+
+And one chunk without a model, in which some rows in the middle each look at one far key (benchmarks.far_rows).
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import DENSE, SPARSE, argument_parser, far_rows, parse_method, resolved, results
+from benchmarks.fidelity import GATE, SCORED_TEXT, TINY_GATE, load_text, make_row, start_engine
+from benchmarks.processes import EngineProcess, serve_requests
+from benchmarks.traps import TRAPS
+
+GUARDS: dict[str, dict[str, float]] = {"on": {}, "off": {"recall_floor": 0.0, "row_recall_floor": 0.0}}
+
+SETTINGS = {
+    "prompts": "benchmarks.traps. answers: share of the tokens of answers, or of the copied passage, that are the "
+    "model's first choice",
+    "far rows": "no model: benchmarks.far_rows, whose rows are described there",
+    "recall": "mean over layers, heads and chunks, before the guard acted",
+    "redone": "share of heads of chunks that the guard had attend to all keys; density counts both",
+}
+
+
+def make_requests(options: argparse.Namespace, directory: str) -> dict[str, list[dict[str, Any]]]:
+    """What is asked, by kind."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    texts = [load_text(name) for name in options.texts]
+    requests: dict[str, list[dict[str, Any]]] = {}
+    for kind, make in TRAPS.items():
+        for number in range(options.prompts):
+            prompt = make(tokenizer, texts, options.tokens, options.seed + number)
+            scored = max(1, prompt.text_end - SCORED_TEXT)
+            file = str(Path(directory, f"{len(requests)}-{number}.pt"))
+            requests.setdefault(kind, []).append({**prompt._asdict(), "scored": scored, "file": file})
+    return requests
+
+
+def parse() -> argparse.Namespace:
+    parser = argument_parser(__doc__, "short prompts, the gate at 512 tokens")
+    parser.add_argument("--model", required=True, help="a model directory; its final norm must be `model.norm`")
+    parser.add_argument("--texts", nargs=2, required=True, help="files, or 'stdlib' for Python's own library")
+    parser.add_argument("--tokens", type=int, default=28672, help="prompt length")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of each kind")
+    parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens")
+    methods = ["block", "1000:1000", "200:400"]
+    parser.add_argument("--methods", nargs="+", default=methods, help="as for benchmarks.fidelity")
+    return parser.parse_args()
+
+
+def make_spec(options: argparse.Namespace) -> dict[str, Any]:
+    engine = {
+        "model": options.model, "dtype": "bfloat16", "max_model_len": options.tokens + 2048,
+        "max_num_batched_tokens": options.chunk, "max_num_seqs": 1, "enforce_eager": True,
+        "enable_prefix_caching": False, "gpu_memory_utilization": 0.4, "disable_log_stats": True,
+    }  # fmt: skip
+    return {"engine": engine, "dense_backend": options.dense_backend}
+
+
+def measure_traps(options: argparse.Namespace, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Add a row for each method, with and without the guard, and kind of prompt."""
+    gate = TINY_GATE if options.tiny else GATE
+    with tempfile.TemporaryDirectory(prefix="guard-") as directory:
+        requests, spec = make_requests(options, directory), make_spec(options)
+        settings["engine"] = {key: value for key, value in spec["engine"].items() if key != "model"}
+        with EngineProcess("benchmarks.guard", DENSE, spec) as dense:
+            for request in [request for some in requests.values() for request in some]:
+                dense.ask(request)
+        for text in options.methods:
+            for guard, floors in GUARDS.items():
+                minference = {**gate, **floors, "method": parse_method(text)}
+                settings["sparse"][f"{text}, guard {guard}"] = resolved(minference)
+                with EngineProcess("benchmarks.guard", SPARSE, {**spec, "minference": minference}) as sparse:
+                    for kind, some in requests.items():
+                        of = {"kind": kind, "method": text, "guard": guard, "tokens": options.tokens}
+                        rows.append(make_row(of, [sparse.ask(request) for request in some]))
+                        print(rows[-1], flush=True)
+                # After each engine: what a run that is cut off has measured stays.
+                results.write(options.out, rows, options.tiny, settings=settings)
+
+
+def main() -> None:
+    if serve_requests(start_engine):
+        return
+    options = parse()
+    results.describe_run(options.tiny)
+    rows: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {**SETTINGS, "sparse": {}}
+    measure_traps(options, rows, settings)
+    for text in options.methods:
+        for guard, floors in GUARDS.items():
+            of = {"kind": "far rows", "method": text, "guard": guard, "tokens": options.tokens}
+            minference = {**floors, "method": parse_method(text)}
+            rows.append({**of, **far_rows.measure(minference, options.tokens, options.chunk, options.seed)})
+            print(rows[-1], flush=True)
+    results.write(options.out, rows, options.tiny, settings=settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts made to defeat whoever chooses keys: what matters lies far back, and only part of a chunk wants it."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.facts import OPENING, QUESTIONS_TOKENS, FactPrompt, ask, cut, draw_numbers, encode, hide
+
+PASSAGE_TOKENS = 800
+PASSAGE_SEEN = 64  # tokens of the copy before it can be known for one
+
+Trap = Callable[[Any, list[str], int, int], FactPrompt]
+"""Makes a prompt from a tokenizer, two texts, the number of tokens and a seed."""
+
+
+def asked_in_the_middle(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactPrompt:
+    """Facts in the first half, questions and answers after it; then the text goes on, and its rows want nothing."""
+    lots = random.Random(seed)
+    numbers = draw_numbers(lots)
+    half = (tokens - QUESTIONS_TOKENS) // 2
+    prompt = encode(tokenizer, OPENING + hide(cut(tokenizer, texts[0], half, lots), numbers, lots))
+    text_end = len(prompt)
+    answers = ask(tokenizer, prompt, numbers, lots)
+    prompt += encode(tokenizer, "\n\n" + cut(tokenizer, texts[0], half, lots))
+    return FactPrompt(prompt, text_end, answers)
+
+
+def copied(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactPrompt:
+    """A passage of the first tenth comes again, word for word, in the middle of a later chunk."""
+    lots = random.Random(seed)
+    size = min(PASSAGE_TOKENS, tokens // 8)
+    passage = encode(tokenizer, cut(tokenizer, texts[0], size, lots))
+    before, between, after = (tokens * part // 10 for part in (1, 5, 3))
+    prompt = encode(tokenizer, cut(tokenizer, texts[0], before, lots)) + passage
+    prompt += encode(tokenizer, cut(tokenizer, texts[0], between, lots))
+    text_end = len(prompt)
+    prompt += passage
+    answers = list(range(text_end + PASSAGE_SEEN, len(prompt)))
+    prompt += encode(tokenizer, cut(tokenizer, texts[0], after, lots))
+    return FactPrompt(prompt, text_end, answers)
+
+
+def changed_half_way(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactPrompt:
+    """The first half, with the facts in it, is of one kind of text, the second of another; asked for at the end."""
+    lots = random.Random(seed)
+    numbers = draw_numbers(lots)
+    half = (tokens - QUESTIONS_TOKENS) // 2
+    prompt = encode(tokenizer, OPENING + hide(cut(tokenizer, texts[0], half, lots), numbers, lots))
+    prompt += encode(tokenizer, "\n\n" + cut(tokenizer, texts[1], half, lots))
+    text_end = len(prompt)
+    return FactPrompt(prompt, text_end, ask(tokenizer, prompt, numbers, lots))
+
+
+TRAPS: dict[str, Trap] = {
+    "asked in the middle": asked_in_the_middle,
+    "a copied passage": copied,
+    "another kind of text half-way": changed_half_way,
+}
