@@ -80,7 +80,7 @@ def select_groups(
 
     Args:
         masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
-            group_masses.
+            group_masses. By tile, what they are afterwards is not said.
         chunk: whose masses these are.
         first_head: the query head that is `masses`' first.
         share: [num_qo_heads] float32, the share of each head; above 0. With 1 all that has mass is kept, above 1

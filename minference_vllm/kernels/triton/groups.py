@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the masses of groups to the lists of those that each tile keeps: one program a tile and head.
 
-A histogram of each half's codes gives its threshold; the groups are counted by kind, then written in ascending order.
-No sort, no host sync, and masses are added as integers: the same codes give the same lists.
+A histogram of the codes gives the threshold and, where both halves keep the same, how many groups stay; then they are
+written in ascending order. No sort, no host sync, and masses are added as integers: the same codes give the same lists.
 """
 
 import torch
@@ -16,6 +16,9 @@ from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
 
 BLOCK = 1024
+
+EDGE = 64
+"""Of the few groups that are always kept, those that are weighed at once."""
 
 PLAIN = ["num_rows", "context_len", "first_head", "rows_per_half", "sink_groups", "local_groups", "max_kept"]
 
@@ -53,48 +56,70 @@ def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr, CODES_P
 
 
 @triton.jit
-def _codes(
-    codes_ptr, other_ptr, stride, o_g, num_groups,
-    PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+def _threshold(
+    codes_ptr, other_ptr, stride, share, rows_weight, num_groups, sinks, local,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
+    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one half's masses or, by tile, of the sums of both halves'."""
-    b_code = _half_codes(codes_ptr, stride, o_g, num_groups, PARTS, CODES_PER_OCTAVE)
+    """See reference.groups.threshold; and how many groups are dropped.
+
+    Groups before `sinks` and from `local` on are not free to go. The mass of groups from COUNTED on is not in
+    rows_weight, the weight of what the rows' normalisers have seen. By tile the sums of both halves' masses take the
+    place of the first part's, for those who read them next.
+    """
+    b_count = tl.zeros([CODES], tl.int32)
+    for start in range(0, num_groups, BLOCK):
+        o_g = start + tl.arange(0, BLOCK)
+        b_code = _half_codes(codes_ptr, stride, o_g, num_groups, PARTS, CODES_PER_OCTAVE)
+        if BY_TILE:
+            b_other = _half_codes(other_ptr, stride, o_g, num_groups, PARTS, CODES_PER_OCTAVE)
+            b_code = _add_codes(b_code, b_other, CODES_PER_OCTAVE)
+            tl.store(codes_ptr + o_g, b_code.to(tl.uint8), mask=o_g < num_groups)
+        b_count += tl.histogram(b_code, CODES, mask=(o_g >= sinks) & (o_g < local))
     if BY_TILE:
-        b_other = _half_codes(other_ptr, stride, o_g, num_groups, PARTS, CODES_PER_OCTAVE)
-        b_code = _add_codes(b_code, b_other, CODES_PER_OCTAVE)
-    return b_code
+        tl.debug_barrier()  # what one thread has written another may read
+    # [CODES]; what is dropped if it is all groups of this code and less
+    dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
+    # Of all groups from COUNTED on: the free ones are counted, but those before COUNTED too, and few are not free.
+    total = rows_weight + tl.max(dropped, 0)
+    for start in range(local, num_groups, EDGE):
+        total += _edge(codes_ptr, stride, start, num_groups, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
+    for start in range(COUNTED, sinks, EDGE):
+        total += _edge(codes_ptr, stride, start, sinks, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
+    for start in range(sinks, tl.minimum(COUNTED, local), EDGE):
+        end = tl.minimum(COUNTED, local)
+        total -= _edge(codes_ptr, stride, start, end, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
+    # In 64 bits, the twin's very number.
+    allowed = ((1 - share.to(tl.float64)) * total.to(tl.float64)).to(tl.int64)
+    threshold = tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
+    return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
 
 @triton.jit
-def _threshold(
-    codes_ptr, other_ptr, stride, share, rows_weight, num_groups, sinks, local,
-    PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr,
-):  # fmt: skip
-    """See reference.groups.threshold. Groups before `sinks` and from `local` on are not free to go.
+def _codes(
+    codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr
+):
+    """Codes of a half's masses or, by tile, what _threshold has left."""
+    return _half_codes(codes_ptr, stride, o_g, num_groups, 1 if BY_TILE else PARTS, CODES_PER_OCTAVE)
 
-    The mass of groups from COUNTED on is not in rows_weight, the weight of what the rows' normalisers have seen.
-    """
-    b_count = tl.zeros([CODES], tl.int32)
-    b_weight = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, num_groups, BLOCK):
-        o_g = start + tl.arange(0, BLOCK)
-        b_code = _codes(codes_ptr, other_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
-        b_count += tl.histogram(b_code, CODES, mask=(o_g >= sinks) & (o_g < local))
-        b_weight += tl.where(o_g >= COUNTED, _weights(b_code, CODES_PER_OCTAVE), 0)
-    # In 64 bits, the twin's very number.
-    allowed = ((1 - share.to(tl.float64)) * (rows_weight + tl.sum(b_weight, 0)).to(tl.float64)).to(tl.int64)
-    # [CODES]; what is dropped if it is all groups of this code and less
-    dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
-    return tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
+
+@triton.jit
+def _edge(
+    codes_ptr, stride, start, end, num_groups,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, EDGE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+):  # fmt: skip
+    """Weight of the groups from `start` on, EDGE at the most, before `end`."""
+    o_g = start + tl.arange(0, EDGE)
+    b_code = _codes(codes_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
+    return tl.sum(tl.where(o_g < end, _weights(b_code, CODES_PER_OCTAVE), 0), 0)
 
 
 @triton.jit
 def _kept(
-    codes_ptr, other_ptr, stride, o_g, num_groups, sinks, local, threshold,
+    codes_ptr, stride, o_g, num_groups, sinks, local, threshold,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
 ):  # fmt: skip
-    b_code = _codes(codes_ptr, other_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
+    b_code = _codes(codes_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
     return ((b_code >= threshold) | (o_g < sinks) | (o_g >= local)) & (o_g < num_groups)
 
 
@@ -105,15 +130,13 @@ def _kept_by_halves(
 ):  # fmt: skip
     """1 for the groups that both halves keep, only the first, only the second, int32. By tile both keep the same."""
     first = _kept(
-        first_ptr, second_ptr, stride, o_g, num_groups, sinks, local, first_threshold,
-        PARTS, BY_TILE, CODES_PER_OCTAVE,
-    ).to(tl.int32)  # fmt: skip
+        first_ptr, stride, o_g, num_groups, sinks, local, first_threshold, PARTS, BY_TILE, CODES_PER_OCTAVE
+    ).to(tl.int32)
     second = first
     if not BY_TILE:
         second = _kept(
-            second_ptr, first_ptr, stride, o_g, num_groups, sinks, local, second_threshold,
-            PARTS, BY_TILE, CODES_PER_OCTAVE,
-        ).to(tl.int32)  # fmt: skip
+            second_ptr, stride, o_g, num_groups, sinks, local, second_threshold, PARTS, BY_TILE, CODES_PER_OCTAVE
+        ).to(tl.int32)
     return first & second, first & ~second, second & ~first
 
 
@@ -123,7 +146,7 @@ def _groups_kernel(
     num_rows, context_len, first_head, rows_per_half, sink_groups, local_groups, max_kept,
     stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
-    PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
     CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
@@ -140,31 +163,33 @@ def _groups_kernel(
     head = first_head + i_h
     share = tl.load(share_ptr + head)
     rows_weight = rows_per_half.to(tl.int64) * (2 * ROW if BY_TILE else ROW)
-    first = _threshold(
+    first, num_dropped = _threshold(
         first_ptr, second_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
-        PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE, COUNTED,
+        PARTS, BY_TILE, BLOCK, EDGE, CODES, CODES_PER_OCTAVE, COUNTED,
     )  # fmt: skip
     second = first
-    if not BY_TILE:
-        second = _threshold(
-            second_ptr, first_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
-            PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE, COUNTED,
-        )  # fmt: skip
-
     o_n = tl.arange(0, BLOCK)
-    b_shared = tl.zeros([BLOCK], tl.int32)
-    b_first = tl.zeros([BLOCK], tl.int32)
-    b_second = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_groups, BLOCK):
-        # [BLOCK]
-        shared, first_only, second_only = _kept_by_halves(
-            first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first, second,
-            PARTS, BY_TILE, CODES_PER_OCTAVE,
+    num_shared = num_groups - num_dropped
+    num_first = 0
+    num_second = 0
+    if not BY_TILE:
+        second, _dropped = _threshold(
+            second_ptr, first_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
+            PARTS, BY_TILE, BLOCK, EDGE, CODES, CODES_PER_OCTAVE, COUNTED,
         )  # fmt: skip
-        b_shared += shared
-        b_first += first_only
-        b_second += second_only
-    num_shared, num_first, num_second = tl.sum(b_shared, 0), tl.sum(b_first, 0), tl.sum(b_second, 0)
+        b_shared = tl.zeros([BLOCK], tl.int32)
+        b_first = tl.zeros([BLOCK], tl.int32)
+        b_second = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, num_groups, BLOCK):
+            # [BLOCK]
+            shared, first_only, second_only = _kept_by_halves(
+                first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first, second,
+                PARTS, BY_TILE, CODES_PER_OCTAVE,
+            )  # fmt: skip
+            b_shared += shared
+            b_first += first_only
+            b_second += second_only
+        num_shared, num_first, num_second = tl.sum(b_shared, 0), tl.sum(b_first, 0), tl.sum(b_second, 0)
     fits = num_shared + num_first + num_second <= max_kept
     p_counts = counts_ptr + head.to(tl.int64) * stride_counts + i_t * 3
     tl.store(p_counts, tl.where(fits, num_shared, EVERY_GROUP))
@@ -210,7 +235,7 @@ def select_groups(
         chunk.num_rows, chunk.context_len, first_head, rows_per_half, sink_groups, local_groups, groups.shape[2],
         masses.stride(0), masses.stride(1), groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
-        PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK,
+        PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK, EDGE=EDGE,
         CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW,
         num_warps=4,
     )  # fmt: skip
