@@ -21,6 +21,7 @@ struct float2 {
     float x, y;
 };
 
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
