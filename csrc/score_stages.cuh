@@ -33,14 +33,20 @@ __device__ __forceinline__ void start_scores(float (&scores)[SCORES], uint32_t m
 }
 
 // A consumer warpgroup: while the taker takes the even scores of a stage, its odd ones are computed, and so on.
+//
+// A warp whose box no list sees, at the end of the last stage, takes nothing. ptxas moves nothing over the branches that
+// this makes. Without them it deals the products of a stage out over the exponentials, so that the last ones start when
+// they are waited for, and moves exponentials behind the wait.
 template <typename T, typename Q, int ROW_BYTES>
 __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& shared, const Job& job, int warpgroup) {
     using S = Shape<ROW_BYTES>;
-    const int thread = threadIdx.x % hopper::WARPGROUP, lane = thread % hopper::WARP;
+    const int lane = threadIdx.x % hopper::WARP;
+    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x % hopper::WARPGROUP / hopper::WARP, 0);
     const int first_list = job.first_list + warpgroup * LISTS_PER_CONSUMER;
-    const int first_group = job.first_stage * STAGE_GROUPS + thread / hopper::WARP * BOX_GROUPS + lane / 4;
+    const int first_group = job.first_stage * STAGE_GROUPS + warp * BOX_GROUPS;
+    int groups_left = p.num_groups(min(first_list + LISTS_PER_CONSUMER, p.num_lists) - 1) - first_group;
     load_queries<T, Q, ROW_BYTES>(p, shared.queries[warpgroup], job, first_list);
-    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, first_group);
+    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, first_group + lane / 4);
     hopper::wait_named(1 + warpgroup, hopper::WARPGROUP);
 
     const uint32_t queries = hopper::shared_address(shared.queries[warpgroup]);
@@ -54,22 +60,26 @@ __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& sha
 #pragma unroll 1
     for (int left = job.num_stages;;) {
         start_scores<T, ROW_BYTES>(odd, ring_start + ring.slot * S::STAGE_BYTES, queries, 1);
-        taker.take(even);
+        if (groups_left > 0) taker.take(even);
         hopper::mma_wait<0>();
         hopper::pin(odd);
         if (lane == 0) hopper::arrive(&shared.empty[ring.slot]);
-        // The way out is here also because ptxas would else move the exponentials just taken behind the wait.
         if (--left == 0) break;
         ring.advance(S::STAGES);
         hopper::wait(&shared.full[ring.slot], ring.phase);
         start_scores<T, ROW_BYTES>(even, ring_start + ring.slot * S::STAGE_BYTES, queries, 0);
-        taker.take(odd);
-        taker.end_stage();
+        if (groups_left > 0) {
+            taker.take(odd);
+            taker.end_stage();
+        }
+        groups_left -= STAGE_GROUPS;
         hopper::mma_wait<0>();
         hopper::pin(even);
     }
-    taker.take(odd);
-    taker.end_stage();
+    if (groups_left > 0) {
+        taker.take(odd);
+        taker.end_stage();
+    }
 }
 
 // One program: the last warpgroup produces, the others call `consume`. Products are of type T, queries in global memory

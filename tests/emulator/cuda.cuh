@@ -70,3 +70,9 @@ inline uint32_t __float_as_uint(float x) {
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
+
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}

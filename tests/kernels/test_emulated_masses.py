@@ -145,7 +145,7 @@ def check_masses(
     if difference.numel():
         assert difference.max() <= 1
         # Sums that lie between two codes may fall to either.
-        assert (difference > 0).float().mean() < 0.02
+        assert (difference > 0).float().mean() < 0.03
     return actual
 
 
