@@ -57,7 +57,8 @@ def vertical_slash(vertical_size: int, slash_size: int) -> dict[str, Any]:
 
 
 def parse_method(text: str) -> dict[str, Any]:
-    """The setting `method` from `block`, `block:{"share": 0.95}` or, for vertical_slash of those sizes, `1000:6096`."""
+    """The setting `method` from a name, `block`, a name and settings, `block:{"share": 0.95}`, or the sizes of
+    vertical_slash, `1000:6096`."""
     name, _, rest = text.partition(":")
     if name.isdecimal():
         return vertical_slash(int(name), int(rest))
@@ -65,11 +66,30 @@ def parse_method(text: str) -> dict[str, Any]:
 
 
 class SparseWork(NamedTuple):
-    """What ran sparse since the engine started, or between two readings."""
+    """What ran sparse since the engine started, or between two readings.
+
+    Attributes:
+        measured_heads: heads of chunks whose recall was measured, in all layers.
+        redone_heads: those of them that the guard had attend to all keys.
+        recalls: sum over the measured heads.
+    """
 
     sparse_tokens: int
     kept_pairs: int
     causal_pairs: int
+    measured_heads: int
+    redone_heads: int
+    recalls: float
+
+    @property
+    def recall(self) -> float | None:
+        """Mean over layers, heads and chunks, before the guard acted."""
+        return self.recalls / self.measured_heads if self.measured_heads else None
+
+    @property
+    def redone(self) -> float | None:
+        """Share of heads of chunks that the guard had attend to all keys."""
+        return self.redone_heads / self.measured_heads if self.measured_heads else None
 
     @property
     def density(self) -> float | None:
@@ -83,7 +103,9 @@ def sparse_work() -> SparseWork:
     """What the plugin in this process has counted of all requests that are answered."""
     total = runtime().counters.snapshot()
     sparse = sum(tokens for (path, _), tokens in total.tokens.items() if path == SPARSE)
-    return SparseWork(sparse, total.kept_pairs, total.causal_pairs)
+    recall = total.recall
+    recalls = sum(head.total for head in recall.heads.values())
+    return SparseWork(sparse, total.kept_pairs, total.causal_pairs, recall.measured, recall.redone, recalls)
 
 
 def resolved(settings: dict[str, Any]) -> dict[str, Any]:

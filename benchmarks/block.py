@@ -8,6 +8,7 @@ does not depend on the data but for the length of the lists: its share is set so
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,13 @@ from benchmarks.cases import Inputs, make_inputs
 from benchmarks.chunks import TOLERANCE
 from benchmarks.timing import bf16_matmul_tflops, median, say
 from minference_vllm import ops, reference
+from minference_vllm.attention import Guard, LayerState, watch
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE, TileIndex
 from minference_vllm.methods import Block
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.ops import Kernel, choose_kernel
-from minference_vllm.scratch import AttendBuffers, ScratchShape, num_bytes
+from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 from minference_vllm.tuning.groups import draw_groups
 
 CHECKED_HEADS, CHECKED_TILES = 2, 3
@@ -58,6 +60,7 @@ SETTINGS = {
     "attend_ms": "drawn groups, the same for both halves of a tile; of one tile's groups the next keeps "
     "minference_vllm.tuning.groups.STAYS; bf16, pages of 16 in random order",
     "density": "kept / causal pairs of the chunk, as the kernel counts them; attend_tflops counts kept pairs alone",
+    "guard_ms": "recall of 64 rows, and the look for heads below the floor, of which there are none",
     "dense_ms": "flash_attn_varlen_func of vLLM, fa_version 3, on the same pages and rows",
     "speedup": "dense_ms / (choose_ms + attend_ms)",
     "relative_error": "largest over some tiles and heads, against minference_vllm.reference on the same index",
@@ -106,6 +109,15 @@ def time_parts(method: Block, chunk: Chunk, buffers: Any, share: torch.Tensor) -
     }
 
 
+def make_guard(chunk: Chunk, attend: AttendBuffers, method: Block) -> Callable[[], None]:
+    """What measures the chunk's recall, and finds no head below the floor: the lowest there is."""
+    heads, device = chunk.num_qo_heads, chunk.q.device
+    lowest = torch.finfo(torch.float32).tiny
+    guard = Guard(lowest, RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device))
+    layer = LayerState(0, method.budgets(heads, device), None, attend, guard)
+    return partial(watch, chunk, layer, guard, method.kernel)
+
+
 def measure(case: Case, inputs: Inputs, dense_ms: float | None, kernel: Kernel) -> dict[str, Any]:
     """A row.
 
@@ -126,9 +138,11 @@ def measure(case: Case, inputs: Inputs, dense_ms: float | None, kernel: Kernel) 
     share = torch.full((case.num_qo_heads,), case.density, device=device)
     parts = time_parts(method, chunk, buffers, share)
     attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)
+    guard_ms = median(make_guard(chunk, attend, method), device)
     found = {
         **case._asdict(), "kernel": kernel.value, "density": pairs / (case.num_qo_heads * chunk.causal_pairs),
         "attend_ms": attend_ms, "attend_tflops": 4 * case.head_dim * pairs / attend_ms / 1e9, **parts,
+        "guard_ms": guard_ms,
         "dense_ms": dense_ms, "speedup": dense_ms and dense_ms / (parts["choose_ms"] + attend_ms),
         "choose_of_dense": dense_ms and parts["choose_ms"] / dense_ms,
         "scratch_mib": (num_bytes(buffers) + num_bytes(attend)) / 2**20, "relative_error": error,

@@ -5,6 +5,11 @@
         --out benchmarks/results/h100-fidelity.json
 
 The last tokens of each prompt are scored over the whole vocabulary, from the hidden states after the last layer.
+
+A method is named by its name alone, by the sizes of vertical_slash, or by a name and settings in JSON:
+
+    --methods block 1000:6096 'vertical_slash:{"vertical_size": 1000, "slash_size": 1000, "probe_rows": "spread"}' \
+        'vertical_slash:{"share": 0.95}' 'vertical_slash:{"share": 0.95, "probe_rows": "spread"}'
 """
 
 import argparse
@@ -21,6 +26,7 @@ from benchmarks import (
     DENSE,
     SPARSE,
     SPARSE_BACKEND,
+    SparseWork,
     argument_parser,
     facts,
     load_engine,
@@ -80,9 +86,14 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
             return {}
         work = sparse_work().since(before)
         dense = torch.load(request["file"]).to(states.device)
-        return {**compare(model, dense, states, request), "density": work.density, "sparse_tokens": work.sparse_tokens}
+        return {**compare(model, dense, states, request), **described(work)}
 
     return answer
+
+
+def described(work: SparseWork) -> dict[str, Any]:
+    """What ran sparse for a request."""
+    return {name: getattr(work, name) for name in ("density", "recall", "redone", "sparse_tokens")}
 
 
 def compare(model: Any, dense: Any, sparse: Any, request: dict[str, Any]) -> dict[str, float]:
@@ -161,7 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 2048], help="max_num_batched_tokens")
     parser.add_argument(
         "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
-        help='`block`, `block:{"share": 0.95}`, or the sizes of vertical_slash',
+        help='`block`, `vertical_slash:{"share": 0.95}`, or the sizes of vertical_slash',
     )  # fmt: skip
     return parser.parse_args()
 
@@ -187,6 +198,8 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND},
+        "recall, redone": "held-out rows' attention on the keys kept, mean over layers, heads and chunks, before the "
+        "guard acted; share of those heads that the guard then had attend to all keys (density counts both)",
         "answer_loss_low, answer_loss_high": "95% interval of the mean difference of a prompt's answer loss, sparse "
         "less dense (two standard errors)",
     }

@@ -79,7 +79,7 @@ struct MassTaker {
             const float score = scores[place.element(i / 2 % 2)];
             const float shift = shifts.of[place.list][place.row];
             float& sum = mass[place.list];
-            // No mean counts more than all that the row's normaliser has seen: a logarithm ends at 0.
+            // No mean counts more than 1 for a row: its logarithm ends at 0.
             if (is_polynomial(place.row)) {
                 sum = add_exp2(sum, hopper::fma_saturate(score, scale_log2 / OCTAVES, shift));
             } else {

@@ -104,16 +104,19 @@ class SelectBuffers:
     Attributes:
         histogram: [num_heads, SELECT_BINS] int32, entries of a row by weight.
         counts: [num_heads, SELECT_SPLITS, 2] int32, entries of a range above and at the threshold.
+        totals: [num_heads, SELECT_SPLITS] int64, mass of a range (unit: MASS_UNIT); for a share of it only.
     """
 
     histogram: torch.Tensor
     counts: torch.Tensor
+    totals: torch.Tensor
 
     @classmethod
     def allocate(cls, num_heads: int, device: torch.device) -> "SelectBuffers":
         return cls(
             histogram=torch.zeros(num_heads, SELECT_BINS, dtype=torch.int32, device=device),
             counts=torch.zeros(num_heads, SELECT_SPLITS, 2, dtype=torch.int32, device=device),
+            totals=torch.zeros(num_heads, SELECT_SPLITS, dtype=torch.int64, device=device),
         )
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vertical-slash (arXiv 2407.02490, section 3.2): the key columns and diagonals that probe rows weigh most."""
+"""Vertical-slash (arXiv 2407.02490, section 3.2): the key columns and diagonals that probe rows weigh most.
+
+As many as the settings say, or as hold a share of the probe rows' attention (arXiv 2502.20766).
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minference_vllm import ops
 from minference_vllm.chunk import Chunk
@@ -15,6 +18,9 @@ from minference_vllm.scratch import ProbeBuffers, ScratchShape, SelectBuffers
 
 PROBE_ROWS = 64
 """Rows in one group of probe rows (arXiv 2407.02490, section 3.2: the last 64 queries)."""
+
+VERTICAL_SIZE, SLASH_SIZE = 1000, 6096
+"""Columns and diagonals that a head keeps if neither sizes nor a share are given."""
 
 
 class VerticalSlashSettings(MethodSettings):
@@ -26,17 +32,32 @@ class VerticalSlashSettings(MethodSettings):
     probe_rows: Literal["last", "spread", "both"] = "last"
     """Which 64 query rows of a chunk estimate its pattern: its last ones, 64 spread evenly over it, or both (128)."""
 
-    vertical_size: int = Field(default=1000, ge=1, le=MAX_TOKENS)
-    """Key columns kept for every row of the chunk, for each query head."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Share of the probe rows' attention that the kept columns hold, and that the kept diagonals hold, each for itself;
+    what is always kept counts. No unit. Null: fixed sizes."""
 
-    slash_size: int = Field(default=6096, ge=1, le=MAX_TOKENS)
-    """Diagonals (constant row minus column) kept, for each query head."""
+    vertical_size: int = Field(default=VERTICAL_SIZE, ge=1, le=MAX_TOKENS)
+    """Key columns kept for every row of the chunk, for each query head. With a share: no more than these, and unless
+    given, as many as hold it: a head that looks everywhere alike needs that share of all columns, and 1000 would break
+    the promise unseen. It sizes the list of columns, which unbounded takes 16 MiB for 32 heads and 131,072 tokens."""
+
+    slash_size: int = Field(default=SLASH_SIZE, ge=1, le=MAX_TOKENS)
+    """Diagonals (constant row minus column) kept, for each query head. With a share: no more than these, and unless
+    given, as many as hold it."""
 
     sink_tokens: int = Field(default=30, ge=0, le=MAX_TOKENS)
     """First key columns that are always kept; they count towards vertical_size."""
 
     local_tokens: int = Field(default=100, ge=1, le=MAX_TOKENS)
     """Diagonals nearest to the row that are always kept; they count towards slash_size."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_alone(cls, settings: Any) -> Any:
+        """A share without sizes is not bounded; written out, so that the log and a copy of the settings say so."""
+        if isinstance(settings, dict) and settings.get("share") is not None:
+            return {"vertical_size": MAX_TOKENS, "slash_size": MAX_TOKENS, **settings}
+        return settings
 
     @property
     def probe_counts(self) -> tuple[int, int]:
@@ -51,18 +72,20 @@ class VerticalSlashBuffers:
     """Scratch of `vertical_slash`.
 
     Attributes:
+        sizes: [num_qo_heads, 2] int32, columns and diagonals that hold the share of each head; read with a share only.
         slash_indptr: [num_qo_heads, max_bands + BANDS_PER_TILE + 1] int32, kept diagonals smaller than BAND * j.
         index: what `choose` returns a part of.
     """
 
     probe: ProbeBuffers
     select: SelectBuffers
+    sizes: torch.Tensor
     slash_indptr: torch.Tensor
     index: BandIndex
 
 
 class VerticalSlash(Method):
-    """Columns and diagonals by the attention mass of 64 or 128 probe rows, as many as the budgets say."""
+    """Columns and diagonals by the attention mass of 64 or 128 probe rows: so many, or as many as hold a share."""
 
     Settings = VerticalSlashSettings
     settings: VerticalSlashSettings
@@ -78,6 +101,7 @@ class VerticalSlash(Method):
         return VerticalSlashBuffers(
             probe=ProbeBuffers.allocate(heads, sum(self.settings.probe_counts), length, device),
             select=SelectBuffers.allocate(heads, device),
+            sizes=zeros(heads, 2),
             slash_indptr=zeros(heads, bands + BANDS_PER_TILE + 1),
             index=BandIndex(
                 bands=zeros(heads, 3, bands),
@@ -89,8 +113,11 @@ class VerticalSlash(Method):
         )
 
     def budgets(self, num_qo_heads: int, device: torch.device) -> torch.Tensor:
-        """[num_qo_heads, 2] int32: how many columns and how many diagonals each head keeps."""
-        sizes = (self.settings.vertical_size, self.settings.slash_size)
+        """[num_qo_heads, 2], of columns and of diagonals: int32, how many each head keeps, or float32, the share."""
+        settings = self.settings
+        if settings.share is not None:
+            return torch.full((num_qo_heads, 2), settings.share, dtype=torch.float32, device=device)
+        sizes = (settings.vertical_size, settings.slash_size)
         return torch.tensor(sizes, dtype=torch.int32, device=device).repeat(num_qo_heads, 1)
 
     def choose(self, chunk: Chunk, budgets: torch.Tensor, buffers: VerticalSlashBuffers) -> BandIndex:
@@ -103,7 +130,7 @@ class VerticalSlash(Method):
 
         Args:
             seq_len: keys of the request, the chunk's own included.
-            budgets: [num_qo_heads, 2] int32, columns and diagonals that each head keeps.
+            budgets: see `budgets`.
             buffers: hold the masses of columns and diagonals.
         """
         full, settings, kernel = buffers.index, self.settings, self.kernel
@@ -118,7 +145,7 @@ class VerticalSlash(Method):
         )
         slash_indptr = buffers.slash_indptr[:, : num_bands + BANDS_PER_TILE + 1]
         vertical, slash = buffers.probe.vertical, buffers.probe.slash
-        keep_columns, keep_slashes = budgets.unbind(1)
+        keep_columns, keep_slashes = self.sizes(seq_len, budgets, buffers).unbind(1)
         ops.select(
             vertical, seq_len, keep_columns, settings.sink_tokens, index.columns_indptr, TILE, index.columns,
             buffers.select, kernel,
@@ -128,3 +155,17 @@ class VerticalSlash(Method):
         )
         ops.band_lists(slash_indptr, num_bands, index.bands, index.bands_indptr, index.band_halves, kernel)
         return index
+
+    def sizes(self, seq_len: int, budgets: torch.Tensor, buffers: VerticalSlashBuffers) -> torch.Tensor:
+        """[num_qo_heads, 2] int32: columns and diagonals to keep, as the budgets say or as hold the share they say."""
+        settings, probe = self.settings, buffers.probe
+        if settings.share is None:
+            return budgets
+        rows = (
+            (probe.vertical, settings.sink_tokens, settings.vertical_size),
+            (probe.slash, settings.local_tokens, settings.slash_size),
+        )
+        for share, keep, row in zip(budgets.unbind(1), buffers.sizes.unbind(1), rows, strict=True):
+            mass, forced, max_keep = row
+            ops.share_sizes(mass, seq_len, share, forced, max_keep, keep, buffers.select, self.kernel)
+        return buffers.sizes

@@ -15,6 +15,7 @@ from minference_vllm.ops.normalisers import row_normalisers
 from minference_vllm.ops.probe import probe
 from minference_vllm.ops.recall import measure_recall
 from minference_vllm.ops.select import select
+from minference_vllm.ops.share import share_sizes
 
 __all__ = [
     "Kernel",
@@ -29,4 +30,5 @@ __all__ = [
     "row_normalisers",
     "select",
     "select_groups",
+    "share_sizes",
 ]

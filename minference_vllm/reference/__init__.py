@@ -10,6 +10,7 @@ from minference_vllm.reference.normalisers import row_normalisers
 from minference_vllm.reference.probe import probe
 from minference_vllm.reference.recall import measure_recall
 from minference_vllm.reference.select import select
+from minference_vllm.reference.share import share_sizes
 
 __all__ = [
     "attend",
@@ -21,4 +22,5 @@ __all__ = [
     "row_normalisers",
     "select",
     "select_groups",
+    "share_sizes",
 ]

@@ -5,11 +5,14 @@ import torch
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
-from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
+from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, OCTAVES_BELOW_ONE
 
 ONE = 1024 << OCTAVES_BELOW_ONE
 """The weight of a mass of 1."""
+
+ROW = int(ONE / LIMIT)
+"""The weight of all that a row's normaliser has seen."""
 
 
 def weights(codes: torch.Tensor) -> torch.Tensor:
@@ -46,9 +49,9 @@ def threshold(codes: torch.Tensor, free: torch.Tensor, share: torch.Tensor, num_
         codes: [num_groups] uint8.
         free: [num_groups] bool, groups that are not kept whatever their mass.
         share: float32 scalar, how much of all mass is kept; all that is not of free groups is.
-        num_rows: rows whose masses were added. Each has a mass of 1 in what its normaliser has seen.
+        num_rows: rows whose masses were added. Each has a mass of 1 / LIMIT in what its normaliser has seen.
     """
-    total = num_rows * ONE + weights(codes[NORMALISER_KEYS // GROUP :]).sum()
+    total = num_rows * ROW + weights(codes[NORMALISER_KEYS // GROUP :]).sum()
     allowed = ((1 - share.double()) * total).long()
     weight = torch.zeros(MASS_CODES, dtype=torch.int64, device=codes.device)
     weight.index_add_(0, codes[free].long(), weights(codes[free]))
@@ -70,7 +73,7 @@ def select_groups(
 ) -> None:
     """Drop for each half, or tile, the lightest groups before the tile, as many as leave it a share of its rows' mass.
 
-    Each row's mass is 1, which is its own tile's and that of the first NORMALISER_KEYS keys, and what the groups
+    A row's mass is 1 / LIMIT, which is its own tile's and that of the first NORMALISER_KEYS keys, and what the groups
     between have. Groups of equal mass code are dropped all or none. The first groups of the request and those just
     before the tile are always kept, and their mass counts. A half of which the chunk has no row keeps what the other
     keeps.

@@ -28,8 +28,8 @@ def group_masses(
 ) -> None:
     """Sum exp(score - normaliser) over a part's rows and a group's means, each mean as often as it has keys.
 
-    But no mean counts more than 1 for a row, which is what all that its normaliser has seen counts: a row that looks at
-    a far key its normaliser has not seen would else outweigh all others by any factor.
+    But no mean counts more than 1 for a row, which is LIMIT of what its normaliser has seen: a row that looks at a far
+    key its normaliser has not seen would else outweigh all others by any factor.
 
     All groups lie before the tile, so every row sees them: no causal mask. Parts, not halves: what kernels hold of a
     row's scores at once then does not grow with the number of rows.

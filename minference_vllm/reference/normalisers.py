@@ -19,6 +19,9 @@ Kernels that make masses work on "lists": a list is a part under one head.
 NORMALISER_KEYS = 64
 """First keys of a request that every row's normaliser counts, whatever the settings keep: there lie attention sinks."""
 
+LIMIT = 0.25
+"""The most that a mean counts in a row's choice, of what the row's normaliser has seen. Masses are in units of this."""
+
 
 def sampled_rows(chunk: Chunk, rows_per_half: int) -> torch.Tensor:
     """[num_tiles * HALVES, rows_per_half] int64, absolute rows that choose for each half of each tile of the chunk.
@@ -36,7 +39,7 @@ def sampled_rows(chunk: Chunk, rows_per_half: int) -> torch.Tensor:
 
 
 def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, mean: int = MEAN) -> None:
-    """Log-sum-exp of each sampled row over means of its own tile and of the first keys of the request.
+    """Log-sum-exp of each sampled row over means of its own tile and of the first keys of the request, times LIMIT.
 
     A row's own tile up to the row's group, and the first NORMALISER_KEYS keys: most rows have most of their attention
     there, and rows that have not are held back where masses are made. Means and no single keys, even where those are
@@ -47,8 +50,8 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
         means: [num_kv_heads, >= seq_len // mean, head_dim], of all keys of the request: see key_means. Where they are
             FP8, rows are rounded to it too.
         row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, written: natural logarithms, a mean
-            counted as often as it has keys. Infinity for rows of a half of which the chunk has none, so that they weigh
-            nothing; minus infinity if the request has no mean yet. rows_per_half is 16, 32 or 64.
+            counted as often as it has keys, plus log(LIMIT). Infinity for rows of a half of which the chunk has none,
+            so that they weigh nothing; minus infinity if the request has no mean yet. rows_per_half is 16, 32 or 64.
         mean: keys in a mean.
     """
     for half, rows in enumerate(sampled_rows(chunk, row_lse.shape[2])):
@@ -64,5 +67,5 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
         hidden = number * mean // GROUP > rows[:, None] // GROUP
         for head in range(chunk.num_qo_heads):
             q = query_rows(chunk.q[rows - chunk.context_len, head], means) * chunk.scale
-            scores = q @ from_operand(means[head // chunk.group_size, number]).T + math.log(mean)
+            scores = q @ from_operand(means[head // chunk.group_size, number]).T + math.log(mean * LIMIT)
             row_lse[head, half] = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)

@@ -7,7 +7,7 @@ distances.
 
 import torch
 
-from minference_vllm.methods.vertical_slash import VerticalSlashSettings
+from minference_vllm.methods.vertical_slash import SLASH_SIZE, VERTICAL_SIZE, VerticalSlashSettings
 from minference_vllm.scratch import ProbeBuffers
 
 CLUSTER = 50  # neighbouring diagonals
@@ -22,12 +22,19 @@ class KeySets:
         self._drawn: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def overwrite(self, probe: ProbeBuffers, seq_len: int, settings: VerticalSlashSettings) -> None:
-        """Put drawn masses in place of what the probe found for a chunk that ends at seq_len."""
+        """Put drawn masses in place of what the probe found for a chunk that ends at seq_len.
+
+        How much holds a share only real prompts tell: the sizes that go without one are drawn then, or the bounds where
+        these are less. Drawn masses are all alike, so a share that the forced entries do not hold keeps all of them.
+        """
         num_heads, device = len(probe.vertical), probe.vertical.device
         if (num_heads, seq_len) not in self._drawn:
             generator = torch.Generator(device).manual_seed(self._seed + seq_len)
-            vertical = draw_columns(num_heads, seq_len, settings.vertical_size, settings.sink_tokens, generator)
-            slash = draw_diagonals(num_heads, seq_len, settings.slash_size, generator)
+            vertical_size, slash_size = settings.vertical_size, settings.slash_size
+            if settings.share is not None:
+                vertical_size, slash_size = min(vertical_size, VERTICAL_SIZE), min(slash_size, SLASH_SIZE)
+            vertical = draw_columns(num_heads, seq_len, vertical_size, settings.sink_tokens, generator)
+            slash = draw_diagonals(num_heads, seq_len, slash_size, generator)
             self._drawn[num_heads, seq_len] = vertical, slash
         vertical, slash = self._drawn[num_heads, seq_len]
         probe.vertical[:, :seq_len].copy_(vertical)

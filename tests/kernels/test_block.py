@@ -16,7 +16,7 @@ from minference_vllm.methods import block
 from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.groups import ONE, add_codes, add_parts, weights, write_lists
-from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
+from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MASS_CODES, AttendBuffers, ScratchShape
 from tests.kernels.blocks import (
@@ -102,7 +102,7 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                         *(masses[head, tile * HALVES + of, : len(number)] for of in (int(first), int(not last)))
                     )
                 mass = weights(row) / ONE
-                allowed = (1 - share) * (rows + mass[NORMALISER_KEYS // GROUP :].sum())
+                allowed = (1 - share) * (rows / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum())
                 assert kept[forced].all()
                 assert mass[~kept].sum() <= max(allowed, 0) * (1 + 1e-6)
                 assert share <= 1 or kept.all()
@@ -246,7 +246,7 @@ def test_keys_that_get_all_attention_are_kept(kernel: Kernel, device: torch.devi
     pages = chunk.kv.block_table[chunk.kv.row]
     keys[pages[: -(-SPARSE.seq_len // SPARSE.page_size)].long()] = 0
     keys[pages[5]] = 40
-    index = choose(chunk, kernel, share=0.25, sink_tokens=16, local_tokens=32)
+    index = choose(chunk, kernel, share=0.01, sink_tokens=16, local_tokens=32)
     for head in range(chunk.num_qo_heads):
         for tile in range(chunk.num_tiles):
             kept = kept_by_half(index, chunk, head, tile)

@@ -14,7 +14,7 @@ from minference_vllm.kernels import triton
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.groups import ONE, add_codes, add_parts, weights
 from minference_vllm.reference.masses import encode
-from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART, sampled_rows
+from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART, sampled_rows
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MASS_CODES
 from tests.kernels.blocks import (
@@ -114,7 +114,7 @@ def test_normalisers_count_the_tile_up_to_the_group_and_the_first_keys(
     lse = make_lse(chunk)
     function(chunk, make_means(chunk), lse)
     for half, rows in enumerate(sampled_rows(chunk, 16)):
-        counted = lse[:, half].exp()
+        counted = lse[:, half].exp() / LIMIT
         tile_start = (chunk.first_tile + half // HALVES) * TILE
         expected = ((rows // GROUP + 1) * GROUP).clamp(max=chunk.seq_len // 4 * 4) - tile_start
         expected = (expected + min(tile_start, NORMALISER_KEYS)).float().expand_as(counted)
@@ -123,20 +123,21 @@ def test_normalisers_count_the_tile_up_to_the_group_and_the_first_keys(
 
 @engines
 @pytest.mark.parametrize("rows_per_half", [16, 64])
-def test_the_mass_of_the_first_keys_is_one_where_the_tile_has_none(
+def test_all_mass_is_the_first_keys_where_the_tile_has_none(
     kernel: Kernel, rows_per_half: int, device: torch.device
 ) -> None:
     chunk = make_chunk(replace(SPARSE, num_rows=3, context_len=384), device)
+    give_keys(chunk, 0.0)
     masses = masses_of(chunk, rows_per_half, kernel)
     # [heads, parts of the first half]
     mass = weights(masses[:, : rows_per_half // PART, : NORMALISER_KEYS // GROUP]).sum(2) / ONE
-    torch.testing.assert_close(mass, torch.full_like(mass, 16), rtol=0.05, atol=0)
+    torch.testing.assert_close(mass, torch.full_like(mass, 16 / LIMIT), rtol=0.05, atol=0)
 
 
 @engines
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 @score_dtypes
-def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(
+def test_no_far_key_counts_more_than_the_limit(
     kernel: Kernel, dtype: torch.dtype, is_fp8: bool, device: torch.device
 ) -> None:
     chunk = make_chunk(replace(SPARSE, context_len=384, dtype=dtype), device)
@@ -144,9 +145,9 @@ def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(
     give_keys(chunk, 30.0, 200, 204)  # one mean, of e^30 times a row's own tile
     masses = masses_of(chunk, 16, kernel, is_fp8)[:, 0, : 384 // GROUP]
     mass = weights(masses) / ONE
-    # Each of the rows has seen 64 keys and those of its tile, 16 to 64; any other group is 16 keys of them.
+    # Each of the rows has seen 64 keys and those of its tile, 16 to 64; any other group has 16 keys.
     others = torch.cat([mass[:, :12], mass[:, 13:]], 1)
-    assert ((others > 16 * 16 / 128 * 0.95) & (others < 16 * 16 / 80 * 1.05)).all()
+    assert ((others > 16 * 16 / LIMIT / 128 * 0.95) & (others < 16 * 16 / LIMIT / 80 * 1.05)).all()
     expected = 16 + others[:, :1] * 12 / 16
     torch.testing.assert_close(mass[:, 12:13], expected, rtol=0.1, atol=0)
     give_keys(chunk, 30.0, 192, 208)

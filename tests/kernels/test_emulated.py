@@ -34,6 +34,7 @@ from tests.kernels.indexes import (
     tile_mask_of,
     tiles_in_turn,
 )
+from tests.kernels.recalls import check_heads, check_recall
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None and not ON_CI, reason="needs g++"),
@@ -201,6 +202,13 @@ def test_attend_takes_random_tile_indexes(emulated: Emulated, case: Case) -> Non
     chunk = make_chunk(case, CPU)
     for emulated.seed in range(SEEDS):
         check_attend(attend, chunk, random_tile_index(case, generator, CPU))
+
+
+@pytest.mark.parametrize("case", named(TILE_CASES))
+def test_the_guard_matches_the_reference(emulated: Emulated, case: Case) -> None:
+    for emulated.seed in range(SEEDS):
+        check_heads(Kernel.CUDA, case, CPU)
+        check_recall(Kernel.CUDA, case, CPU)
 
 
 def test_the_reference_attends_to_what_a_tile_index_defines() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minference_vllm import ops, reference
+from minference_vllm import reference
 from minference_vllm.attention import Guard, prefill
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HeadIndex
@@ -17,8 +17,7 @@ from minference_vllm.reference.recall import held_out_rows
 from minference_vllm.scratch import HELD_OUT_ROWS, AttendBuffers, RecallBuffers, RecallTotals
 from tests.kernels.cases import CASES, GPU_CASES, Case, make_chunk, make_queries, make_rising_cache, make_state
 from tests.kernels.checks import assert_close
-
-FLOOR, LAYER, NUM_LAYERS = 0.6, 1, 3
+from tests.kernels.recalls import attended, check_heads, check_recall, measure
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 on_gpu = pytest.mark.parametrize(
@@ -28,54 +27,20 @@ on_gpu = pytest.mark.parametrize(
 )
 
 
-def measure(kernel: Kernel, chunk: Chunk, lse: torch.Tensor) -> tuple[RecallBuffers, RecallTotals]:
-    buffers = RecallBuffers.allocate(chunk.num_qo_heads, chunk.q.device)
-    for left_over in (buffers.partial_max, buffers.partial_sum, buffers.recall, buffers.heads, buffers.num_heads):
-        left_over.fill_(7)
-    totals = RecallTotals.allocate(NUM_LAYERS, chunk.num_qo_heads, chunk.q.device)
-    ops.measure_recall(chunk, lse, FLOOR, LAYER, buffers, totals, kernel)
-    ops.measure_recall(chunk, lse, FLOOR, LAYER, buffers, totals, kernel)  # totals add up
-    return buffers, totals
-
-
-def attended(case: Case, device: torch.device) -> tuple[Chunk, torch.Tensor]:
-    """A chunk of which each head has kept another part of the keys, and its log-sum-exps over those."""
-    chunk = make_chunk(case, device)
-    method = case.vertical_slash(Kernel.REFERENCE)
-    state = make_state(case, method, device)
-    prefill(chunk, method, state)
-    return chunk, state.attend.lse
-
-
-def check(kernel: Kernel, case: Case, device: torch.device) -> None:
-    chunk, lse = attended(case, device)
-    (want, want_totals), (got, totals) = (measure(which, chunk, lse) for which in (Kernel.REFERENCE, kernel))
-    torch.testing.assert_close(got.recall, want.recall, rtol=2e-3, atol=2e-3)
-    below = sorted(got.heads[: int(got.num_heads)].tolist())
-    assert below == (got.recall < FLOOR).nonzero().flatten().tolist()
-    assert totals.histogram.sum() == want_totals.histogram.sum() == 2 * case.num_qo_heads
-    assert totals.chunks.tolist() == [0, 2, 0]
-    assert totals.redone.tolist() == [0, 2 * len(below), 0]
-    torch.testing.assert_close(totals.sums[LAYER], 2 * got.recall.double())
-    torch.testing.assert_close(totals.worst[LAYER], got.recall.double())
-    assert (totals.worst[[0, 2]] == 1).all()
-    assert (totals.sums[[0, 2]] == 0).all()
-
-
 @every_case
 def test_recall_is_that_of_the_reference(case: Case, device: torch.device) -> None:
-    check(Kernel.TRITON, case, device)
+    check_recall(Kernel.TRITON, case, device)
 
 
 @on_gpu
 def test_recall_on_a_gpu_is_that_of_the_reference(case: Case, device: torch.device) -> None:
-    check(Kernel.TRITON, case, device)
+    check_recall(Kernel.TRITON, case, device)
 
 
 @pytest.mark.hopper
 @on_gpu
 def test_recall_in_cuda_is_that_of_the_reference(case: Case, device: torch.device) -> None:
-    check(Kernel.CUDA, case, device)
+    check_recall(Kernel.CUDA, case, device)
 
 
 @pytest.mark.parametrize("rows_per_half", [16, 32])
@@ -109,28 +74,6 @@ def test_listed_heads_attend_to_all_keys_on_a_gpu(case: Case, device: torch.devi
 @on_gpu
 def test_listed_heads_attend_to_all_keys_in_cuda(case: Case, device: torch.device) -> None:
     check_heads(Kernel.CUDA, case, device)
-
-
-def check_heads(kernel: Kernel, case: Case, device: torch.device) -> None:
-    whole = make_chunk(case, device)
-    dense(whole.q, whole.kv, case.context_len, case.scale, whole.out)
-    everyone = list(range(case.num_qo_heads))
-    for listed in ([], everyone[::-1], everyone[-1:], everyone[1::2]):
-        chunk = make_chunk(case, device)
-        heads = torch.full((case.num_qo_heads,), 2**30, dtype=torch.int32, device=device)
-        heads[: len(listed)] = torch.tensor(listed, dtype=torch.int32)
-        num_heads = torch.tensor([len(listed)], dtype=torch.int32, device=device)
-        buffers = AttendBuffers.allocate(case.num_qo_heads, case.num_rows + 5, device)
-        buffers.lse.fill_(torch.nan)
-        ops.attend(chunk, HeadIndex(heads, num_heads), buffers, kernel)
-        others = [head for head in everyone if head not in listed]
-        if listed:
-            assert_close(chunk.out[:, sorted(listed)], whole.out[:, sorted(listed)])
-        assert buffers.lse[listed, : case.num_rows].isfinite().all()
-        assert buffers.lse[others].isnan().all()
-        assert chunk.out[:, others].isnan().all()
-        assert buffers.kept_pairs.item() == len(listed) * chunk.causal_pairs
-        assert buffers.tile_counter.item() == 0
 
 
 # The guard

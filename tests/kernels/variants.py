@@ -21,7 +21,12 @@ from minference_vllm.scratch import ScratchShape
 from tests.kernels.cases import Case, make_chunk
 
 MAX_LEN = 40_000
-METHODS = [{"name": "block"}, {"name": "vertical_slash", "probe_rows": "both"}]
+METHODS: list[dict[str, object]] = [
+    {"name": "block"},
+    {"name": "block", "score_dtype": "fp8"},
+    {"name": "vertical_slash", "probe_rows": "both"},
+    {"name": "vertical_slash", "share": 0.9},
+]
 REQUESTS = [
     Case("odd lengths", num_rows=1025, context_len=20_001),
     Case("aligned", num_rows=2048, context_len=32_768),
@@ -42,7 +47,7 @@ def recorder(seen: set[tuple[str, str]]):
     return run
 
 
-def variants(case: Case, method: dict[str, str]) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+def variants(case: Case, method: dict[str, object]) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """What the dry run selects, and what a request in a table of odd width selects."""
     config = MInferenceConfig.model_validate({"method": method})
     runtime = Runtime(config, torch.device("cpu"), publish=False)

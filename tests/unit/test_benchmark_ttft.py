@@ -33,6 +33,8 @@ def test_ttft_rows_hold_medians():
         ("block", {"name": "block"}),
         ('block:{"share": 0.95}', {"name": "block", "share": 0.95}),
         ("512:2048", {"name": "vertical_slash", "vertical_size": 512, "slash_size": 2048}),
+        ('vertical_slash:{"probe_rows": "spread"}', {"name": "vertical_slash", "probe_rows": "spread"}),
+        ('vertical_slash:{"share": 0.95}', {"name": "vertical_slash", "share": 0.95}),
     ],
 )
 def test_methods_are_named_in_a_word(text, method):

@@ -18,7 +18,7 @@ from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.attend import kept_by_tile
 from minference_vllm.reference.dense import dense
-from minference_vllm.scratch import ScratchShape
+from minference_vllm.scratch import ProbeBuffers, ScratchShape
 from minference_vllm.tuning import groups, timing
 from minference_vllm.tuning.drawn import drawn_choice
 from minference_vllm.tuning.heads import Heads
@@ -43,9 +43,11 @@ def test_both_ways_attend_to_the_same_chunk(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
-def test_vertical_slash_probes_in_full_and_attends_to_drawn_keys() -> None:
+@pytest.mark.parametrize("share", [None, 0.9])
+def test_vertical_slash_probes_in_full_and_attends_to_drawn_keys(share: float | None) -> None:
     heads, rows, context_len = 2, 128, 384
-    method = VerticalSlash(VerticalSlashSettings(vertical_size=60, slash_size=100), Kernel.REFERENCE)
+    fixed = VerticalSlash(VerticalSlashSettings(vertical_size=60, slash_size=150), Kernel.REFERENCE)
+    method = VerticalSlash(fixed.settings.model_copy(update={"share": share}), Kernel.REFERENCE)
     shape = ScratchShape(heads, 1, 64, torch.float32, max_seq_len=512, max_chunk=rows)
     probed, drawn = (timing.make_state(method, shape, CPU) for _ in range(2))
     cache = torch.randn(32, 1, 16, 128)
@@ -57,9 +59,16 @@ def test_vertical_slash_probes_in_full_and_attends_to_drawn_keys() -> None:
     assert torch.equal(drawn.buffers.probe.vertical, probed.buffers.probe.vertical)
     assert torch.equal(drawn.buffers.probe.slash, probed.buffers.probe.slash)
     KeySets(7).overwrite(probed.buffers.probe, chunk.seq_len, method.settings)
-    expected = method.index_masses(chunk.seq_len, probed.budgets, probed.buffers)
+    # With a share too, all that is drawn and nothing else.
+    expected = fixed.index_masses(chunk.seq_len, fixed.budgets(heads, CPU), probed.buffers)
     assert torch.equal(index.columns, expected.columns)
     assert torch.equal(index.bands_indptr, expected.bands_indptr)
+
+
+def test_for_a_share_without_bounds_the_sizes_that_go_without_one_are_drawn() -> None:
+    probe = ProbeBuffers.allocate(1, 64, 8000, CPU)
+    KeySets(7).overwrite(probe, 8000, VerticalSlashSettings(share=0.9))
+    assert [(mass > 0).sum().item() for mass in (probe.vertical, probe.slash)] == [1000, 6096]
 
 
 def test_a_method_for_which_nothing_is_drawn_chooses_by_itself() -> None:

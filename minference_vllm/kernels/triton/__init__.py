@@ -12,6 +12,7 @@ from minference_vllm.kernels.triton.normalisers import row_normalisers
 from minference_vllm.kernels.triton.probe import held_out_sums, probe
 from minference_vllm.kernels.triton.recall import measure_recall
 from minference_vllm.kernels.triton.select import select
+from minference_vllm.kernels.triton.share import share_sizes
 
 __all__ = [
     "attend",
@@ -26,4 +27,5 @@ __all__ = [
     "row_normalisers",
     "select",
     "select_groups",
+    "share_sizes",
 ]

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
-from minference_vllm.reference.groups import ONE
+from minference_vllm.reference.groups import ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
 
@@ -124,7 +124,7 @@ def _groups_kernel(
     stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr, ONE: tl.constexpr,
+    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     tile_start = (context_len // TILE + i_t) * TILE
@@ -139,7 +139,7 @@ def _groups_kernel(
     second_ptr = masses_ptr + ((i_t * 2 + second_half) * PARTS).to(tl.int64) * stride_part
     head = first_head + i_h
     share = tl.load(share_ptr + head)
-    rows_weight = rows_per_half.to(tl.int64) * (2 * ONE if BY_TILE else ONE)
+    rows_weight = rows_per_half.to(tl.int64) * (2 * ROW if BY_TILE else ROW)
     first = _threshold(
         first_ptr, second_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
         PARTS, BY_TILE, BLOCK, CODES, CODES_PER_OCTAVE, COUNTED,
@@ -211,6 +211,6 @@ def select_groups(
         masses.stride(0), masses.stride(1), groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
         PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK,
-        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, COUNTED=NORMALISER_KEYS // GROUP, ONE=ONE,
+        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW,
         num_warps=4,
     )  # fmt: skip

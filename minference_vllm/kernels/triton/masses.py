@@ -80,7 +80,7 @@ def _masses_kernel(
         p_means = means_ptr + (start + o_n)[:, None] * HEAD_DIM + o_d[None, :]
         b_k = tl.load(p_means, mask=(start + o_n < num_means)[:, None], other=0.0)
         b_k = dot_operand(b_k, b_q.dtype, INTERPRETED)
-        # [BLOCK_N, BLOCK_M]; no mean counts more than all that the row's normaliser has seen
+        # [BLOCK_N, BLOCK_M]; no mean counts more than 1, which is LIMIT of what its row has seen
         b_p = tl.exp2(tl.minimum(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :], 0.0))
         # [BLOCK_N, LISTS]
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)

@@ -5,6 +5,8 @@ A program takes the sampled rows of some lists of one tile under one KV head. A 
 half under one head. A tile's lists are counted half by half, and within a half head by head.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALF, HALVES, TILE
 from minference_vllm.kernels.triton.launch import LOG2_E
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
-from minference_vllm.reference.normalisers import NORMALISER_KEYS
+from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS
 from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import MEAN
 
@@ -33,7 +35,7 @@ def _normalisers_kernel(
     q_ptr, means_ptr, lse_ptr, num_rows, context_len, blocks_per_tile, scale_log2,
     stride_qt, stride_qh, stride_mh, stride_lse,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr, FIRST: tl.constexpr,
+    ROWS: tl.constexpr, MEAN: tl.constexpr, LOG2_WEIGHT: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = TILE // HALF
@@ -69,7 +71,7 @@ def _normalisers_kernel(
     # Finite even where a row sees nothing.
     b_max = tl.maximum(tl.max(b_s, 1), -1e30)
     b_sum = tl.sum(tl.exp2(b_s - b_max[:, None]), 1)
-    lse = tl.where(present, (b_max + tl.log2(b_sum) + LOG2_MEAN) / LOG2_E, float("inf"))
+    lse = tl.where(present, (b_max + tl.log2(b_sum) + LOG2_WEIGHT) / LOG2_E, float("inf"))
     p_lse = lse_ptr + i_h.to(tl.int64) * stride_lse + (i_t * HALVES + half) * ROWS + o_m % ROWS
     tl.store(p_lse, lse, mask=listed)
 
@@ -85,7 +87,7 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
         chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0),
         GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF, GROUP=GROUP,
-        ROWS=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1, FIRST=NORMALISER_KEYS // mean,
+        ROWS=rows_per_half, MEAN=mean, LOG2_WEIGHT=math.log2(mean * LIMIT), FIRST=NORMALISER_KEYS // mean,
         BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2((TILE + NORMALISER_KEYS) // mean), LOG2_E=LOG2_E,
         INTERPRETED=not q.is_cuda,
         num_warps=4, num_stages=1,

@@ -16,14 +16,20 @@ PLAIN = ["length", "max_keep", "forced", "num_marks", "blocks_each"]
 
 
 @triton.jit
-def _weights(mass_ptr, start, length, forced, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    """Weights of BLOCK entries: see reference.select.weights; -1 past the end."""
-    o_n = start + tl.arange(0, BLOCK)
-    b_mass = tl.load(mass_ptr + o_n, mask=o_n < length, other=0)
+def _weigh(b_mass, o_n, length, forced, BINS: tl.constexpr):
+    """Weights of the entries o_n: see reference.select.weights; -1 past the end."""
     # Six bits of mantissa; 8127 puts a mass of 1 at weight 1.
     b_weight = tl.maximum((b_mass.to(tl.float32).to(tl.int32, bitcast=True) >> 17) - 8127, 0)
     b_weight = tl.where(o_n < forced, BINS - 1, b_weight)
-    return tl.where(o_n < length, b_weight, -1), o_n
+    return tl.where(o_n < length, b_weight, -1)
+
+
+@triton.jit
+def _weights(mass_ptr, start, length, forced, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """Weights of BLOCK entries from `start` on, and which entries these are."""
+    o_n = start + tl.arange(0, BLOCK)
+    b_mass = tl.load(mass_ptr + o_n, mask=o_n < length, other=0)
+    return _weigh(b_mass, o_n, length, forced, BINS), o_n
 
 
 @triton.jit

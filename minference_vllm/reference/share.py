@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many of the heaviest entries hold a share of a row's mass."""
+
+import torch
+
+from minference_vllm.reference.select import weights
+from minference_vllm.scratch import SELECT_BINS, SelectBuffers
+
+
+def largest_masses(device: torch.device) -> torch.Tensor:
+    """[SELECT_BINS] int64: what no mass of a weight exceeds, see select.weights; below 2^24 the largest there is."""
+    heavier = torch.arange(1, SELECT_BINS + 1, dtype=torch.int32, device=device)
+    return ((heavier + 8127) << 17).view(torch.float32).ceil().long() - 1
+
+
+def share_sizes(
+    mass: torch.Tensor,
+    length: int,
+    share: torch.Tensor,
+    forced: int,
+    max_keep: int,
+    keep: torch.Tensor,
+    buffers: SelectBuffers,
+) -> None:
+    """Count the heaviest of the first `length` entries of each row that `select` must keep to hold a share of the mass.
+
+    The others are dropped: from the lightest up, of one weight all or none, as long as what is dropped holds no more
+    than 1 - share of the row's mass. A dropped entry is taken for the largest mass of its weight, up to 1/64 more than
+    its own, so what is kept does hold the share, and how many entries have each weight is all that must be known.
+
+    Args:
+        mass: [num_heads, >= length] int32, 0 .. 2^30.
+        length: entries that count.
+        share: [num_heads] float32, above 0. With 1 all entries that have mass are kept.
+        forced: the first entries, this many, are never dropped; their mass counts as kept.
+        max_keep: no more are kept in any row, whatever they hold.
+        keep: [num_heads] int32, written. Of a row without mass only the forced entries are kept.
+        buffers: scratch of the kernel.
+    """
+    weight = weights(mass[:, :length], forced).long()
+    count = torch.zeros(len(mass), SELECT_BINS, dtype=torch.int64, device=mass.device)
+    count.scatter_add_(1, weight, torch.ones_like(weight))
+    allowed = ((1 - share.double()) * mass[:, :length].sum(1, dtype=torch.int64)).long()
+    # What is dropped if it is all entries of this weight and less.
+    dropped = (count * largest_masses(mass.device)).cumsum(1)
+    kept = dropped > allowed[:, None]
+    kept[:, -1] = True  # the forced entries' weight
+    keep.copy_((count * kept).sum(1).clamp(max=max_keep))
