@@ -31,8 +31,8 @@ constexpr float OCTAVES = 64;
 
 // sum + 2^x, where y = 1 + x / OCTAVES, ended at 0 and 1.
 //
-// With x = n + f, n whole and 0 <= f < 1, the bits of the float 2^n (1 + f) are a linear function of x. The polynomial is
-// 2^f / (1 + f) to 0.35%, where a code is a step of 9%.
+// With x = n + f, n whole and 0 <= f < 1, the bits of the float 2^n (1 + f) are a linear function of x. The polynomial
+// is 2^f / (1 + f) to 0.35%, where a code is a step of 9%.
 __device__ __forceinline__ float add_exp2(float sum, float y) {
     constexpr float STEPS = 0x1p15f;  // of an octave
     constexpr int EXPONENT_BIAS = 127, MANTISSA_BITS = 23, STEP_BITS = 15;

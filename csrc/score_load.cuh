@@ -44,7 +44,7 @@ __device__ __forceinline__ float2 in_units(int packed) {
     return make_float2(numbers.x / FP8_UNIT, numbers.y / FP8_UNIT);
 }
 
-// The i-th 16 bytes of a row, of what it is in global memory in type T.
+// A row of type Q in global memory, made one of type T: its i-th 16 bytes.
 template <typename T, typename Q>
 __device__ __forceinline__ int4 load_piece(const char* row, int i) {
     if constexpr (std::is_same_v<T, Q>) {

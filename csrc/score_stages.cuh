@@ -35,7 +35,7 @@ __device__ __forceinline__ void start_scores(float (&scores)[SCORES], uint32_t m
 // A consumer warpgroup: while the taker takes the even scores of a stage, its odd ones are computed, and so on.
 //
 // A warp whose box no list sees, at the end of the last stage, takes nothing. ptxas moves nothing over the branches that
-// this makes. Without them it deals the products of a stage out over the exponentials, so that the last ones start when
+// this makes. Without them it deals the products of a stage out over the exponentials, so that the last ones start as
 // they are waited for, and moves exponentials behind the wait.
 template <typename T, typename Q, int ROW_BYTES>
 __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& shared, const Job& job, int warpgroup) {
