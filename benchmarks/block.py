@@ -27,7 +27,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE, TileIndex
 from minference_vllm.methods import Block
 from minference_vllm.methods.block import BlockSettings
-from minference_vllm.ops import Kernel, choose_kernel
+from minference_vllm.ops import choose_kernel
 from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 from minference_vllm.tuning.groups import draw_groups
@@ -58,12 +58,13 @@ TINY = (Case(1024, 512, 0.3, 4, 2, 64),)
 SETTINGS = {
     "timing": "CUDA events, medians; see h100-attention.json",
     "choose_ms": "means of the keys, row normalisers, masses, selection: the whole choice; its parts beside",
+    "score_dtype": "of the means and of the rows that are scored against them; `--score-dtype model fp8` compares",
     "attend_ms": "drawn groups, the same for both halves of a tile; of one tile's groups the next keeps "
     "minference_vllm.tuning.groups.STAYS; bf16, pages of 16 in random order",
     "density": "kept / causal pairs of the chunk, as the kernel counts them; attend_tflops counts kept pairs alone",
     "guard_ms": "recall of 64 rows, and the look for heads below the floor, of which there are none",
     "dense_ms": "flash_attn_varlen_func of vLLM, fa_version 3, on the same pages and rows",
-    "speedup": "dense_ms / (choose_ms + attend_ms)",
+    "speedup": "dense_ms / (choose_ms + attend_ms + guard_ms)",
     "relative_error": "largest over some tiles and heads, against minference_vllm.reference on the same index",
 }
 
@@ -107,6 +108,7 @@ def time_parts(method: Block, chunk: Chunk, buffers: Any, share: torch.Tensor) -
         "normalise_ms": ms(normalise),
         "masses_ms": ms(masses),
         "rows_per_half": settings.rows_per_half,
+        "score_dtype": str(buffers.means.dtype).removeprefix("torch."),
     }
 
 
@@ -121,14 +123,13 @@ def make_guard(chunk: Chunk, attend: AttendBuffers, method: Block) -> Callable[[
     return partial(watch, chunk, layer, guard, method.kernel)
 
 
-def measure(case: Case, inputs: Inputs, dense_ms: float | None, kernel: Kernel) -> dict[str, Any]:
+def measure(case: Case, inputs: Inputs, dense_ms: float | None, method: Block) -> dict[str, Any]:
     """A row.
 
     Raises:
         SystemExit: the output is wrong.
     """
-    device = inputs.q.device
-    method, chunk = Block(BlockSettings(), kernel), make_chunk(case, inputs)
+    device, kernel, chunk = inputs.q.device, method.kernel, make_chunk(case, inputs)
     heads = case.num_qo_heads, case.num_kv_heads, case.head_dim
     buffers = method.scratch(ScratchShape(*heads, chunk.q.dtype, case.tokens, case.rows), device)
     attend = AttendBuffers.allocate(case.num_qo_heads, case.rows, device)
@@ -146,7 +147,7 @@ def measure(case: Case, inputs: Inputs, dense_ms: float | None, kernel: Kernel) 
         **case._asdict(), "kernel": kernel.value, "density": pairs / (case.num_qo_heads * chunk.causal_pairs),
         "attend_ms": attend_ms, "attend_tflops": 4 * case.head_dim * pairs / attend_ms / 1e9, **parts,
         "guard_ms": guard_ms,
-        "dense_ms": dense_ms, "speedup": dense_ms and dense_ms / (parts["choose_ms"] + attend_ms),
+        "dense_ms": dense_ms, "speedup": dense_ms and dense_ms / (parts["choose_ms"] + attend_ms + guard_ms),
         "choose_of_dense": dense_ms and parts["choose_ms"] / dense_ms,
         "scratch_mib": (num_bytes(buffers) + num_bytes(attend)) / 2**20, "relative_error": error,
     }  # fmt: skip
@@ -163,10 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the result file")
     parser.add_argument("--tiny", action="store_true", help="smoke test on the CPU: a toy size, no FlashAttention")
+    parser.add_argument(
+        "--score-dtype", nargs="+", choices=["auto", "fp8", "model"], default=["auto"], help="a row for each"
+    )
     options = parser.parse_args()
     results.describe_run(options.tiny)
     device = torch.device("cpu" if options.tiny else "cuda", None if options.tiny else torch.cuda.current_device())
     kernel = choose_kernel("auto", device)
+    methods = [Block(BlockSettings(score_dtype=asked), kernel) for asked in options.score_dtype]
     settings: dict[str, Any] = {**SETTINGS, "method": BlockSettings().model_dump()}
     settings["bf16_matmul_tflops"] = None if options.tiny else bf16_matmul_tflops(device)
     rows: list[dict[str, Any]] = []
@@ -177,9 +182,10 @@ def main() -> None:
             inputs = made = None
             inputs = make_inputs(Shape(case.tokens, 1, 1, *case[3:]), device, 0)
             made = shape, inputs, None if options.tiny else time_dense(case, inputs)
-        rows.append(measure(case, made[1], made[2], kernel))
-        say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
-        results.write(options.out, rows, options.tiny, settings=settings)
+        for method in methods:
+            rows.append(measure(case, made[1], made[2], method))
+            say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
+            results.write(options.out, rows, options.tiny, settings=settings)
     print(results.table(rows))
 
 

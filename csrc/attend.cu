@@ -58,8 +58,9 @@ static cudaError_t make_params(const MInferenceAttendChunk& a, attend::Params& p
     p.tiles_per_wave = a.num_programs / p.group_size > 0 ? a.num_programs / p.group_size : 1;
     p.scale_log2 = a.scale_log2;
     cudaError_t error = hopper::make_tensor_map<3>(
-        &p.q_map, a.is_bf16, a.q, {uint64_t(a.head_dim), uint64_t(a.num_qo_heads), uint64_t(a.num_rows)},
-        {a.stride_q_head, a.stride_q_row}, {hopper::BOX_ELEMENTS, 1, attend::HALF}
+        &p.q_map, hopper::sixteen_bits(a.is_bf16), a.q,
+        {uint64_t(a.head_dim), uint64_t(a.num_qo_heads), uint64_t(a.num_rows)}, {a.stride_q_head, a.stride_q_row},
+        {hopper::BOX_ELEMENTS, 1, attend::HALF}
     );
     if (error == cudaSuccess) error = hopper::make_cache_map(&p.k_map, a.k, a, attend::GROUP);
     if (error == cudaSuccess) error = hopper::make_cache_map(&p.v_map, a.v, a, attend::GROUP);

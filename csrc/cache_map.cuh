@@ -12,7 +12,7 @@ namespace hopper {
 template <typename Arguments>
 cudaError_t make_cache_map(CUtensorMap* map, const void* base, const Arguments& a, uint32_t keys) {
     return make_tensor_map<4>(
-        map, a.is_bf16, base,
+        map, sixteen_bits(a.is_bf16), base,
         {uint64_t(a.head_dim), uint64_t(a.page_size), uint64_t(a.num_kv_heads), uint64_t(a.num_pages)},
         {a.stride_token, a.stride_kv_head, a.stride_page}, {BOX_ELEMENTS, keys, 1, 1}
     );

@@ -124,6 +124,19 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+__device__ __forceinline__ float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// a b + c, ended at 0 and 1; 0 for NaN.
+__device__ __forceinline__ float fma_saturate(float a, float b, float c) {
+    float d;
+    asm volatile("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+    return d;
+}
+
 // Two numbers side by side, the first in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second) {
@@ -134,6 +147,23 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
     }
     return packed;
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000));
+    } else {
+        return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+    }
+}
+
+// Four numbers as E4M3, side by side from the low byte on: to the nearest, ties to even, at most 448.
+__device__ __forceinline__ uint32_t pack_e4m3(float2 first, float2 second) {
+    uint16_t low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(first.y), "f"(first.x));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(second.y), "f"(second.x));
+    return low | uint32_t(high) << 16;
 }
 
 // ---- wgmma -----------------------------------------------------------------------------------------------------
@@ -175,18 +205,20 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leadin
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "    \
     "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// D (+)= A B for 64 x N x 16, A and B in shared memory, both contiguous along the 16.
+// D (+)= A B for 64 x N x 16, or x 32 of E4M3, A and B in shared memory, both contiguous along the 16 or 32.
 template <typename T, bool ACCUMULATE>
 __device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) {
-#define HOPPER_MMA(TYPE)                                                                                           \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." \
-                 TYPE " {" HOPPER_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                                      \
-                 : HOPPER_16(d, 0), HOPPER_16(d, 16), HOPPER_16(d, 32), HOPPER_16(d, 48)                           \
+#define HOPPER_MMA(DEPTH, TYPE, ORDER)                                                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128" DEPTH \
+                 ".f32." TYPE "." TYPE " {" HOPPER_NAMES_64 "}, %64, %65, p, 1, 1" ORDER ";\n}\n"        \
+                 : HOPPER_16(d, 0), HOPPER_16(d, 16), HOPPER_16(d, 32), HOPPER_16(d, 48)                 \
                  : "l"(a), "l"(b), "n"(int(ACCUMULATE)))
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        HOPPER_MMA("bf16");
+    if constexpr (std::is_same_v<T, E4M3>) {
+        HOPPER_MMA("k32", "e4m3", "");
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        HOPPER_MMA("k16", "bf16", ", 0, 0");
     } else {
-        HOPPER_MMA("f16");
+        HOPPER_MMA("k16", "f16", ", 0, 0");
     }
 #undef HOPPER_MMA
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sampled rows against means of 4 keys, for Hopper (sm_90a): bf16 and fp16, head_dim 64 and 128. The attention mass that
-// rows give to each group of 16 keys before their tile. The twin: minference_vllm/reference/masses.py.
+// Sampled rows against means of 4 keys, for Hopper (sm_90a): bf16 and fp16, head_dim 64 and 128, the latter also with
+// products in FP8. The attention mass that rows give to each group of 16 keys before their tile. The twin:
+// minference_vllm/reference/masses.py.
 
 #include "score_stages.cuh"
 #include "tensor_map.cuh"
@@ -33,11 +34,11 @@ inline int choose_stages_each(const Params& p, int num_multiprocessors) {
     return best;
 }
 
-template <typename T, int HEAD_DIM>
-cudaError_t run(const Params& p, cudaStream_t stream) {
-    constexpr int BYTES = sizeof(Storage<HEAD_DIM>) + hopper::ATOM_BYTES;
+template <typename T, typename Q, int HEAD_DIM>
+cudaError_t launch(const Params& p, cudaStream_t stream) {
+    constexpr int BYTES = sizeof(Storage<HEAD_DIM * sizeof(T)>) + hopper::ATOM_BYTES;
     const int ranges = (p.num_stages(p.num_blocks - 1) + p.stages_each - 1) / p.stages_each;
-    const auto kernel = mass_kernel<T, HEAD_DIM>;
+    const auto kernel = mass_kernel<T, Q, HEAD_DIM>;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (error != cudaSuccess) return error;
     kernel<<<p.num_blocks * p.num_sets * ranges, THREADS, BYTES, stream>>>(p);
@@ -51,14 +52,16 @@ struct MInferenceScore {
     const void *q, *means, *row_lse;
     void* masses;
     int64_t stride_q_row, stride_q_head, stride_means, stride_lse, stride_masses, stride_masses_part;
-    int32_t num_rows, context_len, rows_per_half, num_qo_heads, num_kv_heads, head_dim, is_bf16;
+    int32_t num_rows, context_len, rows_per_half, num_qo_heads, num_kv_heads, head_dim;
+    int32_t is_bf16;                // queries, else fp16; and means, if they are not
+    int32_t is_fp8;                 // E4M3
     int32_t first_head, num_heads;  // that are worked on: all heads of some KV heads, or an even share of one's
     int32_t num_multiprocessors;
     float scale_log2;
 };
 
 static score::Params make_params(const MInferenceScore& a) {
-    constexpr int ELEMENT = 2;  // bytes
+    constexpr int ELEMENT = 2;  // bytes, of queries
     score::Params p{};
     p.q = static_cast<const char*>(a.q);
     p.row_lse = static_cast<const float*>(a.row_lse);
@@ -83,6 +86,16 @@ static score::Params make_params(const MInferenceScore& a) {
     return p;
 }
 
+template <typename Q>
+static cudaError_t run(const MInferenceScore& a, const score::Params& p, cudaStream_t stream) {
+    if (a.is_fp8) {
+        return a.head_dim == 128 ? score::launch<hopper::E4M3, Q, 128>(p, stream) : cudaErrorInvalidValue;
+    }
+    if (a.head_dim == 128) return score::launch<Q, Q, 128>(p, stream);
+    if (a.head_dim == 64) return score::launch<Q, Q, 64>(p, stream);
+    return cudaErrorInvalidValue;
+}
+
 extern "C" int minference_group_masses(const MInferenceScore* args, cudaStream_t stream) {
     const MInferenceScore& a = *args;
     score::Params p = make_params(a);
@@ -91,18 +104,14 @@ extern "C" int minference_group_masses(const MInferenceScore* args, cudaStream_t
     p.stages_each = score::choose_stages_each(p, a.num_multiprocessors);
     // Coordinates: element, group, mean of the group, KV head.
     const uint64_t num_groups = uint64_t(p.num_boxes) * score::BOX_GROUPS;
+    const hopper::Element element = a.is_fp8 ? hopper::Element::E4M3 : hopper::sixteen_bits(a.is_bf16);
+    const uint32_t box_elements = hopper::SWIZZLE_BYTES / hopper::bytes_of(element);
     const cudaError_t error = hopper::make_tensor_map<4>(
-        &p.means_map, a.is_bf16, a.means,
+        &p.means_map, element, a.means,
         {uint64_t(a.head_dim), num_groups, score::MEANS_PER_GROUP, uint64_t(a.num_kv_heads)},
         {score::MEANS_PER_GROUP * a.head_dim, a.head_dim, a.stride_means},
-        {hopper::BOX_ELEMENTS, score::BOX_GROUPS, score::MEANS_PER_GROUP, 1}
+        {box_elements, score::BOX_GROUPS, score::MEANS_PER_GROUP, 1}
     );
     if (error != cudaSuccess) return error;
-    if (a.head_dim == 128) {
-        return a.is_bf16 ? score::run<__nv_bfloat16, 128>(p, stream) : score::run<__half, 128>(p, stream);
-    }
-    if (a.head_dim == 64) {
-        return a.is_bf16 ? score::run<__nv_bfloat16, 64>(p, stream) : score::run<__half, 64>(p, stream);
-    }
-    return cudaErrorInvalidValue;
+    return a.is_bf16 ? run<__nv_bfloat16>(a, p, stream) : run<__half>(a, p, stream);
 }

@@ -111,21 +111,22 @@ __device__ __forceinline__ int sampled_row(const Params& p, int part, int i) {
 __device__ __forceinline__ int list_of(int column) { return (column >> 1 & 3) * 2 + (column >> 6); }
 __device__ __forceinline__ int row_of(int column) { return (column >> 3 & 7) * 2 + (column & 1); }
 
-template <int HEAD_DIM>
+// A row of queries or means, as the tensor cores read it, has ROW_BYTES.
+template <int ROW_BYTES>
 struct Shape {
-    static constexpr int BLOCKS = HEAD_DIM * 2 / hopper::SWIZZLE_BYTES;  // of 128 bytes a row
+    static constexpr int BLOCKS = ROW_BYTES / hopper::SWIZZLE_BYTES;  // of 128 bytes a row
     static constexpr int BOX_BYTES = BOX_MEANS * hopper::SWIZZLE_BYTES;  // of one block
     static constexpr int STAGE_BLOCK_BYTES = STAGE_BOXES * BOX_BYTES;
     static constexpr int STAGE_BYTES = BLOCKS * STAGE_BLOCK_BYTES;
     static constexpr int QUERY_BLOCK_BYTES = COLUMNS * hopper::SWIZZLE_BYTES;
     static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;
-    static constexpr int STEPS_PER_BLOCK = hopper::SWIZZLE_BYTES / 32;  // of 16 elements
-    static constexpr int STAGES = HEAD_DIM == 128 ? 4 : 8;
+    static constexpr int STEPS_PER_BLOCK = hopper::SWIZZLE_BYTES / hopper::MMA_BYTES;
+    static constexpr int STAGES = 8 / BLOCKS;
 };
 
-template <int HEAD_DIM>
+template <int ROW_BYTES>
 struct Storage {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<ROW_BYTES>;
     alignas(hopper::ATOM_BYTES) char queries[CONSUMERS][S::QUERY_BYTES];
     char means[S::STAGES][S::STAGE_BYTES];
     uint64_t full[S::STAGES], empty[S::STAGES];

@@ -8,9 +8,10 @@ namespace score {
 
 // One warp: a lane for each box of a stage. A box holds the first means of its 8 groups, then the second ones, and so
 // on: each a swizzled atom, so that wgmma can give a thread the four means of one group (see score_stages.cuh).
-template <int HEAD_DIM>
-__device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shared, const Job& job) {
-    using S = Shape<HEAD_DIM>;
+template <typename T, int ROW_BYTES>
+__device__ __forceinline__ void produce(const Params& p, Storage<ROW_BYTES>& shared, const Job& job) {
+    using S = Shape<ROW_BYTES>;
+    constexpr int BOX_ELEMENTS = hopper::SWIZZLE_BYTES / sizeof(T);
     const int lane = threadIdx.x % hopper::WARP;
     const int block = lane % S::BLOCKS, box = lane / S::BLOCKS;
     const bool copies = box < STAGE_BOXES;
@@ -25,18 +26,45 @@ __device__ __forceinline__ void produce(const Params& p, Storage<HEAD_DIM>& shar
         const int number = min((job.first_stage + i) * STAGE_BOXES + box, p.num_boxes - 1);
         if (copies) {
             hopper::copy_box(
-                target + ring.slot * S::STAGE_BYTES, &p.means_map, full, block * hopper::BOX_ELEMENTS,
-                number * BOX_GROUPS, 0, job.kv_head
+                target + ring.slot * S::STAGE_BYTES, &p.means_map, full, block * BOX_ELEMENTS, number * BOX_GROUPS, 0,
+                job.kv_head
             );
         }
         ring.advance(S::STAGES);
     }
 }
 
-// One consumer: the rows of its lists, swizzled as the tensor cores read them.
-template <int HEAD_DIM>
+// FP8 holds multiples of this; see minference_vllm/scratch.py.
+constexpr float FP8_UNIT = 4;
+
+// Two numbers of a 16-bit type, in units of FP8.
+template <typename Q>
+__device__ __forceinline__ float2 in_units(int packed) {
+    const float2 numbers = hopper::unpack<Q>(packed);
+    return make_float2(numbers.x / FP8_UNIT, numbers.y / FP8_UNIT);
+}
+
+// A row of type Q in global memory, made one of type T: its i-th 16 bytes.
+template <typename T, typename Q>
+__device__ __forceinline__ int4 load_piece(const char* row, int i) {
+    if constexpr (std::is_same_v<T, Q>) {
+        return __ldg(reinterpret_cast<const int4*>(row) + i);
+    } else {
+        const int4 first = __ldg(reinterpret_cast<const int4*>(row) + 2 * i);
+        const int4 second = __ldg(reinterpret_cast<const int4*>(row) + 2 * i + 1);
+        return make_int4(
+            hopper::pack_e4m3(in_units<Q>(first.x), in_units<Q>(first.y)),
+            hopper::pack_e4m3(in_units<Q>(first.z), in_units<Q>(first.w)),
+            hopper::pack_e4m3(in_units<Q>(second.x), in_units<Q>(second.y)),
+            hopper::pack_e4m3(in_units<Q>(second.z), in_units<Q>(second.w))
+        );
+    }
+}
+
+// One consumer: the rows of its lists, of type Q, as the tensor cores read them: of type T, swizzled.
+template <typename T, typename Q, int ROW_BYTES>
 __device__ __forceinline__ void load_queries(const Params& p, char* queries, const Job& job, int first_list) {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<ROW_BYTES>;
     constexpr int PIECES_PER_BLOCK = hopper::SWIZZLE_BYTES / 16;
     constexpr int PIECES = S::BLOCKS * PIECES_PER_BLOCK;
     constexpr int AT_ONCE = hopper::WARPGROUP / PIECES;  // columns
@@ -48,10 +76,10 @@ __device__ __forceinline__ void load_queries(const Params& p, char* queries, con
         // What stands for a list too many is not stored.
         const List list(p, min(first_list + list_of(column), p.num_lists - 1));
         const int row = sampled_row(p, list.part, row_of(column)), head = p.first_head + job.first_head + list.head;
-        const char* source = p.q + row * p.stride_q_row + head * p.stride_q_head + piece * 16;
+        const char* source = p.q + row * p.stride_q_row + head * p.stride_q_head;
         const int swizzled = (piece ^ column) % PIECES_PER_BLOCK;
         *reinterpret_cast<int4*>(block + column * hopper::SWIZZLE_BYTES + swizzled * 16) =
-            __ldg(reinterpret_cast<const int4*>(source));
+            load_piece<T, Q>(source, piece);
     }
     hopper::fence_async_proxy();
 }

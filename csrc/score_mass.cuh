@@ -2,6 +2,7 @@
 // The mass that a list's rows give to each group, as a code of one byte.
 #pragma once
 
+#include "score_exp2.cuh"
 #include "score_load.cuh"
 
 namespace score {
@@ -18,7 +19,7 @@ struct Place {
     __device__ __forceinline__ int element(int f) const { return list * 2 * ROWS + row / 2 * 4 + f * 2 + row % 2; }
 };
 
-// What is added to a thread's scaled scores, logarithms to base 2.
+// What is added to a thread's scaled scores, logarithms to base 2; for a polynomial's rows, as add_exp2 takes them.
 struct Shifts {
     float of[LISTS_PER_THREAD][ROWS];
 
@@ -30,7 +31,10 @@ struct Shifts {
             const int head = p.first_head + job.first_head + list.head;
             const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
 #pragma unroll
-            for (int row = 0; row < ROWS; ++row) of[l][row] = fmaf(__ldg(lse + row), -LOG2_E, LOG2_MEAN);
+            for (int row = 0; row < ROWS; ++row) {
+                const float shift = fmaf(__ldg(lse + row), -LOG2_E, LOG2_MEAN);
+                of[l][row] = is_polynomial(row) ? fmaf(shift, 1 / OCTAVES, 1.0f) : shift;
+            }
         }
     }
 };
@@ -42,7 +46,7 @@ constexpr float OCTAVES_BELOW_ONE = 26;
 
 // In the low byte.
 __device__ __forceinline__ uint32_t encode(float mass) {
-    const float code = fmaf(CODES_PER_OCTAVE, log2f(mass), CODES_PER_OCTAVE * OCTAVES_BELOW_ONE);
+    const float code = fmaf(CODES_PER_OCTAVE, hopper::log2_approx(mass), CODES_PER_OCTAVE * OCTAVES_BELOW_ONE);
     // Rounded where the unit of a float is one.
     return __float_as_uint(fminf(fmaxf(code, 0.0f), MASS_CODES - 1) + 0x1p23f);
 }
@@ -73,9 +77,14 @@ struct MassTaker {
             // The lists in turn: neither waits for its last addition.
             const Place place(i / 4 + i % 2 * ROWS);
             const float score = scores[place.element(i / 2 % 2)];
-            const float log2_share = fmaf(score, scale_log2, shifts.of[place.list][place.row]);
-            // No mean counts more than all that the row's normaliser has seen. The unit that compares is idle else.
-            mass[place.list] += hopper::exp2_approx(fminf(log2_share, 0.0f));
+            const float shift = shifts.of[place.list][place.row];
+            float& sum = mass[place.list];
+            // No mean counts more than 1 for a row: its logarithm ends at 0.
+            if (is_polynomial(place.row)) {
+                sum = add_exp2(sum, hopper::fma_saturate(score, scale_log2 / OCTAVES, shift));
+            } else {
+                sum += hopper::exp2_approx(fminf(fmaf(score, scale_log2, shift), 0.0f));
+            }
         }
     }
 

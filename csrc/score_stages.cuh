@@ -12,15 +12,15 @@
 namespace score {
 
 // Start the scores of every second atom of a stage, from `first` on.
-template <typename T, int HEAD_DIM>
+template <typename T, int ROW_BYTES>
 __device__ __forceinline__ void start_scores(float (&scores)[SCORES], uint32_t means, uint32_t queries, int first) {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<ROW_BYTES>;
     const uint64_t first_a = hopper::descriptor(means + first * hopper::ATOM_BYTES, 0, 2 * hopper::ATOM_BYTES);
     const uint64_t first_b = hopper::descriptor(queries, 0);
     hopper::mma_fence();
 #pragma unroll
     for (int step = 0; step < S::BLOCKS * S::STEPS_PER_BLOCK; ++step) {
-        const int block = step / S::STEPS_PER_BLOCK, inside = step % S::STEPS_PER_BLOCK * 32;
+        const int block = step / S::STEPS_PER_BLOCK, inside = step % S::STEPS_PER_BLOCK * hopper::MMA_BYTES;
         const uint64_t a = hopper::advance(first_a, block * S::STAGE_BLOCK_BYTES + inside);
         const uint64_t b = hopper::advance(first_b, block * S::QUERY_BLOCK_BYTES + inside);
         if (step == 0) {
@@ -33,14 +33,20 @@ __device__ __forceinline__ void start_scores(float (&scores)[SCORES], uint32_t m
 }
 
 // A consumer warpgroup: while the taker takes the even scores of a stage, its odd ones are computed, and so on.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shared, const Job& job, int warpgroup) {
-    using S = Shape<HEAD_DIM>;
-    const int thread = threadIdx.x % hopper::WARPGROUP, lane = thread % hopper::WARP;
+//
+// A warp whose box no list sees, at the end of the last stage, takes nothing. ptxas moves nothing over the branches that
+// this makes. Without them it deals the products of a stage out over the exponentials, so that the last ones start as
+// they are waited for, and moves exponentials behind the wait.
+template <typename T, typename Q, int ROW_BYTES>
+__device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& shared, const Job& job, int warpgroup) {
+    using S = Shape<ROW_BYTES>;
+    const int lane = threadIdx.x % hopper::WARP;
+    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x % hopper::WARPGROUP / hopper::WARP, 0);
     const int first_list = job.first_list + warpgroup * LISTS_PER_CONSUMER;
-    const int first_group = job.first_stage * STAGE_GROUPS + thread / hopper::WARP * BOX_GROUPS + lane / 4;
-    load_queries<HEAD_DIM>(p, shared.queries[warpgroup], job, first_list);
-    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, first_group);
+    const int first_group = job.first_stage * STAGE_GROUPS + warp * BOX_GROUPS;
+    int groups_left = p.num_groups(min(first_list + LISTS_PER_CONSUMER, p.num_lists) - 1) - first_group;
+    load_queries<T, Q, ROW_BYTES>(p, shared.queries[warpgroup], job, first_list);
+    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, first_group + lane / 4);
     hopper::wait_named(1 + warpgroup, hopper::WARPGROUP);
 
     const uint32_t queries = hopper::shared_address(shared.queries[warpgroup]);
@@ -48,43 +54,49 @@ __device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shar
     float even[SCORES], odd[SCORES];
     Ring ring;
     hopper::wait(&shared.full[0], 0);
-    start_scores<T, HEAD_DIM>(even, ring_start, queries, 0);
+    start_scores<T, ROW_BYTES>(even, ring_start, queries, 0);
     hopper::mma_wait<0>();
     hopper::pin(even);
 #pragma unroll 1
     for (int left = job.num_stages;;) {
-        start_scores<T, HEAD_DIM>(odd, ring_start + ring.slot * S::STAGE_BYTES, queries, 1);
-        taker.take(even);
+        start_scores<T, ROW_BYTES>(odd, ring_start + ring.slot * S::STAGE_BYTES, queries, 1);
+        if (groups_left > 0) taker.take(even);
         hopper::mma_wait<0>();
         hopper::pin(odd);
         if (lane == 0) hopper::arrive(&shared.empty[ring.slot]);
-        // The way out is here also because ptxas would else move the exponentials just taken behind the wait.
         if (--left == 0) break;
         ring.advance(S::STAGES);
         hopper::wait(&shared.full[ring.slot], ring.phase);
-        start_scores<T, HEAD_DIM>(even, ring_start + ring.slot * S::STAGE_BYTES, queries, 0);
-        taker.take(odd);
-        taker.end_stage();
+        start_scores<T, ROW_BYTES>(even, ring_start + ring.slot * S::STAGE_BYTES, queries, 0);
+        if (groups_left > 0) {
+            taker.take(odd);
+            taker.end_stage();
+        }
+        groups_left -= STAGE_GROUPS;
         hopper::mma_wait<0>();
         hopper::pin(even);
     }
-    taker.take(odd);
-    taker.end_stage();
+    if (groups_left > 0) {
+        taker.take(odd);
+        taker.end_stage();
+    }
 }
 
-// One program: the last warpgroup produces, the others call `consume`.
-template <typename T, int HEAD_DIM>
+// One program: the last warpgroup produces, the others call `consume`. Products are of type T, queries in global memory
+// of type Q.
+template <typename T, typename Q, int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant__ Params p) {
+    constexpr int ROW_BYTES = HEAD_DIM * sizeof(T);
     extern __shared__ char raw[];
     // Swizzled atoms begin at multiples of 1024.
     const uint32_t gap = -hopper::shared_address(raw) & (hopper::ATOM_BYTES - 1);
-    auto& shared = *reinterpret_cast<Storage<HEAD_DIM>*>(raw + gap);
+    auto& shared = *reinterpret_cast<Storage<ROW_BYTES>*>(raw + gap);
     const Job job(p);
     if (job.num_stages <= 0) return;
     const bool second_has_lists = job.first_list + LISTS_PER_CONSUMER < p.num_lists;
     if (threadIdx.x == 0) {
         hopper::prefetch_map(&p.means_map);
-        for (int i = 0; i < Shape<HEAD_DIM>::STAGES; ++i) {
+        for (int i = 0; i < Shape<ROW_BYTES>::STAGES; ++i) {
             hopper::init_barrier(&shared.full[i], 1);
             hopper::init_barrier(&shared.empty[i], (second_has_lists ? 2 : 1) * 4);  // a warp each
         }
@@ -95,10 +107,10 @@ __global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant_
     const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
     if (warpgroup == CONSUMERS) {
         hopper::fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < CONSUMERS * hopper::WARPGROUP + hopper::WARP) produce<HEAD_DIM>(p, shared, job);
+        if (threadIdx.x < CONSUMERS * hopper::WARPGROUP + hopper::WARP) produce<T>(p, shared, job);
     } else {
         hopper::more_registers<CONSUMER_REGISTERS>();
-        if (warpgroup == 0 || second_has_lists) consume<T, HEAD_DIM>(p, shared, job, warpgroup);
+        if (warpgroup == 0 || second_has_lists) consume<T, Q>(p, shared, job, warpgroup);
     }
 }
 

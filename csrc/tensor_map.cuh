@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "hopper_sizes.cuh"
+
 namespace hopper {
 
 // The driver's encoder, looked up at run time so that the library need not be linked to libcuda.
@@ -22,25 +24,30 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     return encoder;
 }
 
-// Describe a tensor of a 16-bit type whose first dimension is contiguous.
+inline CUtensorMapDataType data_type(Element element) {
+    if (element == Element::E4M3) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    return element == Element::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
+// Describe a tensor whose first dimension is contiguous.
 //   sizes: in elements.
 //   strides: elements between neighbours along each dimension but the first.
 //   box: what one copy brings. Where it reaches beyond the tensor it brings zeros.
 template <int RANK>
 cudaError_t make_tensor_map(
-    CUtensorMap* map, bool is_bf16, const void* base, const uint64_t (&sizes)[RANK], const int64_t (&strides)[RANK - 1],
-    const uint32_t (&box)[RANK]
+    CUtensorMap* map, Element element, const void* base, const uint64_t (&sizes)[RANK],
+    const int64_t (&strides)[RANK - 1], const uint32_t (&box)[RANK]
 ) {
     const auto encode = tensor_map_encoder();
     if (encode == nullptr) return cudaErrorNotSupported;
     cuuint64_t bytes[RANK - 1];
     cuuint32_t steps[RANK];
     for (int i = 0; i < RANK; ++i) steps[i] = 1;
-    for (int i = 0; i + 1 < RANK; ++i) bytes[i] = uint64_t(strides[i]) * 2;
+    for (int i = 0; i + 1 < RANK; ++i) bytes[i] = uint64_t(strides[i]) * bytes_of(element);
     const CUresult result = encode(
-        map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, RANK,
-        const_cast<void*>(base), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
+        map, data_type(element), RANK, const_cast<void*>(base), sizes, bytes, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
     );
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -31,6 +31,16 @@ SELECT_SPLITS = 16
 MEAN = 4
 """Consecutive keys, from a multiple of MEAN on, whose mean stands for them when groups are chosen."""
 
+FP8 = torch.float8_e4m3fn
+"""One of the dtypes that means may be kept in; query rows are then rounded to it too."""
+
+FP8_UNIT = 4.0
+"""FP8 holds multiples of this, a power of two: keys and queries up to 1792 do not saturate, and their common sizes lie
+where FP8 is relatively most exact."""
+
+FP8_MAX = 448.0
+"""The largest number of FP8."""
+
 MASS_CODES = 256
 """Values of a group's mass code: 0 is nothing, code c a mass of about 2^(c / CODES_PER_OCTAVE - OCTAVES_BELOW_ONE)."""
 

@@ -44,6 +44,11 @@ class BlockSettings(MethodSettings):
     local_tokens: int = Field(default=128, ge=0, le=MAX_TOKENS)
     """Keys just before a tile that are always kept, beside the tile's own; rounded up to groups of 16."""
 
+    score_dtype: Literal["auto", "fp8", "model"] = "auto"
+    """What means of keys and the rows that choose are rounded to: "model" is the model's dtype, "auto" FP8 (e4m3) where
+    scores are faster in it, which is on H100 and H200 for heads of 128, and else the model's. "fp8" asked for elsewhere
+    gives the same choice no faster; GPUs older than compute capability 8.9 cannot, and refuse it at start."""
+
     max_density: float = Field(default=0.5, gt=0, le=1)
     """A tile whose halves together want more than this share of the groups before the chunk's last tile keeps all
     groups. No unit. It sizes the lists: at 0.5 and 131,072 tokens they take 16 KiB for each head and tile."""
@@ -54,7 +59,7 @@ class BlockBuffers:
     """Scratch of `block`.
 
     Attributes:
-        means: [num_kv_heads, max_means, head_dim] in the model's dtype, see ops.key_means.
+        means: [num_kv_heads, max_means, head_dim] in the dtype of the scores, see ops.means_dtype and ops.key_means.
         row_lse: [num_qo_heads, max_halves, rows_per_half] float32, see ops.row_normalisers.
         masses: [num_heads_at_once, max_parts, max_groups] uint8, see ops.group_masses.
         index: what `choose` returns a part of.
@@ -87,12 +92,13 @@ class Block(Method):
         rows = self.settings.rows_per_half
         parts = tiles * HALVES * rows // PART
         at_once = heads_at_once(heads, heads // shape.num_kv_heads, parts * codes)
+        means_dtype = ops.means_dtype(self.settings.score_dtype, shape, self.kernel, device)
 
         def zeros(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
         return BlockBuffers(
-            means=zeros(shape.num_kv_heads, length // MEAN, shape.head_dim, dtype=shape.dtype),
+            means=zeros(shape.num_kv_heads, length // MEAN, shape.head_dim, dtype=means_dtype),
             row_lse=zeros(heads, tiles * HALVES, rows, dtype=torch.float32),
             masses=zeros(at_once, parts, codes, dtype=torch.uint8),
             index=TileIndex(groups=zeros(heads, tiles, self.max_kept(groups)), counts=zeros(heads, tiles, 3)),

@@ -10,7 +10,7 @@ from minference_vllm.ops.groups import select_groups
 from minference_vllm.ops.kernel import Kernel, choose_kernel
 from minference_vllm.ops.lists import band_lists
 from minference_vllm.ops.masses import group_masses
-from minference_vllm.ops.means import key_means
+from minference_vllm.ops.means import key_means, means_dtype
 from minference_vllm.ops.normalisers import row_normalisers
 from minference_vllm.ops.probe import probe
 from minference_vllm.ops.recall import measure_recall
@@ -24,6 +24,7 @@ __all__ = [
     "choose_kernel",
     "group_masses",
     "key_means",
+    "means_dtype",
     "measure_recall",
     "probe",
     "row_normalisers",

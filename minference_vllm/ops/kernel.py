@@ -46,7 +46,7 @@ def _choose(asked: str, device: torch.device) -> tuple[Kernel, str]:
             raise ConfigError(f"{fault}. Use 'auto' or {able[0].value!r}.")
         return Kernel(asked), "asked for"
     better = [obstacle for obstacle in obstacles.values() if obstacle]
-    return able[0], better[-1] if better else f"this is {_describe(device)}"
+    return able[0], better[-1] if better else f"this is {describe(device)}"
 
 
 def _gpu_obstacle(device: torch.device) -> str:
@@ -57,12 +57,13 @@ def _cuda_obstacle(device: torch.device) -> str:
     if obstacle := _gpu_obstacle(device):
         return obstacle
     if torch.cuda.get_device_capability(device)[0] != HOPPER:
-        return f"the CUDA library is for H100 and H200, and this is {_describe(device)}"
+        return f"the CUDA library is for H100 and H200, and this is {describe(device)}"
     from minference_vllm.kernels.cuda import library
 
     return library.why_missing()
 
 
-def _describe(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
+    """A GPU's name and compute capability."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"

@@ -31,7 +31,7 @@ def group_masses(
         )
     if kernel is Kernel.REFERENCE:
         reference.group_masses(chunk, means, row_lse, first_head, masses)
-    elif kernel is Kernel.CUDA and cuda.masses.supports(chunk, row_lse.shape[2]):
+    elif kernel is Kernel.CUDA and cuda.masses.supports(chunk, means.dtype, row_lse.shape[2]):
         cuda.masses.group_masses(chunk, means, row_lse, first_head, masses)
     else:
         triton.group_masses(chunk, means, row_lse, first_head, masses)

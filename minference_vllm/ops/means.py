@@ -1,13 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Means of a few consecutive keys."""
 
+from typing import Literal
+
 import torch
 
 from minference_vllm import reference
 from minference_vllm.chunk import PagedKV
-from minference_vllm.kernels import triton
-from minference_vllm.ops.kernel import Kernel
-from minference_vllm.scratch import MEAN
+from minference_vllm.errors import ConfigError
+from minference_vllm.kernels import cuda, triton
+from minference_vllm.ops.kernel import Kernel, describe
+from minference_vllm.scratch import FP8, MEAN, ScratchShape
+
+FP8_CAPABILITY = (8, 9)
+"""From here on Triton has FP8."""
+
+
+def means_dtype(
+    asked: Literal["auto", "fp8", "model"], shape: ScratchShape, kernel: Kernel, device: torch.device
+) -> torch.dtype:
+    """In which dtype means are kept, and query rows scored against them.
+
+    Args:
+        asked: "auto" is FP8 where it makes scores faster, else the model's dtype.
+
+    Raises:
+        ConfigError: FP8 was asked for, and the kernels cannot have it on this device.
+    """
+    is_faster = kernel is Kernel.CUDA and cuda.masses.is_faster_in_fp8(shape.head_dim, shape.dtype)
+    if asked == "model" or (asked == "auto" and not is_faster):
+        return shape.dtype
+    if kernel is Kernel.TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        fault = f"minference.method.score_dtype={asked!r} cannot run here: there is no FP8 on {describe(device)}"
+        raise ConfigError(f"{fault}. Use 'auto' or 'model'.")
+    return FP8
 
 
 def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, kernel: Kernel, first: int = 0) -> None:

@@ -8,6 +8,7 @@ import torch
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALVES, TILE
 from minference_vllm.reference.normalisers import PART, sampled_rows
+from minference_vllm.reference.operands import from_operand, query_rows
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
 
 
@@ -27,15 +28,16 @@ def group_masses(
 ) -> None:
     """Sum exp(score - normaliser) over a part's rows and a group's means, each mean as often as it has keys.
 
-    But no mean counts more than 1 for a row, which is what all that its normaliser has seen counts: a row that looks at
-    a far key its normaliser has not seen would else outweigh all others by any factor.
+    But no mean counts more than 1 for a row, which is LIMIT of what its normaliser has seen: a row that looks at a far
+    key its normaliser has not seen would else outweigh all others by any factor.
 
     All groups lie before the tile, so every row sees them: no causal mask. Parts, not halves: what kernels hold of a
     row's scores at once then does not grow with the number of rows.
 
     Args:
         chunk: its queries are read.
-        means: [num_kv_heads, >= first key of the last tile / mean, head_dim], see key_means.
+        means: [num_kv_heads, >= first key of the last tile / mean, head_dim], see key_means. Where they are FP8, rows
+            are rounded to it too, as for their normalisers.
         row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, see row_normalisers.
         first_head: the query head that is `masses`' first.
         masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8,
@@ -50,10 +52,11 @@ def group_masses(
     for part, rows in enumerate(sampled_rows(chunk, rows_per_half).view(-1, PART)):
         tile_start = (chunk.first_tile + part // parts_per_tile) * TILE
         # Of an absent half any row will do: its normaliser is infinite.
-        q = chunk.q[rows.clamp(min=chunk.context_len) - chunk.context_len].float() * chunk.scale
+        q = query_rows(chunk.q[rows.clamp(min=chunk.context_len) - chunk.context_len], means) * chunk.scale
         for i in range(min(len(masses), chunk.num_qo_heads - first_head)):
             head = first_head + i
-            scores = q[:, head] @ means[head // chunk.group_size, : tile_start // mean].float().T + math.log(mean)
+            scores = q[:, head] @ from_operand(means[head // chunk.group_size, : tile_start // mean]).T
+            scores += math.log(mean)
             # [PART, means]
             mass = (scores - lse_of_parts[head, part, :, None]).clamp(max=0).exp()
             masses[i, part, : tile_start // GROUP] = encode(mass.sum(0).unflatten(0, (-1, GROUP // mean)).sum(1))

@@ -4,6 +4,7 @@
 import torch
 
 from minference_vllm.chunk import PagedKV
+from minference_vllm.reference.operands import to_operand
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MEAN
 
@@ -14,12 +15,13 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, me
     Args:
         kv: the request's cache.
         seq_len: keys of the request that are there; a last few that are fewer than `mean` get no mean.
-        means: [num_kv_heads, >= seq_len // mean, head_dim], in the model's dtype; entries first .. seq_len // mean - 1
-            are written, in float32 until they are rounded once.
+        means: [num_kv_heads, >= seq_len // mean, head_dim], in the model's dtype or FP8, see operands.to_operand;
+            entries first .. seq_len // mean - 1 are written, in float32 until they are rounded once.
         first: means before this one are valid already.
         mean: keys in a mean: 4, 8 or 16.
     """
     count = seq_len // mean
     if count > first:
         keys, _ = gather(kv, count * mean)
-        means[:, first:count] = keys[:, first * mean :].float().unflatten(1, (-1, mean)).mean(2).to(means.dtype)
+        averages = keys[:, first * mean :].float().unflatten(1, (-1, mean)).mean(2)
+        means[:, first:count] = to_operand(averages, means.dtype)

@@ -7,6 +7,7 @@ import torch
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALF, HALVES, TILE
+from minference_vllm.reference.operands import from_operand, query_rows
 from minference_vllm.scratch import MEAN
 
 PART = 16
@@ -46,7 +47,8 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
 
     Args:
         chunk: its queries are read.
-        means: [num_kv_heads, >= seq_len // mean, head_dim], of all keys of the request: see key_means.
+        means: [num_kv_heads, >= seq_len // mean, head_dim], of all keys of the request: see key_means. Where they are
+            FP8, rows are rounded to it too.
         row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, written: natural logarithms, a mean
             counted as often as it has keys, plus log(LIMIT). Infinity for rows of a half of which the chunk has none,
             so that they weigh nothing; minus infinity if the request has no mean yet. rows_per_half is 16, 32 or 64.
@@ -64,6 +66,6 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
         # [rows_per_half, means]
         hidden = number * mean // GROUP > rows[:, None] // GROUP
         for head in range(chunk.num_qo_heads):
-            q = chunk.q[rows - chunk.context_len, head].float() * chunk.scale
-            scores = q @ means[head // chunk.group_size, number].float().T + math.log(mean * LIMIT)
+            q = query_rows(chunk.q[rows - chunk.context_len, head], means) * chunk.scale
+            scores = q @ from_operand(means[head // chunk.group_size, number]).T + math.log(mean * LIMIT)
             row_lse[head, half] = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)

@@ -7,24 +7,23 @@
 
 constexpr int MAX_RANK = 4;
 
-// Of a tensor of a 16-bit type.
 struct CUtensorMap {
     const char* base;
     int rank;
+    int element_bytes;
     int64_t sizes[MAX_RANK], strides[MAX_RANK], box[MAX_RANK];  // elements
 
     // The byte after its last element.
     const char* end() const {
         int64_t last = 0;
         for (int i = 0; i < rank; ++i) last += (sizes[i] - 1) * strides[i];
-        return base + 2 * (last + 1);
+        return base + element_bytes * (last + 1);
     }
 };
 
 namespace emulator {
 
 constexpr int PIECES_A_ROW = 8;  // of a box
-constexpr int ELEMENTS_A_PIECE = PIECE / 2;
 constexpr int BOX_ROW_BYTES = PIECES_A_ROW * PIECE;
 
 // Tensors that this launch has described: cp.async reads from nowhere else.
@@ -79,7 +78,7 @@ struct Box {
             is_inside &= x >= 0 && x < map.sizes[i];
             offset += x * map.strides[i];
         }
-        return is_inside ? map.base + 2 * offset : nullptr;
+        return is_inside ? map.base + map.element_bytes * offset : nullptr;
     }
 
     void land() const {
@@ -101,7 +100,7 @@ struct Box {
 template <int RANK>
 void copy_box(uint32_t target, const CUtensorMap* map, int barrier, const int (&corner)[RANK]) {
     EMULATOR_CHECK(map->rank == RANK && target % BOX_ROW_BYTES == 0, "box to %u", target);
-    EMULATOR_CHECK(map->box[0] == PIECES_A_ROW * ELEMENTS_A_PIECE, "a row of a box has 128 bytes");
+    EMULATOR_CHECK(map->box[0] * map->element_bytes == BOX_ROW_BYTES, "a row of a box has 128 bytes");
     Box box{*map, target};
     std::copy(corner, corner + RANK, box.corner);
     for (int row = 0; row < box.num_rows(); ++row) {

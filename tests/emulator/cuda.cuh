@@ -21,6 +21,7 @@ struct float2 {
     float x, y;
 };
 
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -68,4 +69,10 @@ inline uint32_t __float_as_uint(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }

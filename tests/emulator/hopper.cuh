@@ -69,12 +69,31 @@ inline float exp2_approx(float x) {
     return y < SMALLEST_NORMAL ? 0.0f : y;
 }
 
+inline float log2_approx(float x) { return log2f(x); }
+inline float fma_saturate(float a, float b, float c) {
+    const float d = fmaf(a, b, c);
+    return std::isnan(d) ? 0.0f : min(max(d, 0.0f), 1.0f);
+}
+
 template <typename T>
 constexpr bool IS_BF16 = std::is_same_v<T, __nv_bfloat16>;
+template <typename T>
+constexpr Element ELEMENT = std::is_same_v<T, E4M3> ? Element::E4M3 : IS_BF16<T> ? Element::BF16 : Element::FP16;
 
 template <typename T>
 uint32_t pack(float first, float second) {
     return emulator::narrow(first, IS_BF16<T>) | uint32_t(emulator::narrow(second, IS_BF16<T>)) << 16;
+}
+
+template <typename T>
+float2 unpack(uint32_t packed) {
+    return {emulator::widen(packed, ELEMENT<T>), emulator::widen(packed >> 16, ELEMENT<T>)};
+}
+
+inline uint32_t pack_e4m3(float2 first, float2 second) {
+    uint32_t packed = 0;
+    for (const float x : {second.y, second.x, first.y, first.x}) packed = packed << 8 | emulator::narrow_e4m3(x);
+    return packed;
 }
 
 // ---- wgmma -----------------------------------------------------------------------------------------------------
@@ -99,12 +118,12 @@ inline uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride =
 // D has 64 rows over 128 threads: twice as many columns as a thread has registers.
 template <typename T, bool ACCUMULATE, int COUNT>
 void mma(float (&d)[COUNT], uint64_t a, uint64_t b) {
-    emulator::issue({a, b, 2 * COUNT, ACCUMULATE, IS_BF16<T>, false}, d, nullptr);
+    emulator::issue({a, b, 2 * COUNT, ACCUMULATE, ELEMENT<T>, false}, d, nullptr);
 }
 
 template <typename T, int COUNT>
 void mma_add(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b) {
-    emulator::issue({0, b, 2 * COUNT, true, IS_BF16<T>, true}, d, a);
+    emulator::issue({0, b, 2 * COUNT, true, ELEMENT<T>, true}, d, a);
 }
 
 }  // namespace hopper

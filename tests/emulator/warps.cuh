@@ -5,6 +5,7 @@
 #include <deque>
 
 #include "barriers.cuh"
+#include "hopper_sizes.cuh"
 
 namespace emulator {
 
@@ -14,12 +15,15 @@ constexpr int LANES = 32;
 struct Product {
     uint64_t a, b;  // descriptors; no `a` where it comes from registers
     int columns;
-    bool accumulate, is_bf16, from_registers;
+    bool accumulate;
+    hopper::Element element;  // of a and b
+    bool from_registers;
     int lanes = 0;               // that have issued it
     float* accumulators[LANES];  // of each lane
     const uint32_t* a_registers[LANES];
     uint64_t fenced;  // it sees what cp.async wrote before this turn
 
+    int depth() const { return hopper::MMA_BYTES / hopper::bytes_of(element); }
     bool is_issued() const { return lanes == LANES; }
 };
 

@@ -8,15 +8,35 @@
 
 namespace emulator {
 
-constexpr int DEPTH = 16;  // summed over by one wgmma
+constexpr int MAX_DEPTH = 32;  // summed over by one wgmma
 constexpr int WARPS_A_GROUP = 4;
 constexpr int ROWS = 16;  // of a warp
 constexpr int MAX_COLUMNS = 128;
 
 // ---- numbers ---------------------------------------------------------------------------------------------------
 
-inline float widen(uint16_t bits, bool is_bf16) {
-    if (!is_bf16) return _cvtsh_ss(bits);
+// E4M3: sign, 4 bits of exponent, 3 of mantissa; no infinity, and NaN where all of them are set.
+inline float widen_e4m3(uint8_t bits) {
+    const int exponent = bits >> 3 & 0xF, mantissa = bits & 7;
+    const float size = exponent == 0 ? ldexpf(mantissa, -9) : ldexpf(8 + mantissa, exponent - 10);
+    return copysignf((bits & 0x7F) == 0x7F ? NAN : size, bits & 0x80 ? -1.0f : 1.0f);
+}
+
+// To the nearest, ties to even, at most the largest number.
+inline uint8_t narrow_e4m3(float x) {
+    constexpr float LARGEST = 448;
+    const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+    if (std::isnan(x)) return sign | 0x7F;
+    const float size = min(fabsf(x), LARGEST);
+    int exponent = size < 0x1p-6f ? -6 : ilogbf(size);
+    // In units of the last place, of which there are 8 to 15, or fewer below the normal numbers.
+    const int places = int(nearbyintf(ldexpf(size, 3 - exponent)));
+    return sign | (places + (exponent + 6) * 8);
+}
+
+inline float widen(uint16_t bits, hopper::Element element) {
+    if (element == hopper::Element::E4M3) return widen_e4m3(bits);
+    if (element == hopper::Element::FP16) return _cvtsh_ss(bits);
     const uint32_t wide = uint32_t(bits) << 16;
     float x;
     memcpy(&x, &wide, sizeof x);
@@ -41,59 +61,66 @@ struct Matrix {
 
     static uint32_t field(uint64_t descriptor, int bit) { return uint32_t(descriptor >> bit & 0x3FFF) << 4; }
 
-    // Eight elements of a matrix that is contiguous along the dimension summed over.
-    uint32_t along_depth(int row, int k) const { return start + row / 8 * stride + row % 8 * 128 + k * 2; }
+    // 16 bytes of a matrix that is contiguous along the dimension summed over.
+    uint32_t along_depth(int row, int byte) const { return start + row / 8 * stride + row % 8 * 128 + byte; }
 
-    // Eight elements of one that is contiguous along the other.
+    // Eight elements, of 16 bits, of one that is contiguous along the other.
     uint32_t along_columns(int k, int column) const {
         return start + column / 64 * leading + k / 8 * stride + k % 8 * 128 + column % 64 * 2;
     }
 };
 
-inline void read_eight(uint32_t address, const Product& product, float* elements) {
+// 16 bytes.
+inline void read_piece(uint32_t address, const Product& product, float* elements) {
     address = swizzle(address);
     const uint64_t written = writing_turn(address);
     const bool is_visible = written == 0 || written < product.fenced;
     EMULATOR_CHECK(is_visible, "wgmma reads what cp.async wrote to %u, with no proxy fence between", address);
-    uint16_t bits[8];
-    memcpy(bits, locate(address), sizeof bits);
-    for (int i = 0; i < 8; ++i) elements[i] = widen(bits[i], product.is_bf16);
+    const char* piece = locate(address);
+    const int bytes = hopper::bytes_of(product.element);
+    for (int i = 0; i < PIECE / bytes; ++i) {
+        uint16_t bits = 0;
+        memcpy(&bits, piece + i * bytes, bytes);
+        elements[i] = widen(bits, product.element);
+    }
 }
 
-inline void read_a(const Product& product, int warp_in_group, float (&a)[ROWS][DEPTH]) {
+// A row's elements that one product sums over, from where they lie one after the other.
+inline void read_along_depth(const Matrix& matrix, int row, const Product& product, float* elements) {
+    const int each = PIECE / hopper::bytes_of(product.element);
+    for (int i = 0; i < hopper::MMA_BYTES / PIECE; ++i) {
+        read_piece(matrix.along_depth(row, i * PIECE), product, elements + i * each);
+    }
+}
+
+inline void read_a(const Product& product, int warp_in_group, float (&a)[ROWS][MAX_DEPTH]) {
     if (product.from_registers) {
         for (int l = 0; l < LANES; ++l) {
             for (int i = 0; i < 8; ++i) {
                 const uint16_t bits = product.a_registers[l][i / 2] >> 16 * (i % 2);
-                a[l / 4 + i / 2 % 2 * 8][l % 4 * 2 + i / 4 * 8 + i % 2] = widen(bits, product.is_bf16);
+                a[l / 4 + i / 2 % 2 * 8][l % 4 * 2 + i / 4 * 8 + i % 2] = widen(bits, product.element);
             }
         }
         return;
     }
     const Matrix matrix(product.a);
-    for (int row = 0; row < ROWS; ++row) {
-        for (int k = 0; k < DEPTH; k += 8) {
-            read_eight(matrix.along_depth(warp_in_group * ROWS + row, k), product, &a[row][k]);
-        }
-    }
+    for (int row = 0; row < ROWS; ++row) read_along_depth(matrix, warp_in_group * ROWS + row, product, a[row]);
 }
 
-inline void read_b(const Product& product, float (&b)[DEPTH][MAX_COLUMNS]) {
+inline void read_b(const Product& product, float (&b)[MAX_DEPTH][MAX_COLUMNS]) {
     const Matrix matrix(product.b);
     if (product.from_registers) {
-        for (int k = 0; k < DEPTH; ++k) {
+        for (int k = 0; k < product.depth(); ++k) {
             for (int column = 0; column < product.columns; column += 8) {
-                read_eight(matrix.along_columns(k, column), product, &b[k][column]);
+                read_piece(matrix.along_columns(k, column), product, &b[k][column]);
             }
         }
         return;
     }
     for (int column = 0; column < product.columns; ++column) {
-        for (int k = 0; k < DEPTH; k += 8) {
-            float eight[8];
-            read_eight(matrix.along_depth(column, k), product, eight);
-            for (int i = 0; i < 8; ++i) b[k + i][column] = eight[i];
-        }
+        float elements[MAX_DEPTH];
+        read_along_depth(matrix, column, product, elements);
+        for (int k = 0; k < product.depth(); ++k) b[k][column] = elements[k];
     }
 }
 
@@ -103,12 +130,12 @@ inline void read_b(const Product& product, float (&b)[DEPTH][MAX_COLUMNS]) {
 inline void carry_out_next(Warp& warp) {
     const Product& product = warp.products.front();
     const int warp_in_group = int(&warp - warps.data()) % WARPS_A_GROUP;
-    float a[ROWS][DEPTH], b[DEPTH][MAX_COLUMNS];
+    float a[ROWS][MAX_DEPTH], b[MAX_DEPTH][MAX_COLUMNS];
     read_a(product, warp_in_group, a);
     read_b(product, b);
     for (int row = 0; row < ROWS; ++row) {
         float sums[MAX_COLUMNS] = {};
-        for (int k = 0; k < DEPTH; ++k) {
+        for (int k = 0; k < product.depth(); ++k) {
             for (int column = 0; column < MAX_COLUMNS; ++column) sums[column] += a[row][k] * b[k][column];
         }
         for (int column = 0; column < product.columns; ++column) {

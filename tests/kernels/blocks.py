@@ -9,6 +9,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, HALVES, TileIndex
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.normalisers import PART
+from minference_vllm.scratch import FP8
 from tests.kernels.cases import Case
 
 SINKS, LOCAL = 2, 3
@@ -34,14 +35,15 @@ every_case = pytest.mark.parametrize(
     [pytest.param(case, id=case.name) for case in CASES]
     + [pytest.param(case, id=case.name, marks=pytest.mark.gpu) for case in GPU_CASES],
 )
+score_dtypes = pytest.mark.parametrize("is_fp8", [False, True], ids=["model", "fp8"])
 engines = pytest.mark.parametrize("kernel", [Kernel.REFERENCE, Kernel.TRITON], ids=["reference", "triton"])
 SPARSE = Case("", num_rows=100, context_len=306, num_qo_heads=2, num_kv_heads=1)
 
 
-def make_means(chunk: Chunk, mean: int = 4) -> torch.Tensor:
-    """Means of the request's keys, and poison where there are none."""
+def make_means(chunk: Chunk, mean: int = 4, is_fp8: bool = False) -> torch.Tensor:
+    """Means of the request's keys, and poison where there are none; in the model's dtype if not in FP8."""
     means = torch.full((chunk.kv.num_kv_heads, chunk.seq_len // mean + 5, chunk.head_dim), torch.nan)
-    means = means.to(chunk.q.device, chunk.q.dtype)
+    means = means.to(chunk.q.device, FP8 if is_fp8 else chunk.q.dtype)
     reference.key_means(chunk.kv, chunk.seq_len, means, mean=mean)
     return means
 

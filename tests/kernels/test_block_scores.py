@@ -27,6 +27,7 @@ from tests.kernels.blocks import (
     make_lse,
     make_masses,
     make_means,
+    score_dtypes,
 )  # fmt: skip
 from tests.kernels.cases import Case, make_cache, make_chunk
 
@@ -71,8 +72,9 @@ def test_sampled_rows_lie_in_their_halves_and_in_the_chunk(case: Case, rows_per_
 
 
 @every_case
-def test_normalisers(case: Case, device: torch.device) -> None:
-    check_normalisers(make_chunk(case, device), rows_per_half=32)
+@score_dtypes
+def test_normalisers(case: Case, is_fp8: bool, device: torch.device) -> None:
+    check_normalisers(make_chunk(case, device), rows_per_half=32, is_fp8=is_fp8)
 
 
 @pytest.mark.parametrize("rows_per_half", [16, 64])
@@ -90,12 +92,13 @@ def test_normalisers_where_a_tile_has_few_means_or_none(num_rows: int, context_l
     assert (last.isfinite() if chunk.seq_len >= 4 else last == -torch.inf).all()
 
 
-def check_normalisers(chunk: Chunk, rows_per_half: int = 16, mean: int = 4) -> torch.Tensor:
-    means, expected, actual = make_means(chunk, mean), make_lse(chunk, rows_per_half), make_lse(chunk, rows_per_half)
+def check_normalisers(chunk: Chunk, rows_per_half: int = 16, mean: int = 4, is_fp8: bool = False) -> torch.Tensor:
+    means = make_means(chunk, mean, is_fp8)
+    expected, actual = make_lse(chunk, rows_per_half), make_lse(chunk, rows_per_half)
     reference.row_normalisers(chunk, means, expected, mean)
     triton.row_normalisers(chunk, means, actual, mean)
     # A float32 product on the matrix units keeps ten bits of its operands.
-    tolerance = 2e-2 if chunk.q.dtype == torch.float32 else 1e-3
+    tolerance = 2e-2 if chunk.q.dtype == torch.float32 and not is_fp8 else 1e-3
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     return actual
 
@@ -133,11 +136,14 @@ def test_all_mass_is_the_first_keys_where_the_tile_has_none(
 
 @engines
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
-def test_no_far_key_counts_more_than_the_limit(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
+@score_dtypes
+def test_no_far_key_counts_more_than_the_limit(
+    kernel: Kernel, dtype: torch.dtype, is_fp8: bool, device: torch.device
+) -> None:
     chunk = make_chunk(replace(SPARSE, context_len=384, dtype=dtype), device)
     give_keys(chunk, 0.0)
     give_keys(chunk, 30.0, 200, 204)  # one mean, of e^30 times a row's own tile
-    masses = masses_of(chunk, 16, kernel)[:, 0, : 384 // GROUP]
+    masses = masses_of(chunk, 16, kernel, is_fp8)[:, 0, : 384 // GROUP]
     mass = weights(masses) / ONE
     # Each of the rows has seen 64 keys and those of its tile, 16 to 64; any other group has 16 keys.
     others = torch.cat([mass[:, :12], mass[:, 13:]], 1)
@@ -145,7 +151,7 @@ def test_no_far_key_counts_more_than_the_limit(kernel: Kernel, dtype: torch.dtyp
     expected = 16 + others[:, :1] * 12 / 16
     torch.testing.assert_close(mass[:, 12:13], expected, rtol=0.1, atol=0)
     give_keys(chunk, 30.0, 192, 208)
-    assert (masses_of(chunk, 16, kernel)[:, 0, 12] == MASS_CODES - 1).all(), "four means of each of 16 rows: 64"
+    assert (masses_of(chunk, 16, kernel, is_fp8)[:, 0, 12] == MASS_CODES - 1).all(), "four means of each of 16 rows: 64"
 
 
 def give_keys(chunk: Chunk, score: float, begin: int = 0, end: int | None = None) -> None:
@@ -159,8 +165,8 @@ def give_keys(chunk: Chunk, score: float, begin: int = 0, end: int | None = None
     chunk.kv.k[pages, :, position % page_size, 0] = score / chunk.scale
 
 
-def masses_of(chunk: Chunk, rows_per_half: int, kernel: Kernel) -> torch.Tensor:
-    means, lse = make_means(chunk), make_lse(chunk, rows_per_half)
+def masses_of(chunk: Chunk, rows_per_half: int, kernel: Kernel, is_fp8: bool = False) -> torch.Tensor:
+    means, lse = make_means(chunk, is_fp8=is_fp8), make_lse(chunk, rows_per_half)
     masses = make_masses(chunk, chunk.num_qo_heads, rows_per_half)
     ops.row_normalisers(chunk, means, lse, kernel)
     ops.group_masses(chunk, means, lse, 0, masses, kernel)
@@ -169,9 +175,10 @@ def masses_of(chunk: Chunk, rows_per_half: int, kernel: Kernel) -> torch.Tensor:
 
 @every_case
 @pytest.mark.parametrize("rows_per_half", [16, 32])
-def test_masses_of_groups(case: Case, rows_per_half: int, device: torch.device) -> None:
+@score_dtypes
+def test_masses_of_groups(case: Case, rows_per_half: int, is_fp8: bool, device: torch.device) -> None:
     chunk = make_chunk(case, device)
-    means, lse = make_means(chunk), make_lse(chunk, rows_per_half)
+    means, lse = make_means(chunk, is_fp8=is_fp8), make_lse(chunk, rows_per_half)
     reference.row_normalisers(chunk, means, lse)
     check_masses(chunk, means, lse, 0, case.num_qo_heads)
 

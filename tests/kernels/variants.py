@@ -23,6 +23,7 @@ from tests.kernels.cases import Case, make_chunk
 MAX_LEN = 40_000
 METHODS: list[dict[str, object]] = [
     {"name": "block"},
+    {"name": "block", "score_dtype": "fp8"},
     {"name": "vertical_slash", "probe_rows": "both"},
     {"name": "vertical_slash", "share": 0.9},
 ]

@@ -12,7 +12,8 @@ import torch
 import minference_vllm
 from minference_vllm.errors import ConfigError
 from minference_vllm.kernels.cuda import library
-from minference_vllm.ops import Kernel, choose_kernel, kernel
+from minference_vllm.ops import Kernel, choose_kernel, kernel, means_dtype
+from minference_vllm.scratch import FP8, ScratchShape
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 H100, A100, B200 = (9, 0), (8, 0), (10, 0)
@@ -124,6 +125,36 @@ def test_kernels_without_a_gpu_are_refused(asked: str) -> None:
     message = refusal(asked, CPU)
     assert "no GPU (the device is cpu)" in message
     assert "Use 'auto' or 'reference'." in message
+
+
+def shape_of(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> ScratchShape:
+    return ScratchShape(32, 8, head_dim, dtype, max_seq_len=4096, max_chunk=1024)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_are_in_fp8_where_that_is_faster(dtype: torch.dtype, machine: Any) -> None:
+    machine(H100)
+    assert means_dtype("auto", shape_of(128, dtype), Kernel.CUDA, GPU) == FP8
+    for head_dim, kind in ((64, Kernel.CUDA), (256, Kernel.CUDA), (128, Kernel.TRITON), (128, Kernel.REFERENCE)):
+        assert means_dtype("auto", shape_of(head_dim, dtype), kind, GPU) == dtype
+    assert means_dtype("auto", shape_of(128, torch.float32), Kernel.CUDA, GPU) == torch.float32
+
+
+@pytest.mark.parametrize("kind", Kernel)
+def test_scores_are_in_the_dtype_that_is_asked_for(kind: Kernel, machine: Any) -> None:
+    machine(H100)
+    for head_dim in (64, 128, 256):
+        assert means_dtype("fp8", shape_of(head_dim), kind, GPU) == FP8
+        assert means_dtype("model", shape_of(head_dim), kind, GPU) == torch.bfloat16
+
+
+def test_fp8_on_a_gpu_that_has_none_is_refused(machine: Any) -> None:
+    machine(A100)
+    assert means_dtype("auto", shape_of(128), Kernel.TRITON, GPU) == torch.bfloat16
+    assert means_dtype("fp8", shape_of(128), Kernel.REFERENCE, GPU) == FP8
+    assert means_dtype("fp8", shape_of(128), Kernel.TRITON, CPU) == FP8
+    with pytest.raises(ConfigError, match="score_dtype='fp8' cannot run here: there is no FP8 on NVIDIA A100"):
+        means_dtype("fp8", shape_of(128), Kernel.TRITON, GPU)
 
 
 def test_the_library_is_opened_once(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 
 PATH = Path(__file__).parents[2] / "_hopper.so"
 SUPPORTED_HEAD_DIMS = (64, 128)
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
 # The bulk copy engine wants addresses and strides that are multiples of this.
 ALIGNMENT_BYTES = 16
 
@@ -86,7 +87,7 @@ def takes(q: torch.Tensor, tensors: Iterable[torch.Tensor], strides: Iterable[in
         tensors: all that a kernel reads or writes in pieces of ALIGNMENT_BYTES.
         strides: theirs, in elements.
     """
-    is_made_for = q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in (torch.bfloat16, torch.float16)
+    is_made_for = q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in SUPPORTED_DTYPES
     return (
         is_made_for
         and all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masses of groups on Hopper, csrc/score.cu: bf16 and fp16, head_dim 64 and 128."""
+"""The masses of groups on Hopper, csrc/score.cu: bf16 and fp16, head_dim 64 and 128, and for 128 also in FP8."""
 
 import ctypes
 
@@ -10,19 +10,23 @@ from minference_vllm.index import GROUP, HALF, TILE
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E
 from minference_vllm.reference.normalisers import PART
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
+from minference_vllm.reference.operands import unit_of_products
+from minference_vllm.scratch import CODES_PER_OCTAVE, FP8, FP8_UNIT, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
+
+FP8_HEAD_DIM = 128
+"""Scores of smaller heads are as fast in the model's dtype: their exponentials take longer than their products."""
 
 ROWS_PER_HALF = (16, 32, 64)
 """Rows of a half that the kernels can take: one, two or four parts."""
 # csrc/score.cuh and csrc/score_mass.cuh hold the same numbers.
 assert (TILE, HALF, PART, GROUP, MEAN) == (128, 64, 16, 16, 4)
-assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE) == (256, 8, 26)
+assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE, FP8_UNIT) == (256, 8, 26, 4)
 
 POINTERS = ("q", "means", "row_lse", "masses")
 STRIDES = ("q_row", "q_head", "means", "lse", "masses", "masses_part")
 SIZES = (
     "num_rows", "context_len", "rows_per_half", "num_qo_heads", "num_kv_heads", "head_dim", "is_bf16",
-    "first_head", "num_heads", "num_multiprocessors",
+    "is_fp8", "first_head", "num_heads", "num_multiprocessors",
 )  # fmt: skip
 
 
@@ -32,10 +36,16 @@ class _Arguments(ctypes.Structure):
     _fields_ = library.arguments_of(POINTERS, STRIDES, SIZES)
 
 
-def supports(chunk: Chunk, rows_per_half: int) -> bool:
+def is_faster_in_fp8(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels are made for means in FP8, where queries are of this size and type."""
+    return head_dim == FP8_HEAD_DIM and dtype in library.SUPPORTED_DTYPES
+
+
+def supports(chunk: Chunk, means_dtype: torch.dtype, rows_per_half: int) -> bool:
     """Whether the kernels are made for this head size and type, this many rows, and queries that lie like these."""
     q = chunk.q
-    return rows_per_half in ROWS_PER_HALF and library.takes(q, (q,), (q.stride(0), q.stride(1)))
+    takes_means = means_dtype == q.dtype or (means_dtype == FP8 and is_faster_in_fp8(chunk.head_dim, q.dtype))
+    return takes_means and rows_per_half in ROWS_PER_HALF and library.takes(q, (q,), (q.stride(0), q.stride(1)))
 
 
 def group_masses(
@@ -64,9 +74,10 @@ def group_masses(
         num_kv_heads=len(means),
         head_dim=chunk.head_dim,
         is_bf16=q.dtype == torch.bfloat16,
+        is_fp8=means.dtype == FP8,
         first_head=first_head,
         num_heads=min(len(masses), chunk.num_qo_heads - first_head),
         num_multiprocessors=library.num_multiprocessors(q.device),
-        scale_log2=chunk.scale * LOG2_E,
+        scale_log2=chunk.scale * LOG2_E * unit_of_products(means),
     )
     library.launch("minference_group_masses", arguments, q.device)

@@ -16,7 +16,9 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALF, HALVES, TILE
 from minference_vllm.kernels.triton.launch import LOG2_E
 from minference_vllm.kernels.triton.normalisers import _sampled_rows
+from minference_vllm.kernels.triton.operands import dot_operand, query_operand
 from minference_vllm.reference.normalisers import PART
+from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
 
 MEANS_EACH = 8192
@@ -34,7 +36,7 @@ def _masses_kernel(
     ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, OCTAVES: tl.constexpr,
-    LOG2_E: tl.constexpr, UPCAST: tl.constexpr,
+    LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = TILE // HALF
     PARTS: tl.constexpr = ROWS_PER_HALF // ROWS
@@ -63,11 +65,9 @@ def _masses_kernel(
     o_d = tl.arange(0, HEAD_DIM)
     p_q = q_ptr + (rows - context_len).to(tl.int64)[:, None] * stride_qt + i_h[:, None] * stride_qh + o_d[None, :]
     # [BLOCK_M, HEAD_DIM]
-    b_q = tl.load(p_q)
+    b_q = query_operand(tl.load(p_q), means_ptr, INTERPRETED)
     b_lse = tl.load(lse_ptr + i_h.to(tl.int64) * stride_lse + part * ROWS + o_r, mask=listed, other=float("inf"))
     b_lse = b_lse * LOG2_E - LOG2_MEAN
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
     b_qt = tl.trans(b_q)
 
     o_n = tl.arange(0, BLOCK_N)
@@ -79,9 +79,8 @@ def _masses_kernel(
         # [BLOCK_N, HEAD_DIM]; 2^22 means of 2^24 tokens, of 256 numbers each, still fit 32 bits
         p_means = means_ptr + (start + o_n)[:, None] * HEAD_DIM + o_d[None, :]
         b_k = tl.load(p_means, mask=(start + o_n < num_means)[:, None], other=0.0)
-        if UPCAST:
-            b_k = b_k.to(tl.float32)
-        # [BLOCK_N, BLOCK_M]; no mean counts more than all that the row's normaliser has seen
+        b_k = dot_operand(b_k, b_q.dtype, INTERPRETED)
+        # [BLOCK_N, BLOCK_M]; no mean counts more than 1, which is LIMIT of what its row has seen
         b_p = tl.exp2(tl.minimum(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :], 0.0))
         # [BLOCK_N, LISTS]
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
@@ -115,12 +114,13 @@ def group_masses(
     grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), num_heads // heads_each)
     _masses_kernel[grid](
         q, means, row_lse, masses,
-        chunk.num_rows, chunk.context_len, first_head, num_lists, heads_each, MEANS_EACH, chunk.scale * LOG2_E,
+        chunk.num_rows, chunk.context_len, first_head, num_lists, heads_each, MEANS_EACH,
+        chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0), masses.stride(0), masses.stride(1),
         GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF, GROUP=GROUP,
         ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1,
         BLOCK_M=block_m, BLOCK_N=64,
         CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, OCTAVES=OCTAVES_BELOW_ONE, LOG2_E=LOG2_E,
-        UPCAST=not q.is_cuda,  # the interpreter's dot is wrong for bf16
+        INTERPRETED=not q.is_cuda,
         num_warps=4, num_stages=2,
     )  # fmt: skip

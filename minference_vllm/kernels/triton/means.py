@@ -7,9 +7,10 @@ import triton.language as tl
 
 from minference_vllm.chunk import PagedKV
 from minference_vllm.kernels.triton.launch import kv_strides
+from minference_vllm.kernels.triton.operands import to_fp8
 from minference_vllm.scratch import MEAN
 
-BLOCK_BYTES = 8192
+BLOCK_NUMBERS = 4096
 """Of means that one program writes."""
 
 
@@ -17,6 +18,7 @@ BLOCK_BYTES = 8192
 def _means_kernel(
     k_ptr, table_ptr, means_ptr, first, count, table_row, stride_kp, stride_kh, stride_kt, stride_table, stride_mh,
     MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs are the heads of the same keys: in an NHD cache they lie side by side.
     i_kv, i_n = tl.program_id(0), tl.program_id(1)
@@ -35,7 +37,11 @@ def _means_kernel(
     for i in tl.static_range(MEAN):
         b_sum += tl.load(p_k + i * stride_kt, mask=inside[:, None], other=0.0).to(tl.float32)
     p_means = means_ptr + o_n.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
-    tl.store(p_means, (b_sum / MEAN).to(means_ptr.dtype.element_ty), mask=inside[:, None])
+    if means_ptr.dtype.element_ty == tl.float8e4nv:
+        b_means = to_fp8(b_sum / MEAN, INTERPRETED)
+    else:
+        b_means = (b_sum / MEAN).to(means_ptr.dtype.element_ty)
+    tl.store(p_means, b_means, mask=inside[:, None])
 
 
 def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, mean: int = MEAN) -> None:
@@ -44,8 +50,9 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, me
     if count <= first:
         return
     head_dim = means.shape[2]
-    block = BLOCK_BYTES // 2 // head_dim
+    block = BLOCK_NUMBERS // head_dim
     _means_kernel[(kv.num_kv_heads, triton.cdiv(count - first, block))](
         kv.k, kv.block_table, means, first, count, kv.row, *kv_strides(kv), kv.block_table.stride(0), means.stride(0),
-        MEAN=mean, HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size, BLOCK=block, num_warps=4,
+        MEAN=mean, HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size, BLOCK=block,
+        INTERPRETED=not means.is_cuda, num_warps=4,
     )  # fmt: skip

@@ -14,7 +14,9 @@ import triton.language as tl
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALF, HALVES, TILE
 from minference_vllm.kernels.triton.launch import LOG2_E
+from minference_vllm.kernels.triton.operands import dot_operand, query_operand
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS
+from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import MEAN
 
 PLAIN = ["num_rows", "context_len", "blocks_per_tile"]
@@ -34,7 +36,7 @@ def _normalisers_kernel(
     stride_qt, stride_qh, stride_mh, stride_lse,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, MEAN: tl.constexpr, LOG2_WEIGHT: tl.constexpr, FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOG2_E: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = TILE // HALF
     OWN: tl.constexpr = TILE // MEAN
@@ -54,7 +56,7 @@ def _normalisers_kernel(
     rows, present = _sampled_rows(tile * HALVES + half, o_m % ROWS, num_rows, context_len, HALF, HALVES, HALF // ROWS)
     # [BLOCK_M, HEAD_DIM]
     p_q = q_ptr + (rows - context_len).to(tl.int64)[:, None] * stride_qt + i_h[:, None] * stride_qh + o_d[None, :]
-    b_q = tl.load(p_q)
+    b_q = query_operand(tl.load(p_q), means_ptr, INTERPRETED)
 
     # [BLOCK_N], the tile's own means and then the first ones, which the first tile has already
     is_own = o_n < OWN
@@ -62,9 +64,7 @@ def _normalisers_kernel(
     counts = o_j < tl.where(is_own, (context_len + num_rows) // MEAN, tl.where(tile > 0, FIRST, 0))
     # [HEAD_DIM, BLOCK_N]; 2^22 means of 2^24 tokens, of 256 numbers each, still fit 32 bits
     b_k = tl.load(means_ptr + o_j[None, :] * HEAD_DIM + o_d[:, None], mask=counts[None, :], other=0.0)
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
-        b_k = b_k.to(tl.float32)
+    b_k = dot_operand(b_k, b_q.dtype, INTERPRETED)
     # [BLOCK_M, BLOCK_N]; a row sees the means of its own group, but no later ones
     seen = counts[None, :] & (o_j[None, :] * MEAN // GROUP <= rows[:, None] // GROUP)
     b_s = tl.where(seen, tl.dot(b_q, b_k) * scale_log2, float("-inf"))
@@ -83,11 +83,12 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
     block_m = min(128 if chunk.head_dim <= 128 else 64, triton.next_power_of_2(rows_per_tile))
     blocks_per_tile = triton.cdiv(rows_per_tile, block_m)
     _normalisers_kernel[(chunk.num_tiles * blocks_per_tile, chunk.kv.num_kv_heads)](
-        q, means, row_lse, chunk.num_rows, chunk.context_len, blocks_per_tile, chunk.scale * LOG2_E,
+        q, means, row_lse, chunk.num_rows, chunk.context_len, blocks_per_tile,
+        chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0),
         GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF, GROUP=GROUP,
         ROWS=rows_per_half, MEAN=mean, LOG2_WEIGHT=math.log2(mean * LIMIT), FIRST=NORMALISER_KEYS // mean,
         BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2((TILE + NORMALISER_KEYS) // mean), LOG2_E=LOG2_E,
-        UPCAST=not q.is_cuda,  # the interpreter's dot is wrong for bf16
+        INTERPRETED=not q.is_cuda,
         num_warps=4, num_stages=1,
     )  # fmt: skip

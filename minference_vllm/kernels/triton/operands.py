@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What scores are products of, rounded to the dtype in which means are kept: see minference_vllm.reference.operands."""
+
+import triton
+import triton.language as tl
+
+from minference_vllm.scratch import FP8_MAX, FP8_UNIT
+
+_UNIT, _MAX = tl.constexpr(FP8_UNIT), tl.constexpr(FP8_MAX)
+_SMALLEST_NORMAL = tl.constexpr(2.0**-6)
+# Of numbers near it the last place is 2^-9, FP8's smallest step.
+_SHIFTER = tl.constexpr(1.5 * 2.0**14)
+
+
+@triton.jit
+def to_fp8(b_x, INTERPRETED: tl.constexpr):
+    """Any floats as FP8, in its unit; rounded beforehand for the interpreter, whose cast would cut off."""
+    b_x = tl.minimum(tl.maximum(b_x.to(tl.float32) / _UNIT, -_MAX), _MAX)
+    if INTERPRETED:
+        bits = b_x.to(tl.int32, bitcast=True)
+        # To the nearest multiple of 2^20 of the last place, ties to even.
+        normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        b_x = tl.where(tl.abs(b_x) < _SMALLEST_NORMAL, b_x + _SHIFTER - _SHIFTER, normal)
+    return b_x.to(tl.float8e4nv)
+
+
+@triton.jit
+def query_operand(b_q, means_ptr, INTERPRETED: tl.constexpr):
+    """Query rows for a product with means, rounded as these are, in the rows' own dtype: it holds what FP8 holds."""
+    if means_ptr.dtype.element_ty == tl.float8e4nv:
+        return dot_operand(to_fp8(b_q, INTERPRETED), b_q.dtype, INTERPRETED)
+    return dot_operand(b_q, b_q.dtype, INTERPRETED)
+
+
+@triton.jit
+def dot_operand(b_x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The same numbers in DTYPE; the interpreter's dot is wrong for bf16."""
+    return b_x.to(tl.float32 if INTERPRETED else DTYPE)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel that scores means of keys, on the GPU; test_emulated_masses.py asks more of it without one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minference_vllm import reference
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import GROUPS_PER_TILE, HALVES
+from minference_vllm.kernels import cuda
+from minference_vllm.reference.normalisers import PART
+from tests.kernels.blocks import BF16, CASES, GPU_CASES, make_lse, make_masses, make_means, score_dtypes
+from tests.kernels.cases import Case, make_chunk
+
+pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
+
+OF_64 = [replace(case, head_dim=64) for case in (CASES[0], CASES[6])]
+OF_128 = [replace(case, head_dim=128) for case in (*CASES[:7], *GPU_CASES)]
+
+
+def check(chunk: Chunk, is_fp8: bool, rows_per_half: int = 32) -> torch.Tensor:
+    """Codes of the kernel, the same each time, against the reference's."""
+    means, lse = make_means(chunk, is_fp8=is_fp8), make_lse(chunk, rows_per_half)
+    reference.row_normalisers(chunk, means, lse)
+    assert cuda.masses.supports(chunk, means.dtype, rows_per_half)
+    expected, actual, again = (make_masses(chunk, chunk.num_qo_heads, rows_per_half) for _ in range(3))
+    reference.group_masses(chunk, means, lse, 0, expected)
+    cuda.masses.group_masses(chunk, means, lse, 0, actual)
+    cuda.masses.group_masses(chunk, means, lse, 0, again)
+    assert torch.equal(actual, again)
+    parts_per_tile = HALVES * rows_per_half // PART
+    tile = torch.arange(actual.shape[1], device=actual.device)[:, None] // parts_per_tile
+    before = torch.arange(actual.shape[2], device=actual.device) < (chunk.first_tile + tile) * GROUPS_PER_TILE
+    before &= tile < chunk.num_tiles
+    difference = (actual.int() - expected.int()).abs()
+    assert (difference <= before).all(), "codes differ by more than one, or were written where none belong"
+    assert difference.sum() <= 0.03 * before.sum() * len(actual)
+    return actual[:, before]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in OF_64])
+def test_masses_of_heads_of_64(case: Case, device: torch.device) -> None:
+    check(make_chunk(case, device), is_fp8=False)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in OF_128])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+@score_dtypes
+def test_masses_of_heads_of_128(case: Case, dtype: torch.dtype, is_fp8: bool, device: torch.device) -> None:
+    check(make_chunk(replace(case, dtype=dtype), device), is_fp8)
+
+
+@pytest.mark.parametrize("rows_per_half", [16, 64])
+def test_masses_of_more_or_fewer_rows(rows_per_half: int, device: torch.device) -> None:
+    check(make_chunk(replace(OF_128[0], dtype=BF16), device), True, rows_per_half)
+
+
+@score_dtypes
+def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(is_fp8: bool, device: torch.device) -> None:
+    chunk = make_chunk(replace(OF_128[0], context_len=1024, dtype=BF16), device)
+    # The hardware rounds sums of FP8 products to some 14 bits, which large scores show.
+    codes = check(replace(chunk, q=chunk.q * (10 if is_fp8 else 100)), is_fp8)
+    assert codes.max() > 208
