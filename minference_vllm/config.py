@@ -47,7 +47,7 @@ class MInferenceConfig(BaseModel):
     """The guard: a head that kept less than this share of those rows' attention, on average over them, attends to all
     keys, in the same chunk. No unit; 0 is no floor, and recall is still measured."""
 
-    row_recall_floor: float = Field(default=0.25, ge=0, le=1)
+    row_recall_floor: float = Field(default=0.15, ge=0, le=1)
     """The same for a head of which two of those rows are below this."""
 
     dense_layers: int = Field(default=0, ge=0, le=10_000)

@@ -12,7 +12,7 @@ RECALL_EDGES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 NUM_BUCKETS = len(RECALL_EDGES) + 1
 
 LOST_ROWS = 2
-"""Held-out rows that must be lost before the guard acts: one in 64 is below a quarter in one head of a hundred."""
+"""Held-out rows that must be lost before the guard acts: of 64 one may be an exception."""
 
 
 class Floors(NamedTuple):

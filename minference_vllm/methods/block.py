@@ -30,7 +30,7 @@ class BlockSettings(MethodSettings):
     rows_per_half: Literal[16, 32, 64] = 32
     """Query rows of every 64 that choose the keys of all 64. The cost of choosing grows with them."""
 
-    share: float = Field(default=0.82, gt=0, le=1)
+    share: float = Field(default=0.84, gt=0, le=1)
     """Share of the estimated attention that each head keeps for each half of a tile, the tile itself and what is always
     kept included. No unit. With 1, all that has any mass is kept."""
 
