@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time to first token, dense and sparse, on the shape of Llama-3.1-8B with made-up weights.
+"""Time to first token, dense and sparse, on the shape of Llama-3.1-8B with made-up weights, or on a real model.
 
     python -m benchmarks.ttft --methods block 1000:6096 --out benchmarks/results/h100-ttft.json
+    python -m benchmarks.ttft --model /tmp/qwen --text austen.txt.xz --tokens 28672 \
+        --out benchmarks/results/h100-ttft-qwen.json
 
 Time to first token is the wall time of `LLM.generate` for one prompt and one token, on an idle engine.
 """
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -22,6 +25,7 @@ from benchmarks import (
     SPARSE,
     SPARSE_BACKEND,
     argument_parser,
+    facts,
     load_engine,
     parse_method,
     resolved,
@@ -30,6 +34,7 @@ from benchmarks import (
     sparse_work,
     synthetic,
 )
+from benchmarks.fidelity import load_text
 from benchmarks.processes import EngineProcess, serve_requests
 
 LLAMA_8B = {
@@ -55,6 +60,7 @@ MOST_FOR_SHORT = 16
 
 # Recall is measured as in service; but what is drawn holds little of it, and the guard would act.
 NO_FLOOR = {"recall_floor": 0.0, "row_recall_floor": 0.0}
+REAL = "the plugin chooses by itself, as in service: nothing is drawn"
 NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
 
 
@@ -80,11 +86,10 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
     from vllm import SamplingParams
 
     llm = load_engine(kind, spec)
-    if kind == SPARSE and not spec["natural"]:
+    if kind == SPARSE and not (spec["natural"] or spec["text"]):
         runtime().chooser = synthetic.make_chooser(spec["seed"])
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-    random = np.random.default_rng(spec["seed"])
-    prompts = {n: {"prompt_token_ids": random.integers(10, spec["vocab_size"], n).tolist()} for n in spec["tokens"]}
+    prompts = {tokens: {"prompt_token_ids": make_tokens(spec, tokens)} for tokens in spec["tokens"]}
 
     def seconds(tokens: int) -> float:
         start = time.perf_counter()
@@ -102,6 +107,18 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
     return answer
 
 
+def make_tokens(spec: dict[str, Any], tokens: int) -> list[int]:
+    """So many tokens of the text if there is one, else random ones."""
+    if not spec["text"]:
+        drawn = np.random.default_rng(spec["seed"]).integers(10, spec["vocab_size"], tokens)
+        return [int(token) for token in drawn]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec["engine"]["model"])
+    text = facts.cut(tokenizer, load_text(spec["text"]), tokens + tokens // 8, random.Random(spec["seed"]))
+    return facts.encode(tokenizer, text)[:tokens]
+
+
 def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, repeats: int) -> dict[str, Any]:
     """Both engines' times for one prompt length, and what ran sparse, after a request of each to warm up."""
     found = sparse.ask({"tokens": tokens, "count": True})
@@ -117,7 +134,7 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}}
 
 
-def make_row(method: str, layers: int, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
+def make_row(method: str, layers: int | None, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
     """A row of what time_side_by_side found."""
     dense_s, sparse_s = statistics.median(found[DENSE]), statistics.median(found[SPARSE])
     return {
@@ -136,32 +153,35 @@ def make_row(method: str, layers: int, tokens: int, found: dict[str, Any]) -> di
 def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
     max_len = max(options.tokens) + 16
     shape = TINY if options.tiny else LLAMA_8B
-    write_model(directory, shape, options.layers, max_len)
+    if not options.model:
+        write_model(directory, shape, options.layers, max_len)
     engine = {
-        "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
-        "max_model_len": max_len, "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
+        "model": options.model or directory, "load_format": "auto" if options.model else "dummy",
+        "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": max_len,
+        "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
         "enable_prefix_caching": False, "gpu_memory_utilization": MEMORY_OF_EACH, "disable_log_stats": True,
     }  # fmt: skip
     return {
         "engine": engine,
         "dense_backend": options.dense_backend,
         "vocab_size": shape["vocab_size"],
-        **{name: getattr(options, name) for name in ("tokens", "repeats", "seed", "natural")},
+        **{name: getattr(options, name) for name in ("tokens", "repeats", "seed", "natural", "text")},
     }
 
 
 def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
     """The settings of a result file; each engine's come under "sparse" as it is started."""
+    made_up = {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"}
     return {
         "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
         "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
         "side, take in turns after one each to warm up",
-        "model": {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"},
-        "prompts": "random token ids",
+        "model": "real weights" if options.model else made_up,
+        "prompts": f"from {Path(options.text).name}" if options.text else "random token ids",
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND},
-        "selection": NATURAL if options.natural else synthetic.DESCRIPTION,
+        "selection": REAL if options.text else NATURAL if options.natural else synthetic.DESCRIPTION,
     }
 
 
@@ -179,7 +199,11 @@ def main() -> None:
         "--methods", nargs="+", default=["block"], help="`block`, or vertical_slash by its sizes: 1000:6096"
     )
     parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
+    parser.add_argument("--model", help="a directory with real weights, in place of made-up ones; with --text")
+    parser.add_argument("--text", help="a file, as for benchmarks.fidelity, that prompts are cut from")
     options = parser.parse_args()
+    if bool(options.model) != bool(options.text):
+        parser.error("--model and --text go together")
     for name, usual in (TINY_USUAL if options.tiny else USUAL).items():
         vars(options).setdefault(name, usual)
     results.describe_run(options.tiny)
@@ -190,14 +214,14 @@ def main() -> None:
         record = {"settings": settings, "seconds": seconds}
         with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
             for method in options.methods:
-                minference: dict[str, Any] = {"method": parse_method(method), **NO_FLOOR}
+                minference: dict[str, Any] = {"method": parse_method(method), **({} if options.text else NO_FLOOR)}
                 minference |= TINY_SETTINGS if options.tiny else {}
                 settings["sparse"][method] = resolved(minference)
                 with EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}) as sparse:
                     for tokens in options.tokens:
                         found = time_side_by_side(dense, sparse, tokens, options.repeats)
                         seconds[f"{method}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
-                        rows.append(make_row(method, options.layers, tokens, found))
+                        rows.append(make_row(method, None if options.model else options.layers, tokens, found))
                         # After each row: what a run that is cut off has measured stays.
                         results.write(options.out, rows, options.tiny, **record)
     print(results.table(rows))
