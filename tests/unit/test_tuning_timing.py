@@ -130,4 +130,4 @@ def test_block_chooses_in_full_and_attends_to_drawn_groups(rows: int, context_le
 
 
 def test_longer_prompts_keep_a_smaller_share() -> None:
-    assert [round(groups.density_at(tokens), 3) for tokens in (100, 28_400, 131_072)] == [1.0, 0.146, 0.083]
+    assert [round(groups.density_at(tokens), 3) for tokens in (100, 28_200, 131_072)] == [0.985, 0.148, 0.088]
