@@ -104,7 +104,7 @@ def sparse_work() -> SparseWork:
     total = runtime().counters.snapshot()
     sparse = sum(tokens for (path, _), tokens in total.tokens.items() if path == SPARSE)
     recall = total.recall
-    recalls = sum(head.total for head in recall.heads.values())
+    recalls = sum(sum(layer.totals) for layer in recall.layers.values())
     return SparseWork(sparse, total.kept_pairs, total.causal_pairs, recall.measured, recall.redone, recalls)
 
 

@@ -51,9 +51,10 @@ def measure(minference: dict[str, Any], tokens: int, rows: int, seed: int) -> di
 
     Args:
         minference: settings of the plugin.
-        tokens: of the request, a multiple of its chunks' `rows`.
+        tokens, rows: of the request and of its last chunk.
 
     Returns:
+        answers_dense: 1 by definition.
         answers_sparse: share of the far rows, in the heads in which they look far, whose output is the dense one's.
         error: relative to dense attention, of those rows together.
         recall, redone, density: as for prompts; recall_worst: of the worst head.

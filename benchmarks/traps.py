@@ -8,6 +8,8 @@ from typing import Any
 from benchmarks.facts import OPENING, QUESTIONS_TOKENS, FactPrompt, ask, cut, draw_numbers, encode, hide
 
 PASSAGE_TOKENS = 800
+TRIES = 50
+OVERLAP = 100  # characters that no two places of a text have in common
 PASSAGE_SEEN = 64  # tokens of the copy before it can be known for one
 
 Trap = Callable[[Any, list[str], int, int], FactPrompt]
@@ -30,15 +32,25 @@ def copied(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactProm
     """A passage of the first tenth comes again, word for word, in the middle of a later chunk."""
     lots = random.Random(seed)
     size = min(PASSAGE_TOKENS, tokens // 8)
-    passage = encode(tokenizer, cut(tokenizer, texts[0], size, lots))
-    before, between, after = (tokens * part // 10 for part in (1, 5, 3))
-    prompt = encode(tokenizer, cut(tokenizer, texts[0], before, lots)) + passage
-    prompt += encode(tokenizer, cut(tokenizer, texts[0], between, lots))
+    passage = cut(tokenizer, texts[0], size, lots)
+    before, between, after = (
+        encode(tokenizer, cut_elsewhere(tokenizer, texts[0], tokens * tenths // 10, lots, passage))
+        for tenths in (1, 5, 3)
+    )
+    prompt = before + encode(tokenizer, passage) + between
     text_end = len(prompt)
-    prompt += passage
+    prompt += encode(tokenizer, passage)
     answers = list(range(text_end + PASSAGE_SEEN, len(prompt)))
-    prompt += encode(tokenizer, cut(tokenizer, texts[0], after, lots))
-    return FactPrompt(prompt, text_end, answers)
+    return FactPrompt(prompt + after, text_end, answers)
+
+
+def cut_elsewhere(tokenizer: Any, text: str, tokens: int, lots: random.Random, passage: str) -> str:
+    """So many tokens of a text without a passage of it: its copy would have a nearer source."""
+    for _ in range(TRIES):
+        part = cut(tokenizer, text, tokens, lots)
+        if passage[:OVERLAP] not in part and passage[-OVERLAP:] not in part:
+            return part
+    raise ValueError(f"{TRIES} cuts of {tokens} tokens all held the passage: the text is short, or repeats itself")
 
 
 def changed_half_way(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactPrompt:

@@ -116,7 +116,10 @@ def make_tokens(spec: dict[str, Any], tokens: int) -> list[int]:
 
     tokenizer = AutoTokenizer.from_pretrained(spec["engine"]["model"])
     text = facts.cut(tokenizer, load_text(spec["text"]), tokens + tokens // 8, random.Random(spec["seed"]))
-    return facts.encode(tokenizer, text)[:tokens]
+    encoded = facts.encode(tokenizer, text)[:tokens]
+    if len(encoded) < tokens:
+        raise SystemExit(f"the text gives {len(encoded)} tokens where {tokens} are asked for")
+    return encoded
 
 
 def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, repeats: int) -> dict[str, Any]:

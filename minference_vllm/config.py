@@ -41,7 +41,8 @@ class MInferenceConfig(BaseModel):
     """How the kept keys are chosen: a method's name, or an object of its name and settings."""
 
     measure_recall: bool = True
-    """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that it kept."""
+    """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that it kept. Without
+    it there is no guard."""
 
     recall_floor: float = Field(default=0.7, ge=0, le=1)
     """The guard: a head that kept less than this share of those rows' attention, on average over them, attends to all

@@ -6,6 +6,7 @@ import torch
 from minference_vllm.attention import LayerState
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import BANDS_PER_TILE, EVERY_GROUP, GROUPS_PER_TILE, TILE, BandIndex, SparseIndex, TileIndex
+from minference_vllm.scratch import RecallBuffers
 
 
 def check(chunk: Chunk, index: SparseIndex, layer: LayerState) -> None:
@@ -15,6 +16,8 @@ def check(chunk: Chunk, index: SparseIndex, layer: LayerState) -> None:
         RuntimeError: an entry of the index lies where no key is, or the output is not finite.
     """
     faults = _faults_of_bands(chunk, index) if isinstance(index, BandIndex) else _faults_of_groups(chunk, index)
+    if layer.guard is not None:
+        faults += _faults_of_heads(chunk, layer.guard.buffers)
     if not chunk.out.isfinite().all():
         faults.append(f"the output holds NaN or infinity ({int((~chunk.out.isfinite()).sum())} elements)")
     if not layer.attend.lse[:, : chunk.num_rows].isfinite().all():
@@ -51,6 +54,14 @@ def _faults_of_groups(chunk: Chunk, index: TileIndex) -> list[str]:
             if not all(_ascends(groups, 0, end) for groups in lists):
                 faults.append(f"head {head}, tile {tile} of the chunk: groups are not ascending below {end}")
     return faults
+
+
+def _faults_of_heads(chunk: Chunk, recall: RecallBuffers) -> list[str]:
+    """Of the heads that the guard had attend to all keys."""
+    heads = recall.heads[: int(recall.num_heads)].tolist()
+    if len(set(heads)) == len(heads) and all(0 <= head < chunk.num_qo_heads for head in heads):
+        return []
+    return [f"the guard lists {int(recall.num_heads)} heads, {heads}, of {chunk.num_qo_heads}"]
 
 
 def _ascends(entries: torch.Tensor, first: int, end: int) -> bool:

@@ -55,7 +55,10 @@ class SparseLayerMixin(SparseLayer):
             self.runtime.has_sparse_layers = False  # an earlier engine of this process may have had the same runtime
             decide_layers(self._vllm_config, self.runtime.publish, self.runtime.config.dense_layers)
         if self.dense_reason is None:
-            self.layer_state = self.runtime.layer_state(self.shape, self.position, self.num_layers)
+            try:
+                self.layer_state = self.runtime.layer_state(self.shape, self.position, self.num_layers)
+            except ConfigError as error:  # what only a layer's heads decide
+                raise refused(str(error)) from None
 
     def run_sparse(
         self, step: Step, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, output: torch.Tensor

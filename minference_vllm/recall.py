@@ -2,6 +2,7 @@
 """The recall of held-out rows: the attention that rows which did not choose the kept keys have on them."""
 
 import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ RECALL_EDGES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 NUM_BUCKETS = len(RECALL_EDGES) + 1
 
 LOST_ROWS = 2
-"""Held-out rows that must be lost before the guard acts: of 64 one may be an exception."""
+"""Held-out rows that must be lost before the guard acts: of 64 one may be an exception. In chunks of fewer than 256
+rows some held-out rows are the same row, so one that is lost may count as two."""
 
 
 class Floors(NamedTuple):
@@ -28,19 +30,22 @@ class Floors(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class HeadRecall:
-    """Of one head in one layer: chunks measured, the sum of their recalls, the smallest of them."""
+class LayerRecall:
+    """Of one layer: chunks measured, and by head the sum of their recalls and the smallest of them."""
 
     chunks: int
-    total: float
-    worst: float
+    totals: tuple[float, ...]
+    worst: tuple[float, ...]
 
-    def __add__(self, other: "HeadRecall") -> "HeadRecall":
-        return HeadRecall(self.chunks + other.chunks, self.total + other.total, min(self.worst, other.worst))
+    def __add__(self, other: "LayerRecall") -> "LayerRecall":
+        totals = tuple(map(sum, itertools.zip_longest(self.totals, other.totals, fillvalue=0.0)))
+        worst = tuple(map(min, itertools.zip_longest(self.worst, other.worst, fillvalue=1.0)))
+        return LayerRecall(self.chunks + other.chunks, totals, worst)
 
-    def __sub__(self, other: "HeadRecall") -> "HeadRecall":
-        """What came after `other`; of the smallest only the one since start is known."""
-        return HeadRecall(self.chunks - other.chunks, self.total - other.total, self.worst)
+    def __sub__(self, other: "LayerRecall") -> "LayerRecall":
+        """What came after `other`; of the smallest only those since start are known."""
+        totals = tuple(map(operator.sub, self.totals, other.totals))
+        return LayerRecall(self.chunks - other.chunks, totals, self.worst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +55,25 @@ class Recall:
     Attributes:
         histogram: [NUM_BUCKETS] heads of chunks by recall, see RECALL_EDGES.
         redone: heads of chunks that were attended to again.
-        heads: by layer and head, of this worker's rank.
+        layers: by position among the plugin's layers on this worker; heads are this rank's.
     """
 
     histogram: tuple[int, ...] = (0,) * NUM_BUCKETS
     redone: int = 0
-    heads: dict[tuple[int, int], HeadRecall] = field(default_factory=dict)
+    layers: dict[int, LayerRecall] = field(default_factory=dict)
 
     def __add__(self, other: "Recall") -> "Recall":
-        heads = dict(self.heads)
-        for key, head in other.heads.items():
-            heads[key] = heads[key] + head if key in heads else head
-        return Recall(self._buckets(other, 1), self.redone + other.redone, heads)
+        layers = dict(self.layers)
+        for position, layer in other.layers.items():
+            layers[position] = layers[position] + layer if position in layers else layer
+        histogram = tuple(map(operator.add, self.histogram, other.histogram))
+        return Recall(histogram, self.redone + other.redone, layers)
 
     def __sub__(self, other: "Recall") -> "Recall":
-        later = {key: head - other.heads[key] if key in other.heads else head for key, head in self.heads.items()}
-        heads = {key: head for key, head in later.items() if head.chunks}
-        return Recall(self._buckets(other, -1), self.redone - other.redone, heads)
-
-    def _buckets(self, other: "Recall", sign: int) -> tuple[int, ...]:
-        return tuple(a + sign * b for a, b in zip(self.histogram, other.histogram, strict=True))
+        later = {at: layer - other.layers[at] if at in other.layers else layer for at, layer in self.layers.items()}
+        layers = {position: layer for position, layer in later.items() if layer.chunks}
+        histogram = tuple(map(operator.sub, self.histogram, other.histogram))
+        return Recall(histogram, self.redone - other.redone, layers)
 
     @property
     def measured(self) -> int:
@@ -78,14 +82,23 @@ class Recall:
 
     def to_json(self) -> dict[str, Any]:
         """For json.dumps."""
-        heads = [(*key, head.chunks, head.total, head.worst) for key, head in self.heads.items()]
-        return {"histogram": self.histogram, "redone": self.redone, "heads": heads}
+        layers = {at: (layer.chunks, layer.totals, layer.worst) for at, layer in self.layers.items()}
+        return {"histogram": self.histogram, "redone": self.redone, "layers": layers}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Recall":
-        heads = {(layer, head): HeadRecall(*rest) for layer, head, *rest in value["heads"]}
-        return cls(tuple(value["histogram"]), value["redone"], heads)
+        layers = {
+            int(at): LayerRecall(chunks, tuple(totals), tuple(worst))
+            for at, (chunks, totals, worst) in value["layers"].items()
+        }
+        return cls(tuple(value["histogram"]), value["redone"], layers)
 
     def cumulative(self) -> Iterator[tuple[str, int]]:
-        """Upper edge of each bucket, and the heads of chunks whose recall is at most that."""
-        return zip((*map(str, RECALL_EDGES), "1.0"), itertools.accumulate(self.histogram), strict=True)
+        """Upper edge of each bucket, as Prometheus writes it, and the heads of chunks whose recall is at most that."""
+        return zip((*map(str, RECALL_EDGES), "+Inf"), itertools.accumulate(self.histogram), strict=True)
+
+    def heads(self) -> Iterator[tuple[str, str, float, float]]:
+        """Layer, head, mean and smallest recall of each head."""
+        for position, layer in self.layers.items():
+            for head, (total, worst) in enumerate(zip(layer.totals, layer.worst, strict=True)):
+                yield str(position), str(head), total / layer.chunks, worst

@@ -60,7 +60,7 @@ class Runtime:
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
         self._recalls: dict[tuple[ScratchShape, int], tuple[RecallTotals, RecallMeter]] = {}
-        self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers, RecallBuffers]] = {}
+        self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers, RecallBuffers | None]] = {}
         self._layers: dict[tuple[ScratchShape, int, int], LayerState] = {}
         self._warm: set[tuple[ScratchShape, int]] = set()
         if publish:  # every rank has the same
@@ -94,7 +94,10 @@ class Runtime:
         if key not in self._layers:
             # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
             with torch.inference_mode(False):
-                self._layers[key] = self._claim(shape, position, self._totals(shape, num_layers))
+                buffers, attend, recall = self._claim(shape)
+                guard = Guard(self._floors, recall, self._totals(shape, num_layers)) if recall else None
+                budgets = self.method.budgets(shape.num_qo_heads, self.device)
+            self._layers[key] = LayerState(position, budgets, buffers, attend, guard)
         return self._layers[key]
 
     def _totals(self, shape: ScratchShape, num_layers: int) -> RecallTotals:
@@ -104,20 +107,17 @@ class Runtime:
             self._recalls[shape, num_layers] = totals, RecallMeter(totals)
         return self._recalls[shape, num_layers][0]
 
-    def _claim(self, shape: ScratchShape, position: int, totals: RecallTotals) -> LayerState:
-        """The state of a layer; its scratch is that of all layers of this shape."""
+    def _claim(self, shape: ScratchShape) -> tuple[Any, AttendBuffers, RecallBuffers | None]:
+        """The scratch for all layers of this shape."""
         if shape not in self._buffers:
             buffers = self.method.scratch(shape, self.device)
             attend = AttendBuffers.allocate(shape.num_qo_heads, shape.max_chunk, self.device)
-            recall = RecallBuffers.allocate(shape.num_qo_heads, self.device)
+            recall = RecallBuffers.allocate(shape.num_qo_heads, self.device) if self.config.measure_recall else None
             self._density = self._density or DensityMeter(attend.kept_pairs)
-            size = (num_bytes(buffers) + num_bytes(attend) + num_bytes(recall)) / 2**20
+            size = sum(map(num_bytes, filter(None, (buffers, attend, recall)))) / 2**20
             logger.info("MInference: %.0f MiB of scratch for %s", size, shape)
             self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs), recall
-        buffers, attend, recall = self._buffers[shape]
-        guard = Guard(self._floors, recall, totals) if self.config.measure_recall else None
-        budgets = self.method.budgets(shape.num_qo_heads, self.device)
-        return LayerState(position, budgets, buffers, attend, guard)
+        return self._buffers[shape]
 
     def run(
         self, q: torch.Tensor, out: torch.Tensor, kv: PagedKV, context_len: int, scale: float, layer: LayerState
@@ -198,7 +198,9 @@ class Runtime:
         table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
         q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device=self.device)
         chunk = Chunk(q, torch.empty_like(q), PagedKV(k, v, table, 0), 0, 1.0)
-        # Counted where nobody looks.
-        layer = self._claim(shape, 0, RecallTotals.allocate(1, shape.num_qo_heads, self.device))
-        attend = replace(layer.attend, kept_pairs=torch.zeros_like(layer.attend.kept_pairs))
-        prefill(chunk, self.method, replace(layer, attend=attend))
+        buffers, attend, recall = self._claim(shape)
+        budgets = self.method.budgets(shape.num_qo_heads, self.device)
+        attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))
+        totals = RecallTotals.allocate(1, shape.num_qo_heads, self.device)
+        guard = Guard(self._floors, recall, totals) if recall else None
+        prefill(chunk, self.method, LayerState(0, budgets, buffers, attend, guard))

@@ -29,7 +29,7 @@ class Method(ABC):
     """A way of choosing keys, with its settings and the kernels that it runs on.
 
     Budgets are a device tensor per layer, [num_qo_heads, ...]: how much each head keeps. Whoever knows better than the
-    settings (a pattern file, a guard) writes there, and nothing waits for the device.
+    settings (a pattern file) writes there, and nothing waits for the device.
     """
 
     Settings: ClassVar[type[MethodSettings]]

@@ -85,9 +85,9 @@ class DirectoryCollector:
         for edge, count in total.recall.cumulative():
             buckets.add_metric([edge], count)
         mean, worst = (GaugeMetricFamily(*name, labels=HEAD_LABELS) for name in (RECALL_MEAN, RECALL_WORST))
-        for key, head in total.recall.heads.items():
-            mean.add_metric([str(part) for part in key], head.total / head.chunks)
-            worst.add_metric([str(part) for part in key], head.worst)
+        for layer, head, mean_recall, worst_recall in total.recall.heads():
+            mean.add_metric([layer, head], mean_recall)
+            worst.add_metric([layer, head], worst_recall)
         yield from (buckets, mean, worst)
 
     def _snapshots(self) -> Iterator[Snapshot]:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import threading
+import time
 from pathlib import Path
 
 import prometheus_client as prometheus
@@ -27,6 +28,7 @@ from minference_vllm.metrics.snapshot import (
 
 METRICS_DIR = "MINFERENCE_METRICS_DIR"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
+HEADS_SECONDS = 15.0  # between two times that the recall of each head is published
 NOWHERE = os.devnull  # what a process that can make no folder sets METRICS_DIR to: its children neither try nor warn
 
 
@@ -68,6 +70,7 @@ class ProcessMetrics:
             for name in (RECALL_MEAN, RECALL_WORST)
         )
         self._total = Snapshot()
+        self._heads_due = 0.0
 
     def add(self, delta: Snapshot) -> None:
         self._total += delta
@@ -81,9 +84,12 @@ class ProcessMetrics:
         self._redone.inc(delta.recall.redone)
         for edge, count in delta.recall.cumulative():
             self._recall.labels(edge).inc(count)
-        for key, head in self._total.recall.heads.items():
-            self._mean.labels(*key).set(head.total / head.chunks)
-            self._worst.labels(*key).set(head.worst)
+        # Thousands of them, and the step's thread wants the interpreter too.
+        if delta.recall.layers and time.monotonic() >= self._heads_due:
+            self._heads_due = time.monotonic() + HEADS_SECONDS
+            for layer, head, mean, worst in self._total.recall.heads():
+                self._mean.labels(layer, head).set(mean)
+                self._worst.labels(layer, head).set(worst)
 
 
 _process_lock = threading.Lock()  # each engine has a thread that publishes

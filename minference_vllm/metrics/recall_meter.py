@@ -7,7 +7,7 @@ from collections import deque
 
 import torch
 
-from minference_vllm.recall import HeadRecall, Recall
+from minference_vllm.recall import LayerRecall, Recall
 from minference_vllm.scratch import RecallTotals
 
 SLOTS = 16  # copies on their way: few steps are ever enqueued ahead of the GPU
@@ -41,24 +41,29 @@ class RecallMeter:
 
     def read(self) -> Recall:
         """All that was measured before the newest copy that has arrived."""
-        num_layers, num_heads = self._totals.sums.shape
+        if (arrived := self._newest()) is not None:
+            self._last = _recall_of(RecallTotals.of(arrived, *self._totals.sums.shape))
+        return self._last
+
+    def _newest(self) -> torch.Tensor | None:
+        """The numbers of the newest copy that has arrived, if one has since the last time.
+
+        A step may wait for the lock, so they are taken as they are.
+        """
         with self._lock:
             for slot in reversed(self._copies):
                 if float(slot[-1]) != PENDING:
-                    self._last = _recall_of(RecallTotals.of(slot[:-1], num_layers, num_heads))
                     self._copies.clear()
-                    break
-            return self._last
+                    return slot[:-1].clone()
+        return None
 
 
 def _recall_of(totals: RecallTotals) -> Recall:
     """What totals on the host hold; layers of which nothing was measured are left out."""
-    heads = {
-        (layer, head): HeadRecall(int(chunks), total, worst)
-        for layer, chunks in enumerate(totals.chunks.tolist())
+    totals_of, worst_of = totals.sums.tolist(), totals.worst.tolist()
+    layers = {
+        position: LayerRecall(int(chunks), tuple(totals_of[position]), tuple(worst_of[position]))
+        for position, chunks in enumerate(totals.chunks.tolist())
         if chunks
-        for head, (total, worst) in enumerate(
-            zip(totals.sums[layer].tolist(), totals.worst[layer].tolist(), strict=True)
-        )
     }
-    return Recall(tuple(map(int, totals.histogram.tolist())), int(totals.redone.sum()), heads)
+    return Recall(tuple(map(int, totals.histogram.tolist())), int(totals.redone.sum()), layers)

@@ -13,12 +13,15 @@ CHUNKS = ("minference_prefill_chunks", "Prefill chunks by attention path, and wh
 LABELS = ("path", "reason")
 KEPT_PAIRS = ("minference_kept_pairs", "Query-key pairs that sparse attention computed.")
 CAUSAL_PAIRS = ("minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.")
-DENSITY = ("minference_density", "Kept / causal pairs of all sparse attention since start.")
+DENSITY = ("minference_density", "Kept / causal pairs of all sparse attention since start, the guard's included.")
 RECALL = ("minference_recall_heads", "Heads of measured chunks whose recall is at most le.")
 RECALL_LABELS = ("le",)
 REDONE = ("minference_guard_heads", "Heads of chunks that the guard attended to again, to all keys.")
-RECALL_MEAN = ("minference_recall_mean", "Mean recall by layer and head of rank 0, over all measured chunks.")
-RECALL_WORST = ("minference_recall_worst", "Smallest recall of a chunk by layer and head of rank 0, since start.")
+RECALL_MEAN = (
+    "minference_recall_mean",
+    "Mean recall since start by the plugin's layers and rank 0's heads, each from 0, over the engines of this server.",
+)
+RECALL_WORST = ("minference_recall_worst", "Smallest recall of a chunk since start, as minference_recall_mean.")
 HEAD_LABELS = ("layer", "head")
 
 Counts = Counter[tuple[str, str]]
@@ -37,7 +40,7 @@ class Snapshot:
 
     @property
     def density(self) -> float | None:
-        """Kept / causal pairs, in [0, 1]; None before the first read-back from the GPU."""
+        """Kept / causal pairs, above 1 if the guard had most heads attend again; None before the first read-back."""
         return self.kept_pairs / self.causal_pairs if self.causal_pairs else None
 
     def __add__(self, other: "Snapshot") -> "Snapshot":

@@ -32,7 +32,7 @@ def measure_recall(
     Args:
         chunk: its queries and keys are read.
         lse: [num_qo_heads, >= num_rows] float32, natural log-sum-exp of each row over its kept keys, see AttendBuffers.
-        floors: heads that are below one are listed, and those whose recall is not a number.
+        floors: heads that are below one are listed, and those whose recall is not a number; none without a floor.
         layer: whose row of `totals` is added to.
         buffers: `recall`, `heads` and `num_heads` are written.
         totals: added to.
@@ -47,13 +47,14 @@ def measure_recall(
         recalls[head] = (lse[head, rows] - exact).clamp(max=0).exp()
     buffers.recall.copy_(recalls.mean(1))
     lost = (recalls < floors.row).sum(1) >= LOST_ROWS
-    below = (~(buffers.recall >= floors.head) | lost).nonzero().flatten()
+    below = ((~(buffers.recall >= floors.head) | lost) & any(floors)).nonzero().flatten()
     buffers.heads[: len(below)] = below.to(torch.int32)
     buffers.num_heads.fill_(len(below))
-    edges = torch.tensor(RECALL_EDGES, device=rows.device)
-    buckets = (buffers.recall[:, None] > edges).sum(1)
-    totals.histogram.index_add_(0, buckets, torch.ones_like(buffers.recall, dtype=torch.float64))
+    # What is no number counts as nothing: a sum would never be one again.
+    recall = buffers.recall.nan_to_num(nan=0.0)
+    buckets = (recall[:, None] > torch.tensor(RECALL_EDGES, device=rows.device)).sum(1)
+    totals.histogram.index_add_(0, buckets, torch.ones_like(recall, dtype=torch.float64))
     totals.chunks[layer] += 1
     totals.redone[layer] += len(below)
-    totals.sums[layer] += buffers.recall
-    totals.worst[layer] = torch.minimum(totals.worst[layer], buffers.recall.double())
+    totals.sums[layer] += recall
+    totals.worst[layer] = torch.minimum(totals.worst[layer], recall.double())

@@ -19,7 +19,7 @@ from minference_vllm.reference.recall import held_out_rows
 from minference_vllm.scratch import HELD_OUT_ROWS, AttendBuffers, RecallBuffers, RecallTotals
 from tests.kernels.cases import CASES, GPU_CASES, Case, make_chunk, make_queries, make_rising_cache, make_state
 from tests.kernels.checks import assert_close
-from tests.kernels.recalls import attended, check_heads, check_recall, measure
+from tests.kernels.recalls import LAYER, attended, check_heads, check_recall, measure
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 on_gpu = pytest.mark.parametrize(
@@ -129,12 +129,22 @@ def test_no_floor_changes_nothing_and_the_highest_makes_all_dense(floor: float, 
         assert torch.equal(chunk.out, plain.out)
 
 
-def test_recall_that_is_no_number_is_below_every_floor(device: torch.device) -> None:
+def test_recall_that_is_no_number_is_below_every_floor_and_counts_as_nothing(device: torch.device) -> None:
     chunk, lse = attended(GUARDED, device)
     lse[2, :] = torch.nan
     for kernel in (Kernel.REFERENCE, Kernel.TRITON):
-        buffers, _ = measure(kernel, chunk, lse)
+        buffers, totals = measure(kernel, chunk, lse)
         assert 2 in buffers.heads[: int(buffers.num_heads)].tolist()
+        assert totals.sums[LAYER, 2] == totals.worst[LAYER, 2] == 0
+        assert totals.flat.isfinite().all()
+
+
+def test_without_a_floor_no_head_is_listed(device: torch.device) -> None:
+    chunk, lse = attended(GUARDED, device)
+    lse[2, :] = torch.nan
+    for kernel in (Kernel.REFERENCE, Kernel.TRITON):
+        buffers, totals = measure(kernel, chunk, lse, Floors(0.0, 0.0))
+        assert buffers.num_heads.item() == totals.redone.sum() == 0
 
 
 def test_all_keys_kept_is_a_recall_of_one(device: torch.device) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prompts and the chunk of the guard's benchmark are what they are said to be."""
 
+import random
+
 import pytest
 import torch
 
@@ -10,7 +12,10 @@ from benchmarks.traps import PASSAGE_SEEN, TRAPS, copied
 from minference_vllm.reference.pages import gather
 
 TOKENS = 9000
-TEXTS = ["It was a day like any other. " * 2000, "def of(x): return x\n" * 3000]
+WORDS = random.Random(0)
+TEXTS = [
+    " ".join(f"{WORDS.choice(words)} {WORDS.randrange(999)}." for _ in range(9000)) for words in ("abcde", "vwxyz")
+]
 
 
 class Letters:
@@ -55,6 +60,11 @@ def test_each_trap_has_its_answers_after_its_text(name: str) -> None:
 def test_what_is_asked_in_the_middle_is_followed_by_text() -> None:
     prompt = TRAPS["asked in the middle"](Letters(), TEXTS, TOKENS, 1)
     assert len(prompt.tokens) - prompt.answers[-1] > TOKENS // 3
+
+
+def test_a_text_that_repeats_itself_makes_no_trap_of_a_copy() -> None:
+    with pytest.raises(ValueError, match="repeats itself"):
+        copied(Letters(), ["It was a day like any other. " * 2000], TOKENS, 1)
 
 
 def test_the_copy_is_a_passage_from_far_before() -> None:

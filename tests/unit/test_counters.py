@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.snapshot import Snapshot
-from minference_vllm.recall import HeadRecall, Recall
+from minference_vllm.recall import LayerRecall, Recall
 
 
 def make_counters(tally) -> Counters:
@@ -73,7 +73,9 @@ def test_a_snapshot_is_a_value_of_its_time():
 
 
 def test_snapshot_survives_json_and_arithmetic():
-    recall = Recall(tuple(range(10)), 3, {(0, 1): HeadRecall(9, 8.25, 0.5), (4, 0): HeadRecall(9, 7.5, 0.25)})
+    recall = Recall(
+        tuple(range(10)), 3, {0: LayerRecall(9, (8.25, 7.5), (0.5, 0.25)), 4: LayerRecall(9, (9.0,), (1.0,))}
+    )
     one = Snapshot(Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1}), 2**63, 2**65, recall)
     assert Snapshot.from_json(one.to_json()) == one
     assert one + one - one == one

@@ -15,7 +15,7 @@ from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics import exporter
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.publisher import METRICS_DIR, MULTIPROC_DIR
-from minference_vllm.recall import HeadRecall, Recall
+from minference_vllm.recall import LayerRecall, Recall
 
 SPARSE = 'path="sparse",reason="gate_open"'
 SHORT = 'path="dense",reason="short_chunk"'
@@ -183,15 +183,15 @@ def test_recall_is_summed_over_workers_and_the_worst_is_kept(tmp_path, new_proce
     exporter.install()
     for worst in (0.4, 0.2):
         worker = Worker()
-        worker.recall = Recall((1, *[0] * 8, 3), 1, {(2, 5): HeadRecall(4, 3.0 + worst, worst)})
+        worker.recall = Recall((1, *[0] * 8, 3), 1, {2: LayerRecall(4, (4.0, 3.0 + worst), (1.0, worst))})
         worker.count(7)
         worker.counters.flush()
     text = scrape()
     assert 'minference_recall_heads_total{le="0.9"} 2.0' in text
-    assert 'minference_recall_heads_total{le="1.0"} 8.0' in text
+    assert 'minference_recall_heads_total{le="+Inf"} 8.0' in text
     assert "minference_guard_heads_total 2.0" in text
-    assert 'minference_recall_mean{head="5",layer="2"} 0.825' in text
-    assert 'minference_recall_worst{head="5",layer="2"} 0.2' in text
+    assert 'minference_recall_mean{head="1",layer="2"} 0.825' in text
+    assert 'minference_recall_worst{head="1",layer="2"} 0.2' in text
 
 
 def test_a_spawned_engines_worker_shows_in_the_servers_scrape():

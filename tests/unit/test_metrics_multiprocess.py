@@ -14,8 +14,10 @@ SPARSE = 'path="sparse",reason="gate_open"'
 # One argument an engine: the pairs that it keeps, of a hundred in all its steps; none if its GPU tells nothing.
 ENGINES = """
 import sys
+from minference_vllm.metrics import publisher
 from minference_vllm.metrics.counters import Counters
-from minference_vllm.recall import HeadRecall, Recall
+from minference_vllm.recall import LayerRecall, Recall
+publisher.HEADS_SECONDS = 0  # else only the first of the two steps shows
 for kept_pairs in map(int, sys.argv[1:]):
     pairs = 0, 0
     recall = Recall()
@@ -24,7 +26,8 @@ for kept_pairs in map(int, sys.argv[1:]):
         counters.defer({("sparse", "gate_open"): (50, 1)})
         counters.flush()
         pairs = step * kept_pairs // 2, step * 50 * (kept_pairs > 0)
-        recall = Recall((step, *[0] * 8, 2 * step), step, {(0, 1): HeadRecall(3 * step, 2.0 * step, kept_pairs / 100)})
+        layer = LayerRecall(3 * step, (0.0, 2.0 * step), (1.0, kept_pairs / 100))
+        recall = Recall((step, *[0] * 8, 2 * step), step, {0: layer})
         counters.flush()
 """
 
@@ -55,7 +58,7 @@ def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path)
     assert "minference_density 0.2\n" in text
     assert 'minference_recall_heads_total{le="0.25"} 6.0' in text
     assert 'minference_recall_heads_total{le="0.98"} 6.0' in text
-    assert 'minference_recall_heads_total{le="1.0"} 18.0' in text
+    assert 'minference_recall_heads_total{le="+Inf"} 18.0' in text
     assert "minference_guard_heads_total 6.0" in text
     assert 'minference_recall_worst{head="1",layer="0"} 0.1' in text
 

@@ -4,7 +4,7 @@
 import torch
 
 from minference_vllm.metrics.recall_meter import PENDING, RecallMeter
-from minference_vllm.recall import HeadRecall, Recall
+from minference_vllm.recall import LayerRecall, Recall
 from minference_vllm.scratch import RecallTotals
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def make_totals() -> RecallTotals:
     totals.histogram[[2, 9]] += 1
     totals.chunks[1] += 1
     totals.redone[1] += 1
-    totals.sums[1] = totals.worst[1] = torch.tensor([0.55, 1.0])
+    totals.sums[1] = totals.worst[1] = torch.tensor([0.55, 1.0], dtype=torch.float64)
     return totals
 
 
@@ -37,8 +37,8 @@ def test_a_copy_on_the_host_is_there_at_once_and_layers_without_a_chunk_are_left
     recall = meter.read()
     assert recall.histogram == (0, 0, 1, 0, 0, 0, 0, 0, 0, 1)
     assert (recall.redone, recall.measured) == (1, 2)
-    assert set(recall.heads) == {(1, 0), (1, 1)}
-    assert recall.heads[1, 1] == HeadRecall(1, 1.0, 1.0)
+    assert recall.layers == {1: LayerRecall(1, (0.55, 1.0), (0.55, 1.0))}
+    assert list(recall.heads()) == [("1", "0", 0.55, 0.55), ("1", "1", 1.0, 1.0)]
     assert meter.read() == recall, "what was read once is still known"
 
 

@@ -82,7 +82,7 @@ def _threshold(
     dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
     # Of all groups from COUNTED on: the free ones are counted, but those before COUNTED too, and few are not free.
     total = rows_weight + tl.max(dropped, 0)
-    for start in range(local, num_groups, EDGE):
+    for start in range(tl.maximum(local, COUNTED), num_groups, EDGE):
         total += _edge(codes_ptr, stride, start, num_groups, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
     for start in range(COUNTED, sinks, EDGE):
         total += _edge(codes_ptr, stride, start, sinks, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)

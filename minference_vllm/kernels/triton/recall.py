@@ -51,13 +51,16 @@ def _recall_kernel(
     b_recall = tl.exp2(missed)
     recall = tl.sum(b_recall, 0) / ROWS
     tl.store(recall_ptr + i_h, recall)
-    # What is no number is not enough.
+    # What is no number is not enough, if anything is asked for.
     is_enough = (recall >= head_floor) & (tl.sum((b_recall < row_floor).to(tl.int32), 0) < LOST_ROWS)
+    is_enough = is_enough | ((head_floor == 0) & (row_floor == 0))
     if not is_enough:
         place = tl.atomic_add(num_heads_ptr, 1, sem="relaxed")
         tl.store(heads_ptr + place, i_h)
 
-    # The totals' parts follow each other, see RecallTotals. Only this program touches its head's.
+    # The totals' parts follow each other, see RecallTotals. Only this program touches its head's. What is no number
+    # counts as nothing: a sum would never be one again.
+    recall = tl.where(recall == recall, recall, 0.0)
     bucket = 0
     for i in tl.static_range(NUM_EDGES):
         bucket += tl.where(recall > EDGES[i], 1, 0)
