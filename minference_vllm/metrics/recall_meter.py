@@ -51,11 +51,11 @@ class RecallMeter:
         A step may wait for the lock, so they are taken as they are.
         """
         with self._lock:
-            for slot in reversed(self._copies):
-                if float(slot[-1]) != PENDING:
-                    self._copies.clear()
-                    return slot[:-1].clone()
-        return None
+            arrived = None
+            # They arrive in their order.
+            while self._copies and float(self._copies[0][-1]) != PENDING:
+                arrived = self._copies.popleft()
+            return None if arrived is None else arrived[:-1].clone()
 
 
 def _recall_of(totals: RecallTotals) -> Recall:
