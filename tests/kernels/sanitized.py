@@ -13,10 +13,12 @@ from minference_vllm import reference
 from minference_vllm.chunk import Chunk
 from minference_vllm.kernels import cuda
 from minference_vllm.kernels.cuda import library
+from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import ProbeBuffers
 from tests.kernels.cases import ADVERSARIAL, IRREGULAR, Case, make_chunk
 from tests.kernels.checks import check_attend, relative_error
+from tests.kernels.recalls import check_heads, check_recall
 from tests.kernels.test_random import random_index
 
 # Every column, so that slots come round in one tile.
@@ -41,6 +43,13 @@ def probe(case: Case, chunk: Chunk) -> None:
         assert relative_error(mass, want) < 2e-3, (case, name)
 
 
+def choose_groups(case: Case, chunk: Chunk) -> None:
+    """Other tests say whether the groups are right."""
+    method = Block(BlockSettings(), Kernel.CUDA)
+    device = chunk.q.device
+    method.choose(chunk, method.budgets(case.num_qo_heads, device), method.scratch(case.shape, device))
+
+
 def main() -> None:
     device = torch.device("cuda")
     programs = library.num_multiprocessors
@@ -48,6 +57,9 @@ def main() -> None:
     for case in CASES:
         chunk = make_chunk(case, device)
         probe(case, chunk)
+        choose_groups(case, chunk)
+        check_recall(Kernel.CUDA, case, device)
+        check_heads(Kernel.CUDA, case, device)
         # A tile a program, then many: what a program reads of one tile it overwrites for the next.
         for few in (False, True):
             library.num_multiprocessors = (lambda device: 2) if few else programs

@@ -12,6 +12,7 @@ from minference_vllm.methods.vertical_slash import VerticalSlashBuffers
 from minference_vllm.ops import Kernel
 from tests.kernels.cases import Case, make_chunk
 from tests.kernels.checks import check_attend
+from tests.kernels.recalls import check_heads, check_recall
 
 NUM_GROUPS, SHAPES_PER_GROUP = 20, 25
 
@@ -54,3 +55,14 @@ def test_attend_matches_the_reference_on_random_shapes(kernel: Kernel, group: in
         case = random_case(rng)
         index = random_index(case, generator, device)
         check_attend(lambda *of: ops.attend(*of, kernel), make_chunk(case, device), index)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", range(NUM_GROUPS // 4))
+@pytest.mark.parametrize("kernel", [Kernel.TRITON, pytest.param(Kernel.CUDA, marks=pytest.mark.hopper)])
+def test_the_guard_matches_the_reference_on_random_shapes(kernel: Kernel, group: int, device: torch.device) -> None:
+    rng = random.Random(group)
+    for _ in range(SHAPES_PER_GROUP if kernel is Kernel.CUDA else 1):
+        case = random_case(rng)
+        check_recall(kernel, case, device)
+        check_heads(kernel, case, device)

@@ -169,3 +169,11 @@ def test_two_lost_rows_are_enough(lost: int, listed: bool, device: torch.device)
     for kernel in (Kernel.REFERENCE, Kernel.TRITON):
         measured, _ = measure(kernel, chunk, buffers.lse, Floors(0.0, 0.25))
         assert measured.heads[: int(measured.num_heads)].tolist() == [1] * listed
+
+
+@pytest.mark.hopper
+@on_gpu
+def test_ten_runs_give_the_same_bits(case: Case, device: torch.device) -> None:
+    chunk, lse = attended(case, device)
+    first, *others = (measure(Kernel.CUDA, chunk, lse)[0].recall for _ in range(10))
+    assert all(torch.equal(other, first) for other in others)
