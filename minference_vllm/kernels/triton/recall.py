@@ -54,9 +54,12 @@ def _recall_kernel(
     # What is no number is not enough, if anything is asked for.
     is_enough = (recall >= head_floor) & (tl.sum((b_recall < row_floor).to(tl.int32), 0) < LOST_ROWS)
     is_enough = is_enough | ((head_floor == 0) & (row_floor == 0))
+    one = tl.full([], 1.0, tl.float64)
+    p_chunks = totals_ptr + NUM_EDGES + 1 + layer
     if not is_enough:
         place = tl.atomic_add(num_heads_ptr, 1, sem="relaxed")
         tl.store(heads_ptr + place, i_h)
+        tl.atomic_add(p_chunks + num_layers, one, sem="relaxed")
 
     # The totals' parts follow each other, see RecallTotals. Only this program touches its head's. What is no number
     # counts as nothing: a sum would never be one again.
@@ -64,13 +67,9 @@ def _recall_kernel(
     bucket = 0
     for i in tl.static_range(NUM_EDGES):
         bucket += tl.where(recall > EDGES[i], 1, 0)
-    one = tl.full([], 1.0, tl.float64)
     tl.atomic_add(totals_ptr + bucket, one, sem="relaxed")
-    p_chunks = totals_ptr + NUM_EDGES + 1 + layer
     if i_h == 0:
         tl.store(p_chunks, tl.load(p_chunks) + 1)
-    if not is_enough:
-        tl.atomic_add(p_chunks + num_layers, one, sem="relaxed")
     p_sum = totals_ptr + NUM_EDGES + 1 + 2 * num_layers + layer * num_qo_heads + i_h
     p_worst = p_sum + num_layers * num_qo_heads
     tl.store(p_sum, tl.load(p_sum) + recall)
