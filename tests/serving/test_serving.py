@@ -19,6 +19,10 @@ pytestmark = [pytest.mark.serving, needs_model]
 # vLLM reuses cached pages only between requests with the same salt.
 new_salts: Iterator[str] = map("salt {}".format, itertools.count())
 SURE_TOKENS = 6
+RECALL = (
+    ("minference_prefill_chunks_total", {"path": "sparse"}),
+    ("minference_recall_heads_total", {"le": "+Inf"}),
+)
 
 
 class Alone(NamedTuple):
@@ -44,6 +48,10 @@ def test_chunked_prompts_are_served_sparse_and_their_facts_are_found(sparse: Ser
     assert alone.tokens == alone.sparse_tokens == sum(reply.prompt_tokens for reply in alone.replies.values())
     assert sparse.metric("minference_prefill_chunks_total", path="sparse") >= 6
     assert 0 < sparse.metric("minference_density") < 0.95
+    # Every head of every layer was measured in every chunk.
+    chunks, heads = (sparse.metric(name, **labels) for name, labels in RECALL)
+    assert heads > 0 and heads % chunks == 0
+    assert 0.5 < sparse.metric("minference_recall_mean", layer="0", head="0") <= 1
 
 
 def test_concurrent_prompts_are_answered_as_each_alone(sparse: Server, alone: Alone) -> None:
