@@ -15,22 +15,9 @@ from multiprocessing.util import Finalize
 import prometheus_client as prometheus
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from minference_vllm.metrics import snapshot as names
 from minference_vllm.metrics.publisher import METRICS_DIR, NOWHERE
-from minference_vllm.metrics.snapshot import (
-    CAUSAL_PAIRS,
-    CHUNKS,
-    DENSITY,
-    HEAD_LABELS,
-    KEPT_PAIRS,
-    LABELS,
-    RECALL,
-    RECALL_LABELS,
-    RECALL_MEAN,
-    RECALL_WORST,
-    REDONE,
-    TOKENS,
-    Snapshot,
-)
+from minference_vllm.metrics.snapshot import Snapshot
 
 logger = logging.getLogger("vllm.minference.metrics")
 
@@ -72,19 +59,21 @@ class DirectoryCollector:
 
     def collect(self) -> Iterator[Metric]:
         total = sum(self._snapshots(), start=Snapshot())
-        for (name, text), counts in ((TOKENS, total.tokens), (CHUNKS, total.chunks)):
-            family = CounterMetricFamily(name, text, labels=LABELS)
+        for (name, text), counts in ((names.TOKENS, total.tokens), (names.CHUNKS, total.chunks)):
+            family = CounterMetricFamily(name, text, labels=names.LABELS)
             for labels, count in counts.items():
                 family.add_metric(labels, count)
             yield family
-        yield CounterMetricFamily(*KEPT_PAIRS, value=total.kept_pairs)
-        yield CounterMetricFamily(*CAUSAL_PAIRS, value=total.causal_pairs)
-        yield GaugeMetricFamily(*DENSITY, value=total.density)  # None: named, without a sample
-        yield CounterMetricFamily(*REDONE, value=total.recall.redone)
-        buckets = CounterMetricFamily(*RECALL, labels=RECALL_LABELS)
+        yield CounterMetricFamily(*names.KEPT_PAIRS, value=total.kept_pairs)
+        yield CounterMetricFamily(*names.CAUSAL_PAIRS, value=total.causal_pairs)
+        yield GaugeMetricFamily(*names.DENSITY, value=total.density)  # None: named, without a sample
+        yield CounterMetricFamily(*names.REDONE, value=total.recall.redone)
+        buckets = CounterMetricFamily(*names.RECALL, labels=names.RECALL_LABELS)
         for edge, count in total.recall.cumulative():
             buckets.add_metric([edge], count)
-        mean, worst = (GaugeMetricFamily(*name, labels=HEAD_LABELS) for name in (RECALL_MEAN, RECALL_WORST))
+        mean, worst = (
+            GaugeMetricFamily(*name, labels=names.HEAD_LABELS) for name in (names.RECALL_MEAN, names.RECALL_WORST)
+        )
         for layer, head, mean_recall, worst_recall in total.recall.heads():
             mean.add_metric([layer, head], mean_recall)
             worst.add_metric([layer, head], worst_recall)

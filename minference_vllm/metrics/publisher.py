@@ -10,21 +10,8 @@ from pathlib import Path
 
 import prometheus_client as prometheus
 
-from minference_vllm.metrics.snapshot import (
-    CAUSAL_PAIRS,
-    CHUNKS,
-    DENSITY,
-    HEAD_LABELS,
-    KEPT_PAIRS,
-    LABELS,
-    RECALL,
-    RECALL_LABELS,
-    RECALL_MEAN,
-    RECALL_WORST,
-    REDONE,
-    TOKENS,
-    Snapshot,
-)
+from minference_vllm.metrics import snapshot as names
+from minference_vllm.metrics.snapshot import Snapshot
 
 METRICS_DIR = "MINFERENCE_METRICS_DIR"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
@@ -58,16 +45,20 @@ class ProcessMetrics:
 
     def __init__(self) -> None:
         # registry=None: the API servers read the directory; this process serves nothing.
-        self._tokens, self._chunks = (prometheus.Counter(*name, LABELS, registry=None) for name in (TOKENS, CHUNKS))
-        self._kept, self._causal = (prometheus.Counter(*name, registry=None) for name in (KEPT_PAIRS, CAUSAL_PAIRS))
+        self._tokens, self._chunks = (
+            prometheus.Counter(*name, names.LABELS, registry=None) for name in (names.TOKENS, names.CHUNKS)
+        )
+        self._kept, self._causal = (
+            prometheus.Counter(*name, registry=None) for name in (names.KEPT_PAIRS, names.CAUSAL_PAIRS)
+        )
         # A ratio has no sum, and prometheus_client no weighted mean: show the process that read its GPU last. Over all
         # processes, density is the ratio of the two pair counters.
-        self._density = prometheus.Gauge(*DENSITY, registry=None, multiprocess_mode="mostrecent")
-        self._redone = prometheus.Counter(*REDONE, registry=None)
-        self._recall = prometheus.Counter(*RECALL, RECALL_LABELS, registry=None)
+        self._density = prometheus.Gauge(*names.DENSITY, registry=None, multiprocess_mode="mostrecent")
+        self._redone = prometheus.Counter(*names.REDONE, registry=None)
+        self._recall = prometheus.Counter(*names.RECALL, names.RECALL_LABELS, registry=None)
         self._mean, self._worst = (
-            prometheus.Gauge(*name, HEAD_LABELS, registry=None, multiprocess_mode="mostrecent")
-            for name in (RECALL_MEAN, RECALL_WORST)
+            prometheus.Gauge(*name, names.HEAD_LABELS, registry=None, multiprocess_mode="mostrecent")
+            for name in (names.RECALL_MEAN, names.RECALL_WORST)
         )
         self._total = Snapshot()
         self._heads_due = 0.0
