@@ -21,28 +21,32 @@ from tests.kernels.cases import CASES, GPU_CASES, Case, make_chunk, make_queries
 from tests.kernels.checks import assert_close
 from tests.kernels.recalls import LAYER, attended, check_heads, check_recall, measure
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-on_gpu = pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=pytest.mark.gpu) for case in GPU_CASES],
-    ids=lambda case: case.name,
+gpu, hopper = pytest.mark.gpu, pytest.mark.hopper
+on_gpu = pytest.mark.parametrize("case", [pytest.param(case, marks=gpu, id=case.name) for case in GPU_CASES])
+everywhere = pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        pytest.param(kernel, case, marks=marks, id=f"{kernel}-{case.name}")
+        for kernel, cases, marks in (
+            (Kernel.TRITON, CASES, ()),
+            (Kernel.TRITON, GPU_CASES, gpu),
+            (Kernel.CUDA, GPU_CASES, (gpu, hopper)),
+        )
+        for case in cases
+    ],
 )
 
 
-@every_case
-def test_recall_is_that_of_the_reference(case: Case, device: torch.device) -> None:
-    check_recall(Kernel.TRITON, case, device)
+@everywhere
+def test_recall_is_that_of_the_reference(kernel: Kernel, case: Case, device: torch.device) -> None:
+    check_recall(kernel, case, device)
 
 
-@on_gpu
-def test_recall_on_a_gpu_is_that_of_the_reference(case: Case, device: torch.device) -> None:
-    check_recall(Kernel.TRITON, case, device)
-
-
-@pytest.mark.hopper
-@on_gpu
-def test_recall_in_cuda_is_that_of_the_reference(case: Case, device: torch.device) -> None:
-    check_recall(Kernel.CUDA, case, device)
+@everywhere
+def test_listed_heads_attend_to_all_keys_and_others_are_left_alone(
+    kernel: Kernel, case: Case, device: torch.device
+) -> None:
+    check_heads(kernel, case, device)
 
 
 @pytest.mark.parametrize("rows_per_half", [16, 32])
@@ -60,22 +64,6 @@ def test_held_out_rows_are_none_that_choose(num_rows: int, context_len: int, row
     # Rows that stand in for those before the chunk or past it are its first or its last.
     chosen = set(sampled_rows(chunk, rows_per_half).flatten().tolist()) - {context_len, context_len + num_rows - 1}
     assert chosen.isdisjoint((rows + context_len).tolist())
-
-
-@every_case
-def test_listed_heads_attend_to_all_keys_and_others_are_left_alone(case: Case, device: torch.device) -> None:
-    check_heads(Kernel.TRITON, case, device)
-
-
-@on_gpu
-def test_listed_heads_attend_to_all_keys_on_a_gpu(case: Case, device: torch.device) -> None:
-    check_heads(Kernel.TRITON, case, device)
-
-
-@pytest.mark.hopper
-@on_gpu
-def test_listed_heads_attend_to_all_keys_in_cuda(case: Case, device: torch.device) -> None:
-    check_heads(Kernel.CUDA, case, device)
 
 
 # The guard
