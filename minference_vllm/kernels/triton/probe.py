@@ -19,6 +19,7 @@ from minference_vllm.scratch import HELD_OUT_ROWS, MASS_UNIT, PROBE_SPLITS, Prob
 
 LAST, SPREAD, HELD_OUT = range(3)
 """Which rows of the chunk: the last, as many spread evenly over it, or those that measure recall."""
+_LAST, _SPREAD = tl.constexpr(LAST), tl.constexpr(SPREAD)
 
 # Run-time integers whose value or alignment must not select another compiled variant.
 PLAIN = ["num_rows", "context_len", "table_row", "stride_table"]
@@ -35,9 +36,9 @@ def _probe_scores(
     o_r = tl.arange(0, NUM_PROBES)
     o_d = tl.arange(0, HEAD_DIM)
     # [NUM_PROBES] rows of the chunk
-    if ROWS == 0:
+    if ROWS == _LAST:
         rows = num_rows - NUM_PROBES + o_r
-    elif ROWS == 1:
+    elif ROWS == _SPREAD:
         rows = (o_r + 1) * num_rows // NUM_PROBES - 1
     else:
         rows = _held_out_rows(o_r, num_rows, context_len, NUM_PROBES, TILE)
