@@ -157,10 +157,13 @@ def make_requests(options: argparse.Namespace, directory: str) -> dict[tuple[int
             for number in range(options.prompts):
                 prompt = facts.make_prompt(tokenizer, text, tokens, options.seed + number)
                 file = Path(directory, f"{Path(name).name}-{tokens}-{number}.pt")
-                scored = max(1, prompt.text_end - SCORED_TEXT)
-                request = {**prompt._asdict(), "scored": scored, "file": str(file)}
-                requests.setdefault((tokens, Path(name).name), []).append(request)
+                requests.setdefault((tokens, Path(name).name), []).append(make_request(prompt, file))
     return requests
+
+
+def make_request(prompt: facts.FactPrompt, file: Path) -> dict[str, Any]:
+    """What both engines are asked; the dense one leaves its hidden states in the file."""
+    return {**prompt._asdict(), "scored": max(1, prompt.text_end - SCORED_TEXT), "file": str(file)}
 
 
 def parse() -> argparse.Namespace:
@@ -178,13 +181,21 @@ def parse() -> argparse.Namespace:
 
 
 def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -> dict[str, Any]:
-    engine = {
-        "model": options.model, "dtype": "bfloat16", "max_model_len": max(options.tokens) + 2048,
+    gate = TINY_GATE if options.tiny else GATE
+    return {
+        "engine": engine_options(options.model, max(options.tokens), chunk),
+        "dense_backend": options.dense_backend,
+        "minference": {**gate, "method": method},
+    }
+
+
+def engine_options(model: str, tokens: int, chunk: int) -> dict[str, Any]:
+    """Of an engine that reads one prompt of about so many tokens at a time, in chunks."""
+    return {
+        "model": model, "dtype": "bfloat16", "max_model_len": tokens + 2048,
         "max_num_batched_tokens": chunk, "max_num_seqs": 1, "enforce_eager": True, "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.4, "disable_log_stats": True,
     }  # fmt: skip
-    gate = TINY_GATE if options.tiny else GATE
-    return {"engine": engine, "dense_backend": options.dense_backend, "minference": {**gate, "method": method}}
 
 
 def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import DENSE, SPARSE, argument_parser, far_rows, parse_method, resolved, results
-from benchmarks.fidelity import GATE, SCORED_TEXT, TINY_GATE, load_text, make_row, start_engine
+from benchmarks.fidelity import GATE, TINY_GATE, engine_options, load_text, make_request, make_row, start_engine
 from benchmarks.processes import EngineProcess, serve_requests
 from benchmarks.traps import TRAPS
 
@@ -37,9 +37,7 @@ def make_requests(options: argparse.Namespace, directory: str) -> dict[str, list
     for kind, make in TRAPS.items():
         for number in range(options.prompts):
             prompt = make(tokenizer, texts, options.tokens, options.seed + number)
-            scored = max(1, prompt.text_end - SCORED_TEXT)
-            file = str(Path(directory, f"{len(requests)}-{number}.pt"))
-            requests.setdefault(kind, []).append({**prompt._asdict(), "scored": scored, "file": file})
+            requests.setdefault(kind, []).append(make_request(prompt, Path(directory, f"{kind}-{number}.pt")))
     return requests
 
 
@@ -55,21 +53,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_spec(options: argparse.Namespace) -> dict[str, Any]:
-    engine = {
-        "model": options.model, "dtype": "bfloat16", "max_model_len": options.tokens + 2048,
-        "max_num_batched_tokens": options.chunk, "max_num_seqs": 1, "enforce_eager": True,
-        "enable_prefix_caching": False, "gpu_memory_utilization": 0.4, "disable_log_stats": True,
-    }  # fmt: skip
-    return {"engine": engine, "dense_backend": options.dense_backend}
-
-
 def measure_traps(options: argparse.Namespace, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Add a row for each method, with and without the guard, and kind of prompt."""
     gate = TINY_GATE if options.tiny else GATE
     with tempfile.TemporaryDirectory(prefix="guard-") as directory:
-        requests, spec = make_requests(options, directory), make_spec(options)
-        settings["engine"] = {key: value for key, value in spec["engine"].items() if key != "model"}
+        requests = make_requests(options, directory)
+        engine = engine_options(options.model, options.tokens, options.chunk)
+        spec = {"engine": engine, "dense_backend": options.dense_backend}
+        settings["engine"] = {key: value for key, value in engine.items() if key != "model"}
         with EngineProcess("benchmarks.guard", DENSE, spec) as dense:
             for request in [request for some in requests.values() for request in some]:
                 dense.ask(request)
