@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results
-from minference_vllm.cli import LENGTHS
+from minference_vllm.cli.tune import LENGTHS
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.tuning import timing
 from minference_vllm.tuning.gate import Timing, crossover

@@ -50,7 +50,7 @@ LAYERS = (
 IMPORT_VLLM = {"plugin", "backend", "cpu", "metadata", "impl", "compat"}
 # vLLM loads the plugin in every process, `vllm serve --help` included.
 HEAVY = {"torch", "triton", "vllm"}
-FOR_PEOPLE = ("demo/", "benchmarks/", "setup.py", f"{PACKAGE}/cli.py")
+FOR_PEOPLE = ("demo/", "benchmarks/", "setup.py", f"{PACKAGE}/cli/")
 # No one else has these folders. (Containers do have /root.)
 PERSONAL_PATH = re.compile(r"(?<![\w.])/(?:work|home|Users)/")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minference_vllm import cli
+from minference_vllm.cli import status, tune
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
@@ -145,7 +146,7 @@ def test_tune_writes_the_gate(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFi
     ((layer, config, device, lengths, chunk, _),) = asked
     assert (layer, device, chunk) == (Heads(16, 4, 128), torch.device("cuda", 0), 4096)
     assert config.method == VerticalSlashSettings(slash_size=4000)
-    assert lengths == cli.LENGTHS
+    assert lengths == tune.LENGTHS
     printed = capsys.readouterr().out
     assert "16384     1.100     1.000      1.10" in printed
     assert f"{CONFIG_FILE_VARIABLE}={out} vllm serve" in printed
@@ -156,7 +157,7 @@ def test_tune_writes_nothing_where_sparse_never_wins(
 ) -> None:
     gpu(k8=0.9, k16=1.0)
     out = tmp_path / "settings.json"
-    assert cli.main(["tune", *HEADS, "--out", str(out)]) == cli.NEVER_WINS == 3
+    assert cli.main(["tune", *HEADS, "--out", str(out)]) == tune.NEVER_WINS == 3
     assert not out.exists()
     assert "At 16384 tokens sparse is not 1.02 times as fast as dense" in capsys.readouterr().out
 
@@ -176,7 +177,7 @@ def test_the_file_is_the_one_that_the_server_would_read(
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line on stderr that ends `tune`."""
-    assert cli.main(["tune", *arguments]) == cli.FAILED == 2
+    assert cli.main(["tune", *arguments]) == status.FAILED == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 

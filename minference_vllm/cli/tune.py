@@ -1,34 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `minference-vllm tune` finds the gate for a model on this machine."""
+"""`minference-vllm tune`: finds the gate for a model on this machine."""
 
 import argparse
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from minference_vllm.cli.status import FAILED
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.tuning.gate import MIN_SPEEDUP, Timing, crossover, write_gate
 from minference_vllm.tuning.heads import Heads, of_model
 
 LENGTHS = [1024 * k for k in (4, 8, 16, 24, 32, 48, 64, 96, 128)]
-FAILED, NEVER_WINS = 2, 3
+NEVER_WINS = 3
 
 TUNE = f"""\
 Times one layer's attention at the end of prompts of growing length, dense (vLLM's FlashAttention) and sparse (this
 package's kernels, on drawn key sets), and writes the length from which sparse stays faster into a file of settings for
 {CONFIG_FILE_VARIABLE}. Its other settings are kept, and measured with.
 Exit status: 0 written, {FAILED} not measured, {NEVER_WINS} sparse never wins, nothing written."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        return tune(options)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return FAILED
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -74,10 +66,10 @@ def _heads(options: argparse.Namespace) -> Heads:
     return heads.on_rank(options.tensor_parallel_size)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="minference-vllm", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_parser(commands: Any) -> None:
+    """Add this command to those of an argparse parser."""
     command = commands.add_parser("tune", description=TUNE, help="find min_seq_len for a model on this machine")
+    command.set_defaults(run=tune)
     command.add_argument("--model", help="directory, or name on the hub: its config.json says the heads")
     command.add_argument("--heads", type=_count, help="query heads, in place of --model")
     command.add_argument("--kv-heads", type=_count)
@@ -89,14 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     out, usual = os.environ.get(CONFIG_FILE_VARIABLE), "minference.json"
     named = f"the file to write; default: the one that {CONFIG_FILE_VARIABLE} names, else {usual}"
     command.add_argument("--out", type=Path, default=out or usual, help=named)
-    return parser
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

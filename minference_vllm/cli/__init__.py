@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, `minference-vllm COMMAND`: a module a command, each with `add_parser`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from minference_vllm.cli import tune
+from minference_vllm.cli.status import FAILED
+from minference_vllm.errors import ConfigError
+
+COMMANDS = (tune,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status, which is FAILED with a sentence where something given does not fit."""
+    parser = argparse.ArgumentParser(prog="minference-vllm", description="Tools around sparse prefill in vLLM.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return FAILED

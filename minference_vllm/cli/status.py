@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exit statuses that all commands share."""
+
+FAILED = 2
+"""Nothing was done: a sentence on stderr says why. argparse exits so as well."""
