@@ -8,6 +8,7 @@ does not depend on the data but for the length of the lists: its share is set so
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,11 +27,11 @@ from minference_vllm.attention import Guard, LayerState, watch
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE, TileIndex
 from minference_vllm.methods import Block
-from minference_vllm.methods.block import BlockSettings
+from minference_vllm.methods.block import COARSE_FROM, BlockSettings
 from minference_vllm.ops import choose_kernel
 from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
-from minference_vllm.tuning.groups import draw_groups
+from minference_vllm.tuning.groups import as_on_real_prompts, draw_groups
 
 CHECKED_HEADS, CHECKED_TILES = 2, 3
 
@@ -58,6 +59,7 @@ TINY = (Case(1024, 512, 0.3, 4, 2, 64),)
 SETTINGS = {
     "timing": "CUDA events, medians; see h100-attention.json",
     "choose_ms": "means of the keys, row normalisers, masses, selection: the whole choice; its parts beside",
+    "max_fine": "share of boxes scored finely, which real prompts of the length have (docs/methods.md)",
     "score_dtype": "of the means and of the rows that are scored against them; `--score-dtype model fp8` compares",
     "attend_ms": "drawn groups, the same for both halves of a tile; of one tile's groups the next keeps "
     "minference_vllm.tuning.groups.STAYS; bf16, pages of 16 in random order",
@@ -97,16 +99,26 @@ def time_parts(method: Block, chunk: Chunk, buffers: Any, share: torch.Tensor) -
     """Milliseconds of the whole choice and of its parts."""
     ms, kernel, settings = partial(median, device=chunk.q.device), method.kernel, method.settings
 
+    coarse = buffers.coarse if chunk.seq_len >= settings.coarse_from else None
+    boxes = coarse and coarse.boxes
+
     def masses() -> None:
         for head in range(0, chunk.num_qo_heads, len(buffers.masses)):
-            ops.group_masses(chunk, buffers.means, buffers.row_lse, head, buffers.masses, kernel)
+            ops.group_masses(chunk, buffers.means, buffers.row_lse, head, buffers.masses, kernel, boxes)
+
+    def coarse_masses() -> None:
+        for head in range(0, chunk.num_qo_heads, len(buffers.masses)):
+            ops.box_masses(chunk, coarse.means, buffers.row_lse, head, coarse.masses, kernel)
 
     normalise = partial(ops.row_normalisers, chunk, buffers.means, buffers.row_lse, kernel)
     return {
         "choose_ms": ms(partial(method.choose, chunk, share, buffers)),
         "means_ms": ms(partial(ops.key_means, chunk.kv, chunk.seq_len, buffers.means, kernel)),
         "normalise_ms": ms(normalise),
+        "coarse_ms": ms(coarse_masses) if coarse else 0.0,
         "masses_ms": ms(masses),
+        "coarse_from": settings.coarse_from,
+        "max_fine": settings.max_fine if coarse else 1.0,
         "rows_per_half": settings.rows_per_half,
         "score_dtype": str(buffers.means.dtype).removeprefix("torch."),
     }
@@ -129,6 +141,7 @@ def measure(case: Case, inputs: Inputs, dense_ms: float | None, method: Block) -
     Raises:
         SystemExit: the output is wrong.
     """
+    method = as_on_real_prompts(method, case.tokens)
     device, kernel, chunk = inputs.q.device, method.kernel, make_chunk(case, inputs)
     heads = case.num_qo_heads, case.num_kv_heads, case.head_dim
     buffers = method.scratch(ScratchShape(*heads, chunk.q.dtype, case.tokens, case.rows), device)
@@ -167,11 +180,17 @@ def main() -> None:
     parser.add_argument(
         "--score-dtype", nargs="+", choices=["auto", "fp8", "model"], default=["auto"], help="a row for each"
     )
+    parser.add_argument(
+        "--coarse-from", type=int, nargs="+", default=[COARSE_FROM], help="prompt lengths, a row for each"
+    )
     options = parser.parse_args()
     results.describe_run(options.tiny)
     device = torch.device("cpu" if options.tiny else "cuda", None if options.tiny else torch.cuda.current_device())
     kernel = choose_kernel("auto", device)
-    methods = [Block(BlockSettings(score_dtype=asked), kernel) for asked in options.score_dtype]
+    methods = [
+        Block(BlockSettings(score_dtype=asked, coarse_from=length), kernel)
+        for asked, length in itertools.product(options.score_dtype, options.coarse_from)
+    ]
     settings: dict[str, Any] = {**SETTINGS, "method": BlockSettings().model_dump()}
     settings["bf16_matmul_tflops"] = None if options.tiny else bf16_matmul_tflops(device)
     rows: list[dict[str, Any]] = []

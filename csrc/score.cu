@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sampled rows against means of 4 keys, for Hopper (sm_90a): bf16 and fp16, head_dim 64 and 128, the latter also with
-// products in FP8. The attention mass that rows give to each group of 16 keys before their tile. The twin:
+// Sampled rows against means of keys, for Hopper (sm_90a): bf16 and fp16, head_dim 64 and 128, the latter also with
+// products in FP8. The attention mass that rows give to each group of four means before their tile. The twin:
 // minference_vllm/reference/masses.py.
+
+#include <cmath>
 
 #include "score_stages.cuh"
 #include "tensor_map.cuh"
@@ -51,11 +53,15 @@ cudaError_t launch(const Params& p, cudaStream_t stream) {
 struct MInferenceScore {
     const void *q, *means, *row_lse;
     void* masses;
+    const void *boxes, *box_counts;  // int32, or null: see score.cuh
     int64_t stride_q_row, stride_q_head, stride_means, stride_lse, stride_masses, stride_masses_part;
+    int64_t stride_boxes_set, stride_boxes, stride_box_counts;
     int32_t num_rows, context_len, rows_per_half, num_qo_heads, num_kv_heads, head_dim;
     int32_t is_bf16;                // queries, else fp16; and means, if they are not
     int32_t is_fp8;                 // E4M3
     int32_t first_head, num_heads;  // that are worked on: all heads of some KV heads, or an even share of one's
+    int32_t keys_per_mean;          // a power of two
+    int32_t max_boxes;              // of a block, if `boxes` names them
     int32_t num_multiprocessors;
     float scale_log2;
 };
@@ -66,6 +72,14 @@ static score::Params make_params(const MInferenceScore& a) {
     p.q = static_cast<const char*>(a.q);
     p.row_lse = static_cast<const float*>(a.row_lse);
     p.masses = static_cast<uint8_t*>(a.masses);
+    p.boxes = static_cast<const int32_t*>(a.boxes);
+    p.box_counts = static_cast<const int32_t*>(a.box_counts);
+    p.stride_boxes_set = a.stride_boxes_set;
+    p.stride_boxes = a.stride_boxes;
+    p.stride_box_counts = a.stride_box_counts;
+    p.max_stages = (a.max_boxes + score::STAGE_BOXES - 1) / score::STAGE_BOXES;
+    p.groups_per_tile = score::TILE / (a.keys_per_mean * score::MEANS_PER_GROUP);
+    p.log2_mean = std::log2(float(a.keys_per_mean));
     p.stride_q_row = a.stride_q_row * ELEMENT;
     p.stride_q_head = a.stride_q_head * ELEMENT;
     p.stride_lse = a.stride_lse;
@@ -81,7 +95,7 @@ static score::Params make_params(const MInferenceScore& a) {
     const int end_tile = (a.context_len + a.num_rows + score::TILE - 1) / score::TILE;
     p.num_lists = (end_tile - p.first_tile()) * (score::TILE / (score::ROWS * p.row_stride)) * p.heads_each;
     p.num_blocks = (p.num_lists + score::LISTS - 1) / score::LISTS;
-    p.num_boxes = (end_tile - 1) * (score::GROUPS_PER_TILE / score::BOX_GROUPS);
+    p.num_boxes = ((end_tile - 1) * p.groups_per_tile + score::BOX_GROUPS - 1) / score::BOX_GROUPS;
     p.scale_log2 = a.scale_log2;
     return p;
 }

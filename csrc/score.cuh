@@ -2,9 +2,12 @@
 // Scores of sampled rows against means of keys: arguments, the work of a program, its shared memory.
 //
 // The sampled rows of a half, 16, 32 or 64, come in parts of 16 that follow each other. A list is a part under one head:
-// its 16 rows, and the groups before their tile. A program takes 16 lists under one KV head, 256 rows that stay in
-// shared memory, and a range of means. A producer warp brings means into a ring, two consumer warpgroups take 8 lists
-// each.
+// its 16 rows, and the groups before their tile. A program takes a block of 16 lists under one KV head, 256 rows that
+// stay in shared memory, and a range of means. A producer warp brings means into a ring, two consumer warpgroups take 8
+// lists each.
+//
+// A group is as long as four means, whatever these are of: 16 keys and 4, or a box of 128 keys and 32 (BOX in
+// minference_vllm/index.py). What masses of the second kind leave of a block's boxes, `boxes` names for the first kind.
 #pragma once
 
 #include "hopper.cuh"
@@ -13,10 +16,7 @@ namespace score {
 
 constexpr int TILE = 128;  // rows, or keys
 constexpr int HALF = 64;
-constexpr int GROUP = 16;  // keys
-constexpr int MEAN = 4;    // keys
-constexpr int MEANS_PER_GROUP = GROUP / MEAN;
-constexpr int GROUPS_PER_TILE = TILE / GROUP;
+constexpr int MEANS_PER_GROUP = 4;
 
 constexpr int ROWS = 16;  // of a list
 
@@ -25,13 +25,14 @@ constexpr int LISTS_PER_CONSUMER = 8;
 constexpr int LISTS = CONSUMERS * LISTS_PER_CONSUMER;
 constexpr int COLUMNS = LISTS_PER_CONSUMER * ROWS;  // of a consumer's scores: rows of queries
 
-// Means come in boxes of 8 groups. What lies before a tile is a whole number of boxes.
+// Means come in boxes of 8 groups.
 constexpr int BOX_GROUPS = 8;
 constexpr int BOX_MEANS = BOX_GROUPS * MEANS_PER_GROUP;
 constexpr int STAGE_BOXES = 4;
 constexpr int STAGE_GROUPS = STAGE_BOXES * BOX_GROUPS;
 constexpr int STAGE_MEANS = STAGE_BOXES * BOX_MEANS;
-static_assert(GROUPS_PER_TILE % BOX_GROUPS == 0);
+// Of a place in a stage that no box fills: past all groups of all lists.
+constexpr int NO_BOX = 1 << 27;
 
 constexpr int THREADS = (CONSUMERS + 1) * hopper::WARPGROUP;
 // 168 a thread at launch: 2 x 240 + 24 = 3 x 168.
@@ -43,16 +44,20 @@ struct Params {
     const char* q;
     const float* row_lse;
     uint8_t* masses;
+    const int32_t *boxes, *box_counts;          // of each set and block; null: all boxes
     int64_t stride_q_row, stride_q_head;        // bytes
     int64_t stride_lse;                         // elements
     int64_t stride_masses, stride_masses_part;  // bytes
+    int64_t stride_boxes_set, stride_boxes, stride_box_counts;  // elements
     int32_t num_rows, context_len, first_head;
     int32_t row_stride;                         // of sampled rows: 4, 2 or 1
     int32_t heads_each, group_size;             // of a set: heads that share a KV head, all of its heads or some
     int32_t num_sets, num_lists, num_blocks;    // lists of a set, blocks of LISTS that they make
     int32_t stages_each;                        // of a range of means
+    int32_t max_stages;                         // of a block that `boxes` names
     int32_t num_boxes;                          // of means before the chunk's last tile
-    float scale_log2;
+    int32_t groups_per_tile;
+    float scale_log2, log2_mean;                // the logarithm of a mean's keys
 
     __host__ __device__ __forceinline__ int first_tile() const { return context_len / TILE; }
     // Lists of a part are neighbours, so that those of a block see about the same means.
@@ -62,13 +67,14 @@ struct Params {
     }
     // Groups before a list's tile.
     __host__ __device__ __forceinline__ int num_groups(int list) const {
-        return tile(part(list)) * GROUPS_PER_TILE;
+        return tile(part(list)) * groups_per_tile;
     }
 
-    // Stages of a block, as many as its last list needs.
+    // Stages of a block at the most: as many as its last list needs, or `boxes` has room for.
     __host__ __device__ __forceinline__ int num_stages(int block) const {
         const int end = (block + 1) * LISTS, last_list = (end < num_lists ? end : num_lists) - 1;
-        return (num_groups(last_list) + STAGE_GROUPS - 1) / STAGE_GROUPS;
+        const int all = (num_groups(last_list) + STAGE_GROUPS - 1) / STAGE_GROUPS;
+        return boxes && max_stages < all ? max_stages : all;
     }
 };
 
@@ -86,6 +92,8 @@ struct Job {
     int set, first_list, kv_head;
     int first_head;  // of the set, among those at once
     int first_stage, num_stages;  // of a range of means; no stages if it lies past what the lists see
+    const int32_t* boxes;         // of the block
+    int num_boxes;
 
     __device__ __forceinline__ explicit Job(const Params& p) {
         const int block = p.num_blocks - 1 - blockIdx.x % p.num_blocks;
@@ -94,7 +102,16 @@ struct Job {
         first_head = set * p.heads_each;
         kv_head = (p.first_head + first_head) / p.group_size;
         first_stage = blockIdx.x / p.num_blocks / p.num_sets * p.stages_each;
-        num_stages = min(p.stages_each, p.num_stages(block) - first_stage);
+        boxes = p.boxes ? p.boxes + set * p.stride_boxes_set + block * p.stride_boxes : nullptr;
+        num_boxes = boxes ? __ldg(p.box_counts + set * p.stride_box_counts + block) : 0;
+        const int of_block = boxes ? (num_boxes + STAGE_BOXES - 1) / STAGE_BOXES : p.num_stages(block);
+        num_stages = min(p.stages_each, of_block - first_stage);
+    }
+
+    // What stands at a place of the block's stages.
+    __device__ __forceinline__ int box(int place) const {
+        if (!boxes) return place;
+        return place < num_boxes ? __ldg(boxes + place) : NO_BOX;
     }
 };
 
@@ -129,6 +146,7 @@ struct Storage {
     using S = Shape<ROW_BYTES>;
     alignas(hopper::ATOM_BYTES) char queries[CONSUMERS][S::QUERY_BYTES];
     char means[S::STAGES][S::STAGE_BYTES];
+    int boxes[S::STAGES][STAGE_BOXES];
     uint64_t full[S::STAGES], empty[S::STAGES];
 };
 

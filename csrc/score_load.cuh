@@ -19,15 +19,17 @@ __device__ __forceinline__ void produce(const Params& p, Storage<ROW_BYTES>& sha
     Ring ring;
     for (int i = 0; i < job.num_stages; ++i) {
         uint64_t* full = &shared.full[ring.slot];
+        const int number = copies ? job.box((job.first_stage + i) * STAGE_BOXES + box) : NO_BOX;
         hopper::wait(&shared.empty[ring.slot], ring.phase ^ 1);
+        if (copies) shared.boxes[ring.slot][box] = number;
+        __syncwarp();
         if (lane == 0) hopper::arrive_expecting(full, S::STAGE_BYTES);
         __syncwarp();
-        // Past the end the last box stands in: no list has a code for its groups there.
-        const int number = min((job.first_stage + i) * STAGE_BOXES + box, p.num_boxes - 1);
         if (copies) {
+            // Where there is none the last box stands in: no list has a code for its groups there.
+            const int group = min(number, p.num_boxes - 1) * BOX_GROUPS;
             hopper::copy_box(
-                target + ring.slot * S::STAGE_BYTES, &p.means_map, full, block * BOX_ELEMENTS, number * BOX_GROUPS, 0,
-                job.kv_head
+                target + ring.slot * S::STAGE_BYTES, &p.means_map, full, block * BOX_ELEMENTS, group, 0, job.kv_head
             );
         }
         ring.advance(S::STAGES);

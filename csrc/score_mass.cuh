@@ -24,7 +24,7 @@ struct Shifts {
     float of[LISTS_PER_THREAD][ROWS];
 
     __device__ __forceinline__ Shifts(const Params& p, const Job& job, int first_list) {
-        constexpr float LOG2_E = 1.4426950408889634f, LOG2_MEAN = 2.0f;
+        constexpr float LOG2_E = 1.4426950408889634f;
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const List list(p, min(first_list + l, p.num_lists - 1));
@@ -32,7 +32,7 @@ struct Shifts {
             const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
 #pragma unroll
             for (int row = 0; row < ROWS; ++row) {
-                const float shift = fmaf(__ldg(lse + row), -LOG2_E, LOG2_MEAN);
+                const float shift = fmaf(__ldg(lse + row), -LOG2_E, p.log2_mean);
                 of[l][row] = is_polynomial(row) ? fmaf(shift, 1 / OCTAVES, 1.0f) : shift;
             }
         }
@@ -52,22 +52,21 @@ __device__ __forceinline__ uint32_t encode(float mass) {
 }
 
 // The mass of one of a thread's groups after the other, for both of its lists: it takes the scores of two of the group's
-// means, then the other two's, and ends the stage: the next group is STAGE_GROUPS further on.
+// means, then the other two's, and stores what they give.
 struct MassTaker {
     const float scale_log2;
     const Shifts shifts;
     float mass[LISTS_PER_THREAD] = {};
-    uint8_t* next[LISTS_PER_THREAD];    // code
-    int groups_left[LISTS_PER_THREAD];  // from the stage's on
+    uint8_t* codes[LISTS_PER_THREAD];
+    int num_groups[LISTS_PER_THREAD];
 
-    __device__ __forceinline__ MassTaker(const Params& p, const Job& job, int first_list, int first_group)
+    __device__ __forceinline__ MassTaker(const Params& p, const Job& job, int first_list)
         : scale_log2(p.scale_log2), shifts(p, job, first_list) {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const List list(p, first_list + l);
-            next[l] = p.masses + (job.first_head + list.head) * p.stride_masses + list.part * p.stride_masses_part +
-                      first_group;
-            groups_left[l] = first_list + l < p.num_lists ? p.num_groups(first_list + l) - first_group : 0;
+            codes[l] = p.masses + (job.first_head + list.head) * p.stride_masses + list.part * p.stride_masses_part;
+            num_groups[l] = first_list + l < p.num_lists ? p.num_groups(first_list + l) : 0;
         }
     }
 
@@ -88,13 +87,11 @@ struct MassTaker {
         }
     }
 
-    __device__ __forceinline__ void end_stage() {
+    __device__ __forceinline__ void store(int group) {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const uint32_t code = encode(mass[l]);
-            if (groups_left[l] > 0) *next[l] = uint8_t(code);
-            next[l] += STAGE_GROUPS;
-            groups_left[l] -= STAGE_GROUPS;
+            if (group < num_groups[l]) codes[l][group] = uint8_t(code);
             mass[l] = 0.0f;
         }
     }

@@ -34,7 +34,7 @@ __device__ __forceinline__ void start_scores(float (&scores)[SCORES], uint32_t m
 
 // A consumer warpgroup: while the taker takes the even scores of a stage, its odd ones are computed, and so on.
 //
-// A warp whose box no list sees, at the end of the last stage, takes nothing. ptxas moves nothing over the branches that
+// A warp whose box no list sees takes nothing. ptxas moves nothing over the branches that
 // this makes. Without them it deals the products of a stage out over the exponentials, so that the last ones start as
 // they are waited for, and moves exponentials behind the wait.
 template <typename T, typename Q, int ROW_BYTES>
@@ -43,10 +43,9 @@ __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& sha
     const int lane = threadIdx.x % hopper::WARP;
     const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x % hopper::WARPGROUP / hopper::WARP, 0);
     const int first_list = job.first_list + warpgroup * LISTS_PER_CONSUMER;
-    const int first_group = job.first_stage * STAGE_GROUPS + warp * BOX_GROUPS;
-    int groups_left = p.num_groups(min(first_list + LISTS_PER_CONSUMER, p.num_lists) - 1) - first_group;
+    const int num_groups = p.num_groups(min(first_list + LISTS_PER_CONSUMER, p.num_lists) - 1);  // of the last list
     load_queries<T, Q, ROW_BYTES>(p, shared.queries[warpgroup], job, first_list);
-    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, first_group + lane / 4);
+    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD);
     hopper::wait_named(1 + warpgroup, hopper::WARPGROUP);
 
     const uint32_t queries = hopper::shared_address(shared.queries[warpgroup]);
@@ -54,31 +53,33 @@ __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& sha
     float even[SCORES], odd[SCORES];
     Ring ring;
     hopper::wait(&shared.full[0], 0);
+    int first_group = shared.boxes[0][warp] * BOX_GROUPS;
     start_scores<T, ROW_BYTES>(even, ring_start, queries, 0);
     hopper::mma_wait<0>();
     hopper::pin(even);
 #pragma unroll 1
     for (int left = job.num_stages;;) {
         start_scores<T, ROW_BYTES>(odd, ring_start + ring.slot * S::STAGE_BYTES, queries, 1);
-        if (groups_left > 0) taker.take(even);
+        if (first_group < num_groups) taker.take(even);
         hopper::mma_wait<0>();
         hopper::pin(odd);
         if (lane == 0) hopper::arrive(&shared.empty[ring.slot]);
         if (--left == 0) break;
         ring.advance(S::STAGES);
         hopper::wait(&shared.full[ring.slot], ring.phase);
+        const int next_group = shared.boxes[ring.slot][warp] * BOX_GROUPS;
         start_scores<T, ROW_BYTES>(even, ring_start + ring.slot * S::STAGE_BYTES, queries, 0);
-        if (groups_left > 0) {
+        if (first_group < num_groups) {
             taker.take(odd);
-            taker.end_stage();
+            taker.store(first_group + lane / 4);
         }
-        groups_left -= STAGE_GROUPS;
+        first_group = next_group;
         hopper::mma_wait<0>();
         hopper::pin(even);
     }
-    if (groups_left > 0) {
+    if (first_group < num_groups) {
         taker.take(odd);
-        taker.end_stage();
+        taker.store(first_group + lane / 4);
     }
 }
 

@@ -188,16 +188,20 @@ class Runtime:
             self.dry_run(shape, page_size)
 
     def dry_run(self, shape: ScratchShape, page_size: int) -> None:
-        """Sparse attention over two tiles of made-up keys; it is not counted."""
-        rows = min(2 * TILE, shape.max_seq_len, shape.max_chunk)
-        pages = -(-rows // page_size)
+        """Sparse attention over made-up keys, at the end of each prompt that runs other kernels; it is not counted."""
+        for length in self.method.prompt_lengths(shape):
+            self._dry_prefill(shape, page_size, length)
+
+    def _dry_prefill(self, shape: ScratchShape, page_size: int, length: int) -> None:
         cache = torch.zeros(
-            (pages, page_size, shape.num_kv_heads, 2 * shape.head_dim), dtype=shape.dtype, device=self.device
+            (1, page_size, shape.num_kv_heads, 2 * shape.head_dim), dtype=shape.dtype, device=self.device
         )
         k, v = cache.transpose(1, 2).split(shape.head_dim, dim=-1)
-        table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
+        # All of the request's pages are the one that there is.
+        table = torch.zeros(1, -(-length // page_size), dtype=torch.int32, device=self.device)
+        rows = min(2 * TILE, length, shape.max_chunk)
         q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device=self.device)
-        chunk = Chunk(q, torch.empty_like(q), PagedKV(k, v, table, 0), 0, 1.0)
+        chunk = Chunk(q, torch.empty_like(q), PagedKV(k, v, table, 0), length - rows, 1.0)
         buffers, attend, recall = self._claim(shape)
         budgets = self.method.budgets(shape.num_qo_heads, self.device)
         attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))

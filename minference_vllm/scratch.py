@@ -53,6 +53,9 @@ OCTAVES_BELOW_ONE = 26
 HELD_OUT_ROWS = 64
 """Query rows of a chunk whose recall is measured."""
 
+LIST_BYTES = 256 * 2**20
+"""Lists of groups take no more than this. So in the longest prompts a tile may list less of them than it else might."""
+
 MASS_BYTES = 128 * 2**20
 """Mass codes take no more than this: heads are worked on in turns where those of all do not fit."""
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import SparseIndex
+from minference_vllm.index import TILE, SparseIndex
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import ScratchShape
 
@@ -45,6 +45,10 @@ class Method(ABC):
     @abstractmethod
     def budgets(self, num_qo_heads: int, device: torch.device) -> torch.Tensor:
         """What the settings let each head of a layer keep, [num_qo_heads, ...]."""
+
+    def prompt_lengths(self, shape: ScratchShape) -> tuple[int, ...]:
+        """Lengths of prompts, up to the longest, that between them run all kernels which `choose` may."""
+        return (min(2 * TILE, shape.max_seq_len),)
 
     @abstractmethod
     def choose(self, chunk: Chunk, budgets: torch.Tensor, buffers: Any) -> SparseIndex:

@@ -6,11 +6,12 @@ CUDA library is not made for (heads of 256, tensors at odd addresses) runs in Tr
 """
 
 from minference_vllm.ops.attend import attend
+from minference_vllm.ops.boxes import select_boxes
 from minference_vllm.ops.groups import select_groups
 from minference_vllm.ops.kernel import Kernel, choose_kernel
 from minference_vllm.ops.lists import band_lists
-from minference_vllm.ops.masses import group_masses
-from minference_vllm.ops.means import key_means, means_dtype
+from minference_vllm.ops.masses import box_masses, group_masses
+from minference_vllm.ops.means import coarse_means, key_means, means_dtype
 from minference_vllm.ops.normalisers import row_normalisers
 from minference_vllm.ops.probe import probe
 from minference_vllm.ops.recall import measure_recall
@@ -21,7 +22,9 @@ __all__ = [
     "Kernel",
     "attend",
     "band_lists",
+    "box_masses",
     "choose_kernel",
+    "coarse_means",
     "group_masses",
     "key_means",
     "means_dtype",
@@ -29,6 +32,7 @@ __all__ = [
     "probe",
     "row_normalisers",
     "select",
+    "select_boxes",
     "select_groups",
     "share_sizes",
 ]

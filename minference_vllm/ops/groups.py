@@ -4,6 +4,7 @@
 import torch
 
 from minference_vllm import reference
+from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TileIndex
 from minference_vllm.kernels import triton
@@ -22,6 +23,7 @@ def select_groups(
     by_tile: bool,
     index: TileIndex,
     kernel: Kernel,
+    boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.select_groups.
 
@@ -35,4 +37,4 @@ def select_groups(
             f"got {rows_per_half} and {tuple(masses.shape)}"
         )
     run = reference.select_groups if kernel is Kernel.REFERENCE else triton.select_groups
-    run(masses, chunk, first_head, share, rows_per_half, sink_groups, local_groups, by_tile, index)
+    run(masses, chunk, first_head, share, rows_per_half, sink_groups, local_groups, by_tile, index, boxes)

@@ -1,26 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much attention each part of a half gives to each group before the tile."""
+"""How much attention each part of a half gives to each group, or box, before the tile."""
 
 import torch
 
 from minference_vllm import reference
+from minference_vllm.boxes import BOX_MEAN, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUPS_PER_TILE, HALVES
+from minference_vllm.index import HALVES, TILE
 from minference_vllm.kernels import cuda, triton
 from minference_vllm.ops.kernel import Kernel
 from minference_vllm.reference.normalisers import PART
+from minference_vllm.scratch import MEAN
 
 
 def group_masses(
-    chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, first_head: int, masses: torch.Tensor, kernel: Kernel
+    chunk: Chunk,
+    means: torch.Tensor,
+    row_lse: torch.Tensor,
+    first_head: int,
+    masses: torch.Tensor,
+    kernel: Kernel,
+    boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.group_masses.
 
     Raises:
         ValueError: `masses` has no room for the chunk's parts and groups, or its heads straddle KV heads.
     """
+    _masses(chunk, means, row_lse, first_head, masses, MEAN, boxes, kernel)
+
+
+def box_masses(
+    chunk: Chunk, coarse: torch.Tensor, row_lse: torch.Tensor, first_head: int, masses: torch.Tensor, kernel: Kernel
+) -> None:
+    """Masses of boxes in place of groups, from coarse means: see minference_vllm.reference.group_masses."""
+    _masses(chunk, coarse, row_lse, first_head, masses, BOX_MEAN, None, kernel)
+
+
+def _masses(
+    chunk: Chunk,
+    means: torch.Tensor,
+    row_lse: torch.Tensor,
+    first_head: int,
+    masses: torch.Tensor,
+    mean: int,
+    boxes: Boxes | None,
+    kernel: Kernel,
+) -> None:
     parts = chunk.num_tiles * HALVES * row_lse.shape[2] // PART
-    groups = (chunk.first_tile + chunk.num_tiles - 1) * GROUPS_PER_TILE
+    groups = (chunk.first_tile + chunk.num_tiles - 1) * TILE // (mean * MEANS_PER_GROUP)
     if masses.shape[1] < parts or masses.shape[2] < groups:
         raise ValueError(f"masses must hold {parts} parts and {groups} groups, got {tuple(masses.shape)}")
     heads_each = min(len(masses), chunk.group_size)
@@ -29,9 +57,9 @@ def group_masses(
             f"heads {first_head} .. {first_head + len(masses) - 1} are neither all heads of some KV heads nor an even "
             f"share of the {chunk.group_size} of one"
         )
+    run = triton.group_masses
     if kernel is Kernel.REFERENCE:
-        reference.group_masses(chunk, means, row_lse, first_head, masses)
+        run = reference.group_masses
     elif kernel is Kernel.CUDA and cuda.masses.supports(chunk, means.dtype, row_lse.shape[2]):
-        cuda.masses.group_masses(chunk, means, row_lse, first_head, masses)
-    else:
-        triton.group_masses(chunk, means, row_lse, first_head, masses)
+        run = cuda.masses.group_masses
+    run(chunk, means, row_lse, first_head, masses, mean, boxes)

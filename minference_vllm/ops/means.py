@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means of a few consecutive keys."""
+"""Means of consecutive keys."""
 
 from typing import Literal
 
 import torch
 
 from minference_vllm import reference
+from minference_vllm.boxes import BOX_MEAN, COARSE_AT_ONCE
 from minference_vllm.chunk import PagedKV
 from minference_vllm.errors import ConfigError
 from minference_vllm.kernels import cuda, triton
@@ -48,3 +49,19 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, kernel: Kernel, fi
         raise ValueError(f"means must be contiguous in its last two dimensions, got strides {means.stride()}")
     run = reference.key_means if kernel is Kernel.REFERENCE else triton.key_means
     run(kv, seq_len, means, first)
+
+
+def coarse_means(means: torch.Tensor, seq_len: int, coarse: torch.Tensor, kernel: Kernel) -> None:
+    """Coarse means from those of MEAN keys: see minference_vllm.reference.coarse_means.
+
+    Raises:
+        ValueError: `coarse` has no room for the means of all keys.
+    """
+    room = coarse.shape[1]
+    if seq_len // BOX_MEAN > room or room % COARSE_AT_ONCE or coarse.dtype != means.dtype:
+        raise ValueError(
+            f"coarse must have room for the means of {seq_len // BOX_MEAN} times {BOX_MEAN} keys and a multiple of "
+            f"{COARSE_AT_ONCE}, in {means.dtype}; got {room} in {coarse.dtype}"
+        )
+    run = reference.coarse_means if kernel is Kernel.REFERENCE else triton.coarse_means
+    run(means, seq_len, coarse, MEAN, BOX_MEAN)

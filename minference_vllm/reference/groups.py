@@ -3,6 +3,7 @@
 
 import torch
 
+from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
@@ -42,17 +43,27 @@ def add_parts(codes: torch.Tensor) -> torch.Tensor:
     return codes[0]
 
 
-def threshold(codes: torch.Tensor, free: torch.Tensor, share: torch.Tensor, num_rows: int) -> int:
+def threshold(
+    codes: torch.Tensor,
+    free: torch.Tensor,
+    drops: torch.Tensor,
+    num_rows: int,
+    first_counted: int = NORMALISER_KEYS // GROUP,
+    left_out: torch.Tensor | int = 0,
+) -> int:
     """The smallest code with which a group is kept. Those of the largest always are: it stands for any larger mass.
 
     Args:
         codes: [num_groups] uint8.
         free: [num_groups] bool, groups that are not kept whatever their mass.
-        share: float32 scalar, how much of all mass is kept; all that is not of free groups is.
+        drops: float64 scalar, how much of all mass is dropped; none that is not of free groups is.
         num_rows: rows whose masses were added. Each has a mass of 1 / LIMIT in what its normaliser has seen.
+        first_counted: the first group that its normaliser has not seen.
+        left_out: int64 scalar, mass of further groups, which are dropped already.
     """
-    total = num_rows * ROW + weights(codes[NORMALISER_KEYS // GROUP :]).sum()
-    allowed = ((1 - share.double()) * total).long()
+    total = num_rows * ROW + weights(codes[first_counted:]).sum() + left_out
+    allowed = (drops * total).long()
+    allowed = allowed - allowed.clamp(min=0).clamp(max=left_out)
     weight = torch.zeros(MASS_CODES, dtype=torch.int64, device=codes.device)
     weight.index_add_(0, codes[free].long(), weights(codes[free]))
     # What is dropped if it is all groups of this code and less.
@@ -70,6 +81,7 @@ def select_groups(
     local_groups: int,
     by_tile: bool,
     index: TileIndex,
+    boxes: Boxes | None = None,
 ) -> None:
     """Drop for each half, or tile, the lightest groups before the tile, as many as leave it a share of its rows' mass.
 
@@ -90,6 +102,7 @@ def select_groups(
         by_tile: whether the rows of both halves choose together, and both halves keep the same.
         index: lists and counts of these heads' tiles are written. A tile of which the halves together keep more groups
             than a list has room for keeps all: EVERY_GROUP.
+        boxes: if not None, the groups of other boxes have a mass of 0 in `masses`; what it was says `left_out`.
     """
     first_absent = chunk.context_len % TILE >= HALF
     last_absent = (chunk.seq_len - 1) % TILE < HALF
@@ -103,10 +116,16 @@ def select_groups(
             halves = [int(tile == 0 and first_absent), int(not (tile == chunk.num_tiles - 1 and last_absent))]
             first_parts = [(tile * HALVES + half) * parts for half in halves]
             codes = [add_parts(masses[i, first : first + parts, : len(number)]) for first in first_parts]
+            left_out = [0 if boxes is None else boxes.left_out[i, first : first + parts].sum() for first in first_parts]
             num_rows = rows_per_half
             if by_tile:
                 codes, num_rows = [add_codes(*codes)] * HALVES, HALVES * rows_per_half
-            kept = [~free | (of_half.int() >= threshold(of_half, free, share[head], num_rows)) for of_half in codes]
+                left_out = [left_out[0] + left_out[1]] * HALVES
+            drops = 1 - share[head].double()
+            kept = [
+                ~free | (of_half.int() >= threshold(of_half, free, drops, num_rows, left_out=left))
+                for of_half, left in zip(codes, left_out, strict=True)
+            ]
             write_lists(kept[0], kept[1], index.groups[head, tile], index.counts[head, tile])
 
 

@@ -5,8 +5,9 @@ import math
 
 import torch
 
+from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUP, HALVES, TILE
+from minference_vllm.index import HALVES, TILE
 from minference_vllm.reference.normalisers import PART, sampled_rows
 from minference_vllm.reference.operands import from_operand, query_rows
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
@@ -25,6 +26,7 @@ def group_masses(
     first_head: int,
     masses: torch.Tensor,
     mean: int = MEAN,
+    boxes: Boxes | None = None,
 ) -> None:
     """Sum exp(score - normaliser) over a part's rows and a group's means, each mean as often as it has keys.
 
@@ -44,8 +46,10 @@ def group_masses(
             written: codes of the groups before each part's tile; what they are from there on is not said. A half has
             rows_per_half / PART parts. The heads at once are those of some KV heads, all of each, or an even share of
             one KV head's.
-        mean: keys in a mean.
+        mean: keys in a mean: MEAN, or BOX_MEAN for the masses of boxes in place of groups.
+        boxes: if not None, only groups in the boxes of a part's block are looked at. Of others nothing is written.
     """
+    group = mean * MEANS_PER_GROUP
     rows_per_half = row_lse.shape[2]
     parts_per_tile = HALVES * rows_per_half // PART
     lse_of_parts = row_lse.view(len(row_lse), -1, PART)
@@ -59,4 +63,16 @@ def group_masses(
             scores += math.log(mean)
             # [PART, means]
             mass = (scores - lse_of_parts[head, part, :, None]).clamp(max=0).exp()
-            masses[i, part, : tile_start // GROUP] = encode(mass.sum(0).unflatten(0, (-1, GROUP // mean)).sum(1))
+            code = encode(mass.sum(0).unflatten(0, (-1, MEANS_PER_GROUP)).sum(1))
+            looked_at = torch.arange(len(code), device=code.device)
+            if boxes is not None:
+                looked_at = groups_in_boxes(boxes, part, i, min(len(masses), chunk.group_size), tile_start // group)
+            masses[i, part, looked_at] = code[looked_at]
+
+
+def groups_in_boxes(boxes: Boxes, part: int, head: int, heads_each: int, num_groups: int) -> torch.Tensor:
+    """Groups before `num_groups` in the boxes of a part's block, int64. `head` is one of those at once."""
+    number, block = head // heads_each, (part * heads_each + head % heads_each) // LISTS
+    listed = boxes.numbers[number, block, : boxes.counts[number, block]].long()
+    groups = (listed[:, None] * GROUPS_PER_BOX + torch.arange(GROUPS_PER_BOX, device=listed.device)).flatten()
+    return groups[groups < num_groups]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means of a few consecutive keys."""
+"""Means of consecutive keys."""
 
 import torch
 
 from minference_vllm.chunk import PagedKV
-from minference_vllm.reference.operands import to_operand
+from minference_vllm.reference.operands import from_operand, to_operand
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MEAN
 
@@ -25,3 +25,16 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, me
         keys, _ = gather(kv, count * mean)
         averages = keys[:, first * mean :].float().unflatten(1, (-1, mean)).mean(2)
         means[:, first:count] = to_operand(averages, means.dtype)
+
+
+def coarse_means(means: torch.Tensor, seq_len: int, coarse: torch.Tensor, keys: int, coarse_keys: int) -> None:
+    """Average means of `keys` keys to means of `coarse_keys`.
+
+    Args:
+        means: [num_kv_heads, >= seq_len // keys, head_dim].
+        seq_len: keys of the request; a last few that are fewer than `coarse_keys` get no mean.
+        coarse: [num_kv_heads, >= seq_len // coarse_keys, head_dim] of the same dtype, written.
+    """
+    count, each = seq_len // coarse_keys, coarse_keys // keys
+    averages = from_operand(means[:, : count * each]).unflatten(1, (-1, each)).mean(2)
+    coarse[:, :count] = to_operand(averages, coarse.dtype)

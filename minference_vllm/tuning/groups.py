@@ -5,10 +5,14 @@ import torch
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUPS_PER_TILE, TileIndex
+from minference_vllm.methods import Block
 
 # With the default settings a tile keeps this much of prompts of so many tokens, and less of longer ones: measured from
 # 7.8K to 28.2K tokens (docs/methods.md), carried on from there.
 DENSITY, AT_TOKENS, FALLS = 0.148, 28_200, 0.336
+FINE, FINE_AT_TOKENS, FINE_FALLS = 0.49, 27_500, 0.31
+"""Share of boxes that real prompts have scored finely (docs/methods.md), falling with length as density does."""
+
 STAYS = 0.9
 """Of a tile's groups, the part that the next tile keeps too. An assumption: neighbours look at much the same keys."""
 
@@ -16,6 +20,17 @@ STAYS = 0.9
 def density_at(tokens: int) -> float:
     """Share of the keys before a tile that it keeps, in a prompt of so many tokens."""
     return min(1.0, DENSITY * (AT_TOKENS / tokens) ** FALLS)
+
+
+def fine_at(tokens: int) -> float:
+    """Share of the boxes before a tile that are scored finely, in a prompt of so many tokens."""
+    return min(1.0, FINE * (FINE_AT_TOKENS / tokens) ** FINE_FALLS)
+
+
+def as_on_real_prompts(method: Block, tokens: int) -> Block:
+    """The method, scoring as many boxes finely as on a real prompt of this length: random ones all look alike to it."""
+    most = min(fine_at(tokens), method.settings.max_fine)
+    return Block(method.settings.model_copy(update={"max_fine": most}), method.kernel)
 
 
 def draw_groups(

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.boxes import BOX_MEAN, COARSE_AT_ONCE, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, HALVES, TileIndex
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.normalisers import PART
-from minference_vllm.scratch import FP8
+from minference_vllm.scratch import FP8, MEAN
 from tests.kernels.cases import Case
 
 SINKS, LOCAL = 2, 3
@@ -48,15 +49,37 @@ def make_means(chunk: Chunk, mean: int = 4, is_fp8: bool = False) -> torch.Tenso
     return means
 
 
+def make_coarse(chunk: Chunk, means: torch.Tensor) -> torch.Tensor:
+    """Coarse means, and poison where there are none."""
+    room = (chunk.seq_len // BOX_MEAN // COARSE_AT_ONCE + 1) * COARSE_AT_ONCE
+    coarse = torch.full((len(means), room, chunk.head_dim), torch.nan)
+    coarse = coarse.to(means.device, means.dtype)
+    reference.coarse_means(means, chunk.seq_len, coarse, MEAN, BOX_MEAN)
+    return coarse
+
+
 def make_lse(chunk: Chunk, rows_per_half: int = 16) -> torch.Tensor:
     """Where normalisers go: a few halves more than the chunk has, poisoned."""
     shape = (chunk.num_qo_heads, chunk.num_tiles * HALVES + 3, rows_per_half)
     return torch.full(shape, torch.nan, device=chunk.q.device)
 
 
+def parts_of(chunk: Chunk, rows_per_half: int) -> int:
+    return chunk.num_tiles * HALVES * rows_per_half // PART
+
+
+def make_boxes(chunk: Chunk, at_once: int, rows_per_half: int, room: int) -> Boxes:
+    """Room for what is chosen, and a little more, poisoned."""
+    heads_each, parts = min(at_once, chunk.group_size), parts_of(chunk, rows_per_half)
+    blocks, device = -(-parts * heads_each // LISTS) + 1, chunk.q.device
+    numbers = torch.full((at_once // heads_each + 1, blocks, room), -7, dtype=torch.int32, device=device)
+    left_out = torch.full((at_once, parts + 2), -7, dtype=torch.int64, device=device)
+    return Boxes(numbers, torch.full(numbers.shape[:2], -7, dtype=torch.int32, device=device), left_out)
+
+
 def make_masses(chunk: Chunk, num_heads: int, rows_per_half: int = 16) -> torch.Tensor:
     groups = (chunk.first_tile + chunk.num_tiles) * GROUPS_PER_TILE
-    shape = (num_heads, chunk.num_tiles * HALVES * rows_per_half // PART + 1, groups)
+    shape = (num_heads, parts_of(chunk, rows_per_half) + 1, groups)
     return torch.full(shape, 99, dtype=torch.uint8, device=chunk.q.device)
 
 

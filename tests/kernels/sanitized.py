@@ -13,6 +13,7 @@ from minference_vllm import reference
 from minference_vllm.chunk import Chunk
 from minference_vllm.kernels import cuda
 from minference_vllm.kernels.cuda import library
+from minference_vllm.methods.base import MAX_TOKENS
 from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import ProbeBuffers
@@ -45,9 +46,10 @@ def probe(case: Case, chunk: Chunk) -> None:
 
 def choose_groups(case: Case, chunk: Chunk) -> None:
     """Other tests say whether the groups are right."""
-    method = Block(BlockSettings(), Kernel.CUDA)
     device = chunk.q.device
-    method.choose(chunk, method.budgets(case.num_qo_heads, device), method.scratch(case.shape, device))
+    for coarse_from in (0, MAX_TOKENS):
+        method = Block(BlockSettings(coarse_from=coarse_from), Kernel.CUDA)
+        method.choose(chunk, method.budgets(case.num_qo_heads, device), method.scratch(case.shape, device))
 
 
 def main() -> None:

@@ -7,11 +7,22 @@ import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.boxes import BOX_MEAN
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUPS_PER_TILE, HALVES
-from minference_vllm.kernels import cuda
+from minference_vllm.kernels import cuda, triton
 from minference_vllm.reference.normalisers import PART
-from tests.kernels.blocks import BF16, CASES, GPU_CASES, make_lse, make_masses, make_means, score_dtypes
+from tests.kernels.blocks import (
+    BF16,
+    CASES,
+    GPU_CASES,
+    make_boxes,
+    make_coarse,
+    make_lse,
+    make_masses,
+    make_means,
+    score_dtypes,
+)  # fmt: skip
 from tests.kernels.cases import Case, make_chunk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
@@ -50,6 +61,29 @@ def test_masses_of_heads_of_64(case: Case, device: torch.device) -> None:
 @score_dtypes
 def test_masses_of_heads_of_128(case: Case, dtype: torch.dtype, is_fp8: bool, device: torch.device) -> None:
     check(make_chunk(replace(case, dtype=dtype), device), is_fp8)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in GPU_CASES])
+@score_dtypes
+def test_masses_of_boxes_and_in_boxes(case: Case, is_fp8: bool, device: torch.device) -> None:
+    chunk = make_chunk(replace(case, head_dim=128), device)
+    means, lse = make_means(chunk, is_fp8=is_fp8), make_lse(chunk, 32)
+    reference.row_normalisers(chunk, means, lse)
+    coarse, heads = make_coarse(chunk, means), chunk.num_qo_heads
+    expected, actual = (make_masses(chunk, heads, 32) for _ in range(2))
+    reference.group_masses(chunk, coarse, lse, 0, expected, BOX_MEAN)
+    cuda.masses.group_masses(chunk, coarse, lse, 0, actual, BOX_MEAN)
+    difference = (actual.int() - expected.int()).abs()
+    assert difference.max() == 1 and (difference > 0).float().mean() < 0.03
+    boxes = make_boxes(chunk, heads, 32, 200)
+    share = torch.full((heads,), 0.8, device=device)
+    whole, some = (make_masses(chunk, heads, 32) for _ in range(2))
+    triton.select_boxes(actual, chunk, 0, share, 32, 1, 1, boxes, some)
+    cuda.masses.group_masses(chunk, means, lse, 0, whole)
+    cuda.masses.group_masses(chunk, means, lse, 0, some, boxes=boxes)
+    # What no box holds is 0, by select_boxes: the rest is what it would be without boxes.
+    assert ((some == whole) | (some == 0)).all()
+    assert 0.05 < (some == whole).float().mean() < 0.95
 
 
 @pytest.mark.parametrize("rows_per_half", [16, 64])

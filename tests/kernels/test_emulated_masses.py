@@ -4,12 +4,14 @@
 import ctypes
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.boxes import BOX_MEAN, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE
 from minference_vllm.kernels.cuda import library
@@ -18,6 +20,7 @@ from minference_vllm.reference.normalisers import PART
 from minference_vllm.scratch import FP8
 from tests.conftest import ON_CI
 from tests.emulator.build import Build, can_leave_out
+from tests.kernels.blocks import make_coarse
 from tests.kernels.cases import Case, make_chunk
 
 pytestmark = [
@@ -162,6 +165,53 @@ def test_masses_match_the_reference(emulated: Emulated, case: Case, rows_per_hal
     for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):
         results.append(check_masses(case, 0, case.num_qo_heads, rows_per_half, is_fp8=is_fp8))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def codes_of(
+    kernel: Callable[..., None],
+    chunk: Chunk,
+    row_lse: torch.Tensor,
+    means: torch.Tensor,
+    mean: int,
+    boxes: Boxes | None,
+) -> torch.Tensor:
+    codes = torch.full((chunk.num_qo_heads, chunk.num_tiles * HALVES * 2, 5000 // 16), UNTOUCHED, dtype=torch.uint8)
+    kernel(chunk, means, row_lse, 0, codes, mean, boxes)
+    return codes
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[7], LONGEST], ids=lambda case: case.name)
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_masses_of_boxes_match_the_reference(emulated: Emulated, case: Case, is_fp8: bool) -> None:
+    chunk, means = make_inputs(replace(case, head_dim=128), is_fp8)
+    inputs = chunk, normalisers(chunk, means, 32), make_coarse(chunk, means), BOX_MEAN, None
+    expected = codes_of(reference.group_masses, *inputs)
+    for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):
+        check_codes(codes_of(group_masses, *inputs), expected)
+
+
+@pytest.mark.parametrize("room", [3, 20])
+@pytest.mark.parametrize("case", [CASES[1], CASES[6], LONGEST], ids=lambda case: case.name)
+def test_masses_in_some_boxes_match_the_reference(emulated: Emulated, case: Case, room: int) -> None:
+    chunk, means = make_inputs(case, is_fp8=False)
+    lists = chunk.num_tiles * HALVES * 2 * chunk.group_size
+    generator = torch.Generator().manual_seed(room)
+    numbers = torch.full((case.num_kv_heads, -(-lists // LISTS), room), 10**6, dtype=torch.int32)
+    counts = torch.randint(room + 1, numbers.shape[:2], generator=generator, dtype=torch.int32)
+    for block, count in zip(numbers.flatten(0, 1), counts.flatten().tolist(), strict=True):
+        order = torch.randperm(max(chunk.first_tile + chunk.num_tiles - 1, room), generator=generator)
+        block[:count] = order[:count].sort().values
+    boxes = Boxes(numbers, counts, torch.zeros(0, dtype=torch.int64))
+    inputs = chunk, normalisers(chunk, means, 32), means, 4, boxes
+    expected = codes_of(reference.group_masses, *inputs)
+    for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):
+        check_codes(codes_of(group_masses, *inputs), expected)
+
+
+def check_codes(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(actual == UNTOUCHED, expected == UNTOUCHED)
+    difference = (actual.int() - expected.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.03
 
 
 @pytest.mark.parametrize(("first_head", "at_once"), [(3, 3), (4, 1), (0, 9)])

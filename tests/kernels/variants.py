@@ -24,6 +24,7 @@ MAX_LEN = 40_000
 METHODS: list[dict[str, object]] = [
     {"name": "block"},
     {"name": "block", "score_dtype": "fp8"},
+    {"name": "block", "coarse_from": 16_000},
     {"name": "vertical_slash", "probe_rows": "both"},
     {"name": "vertical_slash", "share": 0.9},
 ]

@@ -5,8 +5,9 @@ import ctypes
 
 import torch
 
+from minference_vllm.boxes import LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUP, HALF, TILE
+from minference_vllm.index import HALF, TILE
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E
 from minference_vllm.reference.normalisers import PART
@@ -19,14 +20,14 @@ FP8_HEAD_DIM = 128
 ROWS_PER_HALF = (16, 32, 64)
 """Rows of a half that the kernels can take: one, two or four parts."""
 # csrc/score.cuh and csrc/score_mass.cuh hold the same numbers.
-assert (TILE, HALF, PART, GROUP, MEAN) == (128, 64, 16, 16, 4)
+assert (TILE, HALF, PART, MEANS_PER_GROUP, LISTS) == (128, 64, 16, 4, 16)
 assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE, FP8_UNIT) == (256, 8, 26, 4)
 
-POINTERS = ("q", "means", "row_lse", "masses")
-STRIDES = ("q_row", "q_head", "means", "lse", "masses", "masses_part")
+POINTERS = ("q", "means", "row_lse", "masses", "boxes", "box_counts")
+STRIDES = ("q_row", "q_head", "means", "lse", "masses", "masses_part", "boxes_set", "boxes", "box_counts")
 SIZES = (
     "num_rows", "context_len", "rows_per_half", "num_qo_heads", "num_kv_heads", "head_dim", "is_bf16",
-    "is_fp8", "first_head", "num_heads", "num_multiprocessors",
+    "is_fp8", "first_head", "num_heads", "keys_per_mean", "max_boxes", "num_multiprocessors",
 )  # fmt: skip
 
 
@@ -49,13 +50,29 @@ def supports(chunk: Chunk, means_dtype: torch.dtype, rows_per_half: int) -> bool
 
 
 def group_masses(
-    chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, first_head: int, masses: torch.Tensor
+    chunk: Chunk,
+    means: torch.Tensor,
+    row_lse: torch.Tensor,
+    first_head: int,
+    masses: torch.Tensor,
+    mean: int = MEAN,
+    boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.group_masses. The last two dimensions of `means` and `row_lse` are contiguous.
 
     Nothing is written but the codes of the groups before each part's tile.
     """
     q = chunk.q
+    of_boxes = {}
+    if boxes is not None:
+        of_boxes = dict(
+            boxes=boxes.numbers.data_ptr(),
+            box_counts=boxes.counts.data_ptr(),
+            stride_boxes_set=boxes.numbers.stride(0),
+            stride_boxes=boxes.numbers.stride(1),
+            stride_box_counts=boxes.counts.stride(0),
+            max_boxes=boxes.numbers.shape[2],
+        )
     arguments = _Arguments(
         q=q.data_ptr(),
         means=means.data_ptr(),
@@ -77,7 +94,9 @@ def group_masses(
         is_fp8=means.dtype == FP8,
         first_head=first_head,
         num_heads=min(len(masses), chunk.num_qo_heads - first_head),
+        keys_per_mean=mean,
         num_multiprocessors=library.num_multiprocessors(q.device),
         scale_log2=chunk.scale * LOG2_E * unit_of_products(means),
+        **of_boxes,
     )
     library.launch("minference_group_masses", arguments, q.device)

@@ -5,9 +5,10 @@ from minference_vllm.kernels.triton.attend import attend
 from minference_vllm.kernels.triton.attend_heads import attend_heads
 from minference_vllm.kernels.triton.attend_tiles import attend_tiles
 from minference_vllm.kernels.triton.bands import band_lists
+from minference_vllm.kernels.triton.boxes import select_boxes
 from minference_vllm.kernels.triton.groups import select_groups
 from minference_vllm.kernels.triton.masses import group_masses
-from minference_vllm.kernels.triton.means import key_means
+from minference_vllm.kernels.triton.means import coarse_means, key_means
 from minference_vllm.kernels.triton.normalisers import row_normalisers
 from minference_vllm.kernels.triton.probe import held_out_sums, probe
 from minference_vllm.kernels.triton.recall import measure_recall
@@ -19,6 +20,7 @@ __all__ = [
     "attend_heads",
     "attend_tiles",
     "band_lists",
+    "coarse_means",
     "group_masses",
     "held_out_sums",
     "key_means",
@@ -26,6 +28,7 @@ __all__ = [
     "probe",
     "row_normalisers",
     "select",
+    "select_boxes",
     "select_groups",
     "share_sizes",
 ]

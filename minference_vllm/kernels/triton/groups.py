@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
 from minference_vllm.reference.groups import ROW
@@ -57,7 +58,7 @@ def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr, CODES_P
 
 @triton.jit
 def _threshold(
-    codes_ptr, other_ptr, stride, share, rows_weight, num_groups, sinks, local,
+    codes_ptr, other_ptr, stride, share, rows_weight, left_out, num_groups, sinks, local,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
     CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +82,7 @@ def _threshold(
     # [CODES]; what is dropped if it is all groups of this code and less
     dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
     # Of all groups from COUNTED on: the free ones are counted, but those before COUNTED too, and few are not free.
-    total = rows_weight + tl.max(dropped, 0)
+    total = rows_weight + left_out + tl.max(dropped, 0)
     for start in range(tl.maximum(local, COUNTED), num_groups, EDGE):
         total += _edge(codes_ptr, stride, start, num_groups, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
     for start in range(COUNTED, sinks, EDGE):
@@ -91,6 +92,7 @@ def _threshold(
         total -= _edge(codes_ptr, stride, start, end, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
     # In 64 bits, the twin's very number.
     allowed = ((1 - share.to(tl.float64)) * total.to(tl.float64)).to(tl.int64)
+    allowed -= tl.minimum(tl.maximum(allowed, 0), left_out)
     threshold = tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
@@ -140,11 +142,16 @@ def _kept_by_halves(
     return first & second, first & ~second, second & ~first
 
 
+@triton.jit
+def _sum_of_parts(left_out_ptr, PARTS: tl.constexpr):
+    return tl.sum(tl.load(left_out_ptr + tl.arange(0, PARTS)), 0)
+
+
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
 def _groups_kernel(
-    masses_ptr, share_ptr, groups_ptr, counts_ptr,
+    masses_ptr, left_out_ptr, share_ptr, groups_ptr, counts_ptr,
     num_rows, context_len, first_head, rows_per_half, sink_groups, local_groups, max_kept,
-    stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts,
+    stride_masses, stride_part, stride_left, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
     CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr,
@@ -163,8 +170,16 @@ def _groups_kernel(
     head = first_head + i_h
     share = tl.load(share_ptr + head)
     rows_weight = rows_per_half.to(tl.int64) * (2 * ROW if BY_TILE else ROW)
+    first_left = tl.zeros([], tl.int64)
+    second_left = first_left
+    if left_out_ptr is not None:
+        left_out_ptr += i_h.to(tl.int64) * stride_left
+        first_left = _sum_of_parts(left_out_ptr + (i_t * 2 + first_half) * PARTS, PARTS)
+        second_left = _sum_of_parts(left_out_ptr + (i_t * 2 + second_half) * PARTS, PARTS)
+        if BY_TILE:
+            first_left += second_left
     first, num_dropped = _threshold(
-        first_ptr, second_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
+        first_ptr, second_ptr, stride_part, share, rows_weight, first_left, num_groups, sinks, local,
         PARTS, BY_TILE, BLOCK, EDGE, CODES, CODES_PER_OCTAVE, COUNTED,
     )  # fmt: skip
     second = first
@@ -174,7 +189,7 @@ def _groups_kernel(
     num_second = 0
     if not BY_TILE:
         second, _dropped = _threshold(
-            second_ptr, first_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
+            second_ptr, first_ptr, stride_part, share, rows_weight, second_left, num_groups, sinks, local,
             PARTS, BY_TILE, BLOCK, EDGE, CODES, CODES_PER_OCTAVE, COUNTED,
         )  # fmt: skip
         b_shared = tl.zeros([BLOCK], tl.int32)
@@ -226,14 +241,17 @@ def select_groups(
     local_groups: int,
     by_tile: bool,
     index: TileIndex,
+    boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.select_groups. `share` and the last dimension of the others are contiguous."""
     groups, counts = index.groups, index.counts
+    left_out = None if boxes is None else boxes.left_out
     num_heads = min(len(masses), chunk.num_qo_heads - first_head)
     _groups_kernel[(chunk.num_tiles, num_heads)](
-        masses, share, groups, counts,
+        masses, left_out, share, groups, counts,
         chunk.num_rows, chunk.context_len, first_head, rows_per_half, sink_groups, local_groups, groups.shape[2],
-        masses.stride(0), masses.stride(1), groups.stride(0), groups.stride(1), counts.stride(0),
+        masses.stride(0), masses.stride(1), 0 if left_out is None else left_out.stride(0),
+        groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
         PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK, EDGE=EDGE,
         CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW,

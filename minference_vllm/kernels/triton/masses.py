@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUP, HALF, HALVES, TILE
+from minference_vllm.index import HALF, HALVES, TILE
 from minference_vllm.kernels.triton.launch import LOG2_E
 from minference_vllm.kernels.triton.normalisers import _sampled_rows
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
@@ -29,11 +30,12 @@ PLAIN = ["num_rows", "context_len", "first_head", "num_lists", "heads_each", "me
 
 @triton.jit(do_not_specialize=PLAIN)
 def _masses_kernel(
-    q_ptr, means_ptr, lse_ptr, masses_ptr,
+    q_ptr, means_ptr, lse_ptr, masses_ptr, boxes_ptr, box_counts_ptr,
     num_rows, context_len, first_head, num_lists, heads_each, means_each, scale_log2,
-    stride_qt, stride_qh, stride_kh, stride_lse, stride_mh, stride_mt,
-    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+    stride_qt, stride_qh, stride_kh, stride_lse, stride_mh, stride_mt, stride_bs, stride_bb, stride_cs,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr,
+    EACH: tl.constexpr, GROUPS_PER_BOX: tl.constexpr, BLOCK_LISTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, OCTAVES: tl.constexpr,
     LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -41,7 +43,8 @@ def _masses_kernel(
     HALVES: tl.constexpr = TILE // HALF
     PARTS: tl.constexpr = ROWS_PER_HALF // ROWS
     LISTS: tl.constexpr = BLOCK_M // ROWS
-    GROUPS: tl.constexpr = BLOCK_N * MEAN // GROUP
+    GROUPS: tl.constexpr = BLOCK_N // EACH
+    BOX_MEANS: tl.constexpr = GROUPS_PER_BOX * EACH
     # Neighbouring programs share the range of means.
     i_l, i_n, i_kv = tl.program_id(0) * LISTS, tl.program_id(1), tl.program_id(2)
     first_tile = context_len // TILE
@@ -75,21 +78,33 @@ def _masses_kernel(
     o_out = i_l + tl.arange(0, LISTS)
     out_head = i_kv * heads_each + o_out % heads_each
     p_out = masses_ptr + out_head.to(tl.int64) * stride_mh + (o_out // heads_each).to(tl.int64) * stride_mt
-    for start in range(i_n * means_each, tl.minimum((i_n + 1) * means_each, num_means), BLOCK_N):
+    end = num_means
+    if boxes_ptr is not None:
+        boxes_ptr += i_kv.to(tl.int64) * stride_bs + (i_l // BLOCK_LISTS).to(tl.int64) * stride_bb
+        end = tl.load(box_counts_ptr + i_kv * stride_cs + i_l // BLOCK_LISTS) * BOX_MEANS
+    for start in range(i_n * means_each, tl.minimum((i_n + 1) * means_each, end), BLOCK_N):
+        # [BLOCK_N], [GROUPS]
+        o_j = start + o_n
+        o_g = start // EACH + tl.arange(0, GROUPS)
+        if boxes_ptr is not None:
+            # What lies past the end is as good as past all means.
+            box = tl.load(boxes_ptr + o_j // BOX_MEANS, mask=o_j < end, other=1 << 24)
+            o_j = box * BOX_MEANS + o_j % BOX_MEANS
+            box = tl.load(boxes_ptr + o_g // GROUPS_PER_BOX, mask=o_g * EACH < end, other=1 << 24)
+            o_g = box * GROUPS_PER_BOX + o_g % GROUPS_PER_BOX
         # [BLOCK_N, HEAD_DIM]; 2^22 means of 2^24 tokens, of 256 numbers each, still fit 32 bits
-        p_means = means_ptr + (start + o_n)[:, None] * HEAD_DIM + o_d[None, :]
-        b_k = tl.load(p_means, mask=(start + o_n < num_means)[:, None], other=0.0)
+        p_means = means_ptr + o_j[:, None] * HEAD_DIM + o_d[None, :]
+        b_k = tl.load(p_means, mask=(o_j < num_means)[:, None], other=0.0)
         b_k = dot_operand(b_k, b_q.dtype, INTERPRETED)
         # [BLOCK_N, BLOCK_M]; no mean counts more than 1, which is LIMIT of what its row has seen
         b_p = tl.exp2(tl.minimum(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :], 0.0))
         # [BLOCK_N, LISTS]
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
         # [GROUPS, LISTS]
-        b_mass = tl.sum(tl.reshape(b_mass, (GROUPS, GROUP // MEAN, LISTS)), 1)
+        b_mass = tl.sum(tl.reshape(b_mass, (GROUPS, EACH, LISTS)), 1)
         b_code = tl.floor((tl.log2(b_mass) + OCTAVES) * CODES_PER_OCTAVE + 0.5)
         b_code = tl.minimum(tl.maximum(b_code, 0.0), CODES - 1).to(tl.uint8)
-        o_g = start * MEAN // GROUP + tl.arange(0, GROUPS)
-        inside = (o_g < num_means * MEAN // GROUP)[:, None] & (o_out < num_lists)[None, :]
+        inside = (o_g < num_means // EACH)[:, None] & (o_out < num_lists)[None, :]
         tl.store(p_out[None, :] + o_g[:, None], b_code, mask=inside)
 
 
@@ -100,6 +115,7 @@ def group_masses(
     first_head: int,
     masses: torch.Tensor,
     mean: int = MEAN,
+    boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.group_masses. Means follow each other without a gap, and so do rows."""
     q, rows_per_half = chunk.q, row_lse.shape[2]
@@ -109,16 +125,23 @@ def group_masses(
     num_means = (chunk.first_tile + chunk.num_tiles - 1) * TILE // mean
     if not num_means:
         return
+    numbers, counts, strides = None, None, (0, 0, 0)
+    if boxes is not None:
+        numbers, counts = boxes.numbers, boxes.counts
+        strides = (numbers.stride(0), numbers.stride(1), counts.stride(0))
+        num_means = min(num_means, numbers.shape[2] * GROUPS_PER_BOX * MEANS_PER_GROUP)
     block_m = 128 if chunk.head_dim <= 128 else 64
     num_blocks = triton.cdiv(num_lists * PART, block_m)
     grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), num_heads // heads_each)
     _masses_kernel[grid](
-        q, means, row_lse, masses,
+        q, means, row_lse, masses, numbers, counts,
         chunk.num_rows, chunk.context_len, first_head, num_lists, heads_each, MEANS_EACH,
         chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0), masses.stride(0), masses.stride(1),
-        GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF, GROUP=GROUP,
+        *strides,
+        GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF,
         ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1,
+        EACH=MEANS_PER_GROUP, GROUPS_PER_BOX=GROUPS_PER_BOX, BLOCK_LISTS=LISTS,
         BLOCK_M=block_m, BLOCK_N=64,
         CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, OCTAVES=OCTAVES_BELOW_ONE, LOG2_E=LOG2_E,
         INTERPRETED=not q.is_cuda,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means of a few consecutive keys: the cache is read once, at memory speed."""
+"""Means of consecutive keys: the cache is read once, at memory speed, and fine means once more for coarse ones."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ import triton.language as tl
 
 from minference_vllm.chunk import PagedKV
 from minference_vllm.kernels.triton.launch import kv_strides
-from minference_vllm.kernels.triton.operands import to_fp8
+from minference_vllm.kernels.triton.operands import from_operand, to_operand
 from minference_vllm.scratch import MEAN
 
 BLOCK_NUMBERS = 4096
@@ -37,11 +37,26 @@ def _means_kernel(
     for i in tl.static_range(MEAN):
         b_sum += tl.load(p_k + i * stride_kt, mask=inside[:, None], other=0.0).to(tl.float32)
     p_means = means_ptr + o_n.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
-    if means_ptr.dtype.element_ty == tl.float8e4nv:
-        b_means = to_fp8(b_sum / MEAN, INTERPRETED)
-    else:
-        b_means = (b_sum / MEAN).to(means_ptr.dtype.element_ty)
-    tl.store(p_means, b_means, mask=inside[:, None])
+    tl.store(p_means, to_operand(b_sum / MEAN, means_ptr, INTERPRETED), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["count"])
+def _coarse_means_kernel(
+    means_ptr, coarse_ptr, count, stride_mh, stride_ch,
+    EACH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    i_kv, i_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # [BLOCK]
+    o_n = i_n * BLOCK + tl.arange(0, BLOCK)
+    o_d = tl.arange(0, HEAD_DIM)
+    inside = (o_n < count)[:, None]
+    # [BLOCK, HEAD_DIM]
+    p_means = means_ptr + i_kv * stride_mh + (o_n * EACH).to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
+    b_sum = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    for i in tl.static_range(EACH):
+        b_sum += from_operand(tl.load(p_means + i * HEAD_DIM, mask=inside, other=0.0))
+    p_coarse = coarse_ptr + i_kv * stride_ch + o_n.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
+    tl.store(p_coarse, to_operand(b_sum / EACH, coarse_ptr, INTERPRETED), mask=inside)
 
 
 def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, mean: int = MEAN) -> None:
@@ -54,5 +69,18 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, me
     _means_kernel[(kv.num_kv_heads, triton.cdiv(count - first, block))](
         kv.k, kv.block_table, means, first, count, kv.row, *kv_strides(kv), kv.block_table.stride(0), means.stride(0),
         MEAN=mean, HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size, BLOCK=block,
+        INTERPRETED=not means.is_cuda, num_warps=4,
+    )  # fmt: skip
+
+
+def coarse_means(means: torch.Tensor, seq_len: int, coarse: torch.Tensor, keys: int, coarse_keys: int) -> None:
+    """See minference_vllm.reference.coarse_means. The last two dimensions of both are contiguous."""
+    count, head_dim = seq_len // coarse_keys, means.shape[2]
+    if not count:
+        return
+    block = BLOCK_NUMBERS // head_dim
+    _coarse_means_kernel[(len(means), triton.cdiv(count, block))](
+        means, coarse, count, means.stride(0), coarse.stride(0),
+        EACH=coarse_keys // keys, HEAD_DIM=head_dim, BLOCK=block,
         INTERPRETED=not means.is_cuda, num_warps=4,
     )  # fmt: skip

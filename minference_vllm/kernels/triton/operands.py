@@ -25,6 +25,22 @@ def to_fp8(b_x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def to_operand(b_x, like_ptr, INTERPRETED: tl.constexpr):
+    """Floats as what the pointer points to."""
+    if like_ptr.dtype.element_ty == tl.float8e4nv:
+        return to_fp8(b_x, INTERPRETED)
+    return b_x.to(like_ptr.dtype.element_ty)
+
+
+@triton.jit
+def from_operand(b_x):
+    """The numbers that these stand for, float32."""
+    if b_x.dtype == tl.float8e4nv:
+        return b_x.to(tl.float32) * _UNIT
+    return b_x.to(tl.float32)
+
+
+@triton.jit
 def query_operand(b_q, means_ptr, INTERPRETED: tl.constexpr):
     """Query rows for a product with means, rounded as these are, in the rows' own dtype: it holds what FP8 holds."""
     if means_ptr.dtype.element_ty == tl.float8e4nv:

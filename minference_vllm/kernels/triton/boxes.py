@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the masses of boxes to those that each block of lists scores finely: one program a block and set of heads.
+
+Of each list a histogram of its codes gives the threshold. How far above the thresholds of its lists a box lies at the
+most is its margin, and a histogram of margins tells which boxes there is room for. Masses are added as integers: the
+same codes give the same boxes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import HALVES, TILE
+from minference_vllm.kernels.triton.groups import _weights
+from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, PART_OF_DROPPED
+from minference_vllm.reference.groups import ROW
+from minference_vllm.reference.normalisers import PART
+from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
+
+CODES_OF_A_BOX = torch.int64
+assert CODES_OF_A_BOX.itemsize == GROUPS_PER_BOX
+
+SPAN = 1024
+"""Boxes of one list that are worked on at once."""
+
+BLOCK = 256
+"""Boxes of all lists that are."""
+
+EDGE = 16
+"""Of the few boxes that are always kept, those that are weighed at once."""
+
+PLAIN = ["context_len", "first_head", "num_lists", "heads_each", "sink_boxes", "local_boxes", "max_boxes"]
+
+
+@triton.jit
+def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr):
+    """What a list's boxes from `first` to `end` weigh."""
+    total = tl.zeros([], tl.int64)
+    for start in range(first, end, EDGE):
+        o_n = start + tl.arange(0, EDGE)
+        b_code = tl.load(codes_ptr + o_n, mask=o_n < end, other=0).to(tl.int32)
+        total += tl.sum(_weights(b_code, CODES_PER_OCTAVE), 0)
+    return total
+
+
+@triton.jit
+def _threshold(
+    codes_ptr, share, sinks, local, num_boxes, PART_WEIGHT: tl.constexpr, PART_OF_DROPPED: tl.constexpr,
+    FIRST_COUNTED: tl.constexpr, SPAN: tl.constexpr, EDGE: tl.constexpr,
+    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+):  # fmt: skip
+    """The least code of a box that a list keeps: see reference.groups.threshold."""
+    b_count = tl.zeros([CODES], tl.int32)
+    for start in range(0, num_boxes, SPAN):
+        o_n = start + tl.arange(0, SPAN)
+        b_code = tl.load(codes_ptr + o_n, mask=o_n < num_boxes, other=0).to(tl.int32)
+        b_count += tl.histogram(b_code, CODES, mask=(o_n >= sinks) & (o_n < local))
+    # [CODES]; what is dropped if it is all boxes of this code and less
+    dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
+    total = PART_WEIGHT + tl.max(dropped, 0)
+    total += _weight_between(codes_ptr, FIRST_COUNTED, sinks, EDGE, CODES_PER_OCTAVE)
+    total += _weight_between(codes_ptr, tl.maximum(local, FIRST_COUNTED), num_boxes, EDGE, CODES_PER_OCTAVE)
+    # In 64 bits, the twin's very number.
+    allowed = (PART_OF_DROPPED * (1 - share.to(tl.float64)) * total.to(tl.float64)).to(tl.int64)
+    return tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
+
+
+@triton.jit
+def _margins(p_codes, b_before, b_sinks, b_local, b_threshold, o_n, FORCED: tl.constexpr):
+    """[BLOCK] by how far boxes lie above the threshold of the list that wants them most; and [LISTS, BLOCK] codes."""
+    seen = o_n[None, :] < b_before[:, None]
+    free = (o_n[None, :] >= b_sinks[:, None]) & (o_n[None, :] < b_local[:, None])
+    b_code = tl.load(p_codes[:, None] + o_n[None, :], mask=seen, other=0).to(tl.int32)
+    b_margin = tl.where(free, b_code - b_threshold[:, None], tl.where(seen, FORCED, -FORCED))
+    return tl.max(b_margin, 0), b_code
+
+
+@triton.jit
+def _cut(b_count, room, FORCED: tl.constexpr):
+    """The least margin that there is room for, 0 if all of no less fit, and how many of just less do beside them."""
+    o_m = tl.arange(0, 2 * FORCED)
+    # [2 FORCED]: how many have this margin or a larger one
+    b_above = tl.sum(b_count, 0) - tl.cumsum(b_count, 0) + b_count
+    cut = tl.sum((b_above > room).to(tl.int32), 0)
+    above = tl.sum(tl.where(o_m >= cut, b_count, 0), 0)
+    return cut, tl.where(cut > 0, room - above, 0)
+
+
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
+def _boxes_kernel(
+    box_masses_ptr, share_ptr, numbers_ptr, counts_ptr, left_out_ptr, masses_ptr,
+    context_len, first_head, num_lists, heads_each, sink_boxes, local_boxes, max_boxes,
+    stride_bm, stride_bp, stride_ns, stride_nb, stride_counts, stride_left, stride_mh, stride_mp,
+    TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, PART_WEIGHT: tl.constexpr, PART_OF_DROPPED: tl.constexpr,
+    FIRST_COUNTED: tl.constexpr, FORCED: tl.constexpr, LISTS: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr, CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+):  # fmt: skip
+    i_b, i_s = tl.program_id(0), tl.program_id(1)
+    # [LISTS]; what stands for a list too many is the last one
+    o_l = tl.minimum(i_b * LISTS + tl.arange(0, LISTS), num_lists - 1)
+    part = o_l // heads_each
+    i_h = i_s * heads_each + o_l % heads_each
+    b_before = context_len // TILE + part // PARTS_PER_TILE
+    b_sinks = tl.minimum(sink_boxes, b_before)
+    b_local = tl.maximum(b_before - local_boxes, b_sinks)
+    p_codes = box_masses_ptr + i_h.to(tl.int64) * stride_bm + part.to(tl.int64) * stride_bp
+    num_boxes = tl.max(b_before, 0)
+
+    # [LISTS]
+    b_threshold = tl.zeros([LISTS], tl.int32)
+    for i in range(LISTS):
+        of_list = tl.minimum(i_b * LISTS + i, num_lists - 1)
+        head, of_head = i_s * heads_each + of_list % heads_each, of_list // heads_each
+        before = context_len // TILE + of_head // PARTS_PER_TILE
+        sinks = tl.minimum(sink_boxes, before)
+        threshold = _threshold(
+            box_masses_ptr + head.to(tl.int64) * stride_bm + of_head.to(tl.int64) * stride_bp,
+            tl.load(share_ptr + first_head + head), sinks, tl.maximum(before - local_boxes, sinks), before,
+            PART_WEIGHT, PART_OF_DROPPED, FIRST_COUNTED, SPAN, EDGE, CODES, CODES_PER_OCTAVE,
+        )  # fmt: skip
+        b_threshold = tl.where(tl.arange(0, LISTS) == i, threshold, b_threshold)
+
+    b_count = tl.zeros([2 * FORCED], tl.int32)
+    for start in range(0, num_boxes, BLOCK):
+        b_margin, _code = _margins(
+            p_codes, b_before, b_sinks, b_local, b_threshold, start + tl.arange(0, BLOCK), FORCED
+        )  # fmt: skip
+        b_count += tl.histogram(tl.maximum(b_margin, 0), 2 * FORCED, mask=b_margin >= 0)
+    cut, room = _cut(b_count, max_boxes, FORCED)
+
+    numbers_ptr += i_s.to(tl.int64) * stride_ns + i_b.to(tl.int64) * stride_nb
+    p_boxes = masses_ptr + i_h.to(tl.int64) * stride_mh + part.to(tl.int64) * stride_mp
+    b_left = tl.zeros([LISTS], tl.int64)
+    count = 0
+    for start in range(0, num_boxes, BLOCK):
+        # [BLOCK], [LISTS, BLOCK]
+        o_n = start + tl.arange(0, BLOCK)
+        b_margin, b_code = _margins(p_codes, b_before, b_sinks, b_local, b_threshold, o_n, FORCED)
+        at_cut = (b_margin == cut - 1) & (cut > 0)
+        rank = tl.cumsum(at_cut.to(tl.int32), 0)
+        kept = ((b_margin >= cut) | (at_cut & (rank <= room))).to(tl.int32)
+        room -= tl.minimum(tl.max(rank, 0), room)
+        place = count + tl.cumsum(kept, 0) - 1
+        tl.store(numbers_ptr + place, o_n, mask=kept > 0)
+        count += tl.sum(kept, 0)
+        dropped = (kept == 0)[None, :] & (o_n[None, :] < b_before[:, None])
+        counted = dropped & (o_n >= FIRST_COUNTED)[None, :]
+        b_left += tl.sum(tl.where(counted, _weights(b_code, CODES_PER_OCTAVE), 0), 1)
+        tl.store(p_boxes[:, None] + o_n[None, :], tl.zeros([LISTS, BLOCK], tl.int64), mask=dropped)
+    tl.store(counts_ptr + i_s * stride_counts + i_b, count)
+    tl.store(left_out_ptr + i_h.to(tl.int64) * stride_left + part, b_left)
+
+
+def select_boxes(
+    box_masses: torch.Tensor,
+    chunk: Chunk,
+    first_head: int,
+    share: torch.Tensor,
+    rows_per_half: int,
+    sink_boxes: int,
+    local_boxes: int,
+    boxes: Boxes,
+    masses: torch.Tensor,
+) -> None:
+    """See minference_vllm.reference.select_boxes. The last dimension of all tensors is contiguous.
+
+    The codes of a box in `masses` must be a word: its rows begin on multiples of GROUPS_PER_BOX.
+    """
+    words = masses.view(CODES_OF_A_BOX)
+    numbers, counts, left_out = boxes.numbers, boxes.counts, boxes.left_out
+    num_heads = min(len(box_masses), chunk.num_qo_heads - first_head)
+    heads_each = min(num_heads, chunk.group_size)
+    parts_per_tile = HALVES * rows_per_half // PART
+    num_lists = chunk.num_tiles * parts_per_tile * heads_each
+    _boxes_kernel[(triton.cdiv(num_lists, LISTS), num_heads // heads_each)](
+        box_masses, share, numbers, counts, left_out, words,
+        chunk.context_len, first_head, num_lists, heads_each, sink_boxes, local_boxes, numbers.shape[2],
+        box_masses.stride(0), box_masses.stride(1), numbers.stride(0), numbers.stride(1), counts.stride(0),
+        left_out.stride(0), words.stride(0), words.stride(1),
+        TILE=TILE, PARTS_PER_TILE=parts_per_tile, PART_WEIGHT=PART * ROW, PART_OF_DROPPED=PART_OF_DROPPED,
+        FIRST_COUNTED=FIRST_COUNTED, FORCED=FORCED, LISTS=LISTS,
+        SPAN=SPAN, BLOCK=BLOCK, EDGE=EDGE, CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE,
+        num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the masses of boxes to those that each block of lists looks at more closely."""
+
+import torch
+
+from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import HALVES
+from minference_vllm.reference.groups import threshold, weights
+from minference_vllm.reference.normalisers import PART
+
+FIRST_COUNTED = 1
+"""The first box whose mass counts: the one before holds the first keys, which rows' normalisers have seen."""
+
+PART_OF_DROPPED = 0.5
+"""Of the mass that a head may drop, what its boxes may."""
+
+FORCED = 256
+"""Above all differences of two codes."""
+
+
+def select_boxes(
+    box_masses: torch.Tensor,
+    chunk: Chunk,
+    first_head: int,
+    share: torch.Tensor,
+    rows_per_half: int,
+    sink_boxes: int,
+    local_boxes: int,
+    boxes: Boxes,
+    masses: torch.Tensor,
+) -> None:
+    """Of each list drop the lightest boxes, as many as PART_OF_DROPPED of what its head may drop; keep what any wants.
+
+    A list's mass is what its rows' normalisers have seen, as for select_groups, and that of the boxes before its tile.
+    If a block's lists want more boxes than there is room for, those stay that one of them wants most, by how far the
+    code of the box's mass lies above the list's threshold; of equals, the first.
+
+    Args:
+        box_masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= boxes before the last tile] uint8,
+            see group_masses.
+        chunk: whose masses these are.
+        first_head: the query head that is the masses' first.
+        share: [num_qo_heads] float32, the share of mass that each head keeps.
+        rows_per_half: rows of a half, PART to a part.
+        sink_boxes, local_boxes: how many first boxes, at least one, and boxes before the tile are always kept.
+        boxes: written; it has room for what is always kept.
+        masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8: the
+            codes of groups in boxes before a part's tile that its block drops are written: 0.
+    """
+    num_heads = min(len(box_masses), chunk.num_qo_heads - first_head)
+    heads_each = min(num_heads, chunk.group_size)
+    parts_per_tile = HALVES * rows_per_half // PART
+    num_lists = chunk.num_tiles * parts_per_tile * heads_each
+    for number in range(num_heads // heads_each):
+        for block in range(-(-num_lists // LISTS)):
+            lists = torch.arange(block * LISTS, min((block + 1) * LISTS, num_lists), device=masses.device)
+            parts, heads = lists // heads_each, number * heads_each + lists % heads_each
+            before = chunk.first_tile + parts // parts_per_tile
+            box = torch.arange(int(before[-1]), device=masses.device)
+            codes = box_masses[heads, parts, : len(box)]
+            seen = box < before[:, None]
+            free = seen & (box >= sink_boxes) & (box < before[:, None] - local_boxes)
+            drops = PART_OF_DROPPED * (1 - share[first_head + heads].double())
+            cuts = [
+                threshold(of_list[is_seen], is_free[is_seen], of_head, PART, FIRST_COUNTED)
+                for of_list, is_seen, is_free, of_head in zip(codes, seen, free, drops, strict=True)
+            ]
+            margin = codes.int() - torch.tensor(cuts, device=codes.device)[:, None]
+            margin = margin.where(free, torch.where(seen, FORCED, -FORCED)).amax(0)
+            kept = keep_most(margin, boxes.numbers.shape[2])
+            numbers = kept.nonzero().flatten()
+            boxes.numbers[number, block, : len(numbers)] = numbers.int()
+            boxes.counts[number, block] = len(numbers)
+            dropped = seen & ~kept
+            counted = dropped & (box >= FIRST_COUNTED)
+            boxes.left_out[heads, parts] = weights(codes).where(counted, 0).sum(1)
+            for head, part, of_list in zip(heads, parts, dropped, strict=True):
+                groups = masses[head, part, : len(box) * GROUPS_PER_BOX].unflatten(0, (-1, GROUPS_PER_BOX))
+                groups[of_list] = 0
+
+
+def keep_most(margin: torch.Tensor, room: int) -> torch.Tensor:
+    """Which boxes of no negative margin stay, [num_boxes] bool: the `room` largest, of equals the first."""
+    kept = margin >= 0
+    if kept.sum() > room:
+        order = margin.sort(descending=True, stable=True).indices
+        kept = torch.zeros_like(kept)
+        kept[order[:room]] = True
+    return kept
