@@ -35,10 +35,12 @@ class Boxes:
     Attributes:
         numbers: [max_sets, max_blocks, max_boxes] int32, ascending; valid up to the block's count.
         counts: [max_sets, max_blocks] int32.
+        thresholds: [num_heads_at_once, max_parts] int32, scratch: the least code of a box that each part wants.
         left_out: [num_heads_at_once, max_parts] int64: mass that each part gives to the other boxes, in the units of
             reference.groups.weights.
     """
 
     numbers: torch.Tensor
     counts: torch.Tensor
+    thresholds: torch.Tensor
     left_out: torch.Tensor

@@ -23,7 +23,7 @@ from minference_vllm.ops import Kernel
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.scratch import LIST_BYTES, MASS_BYTES, MEAN, ScratchShape
 
-COARSE_FROM = 65_536
+COARSE_FROM = 131_072
 """Default of `coarse_from`."""
 
 
@@ -56,7 +56,7 @@ class BlockSettings(MethodSettings):
 
     coarse_from: int = Field(default=COARSE_FROM, ge=0, le=MAX_TOKENS)
     """From prompts of this length on, rows are scored against means of 32 keys first, and against those of 4 only in
-    boxes of 128 keys that these leave: all but those that together have half of the mass that a head may drop."""
+    boxes of 128 keys that these leave: all but those that together have a quarter of the mass that a head may drop."""
 
     max_fine: float = Field(default=0.75, gt=0, le=1)
     """Of the boxes before the chunk's last tile, no more than this share is scored finely: the heaviest. No unit."""
@@ -134,7 +134,8 @@ class Block(Method):
         def make_coarse() -> CoarseBuffers:
             sets, blocks = -(-at_once * shape.num_kv_heads // heads), -(-parts * min(at_once, group_size) // LISTS)
             numbers = zeros(sets, blocks, self.max_boxes(length // BOX))
-            boxes = Boxes(numbers, zeros(sets, blocks), zeros(at_once, parts, dtype=torch.int64))
+            left_out = zeros(at_once, parts, dtype=torch.int64)
+            boxes = Boxes(numbers, zeros(sets, blocks), zeros(at_once, parts), left_out)
             num_means = -(-length // BOX_MEAN // COARSE_AT_ONCE) * COARSE_AT_ONCE
             means = zeros(shape.num_kv_heads, num_means, shape.head_dim, dtype=means_dtype)
             return CoarseBuffers(means, zeros(at_once, parts, -(-length // BOX // 16) * 16, dtype=torch.uint8), boxes)

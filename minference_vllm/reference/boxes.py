@@ -12,7 +12,7 @@ from minference_vllm.reference.normalisers import PART
 FIRST_COUNTED = 1
 """The first box whose mass counts: the one before holds the first keys, which rows' normalisers have seen."""
 
-PART_OF_DROPPED = 0.5
+PART_OF_DROPPED = 0.25
 """Of the mass that a head may drop, what its boxes may."""
 
 FORCED = 256

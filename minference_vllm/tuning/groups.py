@@ -10,7 +10,7 @@ from minference_vllm.methods import Block
 # With the default settings a tile keeps this much of prompts of so many tokens, and less of longer ones: measured from
 # 7.8K to 28.2K tokens (docs/methods.md), carried on from there.
 DENSITY, AT_TOKENS, FALLS = 0.148, 28_200, 0.336
-FINE, FINE_AT_TOKENS, FINE_FALLS = 0.49, 27_500, 0.31
+FINE, FINE_AT_TOKENS, FINE_FALLS = 0.60, 27_500, 0.22
 """Share of boxes that real prompts have scored finely (docs/methods.md), falling with length as density does."""
 
 STAYS = 0.9

@@ -74,7 +74,8 @@ def make_boxes(chunk: Chunk, at_once: int, rows_per_half: int, room: int) -> Box
     blocks, device = -(-parts * heads_each // LISTS) + 1, chunk.q.device
     numbers = torch.full((at_once // heads_each + 1, blocks, room), -7, dtype=torch.int32, device=device)
     left_out = torch.full((at_once, parts + 2), -7, dtype=torch.int64, device=device)
-    return Boxes(numbers, torch.full(numbers.shape[:2], -7, dtype=torch.int32, device=device), left_out)
+    counts, thresholds = (torch.full(of.shape[:2], -7, dtype=torch.int32, device=device) for of in (numbers, left_out))
+    return Boxes(numbers, counts, thresholds, left_out)
 
 
 def make_masses(chunk: Chunk, num_heads: int, rows_per_half: int = 16) -> torch.Tensor:

@@ -21,6 +21,7 @@ from tests.kernels.blocks import (
     make_lse,
     make_masses,
     make_means,
+    parts_of,
     score_dtypes,
 )  # fmt: skip
 from tests.kernels.cases import Case, make_chunk
@@ -76,14 +77,14 @@ def test_masses_of_boxes_and_in_boxes(case: Case, is_fp8: bool, device: torch.de
     difference = (actual.int() - expected.int()).abs()
     assert difference.max() == 1 and (difference > 0).float().mean() < 0.03
     boxes = make_boxes(chunk, heads, 32, 200)
-    share = torch.full((heads,), 0.8, device=device)
+    share = torch.full((heads,), 0.2, device=device)
     whole, some = (make_masses(chunk, heads, 32) for _ in range(2))
     triton.select_boxes(actual, chunk, 0, share, 32, 1, 1, boxes, some)
     cuda.masses.group_masses(chunk, means, lse, 0, whole)
     cuda.masses.group_masses(chunk, means, lse, 0, some, boxes=boxes)
     # What no box holds is 0, by select_boxes: the rest is what it would be without boxes.
     assert ((some == whole) | (some == 0)).all()
-    assert 0.05 < (some == whole).float().mean() < 0.95
+    assert (boxes.left_out[:, : parts_of(chunk, 32)] > 0).any()
 
 
 @pytest.mark.parametrize("rows_per_half", [16, 64])

@@ -201,7 +201,7 @@ def test_masses_in_some_boxes_match_the_reference(emulated: Emulated, case: Case
     for block, count in zip(numbers.flatten(0, 1), counts.flatten().tolist(), strict=True):
         order = torch.randperm(max(chunk.first_tile + chunk.num_tiles - 1, room), generator=generator)
         block[:count] = order[:count].sort().values
-    boxes = Boxes(numbers, counts, torch.zeros(0, dtype=torch.int64))
+    boxes = Boxes(numbers, counts, *[torch.zeros(0)] * 2)
     inputs = chunk, normalisers(chunk, means, 32), means, 4, boxes
     expected = codes_of(reference.group_masses, *inputs)
     for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):

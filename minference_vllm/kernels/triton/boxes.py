@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the masses of boxes to those that each block of lists scores finely: one program a block and set of heads.
+"""From the masses of boxes to those that each block of lists scores finely.
 
-Of each list a histogram of its codes gives the threshold. How far above the thresholds of its lists a box lies at the
-most is its margin, and a histogram of margins tells which boxes there is room for. Masses are added as integers: the
-same codes give the same boxes.
+Of each list a histogram of its codes gives the threshold. Then a program takes a block under a set of heads: how far
+above the thresholds of its lists a box lies at the most is its margin, and a histogram of margins tells which boxes
+there is room for. Masses are added as integers: the same codes give the same boxes.
 """
 
 import torch
@@ -46,12 +46,31 @@ def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr, CODES_PER_OCTAVE:
 
 
 @triton.jit
-def _threshold(
-    codes_ptr, share, sinks, local, num_boxes, PART_WEIGHT: tl.constexpr, PART_OF_DROPPED: tl.constexpr,
+def _place(
+    of_list, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr
+):
+    """A list's head, its part, how many boxes lie before its tile, and from which to which they may be dropped."""
+    part = of_list // heads_each
+    before = context_len // TILE + part // PARTS_PER_TILE
+    sinks = tl.minimum(sink_boxes, before)
+    return i_s * heads_each + of_list % heads_each, part, before, sinks, tl.maximum(before - local_boxes, sinks)
+
+
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
+def _thresholds_kernel(
+    box_masses_ptr, share_ptr, thresholds_ptr,
+    context_len, first_head, num_lists, heads_each, sink_boxes, local_boxes,
+    stride_bm, stride_bp, stride_thresholds,
+    TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, PART_WEIGHT: tl.constexpr, PART_OF_DROPPED: tl.constexpr,
     FIRST_COUNTED: tl.constexpr, SPAN: tl.constexpr, EDGE: tl.constexpr,
     CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
 ):  # fmt: skip
-    """The least code of a box that a list keeps: see reference.groups.threshold."""
+    """The least code of a box that each list keeps: see reference.groups.threshold."""
+    i_l, i_s = tl.program_id(0), tl.program_id(1)
+    head, part, num_boxes, sinks, local = _place(
+        i_l, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
+    )  # fmt: skip
+    codes_ptr = box_masses_ptr + head.to(tl.int64) * stride_bm + part.to(tl.int64) * stride_bp
     b_count = tl.zeros([CODES], tl.int32)
     for start in range(0, num_boxes, SPAN):
         o_n = start + tl.arange(0, SPAN)
@@ -63,8 +82,10 @@ def _threshold(
     total += _weight_between(codes_ptr, FIRST_COUNTED, sinks, EDGE, CODES_PER_OCTAVE)
     total += _weight_between(codes_ptr, tl.maximum(local, FIRST_COUNTED), num_boxes, EDGE, CODES_PER_OCTAVE)
     # In 64 bits, the twin's very number.
-    allowed = (PART_OF_DROPPED * (1 - share.to(tl.float64)) * total.to(tl.float64)).to(tl.int64)
-    return tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
+    drops = PART_OF_DROPPED * (1 - tl.load(share_ptr + first_head + head).to(tl.float64))
+    allowed = (drops * total.to(tl.float64)).to(tl.int64)
+    threshold = tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
+    tl.store(thresholds_ptr + head.to(tl.int64) * stride_thresholds + part, threshold)
 
 
 @triton.jit
@@ -88,39 +109,23 @@ def _cut(b_count, room, FORCED: tl.constexpr):
     return cut, tl.where(cut > 0, room - above, 0)
 
 
-@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
+@triton.jit(do_not_specialize=PLAIN)
 def _boxes_kernel(
-    box_masses_ptr, share_ptr, numbers_ptr, counts_ptr, left_out_ptr, masses_ptr,
-    context_len, first_head, num_lists, heads_each, sink_boxes, local_boxes, max_boxes,
-    stride_bm, stride_bp, stride_ns, stride_nb, stride_counts, stride_left, stride_mh, stride_mp,
-    TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, PART_WEIGHT: tl.constexpr, PART_OF_DROPPED: tl.constexpr,
-    FIRST_COUNTED: tl.constexpr, FORCED: tl.constexpr, LISTS: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr, CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    box_masses_ptr, thresholds_ptr, numbers_ptr, counts_ptr, left_out_ptr, masses_ptr,
+    context_len, num_lists, heads_each, sink_boxes, local_boxes, max_boxes,
+    stride_bm, stride_bp, stride_thresholds, stride_ns, stride_nb, stride_counts, stride_left, stride_mh, stride_mp,
+    TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, FIRST_COUNTED: tl.constexpr, FORCED: tl.constexpr,
+    LISTS: tl.constexpr, BLOCK: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0), tl.program_id(1)
     # [LISTS]; what stands for a list too many is the last one
     o_l = tl.minimum(i_b * LISTS + tl.arange(0, LISTS), num_lists - 1)
-    part = o_l // heads_each
-    i_h = i_s * heads_each + o_l % heads_each
-    b_before = context_len // TILE + part // PARTS_PER_TILE
-    b_sinks = tl.minimum(sink_boxes, b_before)
-    b_local = tl.maximum(b_before - local_boxes, b_sinks)
+    i_h, part, b_before, b_sinks, b_local = _place(
+        o_l, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
+    )  # fmt: skip
     p_codes = box_masses_ptr + i_h.to(tl.int64) * stride_bm + part.to(tl.int64) * stride_bp
+    b_threshold = tl.load(thresholds_ptr + i_h.to(tl.int64) * stride_thresholds + part)
     num_boxes = tl.max(b_before, 0)
-
-    # [LISTS]
-    b_threshold = tl.zeros([LISTS], tl.int32)
-    for i in range(LISTS):
-        of_list = tl.minimum(i_b * LISTS + i, num_lists - 1)
-        head, of_head = i_s * heads_each + of_list % heads_each, of_list // heads_each
-        before = context_len // TILE + of_head // PARTS_PER_TILE
-        sinks = tl.minimum(sink_boxes, before)
-        threshold = _threshold(
-            box_masses_ptr + head.to(tl.int64) * stride_bm + of_head.to(tl.int64) * stride_bp,
-            tl.load(share_ptr + first_head + head), sinks, tl.maximum(before - local_boxes, sinks), before,
-            PART_WEIGHT, PART_OF_DROPPED, FIRST_COUNTED, SPAN, EDGE, CODES, CODES_PER_OCTAVE,
-        )  # fmt: skip
-        b_threshold = tl.where(tl.arange(0, LISTS) == i, threshold, b_threshold)
 
     b_count = tl.zeros([2 * FORCED], tl.int32)
     for start in range(0, num_boxes, BLOCK):
@@ -169,18 +174,24 @@ def select_boxes(
     The codes of a box in `masses` must be a word: its rows begin on multiples of GROUPS_PER_BOX.
     """
     words = masses.view(CODES_OF_A_BOX)
-    numbers, counts, left_out = boxes.numbers, boxes.counts, boxes.left_out
+    numbers, counts, thresholds, left_out = boxes.numbers, boxes.counts, boxes.thresholds, boxes.left_out
     num_heads = min(len(box_masses), chunk.num_qo_heads - first_head)
     heads_each = min(num_heads, chunk.group_size)
     parts_per_tile = HALVES * rows_per_half // PART
     num_lists = chunk.num_tiles * parts_per_tile * heads_each
-    _boxes_kernel[(triton.cdiv(num_lists, LISTS), num_heads // heads_each)](
-        box_masses, share, numbers, counts, left_out, words,
-        chunk.context_len, first_head, num_lists, heads_each, sink_boxes, local_boxes, numbers.shape[2],
-        box_masses.stride(0), box_masses.stride(1), numbers.stride(0), numbers.stride(1), counts.stride(0),
-        left_out.stride(0), words.stride(0), words.stride(1),
-        TILE=TILE, PARTS_PER_TILE=parts_per_tile, PART_WEIGHT=PART * ROW, PART_OF_DROPPED=PART_OF_DROPPED,
-        FIRST_COUNTED=FIRST_COUNTED, FORCED=FORCED, LISTS=LISTS,
-        SPAN=SPAN, BLOCK=BLOCK, EDGE=EDGE, CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE,
-        num_warps=4,
+    sets, forced = num_heads // heads_each, (sink_boxes, local_boxes)
+    strides, shape = (box_masses.stride(0), box_masses.stride(1)), dict(TILE=TILE, PARTS_PER_TILE=parts_per_tile)
+    _thresholds_kernel[(num_lists, sets)](
+        box_masses, share, thresholds, chunk.context_len, first_head, num_lists, heads_each, *forced,
+        *strides, thresholds.stride(0),
+        **shape, PART_WEIGHT=PART * ROW, PART_OF_DROPPED=PART_OF_DROPPED, FIRST_COUNTED=FIRST_COUNTED,
+        SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, num_warps=4,
+    )  # fmt: skip
+    _boxes_kernel[(triton.cdiv(num_lists, LISTS), sets)](
+        box_masses, thresholds, numbers, counts, left_out, words,
+        chunk.context_len, num_lists, heads_each, *forced, numbers.shape[2],
+        *strides, thresholds.stride(0), numbers.stride(0), numbers.stride(1), counts.stride(0), left_out.stride(0),
+        words.stride(0), words.stride(1),
+        **shape, FIRST_COUNTED=FIRST_COUNTED, FORCED=FORCED, LISTS=LISTS, BLOCK=BLOCK,
+        CODES_PER_OCTAVE=CODES_PER_OCTAVE, num_warps=8,
     )  # fmt: skip
