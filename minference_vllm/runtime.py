@@ -27,6 +27,26 @@ MOST_FAULTS = 3
 logger = logging.getLogger("vllm.minference")
 
 
+def gate_obstacle(config: MInferenceConfig, max_seq_len: float, max_chunk: float) -> str:
+    """Why the gate can never open on a server with these limits; empty if it can.
+
+    Args:
+        config: the gate.
+        max_seq_len: tokens of the longest request that the server admits.
+        max_chunk: most rows that its scheduler gives a request in one step.
+    """
+    limits = (
+        ("min_chunk", max_chunk, "rows that a step may give a request (--max-num-batched-tokens)"),
+        ("min_seq_len", max_seq_len, "tokens that a request may have (--max-model-len)"),
+    )
+    obstacles = (
+        f"minference.{setting} is {value}, above the {limit} {name}"
+        for setting, limit, name in limits
+        if (value := getattr(config, setting)) > limit
+    )
+    return "; ".join(obstacles)
+
+
 class Runtime:
     """One a worker process, device and configuration.
 
@@ -76,17 +96,10 @@ class Runtime:
         """
         self.has_sparse_layers |= has_sparse_layers
         self.counters.start()
-        if self.publish and has_sparse_layers and not self._has_warned:
-            for setting, limit, name in (
-                ("min_chunk", max_chunk, "rows that a step may give a request (--max-num-batched-tokens)"),
-                ("min_seq_len", max_seq_len, "tokens that a request may have (--max-model-len)"),
-            ):
-                if (value := getattr(self.config, setting)) > limit:
-                    self._has_warned = True
-                    logger.warning(
-                        "MInference: nothing will run sparse: minference.%s is %d, above the %d %s.",
-                        setting, value, limit, name,
-                    )  # fmt: skip
+        may_warn = self.publish and has_sparse_layers and not self._has_warned
+        if may_warn and (obstacle := gate_obstacle(self.config, max_seq_len, max_chunk)):
+            self._has_warned = True
+            logger.warning("MInference: nothing will run sparse: %s.", obstacle)
 
     def layer_state(self, shape: ScratchShape, position: int, num_layers: int) -> LayerState:
         """What the layer at this position brings to its chunks; claimed when first asked for, in the profiling run."""

@@ -34,9 +34,7 @@ def install() -> None:
     if parent == NOWHERE:
         return
     try:
-        if parent:
-            os.makedirs(parent, exist_ok=True)
-        directory = tempfile.mkdtemp(prefix="minference-metrics-", dir=parent or None)
+        directory = make_directory(parent)
     except OSError as error:
         os.environ[METRICS_DIR] = NOWHERE
         logger.warning(
@@ -49,6 +47,17 @@ def install() -> None:
     # A worker's counts outlive it: only the process that started them all cleans up, once it has joined them.
     if multiprocessing.parent_process() is None:
         Finalize(None, shutil.rmtree, (directory,), {"ignore_errors": True}, exitpriority=-1)
+
+
+def make_directory(parent: str | None) -> str:
+    """A new directory in `parent`, which is made if need be; without one, in the temporary directory.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if parent:
+        os.makedirs(parent, exist_ok=True)
+    return tempfile.mkdtemp(prefix="minference-metrics-", dir=parent or None)
 
 
 class DirectoryCollector:

@@ -34,10 +34,14 @@ class Publisher:
             with _process_lock:
                 process_metrics().add(delta)
         elif directory and directory != NOWHERE:
-            path = Path(directory, self._name)
-            draft = path.with_suffix(".tmp")
-            draft.write_text(total.to_json())
-            os.replace(draft, path)  # a reader sees the old totals or the new, never a part
+            write(Path(directory, self._name), total)
+
+
+def write(path: Path, total: Snapshot) -> None:
+    """Put totals into a file, of which a reader sees the old or the new, never a part. Raises OSError if it cannot."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(total.to_json())
+    os.replace(draft, path)
 
 
 class ProcessMetrics:
