@@ -15,6 +15,7 @@ from multiprocessing.util import Finalize
 import prometheus_client as prometheus
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from minference_vllm import __version__
 from minference_vllm.metrics import snapshot as names
 from minference_vllm.metrics.publisher import METRICS_DIR, NOWHERE
 from minference_vllm.metrics.snapshot import Snapshot
@@ -87,6 +88,11 @@ class DirectoryCollector:
             mean.add_metric([layer, head], mean_recall)
             worst.add_metric([layer, head], worst_recall)
         yield from (buckets, mean, worst)
+        yield GaugeMetricFamily(*names.SCRATCH, value=total.scratch_bytes)
+        info = GaugeMetricFamily(*names.INFO, labels=names.INFO_LABELS)
+        for labels in total.engines:
+            info.add_metric([*labels, __version__], 1)
+        yield info
 
     def _snapshots(self) -> Iterator[Snapshot]:
         for name in iglob("**/*.json", root_dir=self._directory, recursive=True):
