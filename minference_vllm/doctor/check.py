@@ -7,6 +7,9 @@ from enum import StrEnum
 from typing import Any
 
 
+LONGEST = 400  # characters of an exception that a check repeats
+
+
 class Status(StrEnum):
     """How a check ended."""
 
@@ -50,5 +53,6 @@ def skipped(name: str, why: str) -> Check:
 
 
 def on_one_line(error: BaseException) -> str:
-    """What an exception says, without its line breaks; its type, if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an exception says, without its line breaks, and not all of it if it is long; its type, if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

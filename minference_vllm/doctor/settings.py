@@ -55,7 +55,7 @@ def _check_kernel(config: MInferenceConfig, device: torch.device) -> Check:
     try:
         kernel = choose_kernel(config.kernel, device)
     except ConfigError as error:
-        return failed("kernel", on_one_line(error), "Set what it names as possible")
+        return failed("kernel", on_one_line(error), "Set minference.kernel to what it names")
     return ok("kernel", f"minference.kernel={config.kernel!r} is {kernel} here")
 
 
