@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-
 LONGEST = 400  # characters of an exception that a check repeats
 
 
@@ -53,6 +52,6 @@ def skipped(name: str, why: str) -> Check:
 
 
 def on_one_line(error: BaseException) -> str:
-    """What an exception says, without its line breaks, and not all of it if it is long; its type, if it says nothing."""
+    """What an exception says on one line, and not all of it if it is long; its type, if it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -34,8 +34,9 @@ def _check_vllm() -> Check:
     installed = compat.installed_version()
     if compat.is_tested(installed):
         return ok("vllm", installed)
-    tested = compat.tested_versions()
-    return failed("vllm", f"{installed}: tested is {tested}", f"Install a tested one, {tested}: pip install vllm==…")
+    newest = ".".join(map(str, compat.TESTED[-1]))
+    found = f"{installed}; tested are {compat.tested_versions()}"
+    return failed("vllm", found, f"Install a tested one: pip install 'vllm=={newest}.*'")
 
 
 def _check_triton() -> Check:

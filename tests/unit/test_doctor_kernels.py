@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doctor's trial of each kernel against the reference: sound kernels pass, and one that is wrong is named."""
 
+import json
+
 import pytest
 import torch
 
 from minference_vllm import reference
 from minference_vllm.doctor import selftest
 from minference_vllm.doctor.check import Check, Status
+from minference_vllm.doctor.diagnosis import to_json
 from minference_vllm.doctor.selftest import largest_error, try_kernel, try_kernels, try_reference
 from minference_vllm.doctor.trials import Shape, make_chunk
 from minference_vllm.kernels import triton
@@ -60,6 +63,7 @@ def test_every_trial_fails_where_its_kernel_does_nothing(device: torch.device, m
     checks = try_triton(device)
     assert named(checks, Status.FAILED) == [check.name for check in checks]
     assert all(check.remedy for check in checks)
+    json.loads(to_json(checks), parse_constant=pytest.fail)  # infinity is no JSON
 
 
 def test_a_kernel_that_raises_is_named_alone_with_what_it_says(
