@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from minference_vllm.plan import StepTraits
 
 TESTED = ((0, 32), (0, 33))
@@ -17,19 +19,34 @@ TESTED = ((0, 32), (0, 33))
 logger = logging.getLogger("vllm.minference")
 
 
-@functools.cache
-def warn_if_untested() -> None:
-    """One warning where the installed vLLM is none that this release was tested with."""
+def installed_version() -> str:
+    """Of vLLM."""
     try:
-        version = importlib.metadata.version("vllm")
+        return importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:  # a source tree in the path, or a build of another name
         import vllm
 
-        version = vllm.__version__
-    release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if release not in TESTED:
-        tested = " and ".join(".".join(map(str, release)) for release in TESTED)
-        logger.warning("MInference is tested with vLLM %s; this is %s. It will try all the same.", tested, version)
+        return str(vllm.__version__)
+
+
+def is_tested(version: str) -> bool:
+    """Whether this release of the plugin was tested with that release of vLLM."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) in TESTED
+
+
+def tested_versions() -> str:
+    """Those releases, to be read by people."""
+    return " and ".join(".".join(map(str, release)) for release in TESTED)
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """One warning where the installed vLLM is none that this release was tested with."""
+    version = installed_version()
+    if not is_tested(version):
+        logger.warning(
+            "MInference is tested with vLLM %s; this is %s. It will try all the same.", tested_versions(), version
+        )
 
 
 def layer_index(layer_name: str) -> int | None:
@@ -73,6 +90,29 @@ def text_config(model: str) -> Any:
     from vllm.transformers_utils.config import get_config, get_hf_text_config
 
     return get_hf_text_config(get_config(model, trust_remote_code=False))
+
+
+def engine_config(model: str, **options: Any) -> Any:
+    """The VllmConfig that `vllm serve MODEL` makes of its options, by EngineArgs' names; None is as not given.
+
+    No weights are read and nothing is started.
+
+    Raises:
+        Exception: of whatever kind vLLM refuses the model or an option with.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return EngineArgs(model=model, **given).create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+
+def kv_cache_dtype(vllm_config: Any) -> "torch.dtype":
+    """In which type keys and values of plain layers are kept."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    dtype: torch.dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+    return dtype
 
 
 def has_host_tensors_of_its_own(vllm_config: Any) -> bool:

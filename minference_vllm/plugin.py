@@ -48,6 +48,21 @@ def _register() -> None:
     AttentionBackendEnum._member_map_.setdefault(NAME, custom)
 
 
+def load_plugins() -> None:
+    """Have vLLM load its plugins, as it does first in each of its processes."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+
+
+def selected_path() -> str | None:
+    """The class that `--attention-backend minference` selects in this process; None if vLLM does not know the name."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum.__members__.get(NAME)
+    return None if member is None else str(member.get_path())
+
+
 def _check_version() -> None:
     from minference_vllm.compat import warn_if_untested
 

@@ -2,6 +2,7 @@
 """What the layers of one worker process share: configuration, method, scratch memory and counters."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from minference_vllm.methods import make_method
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.density import DensityMeter
 from minference_vllm.metrics.recall_meter import RecallMeter
+from minference_vllm.metrics.snapshot import Counts
 from minference_vllm.ops import choose_kernel
 from minference_vllm.recall import Floors, Recall
 from minference_vllm.record import Record, StepRecord, Tally
@@ -25,6 +27,26 @@ MOST_FAULTS = 3
 """Faults of the sparse path, one after the other, after which it is not tried again."""
 
 logger = logging.getLogger("vllm.minference")
+
+
+def gate_obstacle(config: MInferenceConfig, max_seq_len: float, max_chunk: float) -> str:
+    """Why the gate can never open on a server with these limits; empty if it can.
+
+    Args:
+        config: the gate.
+        max_seq_len: tokens of the longest request that the server admits.
+        max_chunk: most rows that its scheduler gives a request in one step.
+    """
+    limits = (
+        ("min_chunk", max_chunk, "rows that a step may give a request (--max-num-batched-tokens)"),
+        ("min_seq_len", max_seq_len, "tokens that a request may have (--max-model-len)"),
+    )
+    obstacles = (
+        f"minference.{setting} is {value}, above the {limit} {name}"
+        for setting, limit, name in limits
+        if (value := getattr(config, setting)) > limit
+    )
+    return "; ".join(obstacles)
 
 
 class Runtime:
@@ -56,7 +78,7 @@ class Runtime:
         self._has_warned = False
         self.has_sparse_layers = False
         self._counted: set[str] = set()
-        self._causal_pairs = 0
+        self._causal_pairs = self._scratch_bytes = 0
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
         self._recalls: dict[tuple[ScratchShape, int], tuple[RecallTotals, RecallMeter]] = {}
@@ -76,17 +98,10 @@ class Runtime:
         """
         self.has_sparse_layers |= has_sparse_layers
         self.counters.start()
-        if self.publish and has_sparse_layers and not self._has_warned:
-            for setting, limit, name in (
-                ("min_chunk", max_chunk, "rows that a step may give a request (--max-num-batched-tokens)"),
-                ("min_seq_len", max_seq_len, "tokens that a request may have (--max-model-len)"),
-            ):
-                if (value := getattr(self.config, setting)) > limit:
-                    self._has_warned = True
-                    logger.warning(
-                        "MInference: nothing will run sparse: minference.%s is %d, above the %d %s.",
-                        setting, value, limit, name,
-                    )  # fmt: skip
+        may_warn = self.publish and has_sparse_layers and not self._has_warned
+        if may_warn and (obstacle := gate_obstacle(self.config, max_seq_len, max_chunk)):
+            self._has_warned = True
+            logger.warning("MInference: nothing will run sparse: %s.", obstacle)
 
     def layer_state(self, shape: ScratchShape, position: int, num_layers: int) -> LayerState:
         """What the layer at this position brings to its chunks; claimed when first asked for, in the profiling run."""
@@ -114,8 +129,9 @@ class Runtime:
             attend = AttendBuffers.allocate(shape.num_qo_heads, shape.max_chunk, self.device)
             recall = RecallBuffers.allocate(shape.num_qo_heads, self.device) if self.config.measure_recall else None
             self._density = self._density or DensityMeter(attend.kept_pairs)
-            size = sum(map(num_bytes, filter(None, (buffers, attend, recall)))) / 2**20
-            logger.info("MInference: %.0f MiB of scratch for %s", size, shape)
+            size = sum(map(num_bytes, filter(None, (buffers, attend, recall))))
+            self._scratch_bytes += size
+            logger.info("MInference: %.0f MiB of scratch for %s", size / 2**20, shape)
             self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs), recall
         return self._buffers[shape]
 
@@ -176,10 +192,15 @@ class Runtime:
         self._counted.add(record.group)
         return record.tally(self.config) if len(self._counted) == 1 else {}
 
-    def _read(self) -> tuple[int, int, Recall]:
-        """Kept and causal pairs, and the recall, of all sparse attention since start whose copies have arrived."""
+    def _read(self) -> tuple[int, int, Recall, int, Counts]:
+        """What a Snapshot holds beside tokens and chunks, of all sparse attention since start.
+
+        Pairs and recall are those whose copies have arrived.
+        """
         pairs = self._density.read() if self._density else (0, 0)
-        return *pairs, sum((meter.read() for _, meter in list(self._recalls.values())), start=Recall())
+        recall = sum((meter.read() for _, meter in list(self._recalls.values())), start=Recall())
+        engine = self.config.method.name, self.method.kernel.value
+        return *pairs, recall, self._scratch_bytes, Counter({engine: 1})
 
     def warm_up(self, shape: ScratchShape, page_size: int) -> None:
         """Compile every kernel that layers of this shape will need, before the first request."""

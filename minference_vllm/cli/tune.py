@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minference_vllm.cli.arguments import count
 from minference_vllm.cli.status import FAILED
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
 from minference_vllm.errors import ConfigError
@@ -71,19 +72,13 @@ def add_parser(commands: Any) -> None:
     command = commands.add_parser("tune", description=TUNE, help="find min_seq_len for a model on this machine")
     command.set_defaults(run=tune)
     command.add_argument("--model", help="directory, or name on the hub: its config.json says the heads")
-    command.add_argument("--heads", type=_count, help="query heads, in place of --model")
-    command.add_argument("--kv-heads", type=_count)
-    command.add_argument("--head-dim", type=_count)
-    command.add_argument("--tensor-parallel-size", type=_count, default=1, help="GPUs that share the heads")
-    command.add_argument("--chunk", type=_count, default=8192, help="the server's --max-num-batched-tokens")
-    command.add_argument("--lengths", type=_count, nargs="+", default=LENGTHS, help="prompt lengths, in tokens")
-    command.add_argument("--repeats", type=_count, default=20, help="timed runs at each length")
+    command.add_argument("--heads", type=count, help="query heads, in place of --model")
+    command.add_argument("--kv-heads", type=count)
+    command.add_argument("--head-dim", type=count)
+    command.add_argument("--tensor-parallel-size", type=count, default=1, help="GPUs that share the heads")
+    command.add_argument("--chunk", type=count, default=8192, help="the server's --max-num-batched-tokens")
+    command.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, help="prompt lengths, in tokens")
+    command.add_argument("--repeats", type=count, default=20, help="timed runs at each length")
     out, usual = os.environ.get(CONFIG_FILE_VARIABLE), "minference.json"
     named = f"the file to write; default: the one that {CONFIG_FILE_VARIABLE} names, else {usual}"
     command.add_argument("--out", type=Path, default=out or usual, help=named)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)

@@ -7,11 +7,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from multiprocessing.util import Finalize
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minference_vllm.metrics.publisher import Publisher
 from minference_vllm.metrics.snapshot import Counts, Snapshot
-from minference_vllm.recall import Recall
 
 if TYPE_CHECKING:
     from minference_vllm.record import Record, Tally
@@ -35,12 +34,10 @@ class Counters:
         publish: export and log; False on every rank but 0.
         log_every: seconds between two log lines; 0 never logs.
         tally: says what to count of a record; called in the order of the steps, by one thread at a time.
-        read: gives kept and causal pairs and the recall since start, as far as the GPU has told.
+        read: gives the rest of a Snapshot, from kept pairs on, as far as the GPU has told.
     """
 
-    def __init__(
-        self, publish: bool, log_every: float, tally: "Tallier", read: Callable[[], tuple[int, int, Recall]]
-    ) -> None:
+    def __init__(self, publish: bool, log_every: float, tally: "Tallier", read: Callable[[], tuple[Any, ...]]) -> None:
         self._publish, self._log_every, self._tally, self._read = publish, log_every, tally, read
         self._deferred: deque[Record] = deque(maxlen=MOST_DEFERRED)
         # A step calls it, so it is the bare method: thread-safe, and never waiting for the thread, which a disk may

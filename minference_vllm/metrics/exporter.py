@@ -15,6 +15,7 @@ from multiprocessing.util import Finalize
 import prometheus_client as prometheus
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from minference_vllm import __version__
 from minference_vllm.metrics import snapshot as names
 from minference_vllm.metrics.publisher import METRICS_DIR, NOWHERE
 from minference_vllm.metrics.snapshot import Snapshot
@@ -34,9 +35,7 @@ def install() -> None:
     if parent == NOWHERE:
         return
     try:
-        if parent:
-            os.makedirs(parent, exist_ok=True)
-        directory = tempfile.mkdtemp(prefix="minference-metrics-", dir=parent or None)
+        directory = make_directory(parent)
     except OSError as error:
         os.environ[METRICS_DIR] = NOWHERE
         logger.warning(
@@ -49,6 +48,17 @@ def install() -> None:
     # A worker's counts outlive it: only the process that started them all cleans up, once it has joined them.
     if multiprocessing.parent_process() is None:
         Finalize(None, shutil.rmtree, (directory,), {"ignore_errors": True}, exitpriority=-1)
+
+
+def make_directory(parent: str | None) -> str:
+    """A new directory in `parent`, which is made if need be; without one, in the temporary directory.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if parent:
+        os.makedirs(parent, exist_ok=True)
+    return tempfile.mkdtemp(prefix="minference-metrics-", dir=parent or None)
 
 
 class DirectoryCollector:
@@ -78,6 +88,11 @@ class DirectoryCollector:
             mean.add_metric([layer, head], mean_recall)
             worst.add_metric([layer, head], worst_recall)
         yield from (buckets, mean, worst)
+        yield GaugeMetricFamily(*names.SCRATCH, value=total.scratch_bytes)
+        info = GaugeMetricFamily(*names.INFO, labels=names.INFO_LABELS)
+        for labels in total.engines:
+            info.add_metric([*labels, __version__], 1)
+        yield info
 
     def _snapshots(self) -> Iterator[Snapshot]:
         for name in iglob("**/*.json", root_dir=self._directory, recursive=True):

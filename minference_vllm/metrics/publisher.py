@@ -10,6 +10,7 @@ from pathlib import Path
 
 import prometheus_client as prometheus
 
+from minference_vllm import __version__
 from minference_vllm.metrics import snapshot as names
 from minference_vllm.metrics.snapshot import Snapshot
 
@@ -34,10 +35,14 @@ class Publisher:
             with _process_lock:
                 process_metrics().add(delta)
         elif directory and directory != NOWHERE:
-            path = Path(directory, self._name)
-            draft = path.with_suffix(".tmp")
-            draft.write_text(total.to_json())
-            os.replace(draft, path)  # a reader sees the old totals or the new, never a part
+            write(Path(directory, self._name), total)
+
+
+def write(path: Path, total: Snapshot) -> None:
+    """Put totals into a file, of which a reader sees the old or the new, never a part. Raises OSError if it cannot."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(total.to_json())
+    os.replace(draft, path)
 
 
 class ProcessMetrics:
@@ -60,6 +65,8 @@ class ProcessMetrics:
             prometheus.Gauge(*name, names.HEAD_LABELS, registry=None, multiprocess_mode="mostrecent")
             for name in (names.RECALL_MEAN, names.RECALL_WORST)
         )
+        self._scratch = prometheus.Gauge(*names.SCRATCH, registry=None, multiprocess_mode="sum")
+        self._info = prometheus.Gauge(*names.INFO, names.INFO_LABELS, registry=None, multiprocess_mode="max")
         self._total = Snapshot()
         self._heads_due = 0.0
 
@@ -75,6 +82,9 @@ class ProcessMetrics:
         self._redone.inc(delta.recall.redone)
         for edge, count in delta.recall.cumulative():
             self._recall.labels(edge).inc(count)
+        self._scratch.set(self._total.scratch_bytes)
+        for labels in delta.engines:
+            self._info.labels(*labels, __version__).set(1)
         # Thousands of them, and the step's thread wants the interpreter too.
         if delta.recall.layers and time.monotonic() >= self._heads_due:
             self._heads_due = time.monotonic() + HEADS_SECONDS

@@ -23,20 +23,33 @@ RECALL_MEAN = (
 )
 RECALL_WORST = ("minference_recall_worst", "Smallest recall of a chunk since start, as minference_recall_mean.")
 HEAD_LABELS = ("layer", "head")
+SCRATCH = ("minference_scratch_bytes", "Scratch memory of each engine's rank 0, summed over the engines.")
+INFO = ("minference_info", "1 for the method and the kernels that an engine runs, and the version of the plugin.")
+INFO_LABELS = ("method", "kernel", "version")
 
 Counts = Counter[tuple[str, str]]
-"""By path and reason."""
+"""By path and reason, or by other two words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Totals since start, or what came between two of them."""
+    """Totals since start, or what came between two of them.
+
+    Attributes:
+        tokens, chunks: of prompts, by path and reason.
+        kept_pairs, causal_pairs: of all sparse attention.
+        recall: of all sparse attention.
+        scratch_bytes: claimed.
+        engines: by method and kernel.
+    """
 
     tokens: Counts = field(default_factory=Counter)
     chunks: Counts = field(default_factory=Counter)
     kept_pairs: int = 0
     causal_pairs: int = 0
     recall: Recall = field(default_factory=Recall)
+    scratch_bytes: int = 0
+    engines: Counts = field(default_factory=Counter)
 
     @property
     def density(self) -> float | None:
@@ -45,16 +58,23 @@ class Snapshot:
 
     def __add__(self, other: "Snapshot") -> "Snapshot":
         pairs = self.kept_pairs + other.kept_pairs, self.causal_pairs + other.causal_pairs
-        return Snapshot(self.tokens + other.tokens, self.chunks + other.chunks, *pairs, self.recall + other.recall)
+        counts = self.tokens + other.tokens, self.chunks + other.chunks
+        set_up = self.scratch_bytes + other.scratch_bytes, self.engines + other.engines
+        return Snapshot(*counts, *pairs, self.recall + other.recall, *set_up)
 
     def __sub__(self, other: "Snapshot") -> "Snapshot":
         pairs = self.kept_pairs - other.kept_pairs, self.causal_pairs - other.causal_pairs
-        return Snapshot(self.tokens - other.tokens, self.chunks - other.chunks, *pairs, self.recall - other.recall)
+        counts = self.tokens - other.tokens, self.chunks - other.chunks
+        set_up = self.scratch_bytes - other.scratch_bytes, self.engines - other.engines
+        return Snapshot(*counts, *pairs, self.recall - other.recall, *set_up)
 
     def to_json(self) -> str:
         prefill = [(*label, tokens, self.chunks[label]) for label, tokens in self.tokens.items()]
-        pairs = {"kept_pairs": self.kept_pairs, "causal_pairs": self.causal_pairs}
-        return json.dumps({"prefill": prefill, **pairs, "recall": self.recall.to_json()})
+        engines = [(*labels, count) for labels, count in self.engines.items()]
+        sizes = {
+            "kept_pairs": self.kept_pairs, "causal_pairs": self.causal_pairs, "scratch_bytes": self.scratch_bytes
+        }  # fmt: skip
+        return json.dumps({"prefill": prefill, **sizes, "engines": engines, "recall": self.recall.to_json()})
 
     @classmethod
     def from_json(cls, text: str) -> "Snapshot":
@@ -62,7 +82,8 @@ class Snapshot:
         prefill, recall = totals.pop("prefill"), Recall.from_json(totals.pop("recall"))
         tokens = Counter({(path, reason): tokens for path, reason, tokens, _ in prefill})
         chunks = Counter({(path, reason): chunks for path, reason, _, chunks in prefill})
-        return cls(tokens, chunks, **totals, recall=recall)
+        engines = Counter({(method, kernel): count for method, kernel, count in totals.pop("engines")})
+        return cls(tokens, chunks, **totals, engines=engines, recall=recall)
 
     def summary(self, seconds: float) -> str:
         """The log line for what was counted in this many seconds."""

@@ -48,6 +48,8 @@ def test_chunked_prompts_are_served_sparse_and_their_facts_are_found(sparse: Ser
     assert alone.tokens == alone.sparse_tokens == sum(reply.prompt_tokens for reply in alone.replies.values())
     assert sparse.metric("minference_prefill_chunks_total", path="sparse") >= 6
     assert 0 < sparse.metric("minference_density") < 0.95
+    assert sparse.metric("minference_info") == 1
+    assert sparse.metric("minference_scratch_bytes") > 2**20
     # Every head of every layer was measured in every chunk.
     chunks, heads = (sparse.metric(name, **labels) for name, labels in RECALL)
     assert heads > 0 and heads % chunks == 0

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples in configs/ are what the plugin and vLLM take. `python -m tests.unit.test_configs` makes two of them."""
+"""The examples in configs/ are what the plugin and vLLM take, and docs/configuration.md describes the settings.
+
+`python -m tests.unit.test_configs` makes that document and two of the examples.
+"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,10 @@ import pytest
 
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
 from tests.conftest import import_or_skip
+from tests.unit.configuration_document import document
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS, DOCUMENT = ROOT / "configs", ROOT / "docs" / "configuration.md"
 SETTINGS, SCHEMA = CONFIGS / "minference.json", CONFIGS / "minference.schema.json"
 SERVE = sorted((CONFIGS / "serve").glob("*.yaml"))
 
@@ -18,7 +24,7 @@ SERVE = sorted((CONFIGS / "serve").glob("*.yaml"))
 def made() -> dict[Path, str]:
     """The files that are made from the models of the settings."""
     contents = {SETTINGS: MInferenceConfig().model_dump(mode="json"), SCHEMA: MInferenceConfig.model_json_schema()}
-    return {path: json.dumps(content, indent=2) + "\n" for path, content in contents.items()}
+    return {DOCUMENT: document()} | {path: json.dumps(content, indent=2) + "\n" for path, content in contents.items()}
 
 
 @pytest.mark.parametrize("path", made(), ids=lambda path: path.name)
@@ -39,6 +45,12 @@ def test_the_schema_describes_every_setting() -> None:
     schema = json.loads(SCHEMA.read_text())
     for settings in (schema, *schema["$defs"].values()):
         assert all("description" in field for name, field in settings["properties"].items() if name != "name")
+
+
+def test_every_variable_that_the_package_reads_is_described() -> None:
+    sources = [*(ROOT / "minference_vllm").rglob("*.py"), ROOT / "setup.py"]
+    read = {name for path in sources for name in re.findall(r"MINFERENCE_[A-Z_]*[A-Z]", path.read_text())}
+    assert read <= set(re.findall(r"`(MINFERENCE_\w+)`", DOCUMENT.read_text()))
 
 
 # For vllm serve

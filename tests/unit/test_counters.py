@@ -76,7 +76,8 @@ def test_snapshot_survives_json_and_arithmetic():
     recall = Recall(
         tuple(range(10)), 3, {0: LayerRecall(9, (8.25, 7.5), (0.5, 0.25)), 4: LayerRecall(9, (9.0,), (1.0,))}
     )
-    one = Snapshot(Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1}), 2**63, 2**65, recall)
+    tokens, chunks = Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1})
+    one = Snapshot(tokens, chunks, 2**63, 2**65, recall, 2**35, Counter({("block", "cuda"): 1}))
     assert Snapshot.from_json(one.to_json()) == one
     assert one + one - one == one
     assert one - one == Snapshot()

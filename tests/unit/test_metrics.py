@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 
 import prometheus_client
 import pytest
 
+from minference_vllm import __version__
 from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics import exporter
 from minference_vllm.metrics.counters import Counters
@@ -46,7 +48,8 @@ class Worker:
     def __init__(self, publish: bool = True, log_every: float = 0) -> None:
         self.pairs = 0, 0
         self.recall = Recall()
-        self.counters = Counters(publish, log_every, tally=dict, read=lambda: (*self.pairs, self.recall))
+        self.set_up = 0, Counter()
+        self.counters = Counters(publish, log_every, tally=dict, read=lambda: (*self.pairs, self.recall, *self.set_up))
 
     def count(self, tokens: int) -> None:
         """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
@@ -192,6 +195,19 @@ def test_recall_is_summed_over_workers_and_the_worst_is_kept(tmp_path, new_proce
     assert "minference_guard_heads_total 2.0" in text
     assert 'minference_recall_mean{head="1",layer="2"} 0.825' in text
     assert 'minference_recall_worst{head="1",layer="2"} 0.2' in text
+
+
+def test_scratch_is_summed_over_workers_and_what_they_run_is_named(tmp_path, new_process):
+    new_process(str(tmp_path))
+    exporter.install()
+    for kernel in ("cuda", "cuda", "triton"):
+        worker = Worker()
+        worker.set_up = 2**30, Counter({("block", kernel): 1})
+        worker.counters.flush()  # before any prompt
+    text = scrape()
+    assert "minference_scratch_bytes 3.221225472e+09" in text
+    for kernel in ("cuda", "triton"):
+        assert f'minference_info{{kernel="{kernel}",method="block",version="{__version__}"}} 1.0' in text
 
 
 def test_a_spawned_engines_worker_shows_in_the_servers_scrape():

@@ -9,11 +9,14 @@ from pathlib import Path
 import prometheus_client
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from minference_vllm import __version__
+
 SPARSE = 'path="sparse",reason="gate_open"'
 
 # One argument an engine: the pairs that it keeps, of a hundred in all its steps; none if its GPU tells nothing.
 ENGINES = """
 import sys
+from collections import Counter
 from minference_vllm.metrics import publisher
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.recall import LayerRecall, Recall
@@ -21,7 +24,8 @@ publisher.HEADS_SECONDS = 0  # else only the first of the two steps shows
 for kept_pairs in map(int, sys.argv[1:]):
     pairs = 0, 0
     recall = Recall()
-    counters = Counters(publish=True, log_every=0, tally=dict, read=lambda: (*pairs, recall))
+    engine = Counter({("block", "cuda"): 1})
+    counters = Counters(publish=True, log_every=0, tally=dict, read=lambda: (*pairs, recall, 1000, engine))
     for step in (1, 2):
         counters.defer({("sparse", "gate_open"): (50, 1)})
         counters.flush()
@@ -61,5 +65,7 @@ def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path)
     assert 'minference_recall_heads_total{le="+Inf"} 18.0' in text
     assert "minference_guard_heads_total 6.0" in text
     assert 'minference_recall_worst{head="1",layer="0"} 0.1' in text
+    assert "minference_scratch_bytes 3000.0" in text
+    assert f'minference_info{{kernel="cuda",method="block",version="{__version__}"}} 1.0' in text
 
     run_engines("30", directory=tmp_path / "missing")  # and nothing is raised

@@ -10,7 +10,7 @@ from minference_vllm import runtime
 from minference_vllm.chunk import PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.record import StepRecord
-from minference_vllm.scratch import ScratchShape
+from minference_vllm.scratch import ScratchShape, num_bytes
 
 CPU = torch.device("cpu")
 SHAPE = ScratchShape(2, 1, 64, torch.bfloat16, max_seq_len=512, max_chunk=256)
@@ -56,6 +56,15 @@ def test_nothing_is_claimed_on_the_device_before_the_scratch() -> None:
     state.budgets.fill_(3)
     worker._density.copy(causal_pairs_so_far=9)
     assert worker._read()[:2] == (7, 9)
+
+
+def test_what_is_claimed_and_run_is_told_to_the_metrics() -> None:
+    worker = make_runtime()
+    assert worker._read()[3:] == (0, {("block", "reference"): 1})
+    state = worker.layer_state(SHAPE, 0, 2)
+    worker.layer_state(SHAPE, 1, 2)
+    claimed = num_bytes(state.buffers) + num_bytes(state.attend) + num_bytes(state.guard.buffers)
+    assert worker._read()[3] == claimed > 0
 
 
 def test_layers_of_one_shape_share_scratch_and_have_budgets_of_their_own() -> None:

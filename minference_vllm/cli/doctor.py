@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`minference-vllm doctor`: looks at the installation, the machine and the settings before a server does."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from minference_vllm.cli.arguments import count
+from minference_vllm.config import CONFIG_FILE_VARIABLE
+
+CHECK_FAILED = 1
+
+DOCTOR = f"""\
+Looks at versions, GPU, plugin, settings and metrics as a server would find them, runs each kernel against the reference
+and, for a model, says which layers may run sparse and whether the gate can open. No weights are read.
+Exit status: 0 nothing is wrong, {CHECK_FAILED} a check failed, 2 wrong usage."""
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Check, print; the exit status."""
+    # Before vLLM is imported: its log goes to stdout otherwise.
+    os.environ.update(VLLM_LOGGING_STREAM="ext://sys.stderr", VLLM_LOGGING_LEVEL="WARNING")
+    if options.config:
+        os.environ[CONFIG_FILE_VARIABLE] = str(options.config)
+    from minference_vllm.doctor import diagnosis
+    from minference_vllm.doctor.settings import Limits
+
+    limits = Limits(
+        options.max_num_batched_tokens, options.max_model_len, options.kv_cache_dtype, options.tensor_parallel_size
+    )
+    checks = diagnosis.diagnose(dict(os.environ), options.model, limits)
+    print(diagnosis.to_json(checks) if options.json else "\n".join(diagnosis.to_lines(checks)))
+    return CHECK_FAILED if diagnosis.has_failed(checks) else 0
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to those of an argparse parser."""
+    command = commands.add_parser("doctor", description=DOCTOR, help="check installation, machine and settings")
+    command.set_defaults(run=doctor)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--model", help="directory, or name on the hub, that would be served")
+    command.add_argument("--config", type=Path, help=f"settings in place of the file that {CONFIG_FILE_VARIABLE} names")
+    server = command.add_argument_group("options of the server, as vllm serve takes them")
+    server.add_argument("--max-num-batched-tokens", type=count)
+    server.add_argument("--max-model-len", type=count)
+    server.add_argument("--kv-cache-dtype")
+    server.add_argument("--tensor-parallel-size", type=count)

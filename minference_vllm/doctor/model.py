@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's configuration says of its attention layers, before anything of it is loaded."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from minference_vllm import compat
+from minference_vllm.layers import DECODER, SparseLayer, traits_of
+
+SPARSE = "sparse"
+"""What a layer is that may run sparse."""
+
+NONE = "no attention"
+OTHER = "another backend"
+
+FULL_KINDS = {"full_attention", "attention", "hybrid"}
+SLIDING_KINDS = {"sliding_attention", "hybrid_sliding"}
+CHUNKED_KINDS = {"chunked_attention"}
+NO_ATTENTION_KINDS = {"linear_attention", "mamba", "mamba2", "conv", "moe", "mlp", "recurrent"}
+"""Words of Hugging Face configurations, in `layer_types` and `layers_block_type`."""
+
+HAVE_SINKS = {"gpt_oss"}
+"""Model types whose softmax has a learned sink; no field of their configuration says so."""
+
+NAME = "model.layers.{}.self_attn.attn"
+
+
+def describe_layers(vllm_config: Any, dense_layers: int) -> list[str]:
+    """For each layer of the model SPARSE, the reason why it always runs dense, NONE or OTHER.
+
+    The rules are the server's. What it will ask the layers, this asks the configuration, where models say it in the
+    usual words; in the server's log stands what the layers themselves have said.
+
+    Args:
+        vllm_config: the engine's configuration.
+        dense_layers: the setting.
+    """
+    return [
+        _describe(index, kind, vllm_config, dense_layers)
+        for index, kind in enumerate(_kinds(vllm_config.model_config.hf_text_config))
+    ]
+
+
+def _kinds(text: Any) -> Iterator[str]:
+    """The kind of each layer."""
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if not kinds:
+        slides = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * text.num_hidden_layers
+    yield from kinds[: text.num_hidden_layers]
+
+
+def _describe(index: int, kind: str, vllm_config: Any, dense_layers: int) -> str:
+    if kind in NO_ATTENTION_KINDS:
+        return NONE
+    if kind not in FULL_KINDS | SLIDING_KINDS | CHUNKED_KINDS or vllm_config.model_config.use_mla:
+        return OTHER
+    layer = _layer(index, kind, vllm_config)
+    reason = traits_of(NAME.format(index), layer, vllm_config, dense_layers).dense_reason
+    return SPARSE if reason is None else reason.value
+
+
+def _layer(index: int, kind: str, vllm_config: Any) -> Any:
+    """What `traits_of` looks at in a layer of vLLM's."""
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    num_shared = getattr(text, "num_kv_shared_layers", None) or 0
+    # Gemma 4's layers with the whole context have larger heads than the others.
+    head_dim = getattr(text, "global_head_dim", None) if kind in FULL_KINDS else None
+    impl = SimpleNamespace(
+        WINDOW_OFF=SparseLayer.WINDOW_OFF,
+        attn_type=model.attn_type if model.attn_type == "encoder_only" else DECODER,
+        sliding_window=getattr(text, "sliding_window", None) if kind in SLIDING_KINDS else SparseLayer.WINDOW_OFF,
+        alibi_slopes=True if model.uses_alibi else None,
+        logits_soft_cap=getattr(text, "attn_logit_softcapping", None),
+        sinks=True if text.model_type in HAVE_SINKS else None,
+        kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+        kv_sharing_target_layer_name="" if index >= text.num_hidden_layers - num_shared else None,
+        head_size=head_dim or model.get_head_size(),
+    )
+    chunk_size = getattr(text, "attention_chunk_size", None) if kind in CHUNKED_KINDS else None
+    return SimpleNamespace(
+        impl=impl, attention_chunk_size=chunk_size, kv_cache_torch_dtype=compat.kv_cache_dtype(vllm_config)
+    )

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each operation on a small prompt of odd lengths, for one kernel and its twin in plain torch to be compared on.
+
+What an operation reads, the reference has made: one that is wrong does not spoil those after it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+import torch
+
+from minference_vllm import ops
+from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.index import BANDS_PER_TILE, GROUPS_PER_TILE, HALVES, TILE, AnyIndex, HeadIndex
+from minference_vllm.methods.block import Block, BlockBuffers, BlockSettings
+from minference_vllm.methods.vertical_slash import VerticalSlash, VerticalSlashBuffers, VerticalSlashSettings
+from minference_vllm.ops import Kernel
+from minference_vllm.recall import Floors
+from minference_vllm.reference.normalisers import PART
+from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape
+
+CONTEXT, ROWS, PAGE_SIZE = 333, 211, 16
+SEQ_LEN = CONTEXT + ROWS
+ROWS_PER_HALF: Final = 32
+# bf16 keeps eight bits of an output and of its probabilities; sums of float32 differ by their order.
+ROUNDED, SUMMED, COUNTED, EXACT = 3.2e-2, 2e-3, 1e-2, 0.0
+
+
+class Shape(NamedTuple):
+    """Heads of the prompt."""
+
+    num_qo_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 128
+
+
+Results = list[tuple[torch.Tensor, float]]
+"""What an operation wrote, each with the relative error that a row of it may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One operation.
+
+    Attributes:
+        name: of the operation.
+        has_cuda: whether the CUDA library has code for it.
+        run: has the operation run by a kernel, into buffers of its own.
+    """
+
+    name: str
+    has_cuda: bool
+    run: Callable[[Kernel], Results]
+
+
+def make_chunk(shape: Shape, device: torch.device) -> Chunk:
+    """The prompt's last rows, over pages in no order; where the request has no key, NaN."""
+    generator = torch.Generator().manual_seed(0)
+    pages = -(-SEQ_LEN // PAGE_SIZE)
+    cache = torch.randn(pages * PAGE_SIZE, shape.num_kv_heads, 2 * shape.head_dim, generator=generator)
+    cache[SEQ_LEN:] = torch.nan
+    order = torch.randperm(pages, generator=generator)
+    paged = torch.empty_like(cache).view(pages, PAGE_SIZE, shape.num_kv_heads, -1)
+    paged[order] = cache.view_as(paged)
+    k, v = paged.to(device, torch.bfloat16).transpose(1, 2).split(shape.head_dim, dim=-1)
+    table = order.to(device, torch.int32)[None]
+    # Cut out of the fused projection, as vLLM does.
+    width = shape.num_qo_heads + 2 * shape.num_kv_heads
+    qkv = torch.randn(ROWS, width, shape.head_dim, generator=generator).to(device, torch.bfloat16)
+    q = qkv[:, : shape.num_qo_heads]
+    return Chunk(q, torch.zeros_like(q), PagedKV(k, v, table, 0), CONTEXT, shape.head_dim**-0.5)
+
+
+def scratch_shape(chunk: Chunk) -> ScratchShape:
+    heads = chunk.num_qo_heads, chunk.kv.num_kv_heads, chunk.head_dim
+    return ScratchShape(*heads, chunk.q.dtype, max_seq_len=SEQ_LEN, max_chunk=ROWS)
+
+
+def make_trials(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
+    """All operations, as this kernel would be asked for them."""
+    yield from _trials_of_bands(chunk)
+    yield from _trials_of_groups(chunk, kernel)
+    yield from _trials_of_recall(chunk)
+
+
+def _trials_of_bands(chunk: Chunk) -> Iterator[Trial]:
+    """What `vertical_slash` is made of."""
+    settings = VerticalSlashSettings(vertical_size=40, slash_size=120, probe_rows="both")
+    method, device = VerticalSlash(settings, Kernel.REFERENCE), chunk.q.device
+    made: VerticalSlashBuffers = method.scratch(scratch_shape(chunk), device)
+    index = method.choose(chunk, method.budgets(chunk.num_qo_heads, device), made)
+    num_bands = (SEQ_LEN - 1) // TILE * BANDS_PER_TILE
+    slash_indptr = made.slash_indptr[:, : num_bands + BANDS_PER_TILE + 1]
+    heads = chunk.num_qo_heads
+
+    def probe(kernel: Kernel) -> Results:
+        buffers = method.scratch(scratch_shape(chunk), device).probe
+        ops.probe(chunk, *settings.probe_counts, buffers, kernel)
+        return [(buffers.lse, SUMMED), (buffers.vertical, COUNTED), (buffers.slash, COUNTED)]
+
+    def select(kernel: Kernel) -> Results:
+        buffers = method.scratch(scratch_shape(chunk), device)
+        indptr, kept, keep = buffers.index.columns_indptr, buffers.index.columns, torch.full_like(made.sizes[:, 0], 33)
+        ops.select(made.probe.vertical, SEQ_LEN, keep, 4, indptr, TILE, kept, buffers.select, kernel)
+        return [(indptr, EXACT), (kept, EXACT)]
+
+    def share_sizes(kernel: Kernel) -> Results:
+        buffers, share = method.scratch(scratch_shape(chunk), device), torch.full((heads,), 0.9, device=device)
+        keep = buffers.sizes[:, 0]
+        ops.share_sizes(made.probe.slash, SEQ_LEN, share, 16, SEQ_LEN, keep, buffers.select, kernel)
+        return [(keep, EXACT)]
+
+    def band_lists(kernel: Kernel) -> Results:
+        lists = method.scratch(scratch_shape(chunk), device).index
+        indptr = lists.bands_indptr[:, :, : num_bands // BANDS_PER_TILE + 1]
+        ops.band_lists(slash_indptr, num_bands, lists.bands, indptr, lists.band_halves, kernel)
+        return [(lists.bands, EXACT), (indptr, EXACT), (lists.band_halves, EXACT)]
+
+    yield Trial("probe", True, probe)
+    yield Trial("select", False, select)
+    yield Trial("share", False, share_sizes)
+    yield Trial("band lists", False, band_lists)
+    yield Trial("attend to bands", True, _attending(chunk, index))
+
+
+def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
+    """What `block` is made of."""
+    settings = BlockSettings(rows_per_half=ROWS_PER_HALF, rows_per_list=64, sink_tokens=16, local_tokens=16)
+    method, device = Block(settings, Kernel.REFERENCE), chunk.q.device
+    shape = scratch_shape(chunk)
+    dtype = ops.means_dtype("auto", shape, kernel, device)
+    empty: BlockBuffers = method.scratch(shape, device)
+    made = replace(empty, means=empty.means.to(dtype))
+    budgets = method.budgets(chunk.num_qo_heads, device)
+    index = method.choose(chunk, budgets, made)
+    parts_per_tile = HALVES * ROWS_PER_HALF // PART
+    tile = torch.arange(chunk.num_tiles * parts_per_tile, device=device)[:, None] // parts_per_tile
+    number = torch.arange(made.masses.shape[2], device=device)
+    # Past a part's tile, codes are not said to be anything.
+    is_before = number < (chunk.first_tile + tile) * GROUPS_PER_TILE
+
+    def key_means(kernel: Kernel) -> Results:
+        means = torch.zeros_like(made.means)
+        ops.key_means(chunk.kv, SEQ_LEN, means, kernel)
+        return [(means.float(), ROUNDED)]
+
+    def row_normalisers(kernel: Kernel) -> Results:
+        row_lse = torch.zeros_like(made.row_lse)
+        ops.row_normalisers(chunk, made.means, row_lse, kernel)
+        return [(row_lse, SUMMED)]
+
+    def group_masses(kernel: Kernel) -> Results:
+        masses = torch.zeros_like(made.masses)
+        ops.group_masses(chunk, made.means, made.row_lse, 0, masses, kernel)
+        return [(masses[:, : len(is_before)] * is_before, COUNTED)]
+
+    def select_groups(kernel: Kernel) -> Results:
+        lists = method.scratch(shape, device).index
+        ops.select_groups(made.masses.clone(), chunk, 0, budgets, ROWS_PER_HALF, 1, 1, False, lists, kernel)
+        return [(lists.counts, EXACT), (lists.groups, EXACT)]
+
+    yield Trial("means of keys", False, key_means)
+    yield Trial("normalisers", False, row_normalisers)
+    yield Trial("masses of groups", True, group_masses)
+    yield Trial("select groups", False, select_groups)
+    yield Trial("attend to groups", True, _attending(chunk, index))
+
+
+def _trials_of_recall(chunk: Chunk) -> Iterator[Trial]:
+    """What the guard is made of."""
+    heads, device = chunk.num_qo_heads, chunk.q.device
+    # Of every other head, rows that have kept less than half of their attention.
+    whole = AttendBuffers.allocate(heads, ROWS, device)
+    everyone = torch.arange(heads, dtype=torch.int32, device=device)
+    ops.attend(chunk, HeadIndex(everyone, torch.tensor([heads], device=device)), whole, Kernel.REFERENCE)
+    whole.lse[::2] -= 0.9
+
+    def measure_recall(kernel: Kernel) -> Results:
+        buffers, totals = RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device)
+        ops.measure_recall(chunk, whole.lse, Floors(0.7, 0.0), 0, buffers, totals, kernel)
+        listed = buffers.heads[: int(buffers.num_heads)].sort().values
+        return [(buffers.recall, SUMMED), (listed, EXACT), (totals.flat, SUMMED)]
+
+    some = HeadIndex(everyone.flip(0), torch.tensor([heads // 2], dtype=torch.int32, device=device))
+    yield Trial("recall", True, measure_recall)
+    yield Trial("attend to all keys", True, _attending(chunk, some))
+
+
+def _attending(chunk: Chunk, index: AnyIndex) -> Callable[[Kernel], Results]:
+    def attend(kernel: Kernel) -> Results:
+        buffers = AttendBuffers.allocate(chunk.num_qo_heads, ROWS, chunk.q.device)
+        own = replace(chunk, out=torch.zeros_like(chunk.out))
+        ops.attend(own, index, buffers, kernel)
+        return [(own.out, ROUNDED), (buffers.lse, SUMMED), (buffers.kept_pairs, EXACT)]
+
+    return attend

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor's trial of each kernel against the reference: sound kernels pass, and one that is wrong is named."""
+
+import json
+
+import pytest
+import torch
+
+from minference_vllm import reference
+from minference_vllm.doctor import selftest
+from minference_vllm.doctor.check import Check, Status
+from minference_vllm.doctor.diagnosis import to_json
+from minference_vllm.doctor.selftest import largest_error, try_kernel, try_kernels, try_reference
+from minference_vllm.doctor.trials import Shape, make_chunk
+from minference_vllm.kernels import triton
+from minference_vllm.ops import Kernel
+
+SMALL = Shape(num_qo_heads=2, num_kv_heads=1, head_dim=64)
+TRIAL_OF = {
+    "probe": "probe",
+    "select": "select",
+    "share_sizes": "share",
+    "band_lists": "band lists",
+    "attend": "attend to bands",
+    "key_means": "means of keys",
+    "row_normalisers": "normalisers",
+    "group_masses": "masses of groups",
+    "select_groups": "select groups",
+    "attend_tiles": "attend to groups",
+    "held_out_sums": "recall",
+    "measure_recall": "recall",
+    "attend_heads": "attend to all keys",
+}
+
+
+def named(checks: list[Check], status: Status) -> list[str]:
+    return [check.name for check in checks if check.status is status]
+
+
+def try_triton(device: torch.device) -> list[Check]:
+    return list(try_kernel(make_chunk(SMALL, device), Kernel.TRITON))
+
+
+def test_sound_kernels_pass(device: torch.device) -> None:
+    checks = try_triton(device)
+    assert named(checks, Status.OK) == [f"triton: {name}" for name in dict.fromkeys(TRIAL_OF.values())]
+    assert len(checks) == len(named(checks, Status.OK))
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_this_gpu_pass(device: torch.device) -> None:
+    checks = list(try_kernels(device))
+    assert {check.status for check in checks} == {Status.OK}
+
+
+def test_every_triton_kernel_has_its_trial() -> None:
+    assert set(TRIAL_OF) == set(triton.__all__)
+
+
+def test_every_trial_fails_where_its_kernel_does_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in TRIAL_OF:
+        monkeypatch.setattr(triton, function, lambda *_: None)
+    checks = try_triton(device)
+    assert named(checks, Status.FAILED) == [check.name for check in checks]
+    assert all(check.remedy for check in checks)
+    json.loads(to_json(checks), parse_constant=pytest.fail)  # infinity is no JSON
+
+
+def test_a_kernel_that_raises_is_named_alone_with_what_it_says(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("out of\nresources")
+
+    monkeypatch.setattr(triton, "probe", refuse)
+    [wrong] = [check for check in try_triton(device) if check.status is Status.FAILED]
+    assert (wrong.name, wrong.what) == ("triton: probe", "out of resources")
+
+
+def test_without_a_gpu_the_reference_is_tried_and_the_kernels_are_skipped() -> None:
+    checks = list(try_kernels(torch.device("cpu")))
+    assert named(checks, Status.SKIPPED) == ["kernels"]
+    assert named(checks, Status.OK) == ["reference: block", "reference: vertical_slash"]
+
+
+def test_a_wrong_reference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "attend", lambda chunk, *_: chunk.out.copy_(chunk.q))
+    assert [check.status for check in try_reference()] == [Status.FAILED] * 2
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "error"),
+    [
+        ([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], 0.0),
+        ([[1.0, 0.0], [0.0, 1.5]], [[1.0, 0.0], [0.0, 1.0]], 0.5),
+        ([[torch.inf, 1.0]], [[torch.inf, 1.0]], 0.0),
+        ([[1.0, 1.0]], [[torch.inf, 1.0]], torch.inf),
+        ([[0.0, 3.0]], [[0.0, 0.0]], 3.0),
+        ([[1.0]], [[1.0, 1.0]], torch.inf),
+    ],
+    ids=["equal", "one row", "both infinite", "one infinite", "nothing expected", "another shape"],
+)
+def test_the_error_is_that_of_the_worst_row(
+    actual: list[list[float]], expected: list[list[float]], error: float
+) -> None:
+    assert largest_error(torch.tensor(actual), torch.tensor(expected)) == pytest.approx(error)
+
+
+def test_what_is_no_number_is_no_small_error() -> None:
+    assert not largest_error(torch.tensor([[torch.nan]]), torch.tensor([[1.0]])) <= 1.0
+
+
+def test_hopper_with_the_library_tries_its_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(selftest.library, "why_missing", str)
+    monkeypatch.setattr(selftest, "make_chunk", lambda shape, _: make_chunk(SMALL, torch.device("cpu")))
+    monkeypatch.setattr(selftest, "_compare", lambda trial, kernel: Check(f"{kernel}: {trial.name}", Status.OK, ""))
+    names = [check.name for check in try_kernels(torch.device("cuda", 0))]
+    attending = ["attend to bands", "masses of groups", "attend to groups", "recall", "attend to all keys"]
+    assert [name for name in names if name.startswith("cuda")] == [f"cuda: {name}" for name in ("probe", *attending)]

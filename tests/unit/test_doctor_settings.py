@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the doctor says of settings, of a server's limits and of a model's layers."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from minference_vllm import compat
+from minference_vllm.config import CONFIG_FILE_VARIABLE
+from minference_vllm.doctor.check import Check, Status
+from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
+from minference_vllm.doctor.settings import Limits, check_settings
+from minference_vllm.reason import Reason
+from tests.conftest import import_or_skip
+
+CPU = torch.device("cpu")
+LONG = Limits(max_num_batched_tokens=8192, max_model_len=65_536)
+TEXT = dict(model_type="llama", num_hidden_layers=4)
+
+
+def check(tmp_path: Path, settings: object = None, limits: Limits = LONG, model: str | None = None) -> dict[str, Check]:
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings or {}))
+    return {check.name: check for check in check_settings({CONFIG_FILE_VARIABLE: str(path)}, model, limits, CPU)}
+
+
+def test_settings_are_shown_as_a_server_resolves_them(tmp_path: Path) -> None:
+    checks = check(tmp_path, {"min_chunk": 512, "method": "vertical_slash"})
+    assert checks["settings"].facts["settings"]["min_chunk"] == 512
+    assert checks["settings"].facts["settings"]["method"]["name"] == "vertical_slash"
+    assert str(tmp_path / "settings.json") in checks["settings"].what
+    assert checks["kernel"].what.endswith("is reference here")
+    json.dumps(dict(checks["settings"].facts))
+
+
+def test_settings_that_a_server_refuses_are_a_fault(tmp_path: Path) -> None:
+    settings, *others = check(tmp_path, {"min_chunk": -3}).values()
+    assert settings.status is Status.FAILED
+    assert "minference.min_chunk=-3" in settings.what
+    assert {other.status for other in others} == {Status.SKIPPED}
+
+
+def test_a_kernel_that_cannot_run_here_is_a_fault(tmp_path: Path) -> None:
+    checked = check(tmp_path, {"kernel": "cuda"})["kernel"]
+    assert checked.status is Status.FAILED
+    assert "minference.kernel='cuda' cannot run here" in checked.what
+
+
+@pytest.mark.parametrize(
+    ("settings", "limits", "status", "says"),
+    [
+        ({}, LONG, Status.OK, "from 16384 tokens on"),
+        ({"min_seq_len": 65_537}, LONG, Status.FAILED, "minference.min_seq_len is 65537, above the 65536 tokens"),
+        ({"min_chunk": 8193}, LONG, Status.FAILED, "minference.min_chunk is 8193, above the 8192 rows"),
+        ({}, Limits(), Status.SKIPPED, "--max-num-batched-tokens"),
+        ({}, Limits(max_model_len=8192), Status.FAILED, "above the 8192 tokens"),
+        ({}, Limits(max_num_batched_tokens=8192), Status.SKIPPED, "--max-model-len"),
+    ],
+)
+def test_whether_the_gate_can_open(
+    settings: dict[str, int], limits: Limits, status: Status, says: str, tmp_path: Path
+) -> None:
+    gate = check(tmp_path, settings, limits)["gate"]
+    assert gate.status is status
+    assert says in gate.what
+
+
+# A model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder with a configuration and no weights."""
+    import_or_skip("vllm")
+    shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "dtype": "bfloat16", **TEXT, **shape}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20_000}))
+    return str(tmp_path)
+
+
+def test_of_a_model_vllm_says_heads_and_limits(model: str, tmp_path: Path) -> None:
+    checks = check(tmp_path, {"dense_layers": 1}, Limits(max_num_batched_tokens=4096), model)
+    assert checks["model"].what == f"{model}: 8 query heads over 2 KV heads of 64"
+    assert checks["layers"].facts["layers"] == ["dense_layer", "sparse", "sparse", "sparse"]
+    assert checks["layers"].what == "3 of 4 attention layers may run sparse; always dense: dense_layer 1"
+    assert (checks["gate"].status, checks["gate"].facts["max_model_len"]) == (Status.OK, 20_000)
+
+
+def test_what_vllm_refuses_is_a_fault(model: str, tmp_path: Path) -> None:
+    checks = check(tmp_path, limits=Limits(max_model_len=10**7), model=model)
+    assert checks["model"].status is Status.FAILED
+    assert "max_model_len" in checks["model"].what
+    assert {checks["layers"].status, checks["gate"].status} == {Status.SKIPPED}
+
+
+def engine(cache_dtype: str = "auto", head_size: int = 128, **text: Any) -> Any:
+    """vLLM's configuration of a model, as far as its layers are described from it."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(**{**TEXT, **text}),
+            attn_type=text.get("attn_type", "decoder"),
+            uses_alibi=bool(text.get("alibi")),
+            use_mla="kv_lora_rank" in text,
+            dtype=torch.bfloat16,
+            get_head_size=lambda: head_size,
+        ),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, use_ubatching=False),
+        speculative_config=None,
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        pytest.param({}, [SPARSE] * 4, id="plain"),
+        pytest.param(
+            {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 512},
+            [Reason.SLIDING_WINDOW, SPARSE] * 2,
+            id="some slide",
+        ),
+        pytest.param({"sliding_window": 512}, [Reason.SLIDING_WINDOW] * 4, id="all slide"),
+        pytest.param({"sliding_window": 512, "use_sliding_window": False}, [SPARSE] * 4, id="window not used"),
+        pytest.param(
+            {"layer_types": ["chunked_attention"] * 3 + ["full_attention"], "attention_chunk_size": 512},
+            [Reason.CHUNKED_LOCAL] * 3 + [SPARSE],
+            id="chunked",
+        ),
+        pytest.param(
+            {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, [NONE] * 3 + [SPARSE], id="hybrid"
+        ),
+        pytest.param({"layers_block_type": ["mamba", "attention"] * 2}, [NONE, SPARSE] * 2, id="state space"),
+        pytest.param({"layer_types": ["indexed_attention"] * 4}, [OTHER] * 4, id="an attention of its own"),
+        pytest.param({"kv_lora_rank": 512}, [OTHER] * 4, id="latent attention"),
+        pytest.param({"attn_logit_softcapping": 50.0}, [Reason.SOFT_CAP] * 4, id="soft cap"),
+        pytest.param({"model_type": "gpt_oss"}, [Reason.ATTENTION_SINKS] * 4, id="sinks"),
+        pytest.param({"alibi": True}, [Reason.ALIBI] * 4, id="alibi"),
+        pytest.param({"num_kv_shared_layers": 1}, [SPARSE] * 3 + [Reason.KV_SHARING], id="shared keys"),
+        pytest.param({"attn_type": "encoder_only"}, [Reason.NOT_DECODER] * 4, id="encoder"),
+        pytest.param({"head_size": 96}, [Reason.HEAD_DIM] * 4, id="heads of 96"),
+        pytest.param({"global_head_dim": 512}, [Reason.HEAD_DIM] * 4, id="larger heads with the whole context"),
+        pytest.param({"cache_dtype": "fp8"}, [Reason.QUANTIZED_KV] * 4, id="fp8 cache"),
+        pytest.param({"cache_dtype": "float16"}, [Reason.DTYPE] * 4, id="cache of another type"),
+    ],
+)
+def test_layers_are_told_from_a_configuration(config: dict[str, Any], layers: list[str]) -> None:
+    import_or_skip("vllm")
+    assert describe_layers(engine(**config), dense_layers=0) == layers
+
+
+def test_a_model_without_sparse_layers_is_a_fault(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "engine_config", lambda *_, **__: refusing_everything(model))
+    checked = check(tmp_path, model=model)["layers"]
+    assert checked.status is Status.FAILED
+    assert checked.what == "0 of 4 attention layers may run sparse; always dense: head_dim 4"
+
+
+def refusing_everything(model: str) -> Any:
+    config = engine(head_size=96)
+    vars(config.model_config).update(
+        max_model_len=65_536, get_num_attention_heads=lambda _: 8, get_num_kv_heads=lambda _: 2
+    )
+    config.parallel_config.tensor_parallel_size = 1
+    config.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192)
+    return config
