@@ -35,12 +35,12 @@ RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
 
 # All caches lie under HOME by default. It belongs to group 0, since OpenShift runs a container as a user of any number in
 # that group. Such a user has no line in /etc/passwd: USER is where torch then finds a name. 2000 is the number that vLLM
-# gives its own user.
-ENV HOME=/home/vllm \
+# gives its own user. A new volume for weights takes over what its folder has here.
+ENV HOME=/var/lib/vllm \
     USER=vllm
-RUN mkdir -p "$HOME" && chown -R 2000:0 "$HOME" && chmod -R g=u "$HOME"
+RUN mkdir -p "$HOME/.cache/huggingface" && chown -R 2000:0 "$HOME" && chmod -R g=u "$HOME"
 USER 2000:0
-WORKDIR /home/vllm
+WORKDIR /var/lib/vllm
 
 # As the user who will serve, and without leaving that user's caches in the image. A build has no GPU: what needs one is
 # skipped.

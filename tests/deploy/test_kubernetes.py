@@ -22,7 +22,7 @@ PODS_BY = {
     "PodMonitor": ("selector", "matchLabels"),
 }
 # vLLM, Triton, torch and others write there; nothing else of the container can be written to.
-WRITTEN = {"/home/vllm", "/tmp", "/dev/shm"}
+WRITTEN = {"/var/lib/vllm", "/tmp", "/dev/shm"}
 CACHES = ("HF_HOME", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR")
 TEARDOWN_S = 30
 
@@ -131,7 +131,9 @@ def test_what_the_server_reads_is_in_the_config_map(manifests: list[Manifest], d
     assert named == {f"{folder}/{name}" for name in only(manifests, "ConfigMap")["data"]}
 
 
-def test_a_changed_setting_changes_the_name_that_the_pods_mount(manifests: list[Manifest], deployment: Manifest) -> None:
+def test_a_changed_setting_changes_the_name_that_the_pods_mount(
+    manifests: list[Manifest], deployment: Manifest
+) -> None:
     name = only(manifests, "ConfigMap")["metadata"]["name"]
     prefix, _, digest = name.rpartition("-")
     assert prefix == only(manifests, "Deployment")["metadata"]["name"]
