@@ -29,7 +29,7 @@ def doctor(options: argparse.Namespace) -> int:
     limits = Limits(
         options.max_num_batched_tokens, options.max_model_len, options.kv_cache_dtype, options.tensor_parallel_size
     )
-    checks = diagnosis.diagnose(dict(os.environ), options.model, limits)
+    checks = diagnosis.diagnose(dict(os.environ), options.model, limits, expects_gpu=not options.no_gpu)
     print(diagnosis.to_json(checks) if options.json else "\n".join(diagnosis.to_lines(checks)))
     return CHECK_FAILED if diagnosis.has_failed(checks) else 0
 
@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     command = commands.add_parser("doctor", description=DOCTOR, help="check installation, machine and settings")
     command.set_defaults(run=doctor)
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--no-gpu", action="store_true", help="for an image's build: skip what needs a GPU")
     command.add_argument("--model", help="directory, or name on the hub, that would be served")
     command.add_argument("--config", type=Path, help=f"settings in place of the file that {CONFIG_FILE_VARIABLE} names")
     server = command.add_argument_group("options of the server, as vllm serve takes them")

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+NO_GPU = "no GPU is expected here"
+"""Why a check is skipped that needs one, while an image is built."""
+
 LONGEST = 400  # characters of an exception that a check repeats
 
 

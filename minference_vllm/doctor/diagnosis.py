@@ -21,21 +21,23 @@ SCHEMA_VERSION = 1
 logger = logging.getLogger("vllm.minference.doctor")
 
 
-def diagnose(environ: Mapping[str, str], model: str | None, limits: Limits) -> list[Check]:
+def diagnose(environ: Mapping[str, str], model: str | None, limits: Limits, expects_gpu: bool = True) -> list[Check]:
     """Look at everything.
 
     Args:
         environ: the process environment, as it is before vLLM loads any plugin.
         model: directory, or name on the hub.
         limits: what the server would be given.
+        expects_gpu: False while an image is built: what needs one is skipped, if there is none.
     """
     where = device()
+    expects_gpu = expects_gpu or where.type == "cuda"
     return [
-        *_examine("versions", check_versions),
-        *_examine("gpu", check_gpu),
+        *_examine("versions", check_versions, expects_gpu),
+        *_examine("gpu", check_gpu, expects_gpu),
         *_examine("metrics folder", check_metrics, environ),
-        *_examine("plugin", check_registration, environ),
-        *_examine("settings", check_settings, environ, model, limits, where),
+        *_examine("plugin", check_registration, environ, expects_gpu),
+        *_examine("settings", check_settings, environ, model, limits, where if expects_gpu else None),
         *_examine("kernels", try_kernels, where),
     ]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from minference_vllm.doctor.check import Check, failed, ok, on_one_line, skipped
+from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped
 from minference_vllm.kernels.cuda import library
 from minference_vllm.ops.kernel import HOPPER, describe
 
@@ -18,8 +18,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def check_gpu() -> Iterator[Check]:
-    """The GPU, and the CUDA library, which is for Hopper."""
+def check_gpu(expects_gpu: bool = True) -> Iterator[Check]:
+    """The GPU, and the CUDA library, which is for Hopper; where no GPU is expected, whether the library loads."""
+    if not expects_gpu:
+        yield skipped("gpu", NO_GPU)
+        yield _check_loading()
+        return
     if torch.cuda.is_available():
         yield _check_capability(device())
         yield _check_library(device())
@@ -51,6 +55,10 @@ def _check_capability(gpu: torch.device) -> Check:
 def _check_library(gpu: torch.device) -> Check:
     if torch.cuda.get_device_capability(gpu)[0] != HOPPER:
         return skipped("cuda library", "it is for H100 and H200; here Triton's kernels serve")
+    return _check_loading()
+
+
+def _check_loading() -> Check:
     if why := library.why_missing():
         remedy = "Install where there is an nvcc of 12.5 or newer: MINFERENCE_BUILD_CUDA=1 pip install . "
         return failed("cuda library", why, remedy + "(without the library Triton serves, more slowly)")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 
 from minference_vllm import plugin
-from minference_vllm.doctor.check import Check, failed, ok, on_one_line, skipped
+from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped
 
 GROUP = "vllm.general_plugins"
 ENTRY = "minference"
@@ -16,12 +16,14 @@ TARGET = f"{plugin.__name__}:{plugin.register.__name__}"
 FILTER = "VLLM_PLUGINS"
 
 
-def check_registration(environ: Mapping[str, str]) -> Iterator[Check]:
+def check_registration(environ: Mapping[str, str], expects_gpu: bool = True) -> Iterator[Check]:
     """The entry point, and the backend once vLLM has loaded its plugins, as it does in each of its processes."""
     entry = _check_entry_point(environ)
     yield entry
     if entry.remedy:
         yield skipped("backend", "vLLM does not load the plugin")
+    elif not expects_gpu:
+        yield skipped("backend", NO_GPU)
     else:
         yield _check_backend()
 

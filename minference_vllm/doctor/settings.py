@@ -11,7 +11,7 @@ import torch
 
 from minference_vllm import compat, plugin
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
-from minference_vllm.doctor.check import Check, failed, ok, on_one_line, skipped
+from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.errors import ConfigError
 from minference_vllm.ops import choose_kernel
@@ -29,9 +29,12 @@ class Limits:
 
 
 def check_settings(
-    environ: Mapping[str, str], model: str | None, limits: Limits, device: torch.device
+    environ: Mapping[str, str], model: str | None, limits: Limits, device: torch.device | None
 ) -> Iterator[Check]:
-    """The settings, the kernels that they choose here, and whether the gate can open; for a model, its layers too."""
+    """The settings, the kernels that they choose here, and whether the gate can open; for a model, its layers too.
+
+    No device: a GPU is not expected here.
+    """
     try:
         config = load_config(None, environ)
     except ConfigError as error:
@@ -42,7 +45,7 @@ def check_settings(
     source = environ.get(CONFIG_FILE_VARIABLE)
     where = f"{CONFIG_FILE_VARIABLE}={source}" if source else f"defaults, since {CONFIG_FILE_VARIABLE} is not set"
     yield ok("settings", f"{where}: {config}", settings=config.model_dump(mode="json"))
-    yield _check_kernel(config, device)
+    yield skipped("kernel", NO_GPU) if device is None else _check_kernel(config, device)
     if model is None:
         yield skipped("model", "none given: --model NAME_OR_DIR")
         yield skipped("layers", "no model given")

@@ -9,14 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from minference_vllm import __version__, compat
-from minference_vllm.doctor.check import Check, failed, ok, skipped
+from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, skipped
 
 NVML = "libnvidia-ml.so.1"
 """The library of NVIDIA's driver that says which one it is; vLLM finds its GPUs by it too."""
 
 
-def check_versions() -> Iterator[Check]:
-    """Versions; only that of vLLM can be wrong, and a driver be missing."""
+def check_versions(expects_gpu: bool = True) -> Iterator[Check]:
+    """Versions; only that of vLLM can be wrong, and a driver be missing where a GPU is expected."""
     yield ok("minference-vllm", __version__)
     yield ok("python", platform.python_version())
     yield _check_vllm()
@@ -27,7 +27,7 @@ def check_versions() -> Iterator[Check]:
         yield skipped("driver", "PyTorch is built without CUDA")
     else:
         yield ok("cuda", f"{torch.version.cuda}, which PyTorch is built for")
-        yield _check_driver()
+        yield _check_driver() if expects_gpu else skipped("driver", NO_GPU)
 
 
 def _check_vllm() -> Check:

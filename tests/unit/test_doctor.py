@@ -14,7 +14,7 @@ import torch
 
 from minference_vllm import cli, compat
 from minference_vllm.doctor import diagnosis, gpu, versions
-from minference_vllm.doctor.check import Check, Status, failed, ok, skipped
+from minference_vllm.doctor.check import NO_GPU, Check, Status, failed, ok, skipped
 from minference_vllm.doctor.metrics import check_metrics
 from minference_vllm.doctor.settings import Limits
 from minference_vllm.kernels.cuda import library
@@ -37,7 +37,9 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def pretend(*checks: Check) -> list[Any]:
         asked: list[Any] = []
-        monkeypatch.setattr(diagnosis, "diagnose", lambda *arguments: asked.append(arguments) or list(checks))
+        monkeypatch.setattr(
+            diagnosis, "diagnose", lambda *arguments, expects_gpu: asked.append(arguments) or list(checks)
+        )
         return asked
 
     return pretend
@@ -206,6 +208,19 @@ def test_no_gpu_is_a_fault_only_where_pytorch_is_built_for_one(monkeypatch: pyte
         check = by_name(gpu.check_gpu())["gpu"]
         assert check.status is status
     assert check.what == "The NVIDIA driver on your system is too old"
+
+
+def test_where_no_gpu_is_expected_what_needs_one_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(library, "why_missing", lambda: "")
+    checks = by_name(diagnosis.diagnose({}, None, Limits(), expects_gpu=False))
+    skipped = {name for name, check in checks.items() if check.what == NO_GPU}
+    assert skipped >= {"driver", "gpu", "kernel"} and "backend" in checks
+    assert checks["backend"].status is Status.SKIPPED
+    assert checks["cuda library"].status is Status.OK
+    monkeypatch.setattr(library, "why_missing", lambda: "it was not built")
+    assert by_name(gpu.check_gpu(expects_gpu=False))["cuda library"].status is Status.FAILED
 
 
 # The metrics folder
