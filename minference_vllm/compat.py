@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minference_vllm.patterns import ServedModel
     from minference_vllm.plan import StepTraits
 
 TESTED = ((0, 32), (0, 33))
@@ -47,6 +48,25 @@ def reports_metrics() -> bool:
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     return get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
+
+
+def served_model(vllm_config: Any) -> "ServedModel":
+    """Names and geometry of the whole model, and which share of its heads this worker holds."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from minference_vllm.patterns import Geometry, ServedModel  # brings PyTorch, which registration has no use for
+
+    model = vllm_config.model_config
+    aliases = model.served_model_name or ()
+    names = (model.model, *([aliases] if isinstance(aliases, str) else aliases))
+    arch = model.model_arch_config
+    geometry = Geometry.model_construct(  # unchecked: the model may be any, and bounds are for files
+        num_layers=arch.total_num_hidden_layers,
+        num_qo_heads=arch.total_num_attention_heads,
+        num_kv_heads=arch.total_num_kv_heads,
+        head_dim=arch.head_size,
+    )
+    return ServedModel(names, geometry, get_tp_group().rank_in_group)
 
 
 def is_quantized(kv_cache_dtype: str) -> bool:

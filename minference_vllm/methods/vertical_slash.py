@@ -124,8 +124,8 @@ class VerticalSlash(Method):
         """What each head keeps.
 
         Returns:
-            With a share [num_qo_heads, 2] float32: the share of columns, and of diagonals. Else [num_qo_heads, 4] int32:
-            how many columns, how many diagonals, and of these how many are the first columns and the nearest diagonals.
+            With a share [num_qo_heads, 2] float32: of columns, and of diagonals. Else [num_qo_heads, 4] int32: how many
+            columns, how many diagonals, and how many of them are the first columns and the nearest diagonals.
         """
         settings = self.settings
         if settings.share is not None:

@@ -37,6 +37,7 @@ LAYERS = (
     "reason",
     "debug",
     "attention",
+    "patterns",
     "methods",
     "ops",
     "kernels",
@@ -45,6 +46,7 @@ LAYERS = (
     "chunk",
     "index",
     "recall",
+    "files",
     "errors",
 )
 IMPORT_VLLM = {"plugin", "backend", "cpu", "metadata", "impl", "compat"}

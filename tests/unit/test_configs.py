@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples in configs/ are what the plugin and vLLM take. `python -m tests.unit.test_configs` makes two of them."""
+"""The examples in configs/ are what the plugin and vLLM take. `python -m tests.unit.test_configs` makes three files."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,22 @@ from typing import Any
 import pytest
 
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
+from minference_vllm.patterns import PatternFile
 from tests.conftest import import_or_skip
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SETTINGS, SCHEMA = CONFIGS / "minference.json", CONFIGS / "minference.schema.json"
+PATTERN_SCHEMA = CONFIGS / "pattern.schema.json"
 SERVE = sorted((CONFIGS / "serve").glob("*.yaml"))
 
 
 def made() -> dict[Path, str]:
     """The files that are made from the models of the settings."""
-    contents = {SETTINGS: MInferenceConfig().model_dump(mode="json"), SCHEMA: MInferenceConfig.model_json_schema()}
+    contents = {
+        SETTINGS: MInferenceConfig().model_dump(mode="json"),
+        SCHEMA: MInferenceConfig.model_json_schema(),
+        PATTERN_SCHEMA: PatternFile.model_json_schema(),
+    }
     return {path: json.dumps(content, indent=2) + "\n" for path, content in contents.items()}
 
 
@@ -39,6 +45,21 @@ def test_the_schema_describes_every_setting() -> None:
     schema = json.loads(SCHEMA.read_text())
     for settings in (schema, *schema["$defs"].values()):
         assert all("description" in field for name, field in settings["properties"].items() if name != "name")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "patterns").glob("*.json")), ids=lambda path: path.stem)
+def test_every_pattern_file_fits_the_schema(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(json.loads(path.read_text()), json.loads(PATTERN_SCHEMA.read_text()))
+
+
+def test_the_schema_of_pattern_files_refuses_what_the_reader_refuses() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    content = json.loads(next((CONFIGS / "patterns").glob("*.json")).read_text())
+    for head in ([0, 100], [1, 2, 3], ["stream_llm", 100, 800], [2**24 + 1, 1], "dense", [1.5, 2]):
+        content["layers"][0][0] = head
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(content, json.loads(PATTERN_SCHEMA.read_text()))
 
 
 # For vllm serve
