@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,6 +93,33 @@ def text_config(model: str) -> Any:
     from vllm.transformers_utils.config import get_config, get_hf_text_config
 
     return get_hf_text_config(get_config(model, trust_remote_code=False))
+
+
+def offline_engine(model: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """vLLM in Python, with our backend.
+
+    Args:
+        settings: the plugin's.
+        options: arguments of vllm.LLM.
+    """
+    from vllm import LLM
+
+    return LLM(model, **{"attention_backend": "MINFERENCE", "additional_config": {"minference": settings}, **options})
+
+
+def our_layers(llm: Any) -> list[Any]:
+    """The implementations of our layers but drafters', in an engine of this process, in the order in which they run."""
+    config = llm.llm_engine.vllm_config
+    layers = attention_layers(config).items()
+    return [layer.impl for name, layer in layers if is_ours(layer) and not is_draft_layer(name, layer, config)]
+
+
+def read_tokens(llm: Any, tokens: Sequence[int]) -> None:
+    """Have an engine read a prompt, and answer with one token."""
+    from vllm import SamplingParams
+
+    one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    llm.generate([{"prompt_token_ids": list(tokens)}], one, use_tqdm=False)
 
 
 def has_host_tensors_of_its_own(vllm_config: Any) -> bool:

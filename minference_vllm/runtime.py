@@ -38,6 +38,7 @@ class Runtime:
         model: what is served; only the method "auto" needs to know.
 
     Attributes:
+        resolved: what the setting `method` comes to.
         dense_layers: layers of the whole model that always run dense, by the settings or a pattern file.
         chooser: who chooses the keys of each chunk; see attention.Chooser.
         is_broken: whether the sparse path has failed so often that all runs dense until the next start.
@@ -51,10 +52,10 @@ class Runtime:
         self.publish = publish
         self.device = device
         self.model = model
-        resolved = resolve(config.method, model)
-        self.method = make_method(resolved.settings, choose_kernel(config.kernel, device))
-        self._pattern = resolved.pattern
-        by_pattern = self._pattern.dense_layers if self._pattern else frozenset()
+        self.resolved = resolve(config.method, model)
+        self.method = make_method(self.resolved.settings, choose_kernel(config.kernel, device))
+        pattern = self.resolved.pattern
+        by_pattern = pattern.dense_layers if pattern else frozenset()
         self.dense_layers = frozenset(range(config.dense_layers)) | by_pattern
         self.chooser: Chooser = choose
         self.counters = Counters(publish, config.log_every, self._tally_once, self._read)
@@ -75,8 +76,8 @@ class Runtime:
         self._warm: set[tuple[ScratchShape, int]] = set()
         if publish:  # every rank has the same
             logger.info("MInference: %s", config)
-            if resolved.why:
-                logger.info("MInference: %s.", resolved.why)
+            if self.resolved.why:
+                logger.info("MInference: %s.", self.resolved.why)
 
     def start(self, max_seq_len: int, max_chunk: int, has_sparse_layers: bool) -> None:
         """A metadata builder is ready: count from now on, and warn if the gate can never open.
@@ -124,8 +125,8 @@ class Runtime:
     def _budgets(self, shape: ScratchShape, index: int | None) -> torch.Tensor:
         """What each head of a layer keeps."""
         budgets = self.method.budgets(shape.num_qo_heads, self.device)
-        if self._pattern is not None:
-            budgets.copy_(torch.tensor(self._pattern.budgets(index, shape.num_qo_heads)))
+        if self.resolved.pattern is not None:
+            budgets.copy_(torch.tensor(self.resolved.pattern.budgets(index, shape.num_qo_heads)))
         return budgets
 
     def _totals(self, shape: ScratchShape, num_layers: int) -> RecallTotals:
