@@ -23,13 +23,12 @@ pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.
 
 def run_import(options: argparse.Namespace) -> int:
     """Import one list."""
+    from minference_vllm import compat
     from minference_vllm.patterns.file import Geometry, Provenance
     from minference_vllm.patterns.importer import import_list, write
     from minference_vllm.tuning.heads import from_config
 
     try:
-        from minference_vllm import compat
-
         config = compat.text_config(options.model)
         heads = from_config(config)
         geometry = Geometry(
@@ -76,7 +75,7 @@ def describe(file: Any) -> str:
     heads = Counter(head for layer in file.layers if layer != DENSE for head in layer)
     kinds = [f"{count} of {' / '.join(map(str, head))}" for head, count in heads.most_common(5)]
     if others := len(heads) - len(kinds):
-        kinds.append(f"{others} other kinds")
+        kinds.append(f"and {others} other")
     dense = f", {len(file.dense_layers)} of them dense" if file.dense_layers else ""
     lines = [
         f"for {', '.join(file.models) or 'no model by name'}",

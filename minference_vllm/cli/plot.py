@@ -40,6 +40,8 @@ def plot(options: argparse.Namespace) -> int:
     choice = read_prompt(options.model, tokens, settings, engine, options.layers)
     for path in draw(choice, Path(options.model).name, options.out):
         print(path)
+    for layer in set(options.layers or ()) - choice.capture.layers.keys():
+        print(f"Layer {layer} runs dense: it has no figure.")
     return 0
 
 

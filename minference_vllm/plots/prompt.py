@@ -72,9 +72,9 @@ def tokens_of(model: str, text: str, most: int | None) -> list[int]:
         tokens: list[int] = AutoTokenizer.from_pretrained(model).encode(text)
     except (OSError, ValueError) as error:
         raise ConfigError(f"The tokenizer of {model!r} cannot be read: {error}") from None
-    tokens = tokens[:most]
+    tokens = tokens[: None if most is None else max(most, 0)]
     if len(tokens) < 2:
-        raise ConfigError(f"The prompt has {len(tokens)} tokens: it takes two at least.")
+        raise ConfigError(f"{len(tokens)} tokens are to be read: it takes two at least.")
     return tokens
 
 
@@ -95,7 +95,7 @@ def read_prompt(
         mapped: positions of the layers whose maps are wanted; None for some, evenly.
 
     Raises:
-        ConfigError: nothing of the prompt ran sparse.
+        ConfigError: nothing of the prompt ran sparse, or it has no such layer.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the chooser is put into this process
     plugin.register()  # vLLM does so where the package is installed, not where it only lies in the path
@@ -106,7 +106,7 @@ def read_prompt(
         raise ConfigError(f"None of the attention layers of {model!r} is the plugin's: the log says why.")
     runtime, num_layers = ours[0].runtime, len(ours)
     before = runtime.counters.snapshot().recall
-    capture = Capture(len(tokens), spread(num_layers) if mapped is None else mapped)
+    capture = Capture(len(tokens), wanted(mapped, num_layers))
     runtime.chooser = capture
     compat.read_tokens(llm, tokens)
     if not capture.layers:
@@ -125,6 +125,19 @@ def described(resolved: Resolved) -> str:
         return f"{resolved.settings.name}, sizes of {resolved.pattern.name}"
     settings = ", ".join(f"{name} {value}" for name, value in resolved.settings if name != "name")
     return f"{resolved.settings.name}: {settings}"
+
+
+def wanted(mapped: Collection[int] | None, num_layers: int) -> Collection[int]:
+    """The layers to draw.
+
+    Raises:
+        ConfigError: one that was asked for is none of the model's.
+    """
+    if mapped is None:
+        return spread(num_layers)
+    if strange := [layer for layer in mapped if not 0 <= layer < num_layers]:
+        raise ConfigError(f"Layer {strange[0]} is none of the plugin's: they are 0 to {num_layers - 1}.")
+    return mapped
 
 
 def spread(num_layers: int, count: int = 6) -> list[int]:

@@ -20,7 +20,7 @@ from minference_vllm.patterns import Pattern, Resolved
 from minference_vllm.patterns.file import parse_pattern
 from minference_vllm.plots import capture as capture_module
 from minference_vllm.plots.capture import Capture, halves, own_pairs
-from minference_vllm.plots.prompt import PromptChoice, described, spread
+from minference_vllm.plots.prompt import PromptChoice, described, spread, wanted
 from minference_vllm.recall import LayerRecall
 from tests.kernels.cases import Case, make_chunk, make_state
 from tests.unit.test_patterns import content
@@ -102,6 +102,14 @@ def test_layers_are_spread_evenly() -> None:
     assert spread(30) == [0, 6, 12, 17, 23, 29]
     assert spread(3) == [0, 1, 2]
     assert spread(1) == [0]
+
+
+def test_a_layer_that_the_model_has_not_is_refused() -> None:
+    assert wanted(None, 3) == [0, 1, 2]
+    assert wanted([2, 0], 3) == [2, 0]
+    for layer in (3, -1):
+        with pytest.raises(ConfigError, match=f"Layer {layer} is none of the plugin's: they are 0 to 2"):
+            wanted([0, layer], 3)
 
 
 def test_a_method_is_described_in_one_line() -> None:
