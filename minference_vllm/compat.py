@@ -6,12 +6,13 @@ import importlib.metadata
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
+    from minference_vllm.patterns import ServedModel
     from minference_vllm.plan import StepTraits
 
 TESTED = ((0, 32), (0, 33))
@@ -66,6 +67,25 @@ def reports_metrics() -> bool:
     return get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
 
 
+def served_model(vllm_config: Any) -> "ServedModel":
+    """Names and geometry of the whole model, and which share of its heads this worker holds."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from minference_vllm.patterns import Geometry, ServedModel  # brings PyTorch, which registration has no use for
+
+    model = vllm_config.model_config
+    aliases = model.served_model_name or ()
+    names = (model.model, *([aliases] if isinstance(aliases, str) else aliases))
+    arch = model.model_arch_config
+    geometry = Geometry.model_construct(  # unchecked: the model may be any, and bounds are for files
+        num_layers=arch.total_num_hidden_layers,
+        num_qo_heads=arch.total_num_attention_heads,
+        num_kv_heads=arch.total_num_kv_heads,
+        head_dim=arch.head_size,
+    )
+    return ServedModel(names, geometry, get_tp_group().rank_in_group)
+
+
 def is_quantized(kv_cache_dtype: str) -> bool:
     """Whether the cache holds anything but plain keys and values of the model's kind."""
     return kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32", "half", "float")
@@ -90,21 +110,6 @@ def text_config(model: str) -> Any:
     from vllm.transformers_utils.config import get_config, get_hf_text_config
 
     return get_hf_text_config(get_config(model, trust_remote_code=False))
-
-
-def engine_config(model: str, **options: Any) -> Any:
-    """The VllmConfig that `vllm serve MODEL` makes of its options, by EngineArgs' names; None is as not given.
-
-    No weights are read and nothing is started.
-
-    Raises:
-        Exception: of whatever kind vLLM refuses the model or an option with.
-    """
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-
-    given = {name: value for name, value in options.items() if value is not None}
-    return EngineArgs(model=model, **given).create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def kv_cache_dtype(vllm_config: Any) -> "torch.dtype":

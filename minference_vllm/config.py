@@ -3,25 +3,28 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from minference_vllm.errors import ConfigError
+from minference_vllm.errors import ConfigError, shortened
+from minference_vllm.files import read_file
 from minference_vllm.methods import MAX_TOKENS, METHODS, MethodSettings
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
+from minference_vllm.patterns import AutoSettings
 
 CONFIG_FILE_VARIABLE = "MINFERENCE_CONFIG"
 CONFIG_KEY = "minference"
-MAX_FILE_BYTES = 2**20
-LONGEST_INPUT = 80  # characters of a bad key or value that a message repeats
 MOST_FAULTS = 8  # that one message names
 
-METHOD_NAMES: tuple[str, ...] = tuple(method.Settings.model_fields["name"].default for method in METHODS)
+SETTINGS: tuple[type[MethodSettings], ...] = (*(method.Settings for method in METHODS), AutoSettings)
+"""Of everything that the setting `method` may name."""
+
+METHOD_NAMES: tuple[str, ...] = tuple(settings.model_fields["name"].default for settings in SETTINGS)
 
 
 class MInferenceConfig(BaseModel):
@@ -37,8 +40,11 @@ class MInferenceConfig(BaseModel):
     min_chunk: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     """Chunks with fewer rows than this run dense: choosing the keys would cost more than it saves."""
 
-    method: Annotated[VerticalSlashSettings | BlockSettings, Field(discriminator="name")] = BlockSettings()
-    """How the kept keys are chosen: a method's name, or an object of its name and settings."""
+    method: Annotated[VerticalSlashSettings | BlockSettings | AutoSettings, Field(discriminator="name")] = (
+        BlockSettings()
+    )
+    """How the kept keys are chosen: a method's name, or an object of its name and settings. "auto" is vertical_slash
+    with the sizes that a pattern file gives each head of the model, where there is one, and else block."""
 
     measure_recall: bool = True
     """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that it kept. Without
@@ -92,7 +98,7 @@ def load_config(
     from_file = _read_file(path) if path else {}
     inline = (additional_config or {}).get(CONFIG_KEY, {})
     if not isinstance(inline, Mapping):
-        given = f'--additional-config "{CONFIG_KEY}" is {_shortened(inline)}'
+        given = f'--additional-config "{CONFIG_KEY}" is {shortened(inline)}'
         raise ConfigError(f"{given}: it must be a JSON object of settings.")
     settings = {**from_file, **inline}
     try:
@@ -102,13 +108,7 @@ def load_config(
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    try:
-        with Path(path).open("rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} cannot be read: {error.strerror}.") from None
-    if len(text) > MAX_FILE_BYTES:
-        raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} is larger than {MAX_FILE_BYTES:,} bytes: name another file.")
+    text = read_file(Path(path), f"{CONFIG_FILE_VARIABLE}={path}")
     try:
         settings = json.loads(text)
     except RecursionError:
@@ -131,14 +131,14 @@ def _sentence(error: ValidationError) -> str:
 
 def _describe(fault: dict[str, Any]) -> str:
     path = _without_tag(fault["loc"])
-    field = ".".join([CONFIG_KEY, *(_shortened(part, str) for part in path)])
+    field = ".".join([CONFIG_KEY, *(shortened(part, str) for part in path)])
     if fault["type"] != "extra_forbidden":
         reason = fault["msg"][0].lower() + fault["msg"][1:]
-        return f"{field}={_shortened(fault['input'])} is not allowed: {reason}."
-    owner = next((method.Settings for method in METHODS if path[-1] in _own_settings(method.Settings)), None)
+        return f"{field}={shortened(fault['input'])} is not allowed: {reason}."
+    owner = next((settings for settings in SETTINGS if path[-1] in _own_settings(settings)), None)
     if len(path) == 1 and owner:
         name = owner.model_fields["name"].default
-        example = f'"method": {{"name": "{name}", "{path[0]}": {_shortened(fault["input"], json.dumps)}}}'
+        example = f'"method": {{"name": "{name}", "{path[0]}": {shortened(fault["input"], json.dumps)}}}'
         return f"{field} is a setting of the method {name}: write {example}."
     allowed: type[BaseModel] = MInferenceConfig if len(path) == 1 else _method_settings(fault)
     return f"{field} is not a setting; the settings are {', '.join(allowed.model_fields)}."
@@ -155,14 +155,5 @@ def _own_settings(settings: type[MethodSettings]) -> set[str]:
 
 def _method_settings(fault: dict[str, Any]) -> type[MethodSettings]:
     """The settings of the method in which a fault lies."""
-    named = [method.Settings for method in METHODS if method.Settings.model_fields["name"].default in fault["loc"]]
-    return named[0] if named else METHODS[0].Settings
-
-
-def _shortened(value: Any, write: Callable[[Any], str] = repr) -> str:
-    """A key or value on one line, and not all of it if it is long."""
-    try:
-        text = " ".join(write(value).split())
-    except (TypeError, ValueError, RecursionError):  # Python writes out no number of more than 4,300 digits
-        return "a value that is too long to repeat"
-    return text if len(text) <= LONGEST_INPUT else f"{text[:LONGEST_INPUT]}..."
+    named = [settings for settings in SETTINGS if settings.model_fields["name"].default in fault["loc"]]
+    return named[0] if named else SETTINGS[0]

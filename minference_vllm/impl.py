@@ -13,6 +13,7 @@ from minference_vllm.chunk import PagedKV
 from minference_vllm.config import load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.layers import SparseLayer, decide_layers
+from minference_vllm.patterns import AutoSettings
 from minference_vllm.plan import DenseRun, SparseChunk
 from minference_vllm.runtime import Runtime
 from minference_vllm.scratch import ScratchShape
@@ -53,10 +54,10 @@ class SparseLayerMixin(SparseLayer):
         """
         if not self.is_decided:
             self.runtime.has_sparse_layers = False  # an earlier engine of this process may have had the same runtime
-            decide_layers(self._vllm_config, self.runtime.publish, self.runtime.config.dense_layers)
+            decide_layers(self._vllm_config, self.runtime.publish, self.runtime.dense_layers)
         if self.dense_reason is None:
             try:
-                self.layer_state = self.runtime.layer_state(self.shape, self.position, self.num_layers)
+                self.layer_state = self.runtime.layer_state(self.shape, self.position, self.num_layers, self.index)
             except ConfigError as error:  # what only a layer's heads decide
                 raise refused(str(error)) from None
 
@@ -91,8 +92,11 @@ def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
     try:
         config = load_config(vllm_config.additional_config)
         key = (device, config.model_dump_json())
-        if key not in _runtimes:
-            _runtimes[key] = Runtime(config, device, compat.reports_metrics())
+        model = compat.served_model(vllm_config) if isinstance(config.method, AutoSettings) else None
+        known = _runtimes.get(key)
+        # A draft model's layers, which never run sparse, are the main model's guests: no pattern file need fit them.
+        if known is None or (known.model != model and not compat.is_loading_drafter()):
+            _runtimes[key] = Runtime(config, device, compat.reports_metrics(), model)
     except ConfigError as error:
         raise refused(str(error)) from None
     return _runtimes[key]

@@ -2,9 +2,8 @@
 """Which attention layers of the model may ever run sparse: decided once for all of them, and said in one line."""
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from minference_vllm import compat
@@ -24,6 +23,7 @@ class SparseLayer:
         WINDOW_OFF: what `sliding_window` is in a layer that has none.
         is_decided: whether the attributes below hold.
         dense_reason: why the layer never runs sparse; None if it may.
+        index: of the layer in the whole model, across pipeline stages; None if its name does not say.
         position: of the layer among ours on this worker, in the order in which they run.
         num_layers: of ours on this worker.
         is_last_sparse: whether no layer after it may run sparse.
@@ -33,6 +33,7 @@ class SparseLayer:
 
     is_decided = False
     dense_reason: Reason | None = None
+    index: int | None = None
     position = -1
     num_layers = 0
     is_last_sparse = False
@@ -48,7 +49,7 @@ class SparseLayer:
     kv_sharing_target_layer_name: str | None
 
 
-def decide_layers(vllm_config: Any, publish: bool, dense_layers: int) -> None:
+def decide_layers(vllm_config: Any, publish: bool, dense_layers: Container[int | None]) -> None:
     """Decide for every attention layer of ours whether it may ever run sparse, if that is not decided yet.
 
     All of the model's layers exist before any of them runs, so the first that needs to know has all decided.
@@ -56,7 +57,7 @@ def decide_layers(vllm_config: Any, publish: bool, dense_layers: int) -> None:
     Args:
         vllm_config: the engine's configuration, which holds the layers.
         publish: whether this worker speaks for its engine in the log.
-        dense_layers: the setting.
+        dense_layers: indices of those that are to run dense.
     """
     ours = {name: layer for name, layer in compat.attention_layers(vllm_config).items() if compat.is_ours(layer)}
     impls = [layer.impl for layer in ours.values()]
@@ -64,6 +65,7 @@ def decide_layers(vllm_config: Any, publish: bool, dense_layers: int) -> None:
         return
     for position, (name, layer) in enumerate(ours.items()):
         layer.impl.position, layer.impl.num_layers = position, len(impls)
+        layer.impl.index = compat.layer_index(name)
         layer.impl.dense_reason = traits_of(name, layer, vllm_config, dense_layers).dense_reason
         layer.impl.is_decided = True
     sparse = [impl for impl in impls if impl.dense_reason is None]
@@ -73,10 +75,9 @@ def decide_layers(vllm_config: Any, publish: bool, dense_layers: int) -> None:
         _report(impls, compat.foreign_layers(vllm_config))
 
 
-def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: int) -> LayerTraits:
+def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[int | None]) -> LayerTraits:
     """What decides whether a layer of ours may run sparse."""
     impl, parallel = layer.impl, vllm_config.parallel_config
-    index = compat.layer_index(name)
     return LayerTraits(
         is_decoder=impl.attn_type == DECODER,
         has_sliding_window=impl.sliding_window != impl.WINDOW_OFF,
@@ -92,7 +93,7 @@ def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: int) -> Lay
         is_micro_batched=parallel.use_ubatching,
         is_batch_invariant=compat.batch_invariant(),
         is_draft=compat.is_draft_layer(name, layer, vllm_config),
-        is_kept_dense=(math.inf if index is None else index) < dense_layers,
+        is_kept_dense=compat.layer_index(name) in dense_layers,
         head_dim=impl.head_size,
     )
 

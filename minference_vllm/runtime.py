@@ -19,6 +19,7 @@ from minference_vllm.metrics.density import DensityMeter
 from minference_vllm.metrics.recall_meter import RecallMeter
 from minference_vllm.metrics.snapshot import Counts
 from minference_vllm.ops import choose_kernel
+from minference_vllm.patterns import ServedModel, resolve
 from minference_vllm.recall import Floors, Recall
 from minference_vllm.record import Record, StepRecord, Tally
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
@@ -56,18 +57,28 @@ class Runtime:
         config: the resolved configuration.
         device: where the model runs.
         publish: whether this worker counts, and reports metrics for its engine.
+        model: what is served; only the method "auto" needs to know.
 
     Attributes:
+        resolved: what the setting `method` comes to.
+        dense_layers: layers of the whole model that always run dense, by the settings or a pattern file.
         chooser: who chooses the keys of each chunk; see attention.Chooser.
         is_broken: whether the sparse path has failed so often that all runs dense until the next start.
         has_sparse_layers: whether any layer may run sparse.
     """
 
-    def __init__(self, config: MInferenceConfig, device: torch.device, publish: bool) -> None:
+    def __init__(
+        self, config: MInferenceConfig, device: torch.device, publish: bool, model: ServedModel | None = None
+    ) -> None:
         self.config = config
         self.publish = publish
         self.device = device
-        self.method = make_method(config.method, choose_kernel(config.kernel, device))
+        self.model = model
+        self.resolved = resolve(config.method, model)
+        self.method = make_method(self.resolved.settings, choose_kernel(config.kernel, device))
+        pattern = self.resolved.pattern
+        by_pattern = pattern.dense_layers if pattern else frozenset()
+        self.dense_layers = frozenset(range(config.dense_layers)) | by_pattern
         self.chooser: Chooser = choose
         self.counters = Counters(publish, config.log_every, self._tally_once, self._read)
         self._floors = Floors(config.recall_floor, config.row_recall_floor)
@@ -87,6 +98,8 @@ class Runtime:
         self._warm: set[tuple[ScratchShape, int]] = set()
         if publish:  # every rank has the same
             logger.info("MInference: %s", config)
+            if self.resolved.why:
+                logger.info("MInference: %s.", self.resolved.why)
 
     def start(self, max_seq_len: int, max_chunk: int, has_sparse_layers: bool) -> None:
         """A metadata builder is ready: count from now on, and warn if the gate can never open.
@@ -103,17 +116,33 @@ class Runtime:
             self._has_warned = True
             logger.warning("MInference: nothing will run sparse: %s.", obstacle)
 
-    def layer_state(self, shape: ScratchShape, position: int, num_layers: int) -> LayerState:
-        """What the layer at this position brings to its chunks; claimed when first asked for, in the profiling run."""
+    def layer_state(self, shape: ScratchShape, position: int, num_layers: int, index: int | None = None) -> LayerState:
+        """What a layer brings to its chunks; claimed when first asked for, in the profiling run.
+
+        Args:
+            shape: of its scratch.
+            position, num_layers: its place among the plugin's layers on this worker, and how many they are.
+            index: its number in the whole model, by which a pattern file knows it; None if it has none.
+
+        Raises:
+            ConfigError: the pattern file does not fit the layer.
+        """
         key = shape, position, num_layers
         if key not in self._layers:
             # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
             with torch.inference_mode(False):
                 buffers, attend, recall = self._claim(shape)
                 guard = Guard(self._floors, recall, self._totals(shape, num_layers)) if recall else None
-                budgets = self.method.budgets(shape.num_qo_heads, self.device)
+                budgets = self._budgets(shape, index)
             self._layers[key] = LayerState(position, budgets, buffers, attend, guard)
         return self._layers[key]
+
+    def _budgets(self, shape: ScratchShape, index: int | None) -> torch.Tensor:
+        """What each head of a layer keeps."""
+        budgets = self.method.budgets(shape.num_qo_heads, self.device)
+        if self.resolved.pattern is not None:
+            budgets.copy_(torch.tensor(self.resolved.pattern.budgets(index, shape.num_qo_heads)))
+        return budgets
 
     def _totals(self, shape: ScratchShape, num_layers: int) -> RecallTotals:
         """What is measured of all layers of this shape."""

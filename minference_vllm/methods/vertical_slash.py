@@ -73,6 +73,7 @@ class VerticalSlashBuffers:
 
     Attributes:
         sizes: [num_qo_heads, 2] int32, columns and diagonals that hold the share of each head; read with a share only.
+        forced: [2] int32, the settings' first columns and nearest diagonals; read with a share only.
         slash_indptr: [num_qo_heads, max_bands + BANDS_PER_TILE + 1] int32, kept diagonals smaller than BAND * j.
         index: what `choose` returns a part of.
     """
@@ -80,6 +81,7 @@ class VerticalSlashBuffers:
     probe: ProbeBuffers
     select: SelectBuffers
     sizes: torch.Tensor
+    forced: torch.Tensor
     slash_indptr: torch.Tensor
     index: BandIndex
 
@@ -89,6 +91,11 @@ class VerticalSlash(Method):
 
     Settings = VerticalSlashSettings
     settings: VerticalSlashSettings
+
+    @property
+    def forced(self) -> tuple[int, int]:
+        """First columns and nearest diagonals that every head keeps by the settings."""
+        return self.settings.sink_tokens, self.settings.local_tokens
 
     def scratch(self, shape: ScratchShape, device: torch.device) -> VerticalSlashBuffers:
         heads = shape.num_qo_heads
@@ -102,6 +109,7 @@ class VerticalSlash(Method):
             probe=ProbeBuffers.allocate(heads, sum(self.settings.probe_counts), length, device),
             select=SelectBuffers.allocate(heads, device),
             sizes=zeros(heads, 2),
+            forced=torch.tensor(self.forced, dtype=torch.int32, device=device),
             slash_indptr=zeros(heads, bands + BANDS_PER_TILE + 1),
             index=BandIndex(
                 bands=zeros(heads, 3, bands),
@@ -113,11 +121,16 @@ class VerticalSlash(Method):
         )
 
     def budgets(self, num_qo_heads: int, device: torch.device) -> torch.Tensor:
-        """[num_qo_heads, 2], of columns and of diagonals: int32, how many each head keeps, or float32, the share."""
+        """What each head keeps.
+
+        Returns:
+            With a share [num_qo_heads, 2] float32: of columns, and of diagonals. Else [num_qo_heads, 4] int32: how many
+            columns, how many diagonals, and how many of them are the first columns and the nearest diagonals.
+        """
         settings = self.settings
         if settings.share is not None:
             return torch.full((num_qo_heads, 2), settings.share, dtype=torch.float32, device=device)
-        sizes = (settings.vertical_size, settings.slash_size)
+        sizes = (settings.vertical_size, settings.slash_size, *self.forced)
         return torch.tensor(sizes, dtype=torch.int32, device=device).repeat(num_qo_heads, 1)
 
     def choose(self, chunk: Chunk, budgets: torch.Tensor, buffers: VerticalSlashBuffers) -> BandIndex:
@@ -133,7 +146,7 @@ class VerticalSlash(Method):
             budgets: see `budgets`.
             buffers: hold the masses of columns and diagonals.
         """
-        full, settings, kernel = buffers.index, self.settings, self.kernel
+        full, kernel = buffers.index, self.kernel
         last_tile = (seq_len - 1) // TILE
         num_bands = last_tile * BANDS_PER_TILE
         index = BandIndex(
@@ -145,27 +158,33 @@ class VerticalSlash(Method):
         )
         slash_indptr = buffers.slash_indptr[:, : num_bands + BANDS_PER_TILE + 1]
         vertical, slash = buffers.probe.vertical, buffers.probe.slash
-        keep_columns, keep_slashes = self.sizes(seq_len, budgets, buffers).unbind(1)
+        keep_columns, keep_slashes, first_columns, nearest = self.sizes(seq_len, budgets, buffers)
         ops.select(
-            vertical, seq_len, keep_columns, settings.sink_tokens, index.columns_indptr, TILE, index.columns,
+            vertical, seq_len, keep_columns, first_columns, index.columns_indptr, TILE, index.columns,
             buffers.select, kernel,
         )  # fmt: skip
-        ops.select(
-            slash, seq_len, keep_slashes, settings.local_tokens, slash_indptr, BAND, None, buffers.select, kernel
-        )
+        ops.select(slash, seq_len, keep_slashes, nearest, slash_indptr, BAND, None, buffers.select, kernel)
         ops.band_lists(slash_indptr, num_bands, index.bands, index.bands_indptr, index.band_halves, kernel)
         return index
 
-    def sizes(self, seq_len: int, budgets: torch.Tensor, buffers: VerticalSlashBuffers) -> torch.Tensor:
-        """[num_qo_heads, 2] int32: columns and diagonals to keep, as the budgets say or as hold the share they say."""
+    def sizes(
+        self, seq_len: int, budgets: torch.Tensor, buffers: VerticalSlashBuffers
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Columns and diagonals to keep, as the budgets say or as hold the share they say, and how many are forced.
+
+        Returns:
+            Four times [num_qo_heads] int32, see `budgets`.
+        """
         settings, probe = self.settings, buffers.probe
         if settings.share is None:
-            return budgets
+            columns, slashes, first_columns, nearest = budgets.unbind(1)
+            return columns, slashes, first_columns, nearest
+        first_columns, nearest = buffers.forced.expand(len(budgets), 2).unbind(1)
+        columns, slashes = buffers.sizes.unbind(1)
         rows = (
-            (probe.vertical, settings.sink_tokens, settings.vertical_size),
-            (probe.slash, settings.local_tokens, settings.slash_size),
+            (probe.vertical, budgets[:, 0], first_columns, settings.vertical_size, columns),
+            (probe.slash, budgets[:, 1], nearest, settings.slash_size, slashes),
         )
-        for share, keep, row in zip(budgets.unbind(1), buffers.sizes.unbind(1), rows, strict=True):
-            mass, forced, max_keep = row
+        for mass, share, forced, max_keep, keep in rows:
             ops.share_sizes(mass, seq_len, share, forced, max_keep, keep, buffers.select, self.kernel)
-        return buffers.sizes
+        return columns, slashes, first_columns, nearest

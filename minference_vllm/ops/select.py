@@ -13,7 +13,7 @@ def select(
     mass: torch.Tensor,
     length: int,
     keep: torch.Tensor,
-    forced: int,
+    forced: torch.Tensor,
     indptr: torch.Tensor,
     grain: int,
     out: torch.Tensor | None,

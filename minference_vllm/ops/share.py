@@ -13,7 +13,7 @@ def share_sizes(
     mass: torch.Tensor,
     length: int,
     share: torch.Tensor,
-    forced: int,
+    forced: torch.Tensor,
     max_keep: int,
     keep: torch.Tensor,
     buffers: SelectBuffers,

@@ -6,22 +6,22 @@ import torch
 from minference_vllm.scratch import SELECT_BINS, SelectBuffers
 
 
-def weights(mass: torch.Tensor, forced: int) -> torch.Tensor:
+def weights(mass: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
     """Masses as they are compared, [num_heads, length] int32: to seven significant bits, forced ones the heaviest.
 
     Seven bits tell apart what differs by 1.6%, far finer than an estimate from 64 rows is true; in return one histogram
     finds the threshold.
     """
     weight = ((mass.float().view(torch.int32) >> 17) - 8127).clamp(min=0)
-    weight[:, :forced] = SELECT_BINS - 1
-    return weight
+    is_forced = torch.arange(mass.shape[1], device=mass.device) < forced[:, None]
+    return weight.masked_fill_(is_forced, SELECT_BINS - 1)
 
 
 def select(
     mass: torch.Tensor,
     length: int,
     keep: torch.Tensor,
-    forced: int,
+    forced: torch.Tensor,
     indptr: torch.Tensor,
     grain: int,
     out: torch.Tensor | None,
@@ -33,7 +33,7 @@ def select(
         mass: [num_heads, >= length] int32, 0 .. 2^30.
         length: entries that count.
         keep: [num_heads] int32, how many of each row are kept; no more than `length`, nor than `out` is wide.
-        forced: the first entries, this many, come before all others.
+        forced: [num_heads] int32: the first entries of each row, this many, come before all others.
         indptr: [num_heads, num_marks] int32, written: how many kept entries are smaller than grain * j;
             num_marks * grain >= length.
         grain: spacing of `indptr`.

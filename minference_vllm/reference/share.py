@@ -17,7 +17,7 @@ def share_sizes(
     mass: torch.Tensor,
     length: int,
     share: torch.Tensor,
-    forced: int,
+    forced: torch.Tensor,
     max_keep: int,
     keep: torch.Tensor,
     buffers: SelectBuffers,
@@ -32,7 +32,7 @@ def share_sizes(
         mass: [num_heads, >= length] int32, 0 .. 2^30.
         length: entries that count.
         share: [num_heads] float32, above 0. With 1 all entries that have mass are kept.
-        forced: the first entries, this many, are never dropped; their mass counts as kept.
+        forced: [num_heads] int32: the first entries of each row, this many, are never dropped; their mass counts.
         max_keep: no more are kept in any row, whatever they hold.
         keep: [num_heads] int32, written. Of a row without mass only the forced entries are kept.
         buffers: scratch of the kernel.

@@ -12,6 +12,7 @@ from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import Method, make_method
 from minference_vllm.ops import choose_kernel
+from minference_vllm.patterns import resolve
 from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape
 from minference_vllm.tuning.drawn import drawn_choice
@@ -59,7 +60,7 @@ class Layer:
         table = torch.randperm(pages, device=device, generator=self.generator).to(torch.int32)[None]
         self.kv = PagedKV(k, v, table, 0)
         self.flash_attention = compat.flash_attention(heads.head_dim)
-        self.method = make_method(config.method, choose_kernel(config.kernel, device))
+        self.method = make_method(resolve(config.method, None).settings, choose_kernel(config.kernel, device))
         shape = ScratchShape(*heads, cache.dtype, max_len, min(chunk, max_len))
         self.state = make_state(self.method, shape, device, config.measure_recall)
 

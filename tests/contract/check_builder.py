@@ -276,3 +276,12 @@ def test_tokens_of_a_model_with_windows_are_counted_by_its_sparse_group(sparse_g
     steps = [builder.build(0, make_common(LONG)) for builder in builders]
     finish(runtime, steps[sparse_group])
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
+
+
+def test_a_layer_runs_dense_by_its_number_in_the_whole_model() -> None:
+    runtime = make_runtime()
+    runtime.dense_layers = frozenset({2})
+    impls = {NAME.format(number): make_impl(runtime) for number in (2, 3)}  # of a second pipeline stage
+    make_builder(impls)
+    assert [(impl.index, impl.position) for impl in impls.values()] == [(2, 0), (3, 1)]
+    assert [impl.dense_reason for impl in impls.values()] == [Reason.DENSE_LAYER, None]

@@ -93,23 +93,29 @@ def test_select_keeps_exactly_what_a_stable_sort_keeps(
         "extremes": torch.randint(0, 2**30 + 1, (3, length + 50), generator=generator),
     }[kind].to(device, torch.int32)
     buffers = SelectBuffers.allocate(3, device)
-    # Heads keep what they were given: here as asked, one entry, and more than there is room for.
-    keeps = torch.tensor([keep, 1, 2 * length], dtype=torch.int32, device=device)
+    # Heads keep what they were given: here as asked, one entry, and more than there is room for. What comes first is
+    # given for each head too; columns of one tensor, as a method's budgets are.
+    given = torch.tensor([[keep, forced], [1, 0], [2 * length, forced + 7]], dtype=torch.int32, device=device)
+    keeps, firsts = given.unbind(1)
     results = []
     for select in (reference.select, triton.select):
         indptr = torch.full((3, -(-length // grain) + 3), -5, dtype=torch.int32, device=device)
         out = torch.full((3, keep + 4), -5, dtype=torch.int32, device=device)
-        select(mass, length, keeps, forced, indptr, grain, out, buffers)
+        select(mass, length, keeps, firsts, indptr, grain, out, buffers)
         results.append((indptr, out))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
     kept = results[0][0][:, -1].tolist()
     assert kept == [keep, 1, min(length, keep + 4)]
+    for (size, first), entries in zip(given.tolist(), results[0][1].tolist(), strict=True):
+        always = min(first, size, keep + 4, length)
+        assert entries[:always] == [*range(always)]
 
 
 def test_select_refuses_marks_that_do_not_reach_all_entries() -> None:
     mass, indptr = torch.zeros(1, 40, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="2 marks of 16 reach"):
-        ops.select(mass, 40, indptr[:, 0], 0, indptr, 16, None, SelectBuffers.allocate(1, mass.device), Kernel.TRITON)
+        none = indptr[:, 0]
+        ops.select(mass, 40, none, none, indptr, 16, None, SelectBuffers.allocate(1, mass.device), Kernel.TRITON)
 
 
 def kept_diagonals(num_bands: int, kept: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,7 @@ def make_masses(kind: str, length: int, device: torch.device) -> torch.Tensor:
 def check_sizes(mass: torch.Tensor, forced: int, keep: list[int]) -> None:
     """So many entries hold the share, and without the lightest of them the others would not."""
     for row, share, size in zip(mass.tolist(), torch.tensor(SHARES).tolist(), keep, strict=True):
-        weight = weights(torch.tensor([row], dtype=torch.int32), forced)[0].tolist()
+        weight = weights(torch.tensor([row], dtype=torch.int32), torch.tensor([forced]))[0].tolist()
         entries = sorted(range(len(row)), key=lambda entry: (-weight[entry], entry))
         kept, dropped = entries[:size], entries[size:]
         allowed = (1 - share) * sum(row)
@@ -71,6 +71,7 @@ def check_sizes(mass: torch.Tensor, forced: int, keep: list[int]) -> None:
 @pytest.mark.parametrize("kind", ["zeros", "one entry", "equal", "units", "any", "steep"])
 def test_the_heaviest_entries_hold_the_share(kind: str, length: int, forced: int, device: torch.device) -> None:
     mass, share = make_masses(kind, length, device), torch.tensor(SHARES, device=device)
+    first = torch.tensor(forced, dtype=torch.int32, device=device).expand(len(SHARES))
     for max_keep in (MAX_TOKENS, 12):
         sizes = []
         for share_sizes in (reference.share_sizes, triton.share_sizes):
@@ -78,7 +79,7 @@ def test_the_heaviest_entries_hold_the_share(kind: str, length: int, forced: int
             for left_over in (buffers.histogram, buffers.counts, buffers.totals):
                 left_over.fill_(99)
             keep = torch.full((len(SHARES), 2), -5, dtype=torch.int32, device=device)
-            share_sizes(mass, length, share, forced, max_keep, keep[:, 1], buffers)
+            share_sizes(mass, length, share, first, max_keep, keep[:, 1], buffers)
             assert (keep[:, 0] == -5).all()
             sizes.append(keep[:, 1].tolist())
         assert sizes[1] == sizes[0]
@@ -93,7 +94,8 @@ def test_rows_of_known_sizes(device: torch.device) -> None:
         mass = torch.tensor([row] * len(shares), dtype=torch.int32, device=device)
         keep = torch.zeros(len(shares), dtype=torch.int32, device=device)
         share = torch.tensor(shares, device=device)
-        triton.share_sizes(mass, len(row), share, forced, 99, keep, SelectBuffers.allocate(len(shares), device))
+        first = torch.full_like(keep, forced)
+        triton.share_sizes(mass, len(row), share, first, 99, keep, SelectBuffers.allocate(len(shares), device))
         return keep.tolist()
 
     row = [0, 1, 64, 16, 8, 8, 2, 1]
@@ -108,9 +110,8 @@ def test_the_longest_row_overflows_nothing(device: torch.device, monkeypatch: py
     mass = torch.full((1, MAX_TOKENS), 2**30, dtype=torch.int32, device=device)
     mass[:, : 2**22] -= 2**28
     keep = torch.zeros(1, dtype=torch.int32, device=device)
-    triton.share_sizes(
-        mass, MAX_TOKENS, torch.tensor([0.5], device=device), 0, MAX_TOKENS, keep, SelectBuffers.allocate(1, device)
-    )
+    share, none = torch.tensor([0.5], device=device), torch.zeros_like(keep)
+    triton.share_sizes(mass, MAX_TOKENS, share, none, MAX_TOKENS, keep, SelectBuffers.allocate(1, device))
     assert keep.tolist() == [MAX_TOKENS - 2**22]
 
 
@@ -118,7 +119,7 @@ def test_no_mass_is_larger_than_the_largest_of_its_weight() -> None:
     largest = largest_masses(torch.device("cpu"))
 
     def weight(mass: torch.Tensor) -> torch.Tensor:
-        return weights(mass.int()[None], 0)[0].long()
+        return weights(mass.int()[None], torch.zeros(1))[0].long()
 
     every = torch.arange(2**16)
     some = (2 ** torch.linspace(16, 30, 2**16, dtype=torch.float64)).long()

@@ -21,6 +21,7 @@ MAX_FUNCTION_LINES = 50
 LAYERS = (
     "cli",
     "doctor",
+    "plots",
     "tuning",
     "plugin",
     "backend",
@@ -38,6 +39,7 @@ LAYERS = (
     "reason",
     "debug",
     "attention",
+    "patterns",
     "methods",
     "ops",
     "kernels",
@@ -46,6 +48,7 @@ LAYERS = (
     "chunk",
     "index",
     "recall",
+    "files",
     "errors",
 )
 IMPORT_VLLM = {"plugin", "backend", "cpu", "metadata", "impl", "compat"}

@@ -39,6 +39,7 @@ def tree(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
     shutil.copy(ROOT / "minference_vllm/__init__.py", tree / "minference_vllm")
+    shutil.copytree(ROOT / "minference_vllm/patterns", tree / "minference_vllm/patterns")
     # A machine may have a CUDA of its own there.
     usual, setup = '"/usr/local/cuda"', tree / "setup.py"
     assert setup.read_text().count(usual) == 1
@@ -77,6 +78,14 @@ def wheel(tree: Path) -> tuple[str, str]:
     with ZipFile(path) as content:
         library = content.read(LIBRARY).decode() if LIBRARY in content.namelist() else ""
         return path.stem.split("-", 2)[2], library
+
+
+def test_a_wheel_carries_every_pattern_file(build: Build, tree: Path) -> None:
+    assert build("0").returncode == 0
+    (path,) = (tree / "dist").iterdir()
+    with ZipFile(path) as content:
+        carried = {Path(name).name for name in content.namelist() if name.startswith("minference_vllm/patterns/files/")}
+    assert carried == {path.name for path in (ROOT / "configs/patterns").glob("*.json")} != set()
 
 
 @pytest.mark.parametrize("wanted", [None, "", "1"])

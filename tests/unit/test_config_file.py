@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from minference_vllm.config import CONFIG_FILE_VARIABLE, MAX_FILE_BYTES, MInferenceConfig, load_config
+from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
+from minference_vllm.files import MAX_FILE_BYTES
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from tests.unit.test_config import refusal
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples in configs/ are what the plugin and vLLM take, and docs/configuration.md describes the settings.
 
-`python -m tests.unit.test_configs` makes that document and two of the examples.
+`python -m tests.unit.test_configs` makes that document, two of the examples and the schemas.
 """
 
 import json
@@ -12,18 +12,24 @@ from typing import Any
 import pytest
 
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
+from minference_vllm.patterns import PatternFile
 from tests.conftest import import_or_skip
 from tests.unit.configuration_document import document
 
 ROOT = Path(__file__).parents[2]
 CONFIGS, DOCUMENT = ROOT / "configs", ROOT / "docs" / "configuration.md"
 SETTINGS, SCHEMA = CONFIGS / "minference.json", CONFIGS / "minference.schema.json"
+PATTERN_SCHEMA = CONFIGS / "pattern.schema.json"
 SERVE = sorted((CONFIGS / "serve").glob("*.yaml"))
 
 
 def made() -> dict[Path, str]:
     """The files that are made from the models of the settings."""
-    contents = {SETTINGS: MInferenceConfig().model_dump(mode="json"), SCHEMA: MInferenceConfig.model_json_schema()}
+    contents = {
+        SETTINGS: MInferenceConfig().model_dump(mode="json"),
+        SCHEMA: MInferenceConfig.model_json_schema(),
+        PATTERN_SCHEMA: PatternFile.model_json_schema(),
+    }
     return {DOCUMENT: document()} | {path: json.dumps(content, indent=2) + "\n" for path, content in contents.items()}
 
 
@@ -51,6 +57,21 @@ def test_every_variable_that_the_package_reads_is_described() -> None:
     sources = [*(ROOT / "minference_vllm").rglob("*.py"), ROOT / "setup.py"]
     read = {name for path in sources for name in re.findall(r"MINFERENCE_[A-Z_]*[A-Z]", path.read_text())}
     assert read <= set(re.findall(r"`(MINFERENCE_\w+)`", DOCUMENT.read_text()))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "patterns").glob("*.json")), ids=lambda path: path.stem)
+def test_every_pattern_file_fits_the_schema(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(json.loads(path.read_text()), json.loads(PATTERN_SCHEMA.read_text()))
+
+
+def test_the_schema_of_pattern_files_refuses_what_the_reader_refuses() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    content = json.loads(next((CONFIGS / "patterns").glob("*.json")).read_text())
+    for head in ([0, 100], [1, 2, 3], ["stream_llm", 100, 800], [2**24 + 1, 1], "dense", [1.5, 2]):
+        content["layers"][0][0] = head
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(content, json.loads(PATTERN_SCHEMA.read_text()))
 
 
 # For vllm serve

@@ -12,7 +12,8 @@ import triton.language as tl
 from minference_vllm.scratch import SELECT_BINS, SELECT_SPLITS, SelectBuffers
 
 BLOCK = 4096
-PLAIN = ["length", "max_keep", "forced", "num_marks", "blocks_each"]
+PLAIN = ["length", "max_keep", "num_marks", "blocks_each"]
+ANYWHERE = ["keep_ptr", "forced_ptr"]  # columns of tensors that hold a row a head
 
 
 @triton.jit
@@ -43,12 +44,14 @@ def _threshold(histogram_ptr, length, keep, BINS: tl.constexpr):
     return threshold, keep - tl.sum(tl.where(o_bin > threshold, b_count, 0), 0)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
 def _histogram_kernel(
-    mass_ptr, histogram_ptr, length, forced, blocks_each, stride_mass, BLOCK: tl.constexpr, BINS: tl.constexpr
+    mass_ptr, histogram_ptr, forced_ptr, length, blocks_each, stride_mass, stride_forced,
+    BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     mass_ptr += i_h * stride_mass
+    forced = tl.load(forced_ptr + i_h * stride_forced)
     start = i_s * blocks_each * BLOCK
     b_count = tl.zeros([BINS], tl.int32)
     for first in range(start, tl.minimum(start + blocks_each * BLOCK, length), BLOCK):
@@ -58,14 +61,16 @@ def _histogram_kernel(
     tl.atomic_add(histogram_ptr + i_h * BINS + tl.arange(0, BINS), b_count, mask=b_count > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["keep_ptr"])
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
 def _count_kernel(
-    mass_ptr, histogram_ptr, counts_ptr, keep_ptr, length, max_keep, forced, blocks_each, stride_mass, stride_keep,
+    mass_ptr, histogram_ptr, counts_ptr, keep_ptr, forced_ptr, length, max_keep, blocks_each,
+    stride_mass, stride_keep, stride_forced,
     BLOCK: tl.constexpr, BINS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     mass_ptr += i_h * stride_mass
     keep = tl.minimum(tl.load(keep_ptr + i_h * stride_keep), max_keep)
+    forced = tl.load(forced_ptr + i_h * stride_forced)
     threshold, _kept_ties = _threshold(histogram_ptr + i_h * BINS, length, keep, BINS)
     start = i_s * blocks_each * BLOCK
     heavier = 0
@@ -78,10 +83,10 @@ def _count_kernel(
     tl.store(counts_ptr + (i_h * SPLITS + i_s) * 2 + 1, ties)
 
 
-@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["keep_ptr"])
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
 def _compact_kernel(
-    mass_ptr, histogram_ptr, counts_ptr, keep_ptr, indptr_ptr, out_ptr,
-    length, max_keep, forced, num_marks, blocks_each, stride_mass, stride_keep, stride_indptr, stride_out,
+    mass_ptr, histogram_ptr, counts_ptr, keep_ptr, forced_ptr, indptr_ptr, out_ptr,
+    length, max_keep, num_marks, blocks_each, stride_mass, stride_keep, stride_forced, stride_indptr, stride_out,
     GRAIN: tl.constexpr, HAS_OUT: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -89,6 +94,7 @@ def _compact_kernel(
     indptr_ptr += i_h * stride_indptr
     out_ptr += i_h * stride_out
     keep = tl.minimum(tl.load(keep_ptr + i_h * stride_keep), max_keep)
+    forced = tl.load(forced_ptr + i_h * stride_forced)
     threshold, ties = _threshold(histogram_ptr + i_h * BINS, length, keep, BINS)
     o_s = tl.arange(0, SPLITS)
     p_counts = counts_ptr + (i_h * SPLITS + o_s) * 2
@@ -112,7 +118,7 @@ def select(
     mass: torch.Tensor,
     length: int,
     keep: torch.Tensor,
-    forced: int,
+    forced: torch.Tensor,
     indptr: torch.Tensor,
     grain: int,
     out: torch.Tensor | None,
@@ -127,14 +133,16 @@ def select(
     histogram, counts = buffers.histogram, buffers.counts
     shape = dict(BLOCK=BLOCK, BINS=SELECT_BINS, num_warps=8)
     histogram.zero_()
-    _histogram_kernel[grid](mass, histogram, length, forced, blocks_each, mass.stride(0), **shape)
+    _histogram_kernel[grid](
+        mass, histogram, forced, length, blocks_each, mass.stride(0), forced.stride(0), **shape
+    )  # fmt: skip
     _count_kernel[grid](
-        mass, histogram, counts, keep, length, max_keep, forced, blocks_each, mass.stride(0), keep.stride(0),
-        SPLITS=SELECT_SPLITS, **shape,
+        mass, histogram, counts, keep, forced, length, max_keep, blocks_each,
+        mass.stride(0), keep.stride(0), forced.stride(0), SPLITS=SELECT_SPLITS, **shape,
     )  # fmt: skip
     _compact_kernel[grid](
-        mass, histogram, counts, keep, indptr, indptr if out is None else out,
-        length, max_keep, forced, num_marks, blocks_each,
-        mass.stride(0), keep.stride(0), indptr.stride(0), 0 if out is None else out.stride(0),
+        mass, histogram, counts, keep, forced, indptr, indptr if out is None else out,
+        length, max_keep, num_marks, blocks_each,
+        mass.stride(0), keep.stride(0), forced.stride(0), indptr.stride(0), 0 if out is None else out.stride(0),
         GRAIN=grain, HAS_OUT=out is not None, SPLITS=SELECT_SPLITS, **shape,
     )  # fmt: skip

@@ -8,18 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.kernels.triton.select import BLOCK, _weigh
+from minference_vllm.kernels.triton.select import ANYWHERE, BLOCK, _weigh
 from minference_vllm.scratch import SELECT_BINS, SELECT_SPLITS, SelectBuffers
 
 
-@triton.jit(do_not_specialize=["length", "forced", "blocks_each"])
+@triton.jit(do_not_specialize=["length", "blocks_each"], do_not_specialize_on_alignment=ANYWHERE[1:])
 def _tally_kernel(
-    mass_ptr, histogram_ptr, totals_ptr, length, forced, blocks_each, stride_mass,
+    mass_ptr, histogram_ptr, totals_ptr, forced_ptr, length, blocks_each, stride_mass, stride_forced,
     BLOCK: tl.constexpr, BINS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """How many entries of a range have each weight but 0, and their mass."""
     i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     mass_ptr += i_h * stride_mass
+    forced = tl.load(forced_ptr + i_h * stride_forced)
     start = i_s * blocks_each * BLOCK
     b_count = tl.zeros([BINS], tl.int32)
     b_total = tl.zeros([BLOCK], tl.int64)
@@ -59,7 +60,7 @@ def share_sizes(
     mass: torch.Tensor,
     length: int,
     share: torch.Tensor,
-    forced: int,
+    forced: torch.Tensor,
     max_keep: int,
     keep: torch.Tensor,
     buffers: SelectBuffers,
@@ -72,7 +73,7 @@ def share_sizes(
     shape = dict(BINS=SELECT_BINS, SPLITS=SELECT_SPLITS, num_warps=8)
     histogram.zero_()
     _tally_kernel[(num_heads, splits)](
-        mass, histogram, totals, length, forced, blocks_each, mass.stride(0), BLOCK=BLOCK, **shape
+        mass, histogram, totals, forced, length, blocks_each, mass.stride(0), forced.stride(0), BLOCK=BLOCK, **shape
     )
     _sizes_kernel[(num_heads,)](
         histogram, totals, share, keep, max_keep, splits, share.stride(0), keep.stride(0), **shape

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`minference-vllm plot`: draws what each head of a model kept for a prompt."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minference_vllm.cli.status import FAILED
+from minference_vllm.errors import ConfigError
+from minference_vllm.files import read_file
+
+if TYPE_CHECKING:
+    from minference_vllm.plots.prompt import PromptChoice
+
+PLOT = f"""\
+Starts vLLM in this process, has it read a text once, and draws what was chosen on the way: `model`, density and recall
+of each head, and `layer-N`, which keys each head of a layer kept for which rows; PNG and SVG, and the numbers in
+choice.json. Density counts the keys that were chosen, not what the guard attended to again; recall is what it measured
+before. Layers are the plugin's, counted from 0. Settings are those of MINFERENCE_CONFIG, but all of the text goes
+sparse.
+Exit status: 0 drawn, {FAILED} not."""
+
+
+def plot(options: argparse.Namespace) -> int:
+    """Read, draw, write."""
+    from minference_vllm.plots.figures import need_matplotlib
+
+    need_matplotlib()
+    text = read_file(options.prompt, f"The prompt {options.prompt}").decode(errors="replace")
+    settings = {} if options.method is None else {"method": _method(options.method)}
+    engine = {"max_num_batched_tokens": options.chunk, **_object("--engine", options.engine)}
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{options.out} cannot be made a folder: {error.strerror}.") from None
+    from minference_vllm.plots.prompt import read_prompt, tokens_of
+
+    tokens = tokens_of(options.model, text, options.tokens)
+    choice = read_prompt(options.model, tokens, settings, engine, options.layers)
+    for path in draw(choice, Path(options.model).name, options.out):
+        print(path)
+    for layer in set(options.layers or ()) - choice.capture.layers.keys():
+        print(f"Layer {layer} runs dense: it has no figure.")
+    return 0
+
+
+def draw(choice: "PromptChoice", model: str, folder: Path) -> list[Path]:
+    """Write all figures, and the numbers behind that of the model."""
+    from minference_vllm.plots.figures import draw_heads, draw_model, save
+
+    density, recall = choice.tables()
+    of, by = f"{model}, {choice.capture.num_tokens:,} tokens", choice.method
+    paths = save(draw_model(density, recall, f"{of}\n{by}"), folder, "model")
+    for position, layer in sorted(choice.capture.layers.items()):
+        if layer.kept is not None:
+            title = f"{of}, layer {position}\n{by}"
+            figure = draw_heads(choice.capture, position, choice.recall_of(position), title)
+            paths += save(figure, folder, f"layer-{position:02d}")
+    (folder / "choice.json").write_text(json.dumps({"model": model, **choice.numbers()}, indent=1) + "\n")
+    return [*paths, folder / "choice.json"]
+
+
+def _method(text: str) -> Any:
+    return _object("--method", text) if text.lstrip().startswith("{") else text
+
+
+def _object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option} must be a JSON object, and is {type(value).__name__}.")
+    return value
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to those of an argparse parser."""
+    command = commands.add_parser("plot", description=PLOT, help="draw what each head of a model keeps for a text")
+    command.set_defaults(run=plot)
+    command.add_argument("model", help="directory, or name on the hub")
+    command.add_argument("--prompt", type=Path, required=True, help="a file of text, up to 1 MiB")
+    command.add_argument("--out", type=Path, required=True, help="the folder of the figures")
+    command.add_argument("--tokens", type=int, help="no more than so many of the text's")
+    command.add_argument("--layers", type=int, nargs="+", help="layers to draw; default: six, evenly")
+    command.add_argument("--method", help="a method's name, or a JSON object of its settings")
+    command.add_argument("--chunk", type=int, default=8192, help="the engine's max_num_batched_tokens")
+    command.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, a JSON object")

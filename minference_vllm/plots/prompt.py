@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has vLLM read one prompt in this process, and looks at what is chosen on the way."""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minference_vllm import compat, plugin
+from minference_vllm.errors import ConfigError
+from minference_vllm.patterns import Resolved
+from minference_vllm.plots.capture import Capture
+from minference_vllm.reason import Reason
+from minference_vllm.recall import LayerRecall
+
+# Whatever a server's gate, all of the prompt goes sparse here but a last token that comes alone.
+OPEN_GATE = {"min_seq_len": 0, "min_chunk": 1, "measure_recall": True}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChoice:
+    """What was chosen for a prompt.
+
+    Attributes:
+        method: its settings, in one line.
+        num_layers: the plugin's, dense ones included.
+        capture: what was kept, by position among those layers, of those that ran sparse.
+        recall: of the same layers, before the guard acted.
+    """
+
+    method: str
+    num_layers: int
+    capture: Capture
+    recall: dict[int, LayerRecall]
+
+    def recall_of(self, position: int) -> list[float] | None:
+        """Mean recall of each head of a layer; None if none was measured."""
+        measured = self.recall.get(position)
+        return None if measured is None else [total / measured.chunks for total in measured.totals]
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Density and recall, each [num_layers, num_heads]; NaN where a layer ran dense."""
+        num_heads = max(len(layer.kept_pairs) for layer in self.capture.layers.values())
+        density, recall = torch.full((2, self.num_layers, num_heads), torch.nan).unbind()
+        for position, layer in self.capture.layers.items():
+            density[position, : len(layer.kept_pairs)] = layer.density
+            if (measured := self.recall_of(position)) is not None:
+                recall[position, : len(measured)] = torch.tensor(measured)
+        return density, recall
+
+    def numbers(self) -> dict[str, Any]:
+        """Method, length, and density and recall by layer, for JSON."""
+        return {
+            "method": self.method,
+            "tokens": self.capture.num_tokens,
+            "density": {position: layer.density.tolist() for position, layer in sorted(self.capture.layers.items())},
+            "recall": {position: self.recall_of(position) for position in sorted(self.recall)},
+        }
+
+
+def tokens_of(model: str, text: str, most: int | None) -> list[int]:
+    """A prompt's tokens, the first `most` of them if that is given.
+
+    Raises:
+        ConfigError: the model has no tokenizer here, or the prompt is too short to choose anything for.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokens: list[int] = AutoTokenizer.from_pretrained(model).encode(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The tokenizer of {model!r} cannot be read: {error}") from None
+    tokens = tokens[: None if most is None else max(most, 0)]
+    if len(tokens) < 2:
+        raise ConfigError(f"{len(tokens)} tokens are to be read: it takes two at least.")
+    return tokens
+
+
+def read_prompt(
+    model: str,
+    tokens: Sequence[int],
+    settings: Mapping[str, Any],
+    engine: Mapping[str, Any],
+    mapped: Collection[int] | None,
+) -> PromptChoice:
+    """Start an engine, have it read the prompt once, and say what each head kept.
+
+    Args:
+        model: directory, or name on the hub.
+        tokens: of the prompt.
+        settings: of the plugin, over those of MINFERENCE_CONFIG; the gate is open whatever they say.
+        engine: arguments of vllm.LLM, over those that are set here.
+        mapped: positions of the layers whose maps are wanted; None for some, evenly.
+
+    Raises:
+        ConfigError: nothing of the prompt ran sparse, or it has no such layer.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the chooser is put into this process
+    plugin.register()  # vLLM does so where the package is installed, not where it only lies in the path
+    options = {"max_model_len": len(tokens) + 1, "enforce_eager": True, "enable_prefix_caching": False, **engine}
+    llm = compat.offline_engine(model, {**settings, **OPEN_GATE}, options)
+    ours = compat.our_layers(llm)
+    if not ours:
+        raise ConfigError(f"None of the attention layers of {model!r} is the plugin's: the log says why.")
+    runtime, num_layers = ours[0].runtime, len(ours)
+    before = runtime.counters.snapshot().recall
+    capture = Capture(len(tokens), wanted(mapped, num_layers))
+    runtime.chooser = capture
+    compat.read_tokens(llm, tokens)
+    if not capture.layers:
+        raise ConfigError(f"Nothing of the {len(tokens)} tokens ran sparse: the log says how many layers may, and why.")
+    counted = runtime.counters.snapshot()
+    if any(reason == Reason.SPARSE_FAULT for _, reason in counted.tokens):
+        raise ConfigError(
+            "The sparse path raised an exception, and what it left is not drawn: the log has its traceback."
+        )
+    return PromptChoice(described(runtime.resolved), num_layers, capture, (counted.recall - before).layers)
+
+
+def described(resolved: Resolved) -> str:
+    """A method in one line."""
+    if resolved.pattern is not None:
+        return f"{resolved.settings.name}, sizes of {resolved.pattern.name}"
+    settings = ", ".join(f"{name} {value}" for name, value in resolved.settings if name != "name")
+    return f"{resolved.settings.name}: {settings}"
+
+
+def wanted(mapped: Collection[int] | None, num_layers: int) -> Collection[int]:
+    """The layers to draw.
+
+    Raises:
+        ConfigError: one that was asked for is none of the model's.
+    """
+    if mapped is None:
+        return spread(num_layers)
+    if strange := [layer for layer in mapped if not 0 <= layer < num_layers]:
+        raise ConfigError(f"Layer {strange[0]} is none of the plugin's: they are 0 to {num_layers - 1}.")
+    return mapped
+
+
+def spread(num_layers: int, count: int = 6) -> list[int]:
+    """So many of the layers, evenly, the first and the last among them."""
+    last = num_layers - 1
+    return sorted({round(at * last / max(count - 1, 1)) for at in range(count)})
