@@ -23,13 +23,13 @@ pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.
 
 def run_import(options: argparse.Namespace) -> int:
     """Import one list."""
-    from minference_vllm import compat
+    from minference_vllm.compat import engines
     from minference_vllm.patterns.file import Geometry, Provenance
     from minference_vllm.patterns.importer import import_list, write
     from minference_vllm.tuning.heads import from_config
 
     try:
-        config = compat.text_config(options.model)
+        config = engines.text_config(options.model)
         heads = from_config(config)
         geometry = Geometry(
             num_layers=config.num_hidden_layers,

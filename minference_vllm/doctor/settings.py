@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from minference_vllm import compat, plugin
+from minference_vllm.compat import engines
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
 from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
@@ -64,7 +65,7 @@ def _check_kernel(config: MInferenceConfig, device: torch.device) -> Check:
 
 def _check_model(config: MInferenceConfig, model: str, limits: Limits) -> Iterator[Check]:
     try:
-        engine = compat.engine_config(model, attention_backend=plugin.NAME, **asdict(limits))
+        engine = engines.engine_config(model, attention_backend=plugin.NAME, **asdict(limits))
     except Exception as error:  # vLLM has no one kind of exception for what it refuses
         yield failed("model", f"vLLM refuses {model!r}: {on_one_line(error)}", "Correct what vLLM names")
         yield skipped("layers", "vLLM refuses the model")

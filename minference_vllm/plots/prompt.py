@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from minference_vllm import compat, plugin
+from minference_vllm import plugin
+from minference_vllm.compat import engines
 from minference_vllm.errors import ConfigError
 from minference_vllm.patterns import Resolved
 from minference_vllm.plots.capture import Capture
@@ -100,15 +101,15 @@ def read_prompt(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the chooser is put into this process
     plugin.register()  # vLLM does so where the package is installed, not where it only lies in the path
     options = {"max_model_len": len(tokens) + 1, "enforce_eager": True, "enable_prefix_caching": False, **engine}
-    llm = compat.offline_engine(model, {**settings, **OPEN_GATE}, options)
-    ours = compat.our_layers(llm)
+    llm = engines.offline_engine(model, {**settings, **OPEN_GATE}, options)
+    ours = engines.our_layers(llm)
     if not ours:
         raise ConfigError(f"None of the attention layers of {model!r} is the plugin's: the log says why.")
     runtime, num_layers = ours[0].runtime, len(ours)
     before = runtime.counters.snapshot().recall
     capture = Capture(len(tokens), wanted(mapped, num_layers))
     runtime.chooser = capture
-    compat.read_tokens(llm, tokens)
+    engines.read_tokens(llm, tokens)
     if not capture.layers:
         raise ConfigError(f"Nothing of the {len(tokens)} tokens ran sparse: the log says how many layers may, and why.")
     counted = runtime.counters.snapshot()

@@ -3,7 +3,7 @@
 
 from typing import Any, NamedTuple
 
-from minference_vllm import compat
+from minference_vllm.compat import engines
 from minference_vllm.errors import ConfigError
 from minference_vllm.plan import SUPPORTED_HEAD_DIMS
 
@@ -42,7 +42,7 @@ def of_model(model: str) -> Heads:
         ConfigError: vLLM cannot read it, or it does not say.
     """
     try:
-        return from_config(compat.text_config(model))
+        return from_config(engines.text_config(model))
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"The heads of {model!r} cannot be read from its config.json: {error}") from None
 

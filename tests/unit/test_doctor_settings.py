@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import compat
+from minference_vllm.compat import engines
 from minference_vllm.config import CONFIG_FILE_VARIABLE
 from minference_vllm.doctor.check import Check, Status
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
@@ -154,7 +154,7 @@ def test_layers_are_told_from_a_configuration(config: dict[str, Any], layers: li
 
 
 def test_a_model_without_sparse_layers_is_a_fault(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "engine_config", lambda *_, **__: refusing_everything(model))
+    monkeypatch.setattr(engines, "engine_config", lambda *_, **__: refusing_everything(model))
     checked = check(tmp_path, model=model)["layers"]
     assert checked.status is Status.FAILED
     assert checked.what == "0 of 4 attention layers may run sparse; always dense: head_dim 4"

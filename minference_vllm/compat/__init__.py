@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -103,13 +103,6 @@ def flash_attention(head_dim: int) -> Callable[..., Any]:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     return functools.partial(flash_attn_varlen_func, fa_version=get_flash_attn_version(head_size=head_dim))
-
-
-def text_config(model: str) -> Any:
-    """The language model's part of a model's configuration; `model` is a directory or a name on the hub."""
-    from vllm.transformers_utils.config import get_config, get_hf_text_config
-
-    return get_hf_text_config(get_config(model, trust_remote_code=False))
 
 
 def kv_cache_dtype(vllm_config: Any) -> "torch.dtype":

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tools ask of vLLM: a model's config, a server's, an engine in Python."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minference_vllm.compat import attention_layers, is_draft_layer, is_ours
+
+
+def text_config(model: str) -> Any:
+    """The language model's part of a model's configuration; `model` is a directory or a name on the hub."""
+    from vllm.transformers_utils.config import get_config, get_hf_text_config
+
+    return get_hf_text_config(get_config(model, trust_remote_code=False))
+
+
+def engine_config(model: str, **options: Any) -> Any:
+    """The VllmConfig that `vllm serve MODEL` makes of its options, by EngineArgs' names; None is as not given.
+
+    No weights are read and nothing is started.
+
+    Raises:
+        Exception: of whatever kind vLLM refuses the model or an option with.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return EngineArgs(model=model, **given).create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+
+def offline_engine(model: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """vLLM in Python, with our backend.
+
+    Args:
+        settings: the plugin's.
+        options: arguments of vllm.LLM.
+    """
+    from vllm import LLM
+
+    return LLM(model, **{"attention_backend": "MINFERENCE", "additional_config": {"minference": settings}, **options})
+
+
+def our_layers(llm: Any) -> list[Any]:
+    """The implementations of our layers but drafters', in an engine of this process, in the order in which they run."""
+    config = llm.llm_engine.vllm_config
+    layers = attention_layers(config).items()
+    return [layer.impl for name, layer in layers if is_ours(layer) and not is_draft_layer(name, layer, config)]
+
+
+def read_tokens(llm: Any, tokens: Sequence[int]) -> None:
+    """Have an engine read a prompt, and answer with one token."""
+    from vllm import SamplingParams
+
+    one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    llm.generate([{"prompt_token_ids": list(tokens)}], one, use_tqdm=False)
