@@ -76,9 +76,7 @@ class Runtime:
         self.model = model
         self.resolved = resolve(config.method, model)
         self.method = make_method(self.resolved.settings, choose_kernel(config.kernel, device))
-        pattern = self.resolved.pattern
-        by_pattern = pattern.dense_layers if pattern else frozenset()
-        self.dense_layers = frozenset(range(config.dense_layers)) | by_pattern
+        self.dense_layers = frozenset(range(config.dense_layers)) | self.resolved.dense_layers
         self.chooser: Chooser = choose
         self.counters = Counters(publish, config.log_every, self._tally_once, self._read)
         self._floors = Floors(config.recall_floor, config.row_recall_floor)

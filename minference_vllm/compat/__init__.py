@@ -67,8 +67,8 @@ def reports_metrics() -> bool:
     return get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
 
 
-def served_model(vllm_config: Any) -> "ServedModel":
-    """Names and geometry of the whole model, and which share of its heads this worker holds."""
+def served_model(vllm_config: Any, rank: int | None = None) -> "ServedModel":
+    """Names and geometry of the whole model, and which share of its heads this worker holds, if not the one given."""
     from vllm.distributed.parallel_state import get_tp_group
 
     from minference_vllm.patterns import Geometry, ServedModel  # brings PyTorch, which registration has no use for
@@ -83,7 +83,7 @@ def served_model(vllm_config: Any) -> "ServedModel":
         num_kv_heads=arch.total_num_kv_heads,
         head_dim=arch.head_size,
     )
-    return ServedModel(names, geometry, get_tp_group().rank_in_group)
+    return ServedModel(names, geometry, get_tp_group().rank_in_group if rank is None else rank)
 
 
 def is_quantized(kv_cache_dtype: str) -> bool:

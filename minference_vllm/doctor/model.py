@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model's configuration says of its attention layers, before anything of it is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +26,7 @@ HAVE_SINKS = {"gpt_oss"}
 NAME = "model.layers.{}.self_attn.attn"
 
 
-def describe_layers(vllm_config: Any, dense_layers: int) -> list[str]:
+def describe_layers(vllm_config: Any, dense_layers: Container[int | None]) -> list[str]:
     """For each layer of the model SPARSE, the reason why it always runs dense, NONE or OTHER.
 
     The rules are the server's. What it will ask the layers, this asks the configuration, where models say it in the
@@ -34,7 +34,7 @@ def describe_layers(vllm_config: Any, dense_layers: int) -> list[str]:
 
     Args:
         vllm_config: the engine's configuration.
-        dense_layers: the setting.
+        dense_layers: those that are to run dense, by the settings or a pattern file.
     """
     return [
         _describe(index, kind, vllm_config, dense_layers)
@@ -51,7 +51,7 @@ def _kinds(text: Any) -> Iterator[str]:
     yield from kinds[: text.num_hidden_layers]
 
 
-def _describe(index: int, kind: str, vllm_config: Any, dense_layers: int) -> str:
+def _describe(index: int, kind: str, vllm_config: Any, dense_layers: Container[int | None]) -> str:
     if kind in NO_ATTENTION_KINDS:
         return NONE
     if kind not in FULL_KINDS | SLIDING_KINDS | CHUNKED_KINDS or vllm_config.model_config.use_mla:

@@ -16,6 +16,7 @@ from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line,
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.errors import ConfigError
 from minference_vllm.ops import choose_kernel
+from minference_vllm.patterns import resolve
 from minference_vllm.runtime import gate_obstacle
 
 
@@ -40,7 +41,7 @@ def check_settings(
         config = load_config(None, environ)
     except ConfigError as error:
         yield failed("settings", on_one_line(error), "Correct it; docs/configuration.md has all settings")
-        for name in ("kernel", "model", "layers", "gate"):
+        for name in ("kernel", "model", "method", "layers", "gate"):
             yield skipped(name, "the settings are refused")
         return
     source = environ.get(CONFIG_FILE_VARIABLE)
@@ -49,6 +50,7 @@ def check_settings(
     yield skipped("kernel", NO_GPU) if device is None else _check_kernel(config, device)
     if model is None:
         yield skipped("model", "none given: --model NAME_OR_DIR")
+        yield skipped("method", "no model given")
         yield skipped("layers", "no model given")
         yield _check_gate(config, limits.max_model_len, limits.max_num_batched_tokens)
     else:
@@ -68,6 +70,7 @@ def _check_model(config: MInferenceConfig, model: str, limits: Limits) -> Iterat
         engine = engines.engine_config(model, attention_backend=plugin.NAME, **asdict(limits))
     except Exception as error:  # vLLM has no one kind of exception for what it refuses
         yield failed("model", f"vLLM refuses {model!r}: {on_one_line(error)}", "Correct what vLLM names")
+        yield skipped("method", "vLLM refuses the model")
         yield skipped("layers", "vLLM refuses the model")
         yield skipped("gate", "vLLM refuses the model")
         return
@@ -80,7 +83,15 @@ def _check_model(config: MInferenceConfig, model: str, limits: Limits) -> Iterat
         "model", f"{model}: {heads}", num_qo_heads=qo_heads, num_kv_heads=kv_heads, head_dim=head_dim,
         tensor_parallel_size=gpus,
     )  # fmt: skip
-    yield _check_layers(describe_layers(engine, config.dense_layers))
+    try:
+        resolved = resolve(config.method, compat.served_model(engine, rank=0))
+    except ConfigError as error:
+        yield failed("method", on_one_line(error), "Correct minference.method; docs/methods.md explains pattern files")
+        yield skipped("layers", "the method is refused")
+    else:
+        yield ok("method", resolved.why or f"the method is {config.method.name}")
+        dense = frozenset(range(config.dense_layers)) | resolved.dense_layers
+        yield _check_layers(describe_layers(engine, dense))
     yield _check_gate(config, engine.model_config.max_model_len, compat.longest_chunk(engine))
 
 

@@ -102,13 +102,15 @@ def _trials_of_bands(chunk: Chunk) -> Iterator[Trial]:
     def select(kernel: Kernel) -> Results:
         buffers = method.scratch(scratch_shape(chunk), device)
         indptr, kept, keep = buffers.index.columns_indptr, buffers.index.columns, torch.full_like(made.sizes[:, 0], 33)
-        ops.select(made.probe.vertical, SEQ_LEN, keep, 4, indptr, TILE, kept, buffers.select, kernel)
+        forced = torch.full_like(keep, 4)
+        ops.select(made.probe.vertical, SEQ_LEN, keep, forced, indptr, TILE, kept, buffers.select, kernel)
         return [(indptr, EXACT), (kept, EXACT)]
 
     def share_sizes(kernel: Kernel) -> Results:
         buffers, share = method.scratch(scratch_shape(chunk), device), torch.full((heads,), 0.9, device=device)
         keep = buffers.sizes[:, 0]
-        ops.share_sizes(made.probe.slash, SEQ_LEN, share, 16, SEQ_LEN, keep, buffers.select, kernel)
+        forced = torch.full_like(keep, 16)
+        ops.share_sizes(made.probe.slash, SEQ_LEN, share, forced, SEQ_LEN, keep, buffers.select, kernel)
         return [(keep, EXACT)]
 
     def band_lists(kernel: Kernel) -> Results:

@@ -95,6 +95,11 @@ class Resolved:
     pattern: Pattern | None = None
     why: str = ""
 
+    @property
+    def dense_layers(self) -> frozenset[int]:
+        """Layers of the whole model that a file says are dense."""
+        return self.pattern.dense_layers if self.pattern else frozenset()
+
 
 def resolve(settings: MethodSettings, model: ServedModel | None) -> Resolved:
     """The method for this model; `model` is read for "auto" alone.
