@@ -16,7 +16,7 @@ from minference_vllm.methods import make_method
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.density import DensityMeter
 from minference_vllm.metrics.recall_meter import RecallMeter
-from minference_vllm.ops import choose_kernel
+from minference_vllm.ops import choose_kernel, report_shape
 from minference_vllm.recall import Floors, Recall
 from minference_vllm.record import Record, StepRecord, Tally
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
@@ -116,11 +116,19 @@ class Runtime:
             self._density = self._density or DensityMeter(attend.kept_pairs)
             size = sum(map(num_bytes, filter(None, (buffers, attend, recall)))) / 2**20
             logger.info("MInference: %.0f MiB of scratch for %s", size, shape)
+            report_shape(self.method.kernel, self.config.kernel, shape)
             self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs), recall
         return self._buffers[shape]
 
     def run(
-        self, q: torch.Tensor, out: torch.Tensor, kv: PagedKV, context_len: int, scale: float, layer: LayerState
+        self,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        kv: PagedKV,
+        context_len: int,
+        scale: float,
+        layer: LayerState,
+        q_scale: torch.Tensor | None = None,
     ) -> bool:
         """Sparse attention of one layer for one chunk; arguments as Chunk's.
 
@@ -128,7 +136,7 @@ class Runtime:
             Whether it could be done; if not, `out` is undefined.
         """
         try:
-            chunk = Chunk(q, out, kv, context_len, scale)
+            chunk = Chunk(q, out, kv, context_len, scale, q_scale)
             index = prefill(chunk, self.method, layer, self.chooser)
             if self.config.debug:
                 debug.check(chunk, index, layer)
@@ -192,12 +200,15 @@ class Runtime:
         rows = min(2 * TILE, shape.max_seq_len, shape.max_chunk)
         pages = -(-rows // page_size)
         cache = torch.zeros(
-            (pages, page_size, shape.num_kv_heads, 2 * shape.head_dim), dtype=shape.dtype, device=self.device
+            (pages, page_size, shape.num_kv_heads, 2 * shape.head_dim), dtype=shape.kv_dtype, device=self.device
         )
         k, v = cache.transpose(1, 2).split(shape.head_dim, dim=-1)
         table = torch.arange(pages, dtype=torch.int32, device=self.device)[None]
-        q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device=self.device)
-        chunk = Chunk(q, torch.empty_like(q), PagedKV(k, v, table, 0), 0, 1.0)
+        q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.q_dtype, device=self.device)
+        one = torch.ones(shape.num_kv_heads, device=self.device)
+        of_cache, of_queries = one if shape.has_fp8_kv else None, one if shape.has_fp8_q else None
+        kv = PagedKV(k, v, table, 0, of_cache, of_cache)
+        chunk = Chunk(q, torch.empty_like(q, dtype=shape.dtype), kv, 0, 1.0, of_queries)
         buffers, attend, recall = self._claim(shape)
         budgets = self.method.budgets(shape.num_qo_heads, self.device)
         attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))

@@ -29,9 +29,11 @@ def group_masses(
             f"heads {first_head} .. {first_head + len(masses) - 1} are neither all heads of some KV heads nor an even "
             f"share of the {chunk.group_size} of one"
         )
+    # The CUDA kernel takes no scales from the device.
+    is_for_cuda = not chunk.is_quantized and cuda.masses.supports(chunk, means.dtype, row_lse.shape[2])
     if kernel is Kernel.REFERENCE:
         reference.group_masses(chunk, means, row_lse, first_head, masses)
-    elif kernel is Kernel.CUDA and cuda.masses.supports(chunk, means.dtype, row_lse.shape[2]):
+    elif kernel is Kernel.CUDA and is_for_cuda:
         cuda.masses.group_masses(chunk, means, row_lse, first_head, masses)
     else:
         triton.group_masses(chunk, means, row_lse, first_head, masses)
