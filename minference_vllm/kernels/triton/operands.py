@@ -30,10 +30,12 @@ def query_operand(b_q, means_ptr, INTERPRETED: tl.constexpr):
     rows come in the means' dtype for the same reason.
     """
     if means_ptr.dtype.element_ty == tl.float8e4nv:
-        return dot_operand(to_fp8(b_q, INTERPRETED), b_q.dtype, INTERPRETED)
-    if b_q.dtype == tl.float8e4nv:
-        return dot_operand(b_q, means_ptr.dtype.element_ty, INTERPRETED)
-    return dot_operand(b_q, b_q.dtype, INTERPRETED)
+        b_x = dot_operand(to_fp8(b_q, INTERPRETED), b_q.dtype, INTERPRETED)
+    elif b_q.dtype == tl.float8e4nv:
+        b_x = dot_operand(b_q, means_ptr.dtype.element_ty, INTERPRETED)
+    else:
+        b_x = dot_operand(b_q, b_q.dtype, INTERPRETED)
+    return b_x
 
 
 @triton.jit
@@ -42,8 +44,10 @@ def value_operand(b_v, INTERPRETED: tl.constexpr):
     than bf16, and holds probabilities, none above 1, to more digits.
     """
     if b_v.dtype == tl.float8e4nv:
-        return dot_operand(b_v, tl.float16, INTERPRETED)
-    return dot_operand(b_v, b_v.dtype, INTERPRETED)
+        b_x = dot_operand(b_v, tl.float16, INTERPRETED)
+    else:
+        b_x = dot_operand(b_v, b_v.dtype, INTERPRETED)
+    return b_x
 
 
 @triton.jit
