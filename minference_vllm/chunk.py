@@ -87,22 +87,20 @@ class Chunk:
         self._check_dtypes()
 
     def _check_dtypes(self) -> None:
-        kv, dtype = self.kv, self.out.dtype
+        kv = self.kv
         for name, tensor, scale in (("q", self.q, self.q_scale), ("k", kv.k, kv.k_scale), ("v", kv.v, kv.v_scale)):
-            if scale is None and tensor.dtype == dtype != FP8:
-                continue
-            if scale is None or tensor.dtype != FP8:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {'without' if scale is None else 'with'} a scale, and out is {dtype}: "
-                    f"{name} must be of that dtype without a scale, or {FP8} with one"
-                )
-            if scale.dtype != torch.float32 or scale.shape != (kv.num_kv_heads,):
+            if not tensor.dtype.is_floating_point or (tensor.dtype == FP8) is (scale is None):
+                given = f"{name} is {tensor.dtype} {'without' if scale is None else 'with'} a scale"
+                raise ValueError(f"{given}: {FP8} has one, the model's dtype has none, and there is no other")
+            if scale is not None and (scale.dtype != torch.float32 or scale.shape != (kv.num_kv_heads,)):
                 raise ValueError(
                     f"{name}_scale must be float32, one for each of {kv.num_kv_heads} KV heads, "
                     f"got {scale.dtype} {tuple(scale.shape)}"
                 )
-        if not (kv.k.dtype == kv.v.dtype and self.q.dtype in (dtype, kv.k.dtype)):
-            raise ValueError(f"q is {self.q.dtype}, k {kv.k.dtype}, v {kv.v.dtype}: FP8 queries need a cache in FP8")
+        if self.q_scale is None and self.q.dtype != self.out.dtype:
+            raise ValueError(f"q is {self.q.dtype}, out {self.out.dtype}: both must be alike")
+        if self.q_scale is not None and (kv.k_scale is None or self.out.dtype == FP8):
+            raise ValueError(f"k is {kv.k.dtype}, out {self.out.dtype}: under FP8 queries k must be {FP8}, and out not")
 
     @property
     def is_quantized(self) -> bool:

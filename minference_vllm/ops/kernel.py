@@ -41,8 +41,8 @@ def choose_kernel(asked: str, device: torch.device) -> Kernel:
 def report_shape(kernel: Kernel, asked: str, shape: ScratchShape) -> None:
     """Say in the log if layers of this shape run in Triton, where the CUDA library serves others."""
     if kernel is Kernel.CUDA and (obstacle := library.why_not(shape)):
-        level = logging.INFO if asked == AUTO else logging.WARNING
-        logger.log(level, "MInference: kernel %s instead of %s for %s: %s", Kernel.TRITON, kernel, shape, obstacle)
+        say = logger.info if asked == AUTO else logger.warning
+        say("MInference: kernel %s instead of %s for %s: %s", Kernel.TRITON, kernel, shape, obstacle)
 
 
 def _choose(asked: str, device: torch.device) -> tuple[Kernel, str]:

@@ -84,17 +84,11 @@ def layer_of(scales: list[torch.Tensor]) -> torch.nn.Module:
 def quantized(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """As vLLM's layer does before it calls our forward."""
     width = GroupShape(-1, HEAD_DIM * HEADS // KV_HEADS) if scale.numel() > 1 else GroupShape.PER_TENSOR
-    quantize = QuantFP8.forward_native.__get__(
-        SimpleNamespace(
-            static=True,
-            is_group_quant=width.is_per_group(),
-            group_shape=width,
-            num_token_padding=None,
-            use_ue8m0=False,
-            group_size=width.col,
-        )
+    # The operation itself wants an engine's configuration.
+    settings = SimpleNamespace(
+        static=True, is_group_quant=width.is_per_group(), group_shape=width, num_token_padding=None
     )
-    return quantize(query.flatten(1), scale)[0].view_as(query)
+    return QuantFP8.forward_native(settings, query.flatten(1), scale)[0].view_as(query)
 
 
 def make_quantized_step(common: Any, scales: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -206,11 +206,10 @@ def test_scales_that_a_kernel_would_read_wrongly_are_refused(
 
 
 def test_fp8_elsewhere_than_in_a_cache_is_refused() -> None:
-    chunk = make_chunk(Case(""), torch.device("cpu"))
-    with pytest.raises(ValueError, match="FP8 queries need a cache in FP8"):
-        replace(chunk, q=chunk.q.to(FP8), q_scale=scaled(2))
+    plain, chunk = (make_chunk(case, torch.device("cpu")) for case in (Case(""), WHOLE))
+    with pytest.raises(ValueError, match="under FP8 queries k must be"):
+        replace(plain, q=plain.q.to(FP8), q_scale=scaled(2))
     with pytest.raises(ValueError, match=r"q is torch\.float16 with a scale"):
-        replace(chunk, q_scale=scaled(2))
-    fp8 = make_chunk(WHOLE, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"out is torch\.float8_e4m3fn"):
-        replace(fp8, q=fp8.q, out=fp8.out.to(FP8), q_scale=None)
+        replace(plain, q_scale=scaled(2))
+    with pytest.raises(ValueError, match="and out not"):
+        replace(chunk, out=chunk.out.to(FP8))
