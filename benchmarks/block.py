@@ -36,7 +36,7 @@ from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, 
 from minference_vllm.tuning.groups import draw_groups
 
 CHECKED_HEADS, CHECKED_TILES = 2, 3
-DENSE_FP8_TOLERANCE = 0.3
+DENSE_FP8_TOLERANCE = 0.5
 """FlashAttention-3 rounds probabilities to FP8; a scale that is missing or taken twice is further off."""
 
 

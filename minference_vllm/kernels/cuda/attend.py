@@ -57,7 +57,7 @@ def supports(chunk: Chunk) -> bool:
     """Whether the kernel is made for this head size and type, and for tensors that lie like these."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
     strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv))
-    return not chunk.is_quantized and library.takes(q, (q, kv.k, kv.v, out), strides)
+    return kv.k.dtype == q.dtype and library.takes(q, (q, kv.k, kv.v, out), strides)
 
 
 def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
