@@ -2,6 +2,7 @@
 """The method `block` in one layer: choosing and attending, beside FlashAttention-3 on the same chunk.
 
     python -m benchmarks.block --out benchmarks/results/h100-block.json
+    python -m benchmarks.block --cache fp8 --out benchmarks/results/h100-block-fp8.json
 
 Queries and keys are random, so what is attended to is drawn: groups at a density. Choosing does all its work, which
 does not depend on the data but for the length of the lists: its share is set so that they have the drawn ones' length.
@@ -19,21 +20,24 @@ import torch
 
 from benchmarks import peers, results
 from benchmarks.cases import Case as Shape
-from benchmarks.cases import Inputs, make_inputs
+from benchmarks.cases import Inputs, in_fp8, make_inputs
 from benchmarks.chunks import TOLERANCE
 from benchmarks.timing import bf16_matmul_tflops, median, say
 from minference_vllm import ops, reference
 from minference_vllm.attention import Guard, LayerState, watch
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import TILE, TileIndex
+from minference_vllm.index import EVERY_GROUP, TILE, TileIndex
+from minference_vllm.kernels import cuda
 from minference_vllm.methods import Block
 from minference_vllm.methods.block import COARSE_FROM, BlockSettings
-from minference_vllm.ops import choose_kernel
+from minference_vllm.ops import Kernel, choose_kernel
 from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 from minference_vllm.tuning.groups import as_on_real_prompts, draw_groups
 
 CHECKED_HEADS, CHECKED_TILES = 2, 3
+DENSE_FP8_TOLERANCE = 0.5
+"""FlashAttention-3 rounds probabilities to FP8; a scale that is missing or taken twice is further off."""
 
 
 class Case(NamedTuple):
@@ -61,32 +65,46 @@ SETTINGS = {
     "choose_ms": "means of the keys, row normalisers, masses, selection: the whole choice; its parts beside",
     "max_fine": "share of boxes scored finely, which real prompts of the length have (docs/methods.md)",
     "score_dtype": "of the means and of the rows that are scored against them; `--score-dtype model fp8` compares",
+    "cache": "of keys and values; with fp8 queries are FP8 too, and both kernels write bf16",
     "attend_ms": "drawn groups, the same for both halves of a tile; of one tile's groups the next keeps "
-    "minference_vllm.tuning.groups.STAYS; bf16, pages of 16 in random order",
+    "minference_vllm.tuning.groups.STAYS; pages of 16 in random order",
     "density": "kept / causal pairs of the chunk, as the kernel counts them; attend_tflops counts kept pairs alone",
     "guard_ms": "recall of 64 rows, and the look for heads below the floor, of which there are none",
     "dense_ms": "flash_attn_varlen_func of vLLM, fa_version 3, on the same pages and rows",
     "speedup": "dense_ms / (choose_ms + attend_ms + guard_ms)",
     "relative_error": "largest over some tiles and heads, against minference_vllm.reference on the same index",
+    "dense_error": "the same of FlashAttention-3, on all keys; in FP8 it rounds probabilities to FP8 as well",
 }
 
 
 def make_chunk(case: Case, inputs: Inputs) -> Chunk:
     q = inputs.q[case.tokens - case.rows :]
-    return Chunk(q, torch.empty_like(q), inputs.kv, case.tokens - case.rows, inputs.scale)
+    out = torch.empty_like(q, dtype=torch.bfloat16)
+    return Chunk(q, out, inputs.kv, case.tokens - case.rows, inputs.scale, inputs.q_scale)
+
+
+def every_group(chunk: Chunk) -> TileIndex:
+    """Under which all keys are attended to."""
+    counts = torch.tensor([EVERY_GROUP, 0, 0], dtype=torch.int32, device=chunk.q.device)
+    counts = counts.repeat(chunk.num_qo_heads, chunk.num_tiles, 1)
+    return TileIndex(torch.zeros_like(counts), counts)
 
 
 def error_of(chunk: Chunk, index: TileIndex) -> float:
     """Largest relative error of the chunk's output in a few tiles and heads."""
     errors = []
+    of_chunk, of_kv = chunk.q_scale, (chunk.kv.k_scale, chunk.kv.v_scale)
     for head in range(0, chunk.num_qo_heads, max(chunk.num_qo_heads // CHECKED_HEADS, 1)):
         kv_head = head // chunk.group_size
-        k, v = (cache[:, kv_head : kv_head + 1] for cache in (chunk.kv.k, chunk.kv.v))
+        one = slice(kv_head, kv_head + 1)
+        k, v = (cache[:, one] for cache in (chunk.kv.k, chunk.kv.v))
+        q_scale, k_scale, v_scale = (scale if scale is None else scale[one] for scale in (of_chunk, *of_kv))
         for tile in range(0, chunk.num_tiles, max(chunk.num_tiles // CHECKED_TILES, 1)):
             rows = slice(tile * TILE, tile * TILE + TILE)
             q = chunk.q[rows, head : head + 1]
             part = replace(
-                chunk, q=q, out=torch.empty_like(q), kv=chunk.kv._replace(k=k, v=v),
+                chunk, q=q, out=torch.empty_like(q, dtype=chunk.out.dtype),
+                kv=chunk.kv._replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale), q_scale=q_scale,
                 context_len=chunk.context_len + tile * TILE,
             )  # fmt: skip
             lists = TileIndex(*(of[head : head + 1, tile : tile + 1] for of in (index.groups, index.counts)))
@@ -135,7 +153,14 @@ def make_guard(chunk: Chunk, attend: AttendBuffers, method: Block) -> Callable[[
     return partial(watch, chunk, layer, guard, method.kernel)
 
 
-def measure(case: Case, inputs: Inputs, dense_ms: float | None, method: Block) -> dict[str, Any]:
+class Dense(NamedTuple):
+    """FlashAttention-3 on a chunk: milliseconds, and its error."""
+
+    ms: float | None = None
+    error: float | None = None
+
+
+def measure(case: Case, inputs: Inputs, dense: Dense, method: Block) -> dict[str, Any]:
     """A row.
 
     Raises:
@@ -144,7 +169,9 @@ def measure(case: Case, inputs: Inputs, dense_ms: float | None, method: Block) -
     method = as_on_real_prompts(method, case.tokens)
     device, kernel, chunk = inputs.q.device, method.kernel, make_chunk(case, inputs)
     heads = case.num_qo_heads, case.num_kv_heads, case.head_dim
-    buffers = method.scratch(ScratchShape(*heads, chunk.q.dtype, case.tokens, case.rows), device)
+    fp8 = chunk.is_quantized, chunk.is_quantized
+    shape = ScratchShape(*heads, chunk.out.dtype, case.tokens, case.rows, *fp8)
+    buffers = method.scratch(shape, device)
     attend = AttendBuffers.allocate(case.num_qo_heads, case.rows, device)
     index = draw_groups(chunk, method.sink_groups, method.local_groups, 0, case.density)
     ops.attend(chunk, index, attend, kernel)
@@ -156,21 +183,32 @@ def measure(case: Case, inputs: Inputs, dense_ms: float | None, method: Block) -
     parts = time_parts(method, chunk, buffers, share)
     attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)
     guard_ms = median(make_guard(chunk, attend, method), device)
+    attends_with = Kernel.TRITON if kernel is Kernel.CUDA and cuda.library.why_not(shape) else kernel
     found = {
-        **case._asdict(), "kernel": kernel.value, "density": pairs / (case.num_qo_heads * chunk.causal_pairs),
+        **case._asdict(), "cache": "fp8" if chunk.is_quantized else "bf16", "kernel": attends_with.value,
+        "density": pairs / (case.num_qo_heads * chunk.causal_pairs),
         "attend_ms": attend_ms, "attend_tflops": 4 * case.head_dim * pairs / attend_ms / 1e9, **parts,
         "guard_ms": guard_ms,
-        "dense_ms": dense_ms, "speedup": dense_ms and dense_ms / (parts["choose_ms"] + attend_ms + guard_ms),
-        "choose_of_dense": dense_ms and parts["choose_ms"] / dense_ms,
+        "dense_ms": dense.ms, "speedup": dense.ms and dense.ms / (parts["choose_ms"] + attend_ms + guard_ms),
+        "choose_of_dense": dense.ms and parts["choose_ms"] / dense.ms,
         "scratch_mib": (num_bytes(buffers) + num_bytes(attend)) / 2**20, "relative_error": error,
+        "dense_error": dense.error,
     }  # fmt: skip
     return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in found.items()}
 
 
-def time_dense(case: Case, inputs: Inputs) -> float:
-    """Milliseconds of FlashAttention-3 on the chunk's rows."""
-    chunk = inputs._replace(q=inputs.q[case.tokens - case.rows :])
-    return median(peers.fa3_paged(chunk, case.tokens), inputs.q.device)
+def measure_dense(case: Case, inputs: Inputs) -> Dense:
+    """FlashAttention-3 on the chunk's rows.
+
+    Raises:
+        SystemExit: its output is not what the scales say.
+    """
+    attention = peers.fa3_paged(inputs._replace(q=inputs.q[case.tokens - case.rows :]), case.tokens)
+    chunk = replace(make_chunk(case, inputs), out=attention())
+    error = error_of(chunk, every_group(chunk))
+    if not error <= (DENSE_FP8_TOLERANCE if chunk.is_quantized else TOLERANCE):
+        raise SystemExit(f"{case}: FlashAttention's output is wrong, relative error {error:.1e}")
+    return Dense(median(attention, inputs.q.device), error)
 
 
 def main() -> None:
@@ -183,6 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--coarse-from", type=int, nargs="+", default=[COARSE_FROM], help="prompt lengths, a row for each"
     )
+    parser.add_argument("--cache", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="a row for each")
     options = parser.parse_args()
     results.describe_run(options.tiny)
     device = torch.device("cpu" if options.tiny else "cuda", None if options.tiny else torch.cuda.current_device())
@@ -194,13 +233,14 @@ def main() -> None:
     settings: dict[str, Any] = {**SETTINGS, "method": BlockSettings().model_dump()}
     settings["bf16_matmul_tflops"] = None if options.tiny else bf16_matmul_tflops(device)
     rows: list[dict[str, Any]] = []
-    made: tuple[Any, Inputs, float | None] | None = None
-    for case in TINY if options.tiny else CASES:
-        shape = (case.tokens, case.rows, *case[3:])
+    made: tuple[Any, Inputs, Dense] | None = None
+    for case, cache in itertools.product(TINY if options.tiny else CASES, options.cache):
+        shape = (cache, case.tokens, case.rows, *case[3:])
         if made is None or made[0] != shape:
             inputs = made = None
             inputs = make_inputs(Shape(case.tokens, 1, 1, *case[3:]), device, 0)
-            made = shape, inputs, None if options.tiny else time_dense(case, inputs)
+            inputs = in_fp8(inputs) if cache == "fp8" else inputs
+            made = shape, inputs, Dense() if options.tiny else measure_dense(case, inputs)
         for method in methods:
             rows.append(measure(case, made[1], made[2], method))
             say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import vertical_slash
-from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.scratch import ScratchShape
+from minference_vllm.scratch import FP8_MAX, ScratchShape
 from minference_vllm.tuning.masses import draw_columns, draw_diagonals
 
 PAGE_SIZE = 16
@@ -72,11 +72,13 @@ class Inputs(NamedTuple):
         q: [tokens, num_qo_heads, head_dim], a view of packed q, k and v as a model's projection leaves it.
         kv: the keys and values in pages, as vLLM keeps them.
         scale: softmax scale.
+        q_scale: [num_kv_heads] float32, what q is multiplied by; None if it is no FP8.
     """
 
     q: torch.Tensor
     kv: PagedKV
     scale: float
+    q_scale: torch.Tensor | None = None
 
     def chunk(self, context_len: int, out: torch.Tensor) -> Chunk:
         """The rows after so many keys, as many as `out` has."""
@@ -92,6 +94,22 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     cache = normal(pages, PAGE_SIZE, case.num_kv_heads, 2 * case.head_dim).transpose(1, 2)
     table = torch.randperm(pages, device=device, generator=generator).int()[None]
     return Inputs(q, PagedKV(*cache.split(case.head_dim, dim=-1), table, 0), case.head_dim**-0.5)
+
+
+def in_fp8(inputs: Inputs) -> Inputs:
+    """The same prompt as vLLM hands it over with `--kv-cache-dtype fp8`, each tensor's largest number FP8's largest."""
+    kv, num_kv_heads = inputs.kv, inputs.kv.num_kv_heads
+    q, q_scale = _quantized(inputs.q)
+    (k, k_scale), (v, v_scale) = (_quantized(stored.transpose(1, 2)) for stored in (kv.k, kv.v))
+    # Keys and values of a token side by side again.
+    k, v = torch.cat([k, v], dim=-1).transpose(1, 2).split(k.shape[-1], dim=-1)
+    scales = [scale.expand(num_kv_heads) for scale in (q_scale, k_scale, v_scale)]
+    return Inputs(q, PagedKV(k, v, kv.block_table, kv.row, *scales[1:]), inputs.scale, scales[0])
+
+
+def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.abs().amax().float() / FP8_MAX
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 class Sets(NamedTuple):

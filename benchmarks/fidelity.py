@@ -172,6 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", required=True, help=f"files, or {STDLIB!r} for Python's own library")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 28672], help="prompt lengths")
     parser.add_argument("--prompts", type=int, default=8, help="prompts a text and length")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of both engines: fp8, for one")
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 2048], help="max_num_batched_tokens")
     parser.add_argument(
         "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
@@ -183,7 +184,10 @@ def parse() -> argparse.Namespace:
 def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -> dict[str, Any]:
     gate = TINY_GATE if options.tiny else GATE
     return {
-        "engine": engine_options(options.model, max(options.tokens), chunk),
+        "engine": {
+            **engine_options(options.model, max(options.tokens), chunk),
+            "kv_cache_dtype": options.kv_cache_dtype,
+        },
         "dense_backend": options.dense_backend,
         "minference": {**gate, "method": method},
     }

@@ -164,9 +164,21 @@ def _fa3(inputs: Inputs, k: torch.Tensor, v: torch.Tensor, tokens: int, **length
     if not interface.FA3_AVAILABLE:
         raise PeerMissing(f"vLLM's FlashAttention-3 does not load: {interface.FA3_UNAVAILABLE_REASON}")
     rows, start = len(inputs.q), int32(inputs, 0, len(inputs.q))
+    more = lengths if inputs.q_scale is None else {**lengths, **_fp8_arguments(inputs, inputs.q_scale)}
     return lambda: interface.flash_attn_varlen_func(
-        inputs.q, k, v, rows, start, tokens, softmax_scale=inputs.scale, causal=True, fa_version=3, **lengths
+        inputs.q, k, v, rows, start, tokens, softmax_scale=inputs.scale, causal=True, fa_version=3, **more
     )
+
+
+def _fp8_arguments(inputs: Inputs, q_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As vLLM passes them: an output in the model's dtype, and scales by request and KV head."""
+    kv = inputs.kv
+    assert kv.k_scale is not None
+    assert kv.v_scale is not None
+    return {
+        "out": torch.empty_like(inputs.q, dtype=torch.bfloat16),
+        "q_descale": q_scale[None], "k_descale": kv.k_scale[None], "v_descale": kv.v_scale[None],
+    }  # fmt: skip
 
 
 def int32(inputs: Inputs, *values: int) -> torch.Tensor:

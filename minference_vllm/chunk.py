@@ -8,6 +8,9 @@ import torch
 
 from minference_vllm.index import BAND, TILE
 
+FP8 = torch.float8_e4m3fn
+"""What a quantized cache holds, and the queries that come with it; means of keys may be kept in it too."""
+
 
 class PagedKV(NamedTuple):
     """One request's keys and values in vLLM's paged cache.
@@ -16,7 +19,8 @@ class PagedKV(NamedTuple):
         k, v: [num_pages, num_kv_heads, page_size, head_dim], any strides but the last, which is 1.
         block_table: [num_reqs, max_pages] int32: page of the j-th page_size keys of each request.
         row: which row of block_table is this request's.
-        k_scale, v_scale: [1] float32, what stored keys and values are multiplied by; None if the cache is not scaled.
+        k_scale, v_scale: [num_kv_heads] float32, any stride, what each head's FP8 keys and values are multiplied by;
+            None if the cache is in the model's dtype.
     """
 
     k: torch.Tensor
@@ -40,11 +44,13 @@ class Chunk:
     """One request's query rows of this step in one layer, and all that attending to them needs.
 
     Attributes:
-        q: [num_rows, num_qo_heads, head_dim], any strides but the last, which is 1.
-        out: [num_rows, num_qo_heads, head_dim], written by attention.
+        q: [num_rows, num_qo_heads, head_dim], any strides but the last, which is 1; FP8 only over a cache in FP8.
+        out: [num_rows, num_qo_heads, head_dim], in the model's dtype, written by attention.
         kv: the request's cache, the chunk's own keys already in it.
         context_len: keys before the chunk.
         scale: softmax scale.
+        q_scale: [num_kv_heads] float32, any stride, what FP8 queries of each KV head's query heads are multiplied by;
+            None if q is in the model's dtype.
 
     Raises:
         ValueError: a kernel would read or write such tensors wrongly.
@@ -55,13 +61,14 @@ class Chunk:
     kv: PagedKV
     context_len: int
     scale: float
+    q_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         q, out, (k, v, table, row, _, _) = self.q, self.out, self.kv
         if q.stride(2) != 1 or out.stride(2) != 1:
             raise ValueError(f"q and out must end in stride 1, got {q.stride()} and {out.stride()}")
-        if q.shape != out.shape or q.dtype != out.dtype:
-            raise ValueError(f"q is {q.dtype} {tuple(q.shape)}, out {out.dtype} {tuple(out.shape)}: both must be alike")
+        if q.shape != out.shape:
+            raise ValueError(f"q is {tuple(q.shape)}, out {tuple(out.shape)}: both must be alike")
         if table.dtype != torch.int32 or table.stride(1) != 1 or not 0 <= row < len(table):
             raise ValueError(
                 f"block_table must be int32 with stride 1 along a request, and hold row {row}; "
@@ -77,6 +84,28 @@ class Chunk:
                 f"pages of {k.shape[2]} keys must be multiples of {BAND}, and {q.shape[1]} query heads of "
                 f"{k.shape[1]} KV heads"
             )
+        self._check_dtypes()
+
+    def _check_dtypes(self) -> None:
+        kv = self.kv
+        for name, tensor, scale in (("q", self.q, self.q_scale), ("k", kv.k, kv.k_scale), ("v", kv.v, kv.v_scale)):
+            if not tensor.dtype.is_floating_point or (tensor.dtype == FP8) is (scale is None):
+                given = f"{name} is {tensor.dtype} {'without' if scale is None else 'with'} a scale"
+                raise ValueError(f"{given}: {FP8} has one, the model's dtype has none, and there is no other")
+            if scale is not None and (scale.dtype != torch.float32 or scale.shape != (kv.num_kv_heads,)):
+                raise ValueError(
+                    f"{name}_scale must be float32, one for each of {kv.num_kv_heads} KV heads, "
+                    f"got {scale.dtype} {tuple(scale.shape)}"
+                )
+        if self.q_scale is None and self.q.dtype != self.out.dtype:
+            raise ValueError(f"q is {self.q.dtype}, out {self.out.dtype}: both must be alike")
+        if self.q_scale is not None and (kv.k_scale is None or self.out.dtype == FP8):
+            raise ValueError(f"k is {kv.k.dtype}, out {self.out.dtype}: under FP8 queries k must be {FP8}, and out not")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys and values are FP8, and perhaps queries."""
+        return self.kv.k_scale is not None
 
     @property
     def num_rows(self) -> int:

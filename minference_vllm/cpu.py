@@ -25,6 +25,7 @@ from minference_vllm.metadata import PlanningMixin
 from minference_vllm.plan import DenseRun, Plan
 from minference_vllm.reason import Reason
 from minference_vllm.reference.dense import dense
+from minference_vllm.reference.quantized import to_stored
 from minference_vllm.step import Step
 
 # With these a layer's rows are attended to as usual, only never sparsely: our own dense attention serves it.
@@ -109,11 +110,13 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
         page_size = kv_cache.shape[2]
+        _, k_scale, v_scale = self.scales(layer, key)
+        stored = [x if scale is None else to_stored(x, scale) for x, scale in ((key, k_scale), (value, v_scale))]
         # [num_tokens, num_kv_heads, 2 * head_size]
-        rows = torch.cat([key, value], dim=-1)[: len(slot_mapping)]
+        rows = torch.cat(stored, dim=-1)[: len(slot_mapping)]
         real = slot_mapping >= 0  # padding has no slot
         slots = slot_mapping[real]
-        kv_cache[slots // page_size, :, slots % page_size] = rows[real].to(kv_cache.dtype)
+        kv_cache[slots // page_size, :, slots % page_size] = rows.view(kv_cache.dtype)[real]
 
     def forward(
         self,
@@ -138,12 +141,12 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
             raise NotImplementedError("MInference on a CPU serves causal attention only: choose vLLM's CPU_ATTN.")
         step: Step | None = getattr(attn_metadata, "minference", None)
         if step is None or self.dense_reason is not None:
-            self._run_dense(_requests(attn_metadata), query, kv_cache, attn_metadata, output)
+            self._run_dense(_requests(attn_metadata), layer, query, kv_cache, attn_metadata, output)
             return output
-        failed = self.run_sparse(step, query, kv_cache, attn_metadata.block_table, output)
+        failed = self.run_sparse(step, layer, query, kv_cache, attn_metadata.block_table, output)
         sparse = {chunk.request for chunk in step.chunks} - {chunk.request for chunk in failed}
         rest = [run for run in _requests(attn_metadata) if run.first not in sparse]
-        self._run_dense(rest, query, kv_cache, attn_metadata, output)
+        self._run_dense(rest, layer, query, kv_cache, attn_metadata, output)
         if self.is_last_sparse:
             self.runtime.finish_step(step.record)
         return output
@@ -151,16 +154,18 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
     def _run_dense(
         self,
         runs: list[DenseRun],
+        layer: torch.nn.Module,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: CPUAttentionMetadata,
         output: torch.Tensor,
     ) -> None:
-        k, v = kv_cache.split(self.head_size, dim=-1)
+        k, v = self.keys_and_values(kv_cache)
+        q_scale, k_scale, v_scale = self.scales(layer, query)
         for run in runs:
             rows = slice(run.query_start, run.query_end)
-            kv = PagedKV(k, v, metadata.block_table, run.first)
-            dense(query[rows], kv, run.max_seq_len - run.max_query_len, self.scale, output[rows])
+            kv = PagedKV(k, v, metadata.block_table, run.first, k_scale, v_scale)
+            dense(query[rows], kv, run.max_seq_len - run.max_query_len, self.scale, output[rows], q_scale)
 
 
 def _requests(metadata: CPUAttentionMetadata) -> list[DenseRun]:

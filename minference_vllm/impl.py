@@ -9,7 +9,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
 
 from minference_vllm import compat
-from minference_vllm.chunk import PagedKV
+from minference_vllm.chunk import FP8, PagedKV
 from minference_vllm.config import load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.layers import SparseLayer, decide_layers
@@ -29,8 +29,8 @@ class SparseLayerMixin(SparseLayer):
 
     # vLLM's implementation beside this mixin sets these.
     num_heads: int
-    num_kv_heads: int
     scale: float
+    supports_quant_query_input: bool
 
     def attach_runtime(self, device: torch.device) -> None:
         """Find the worker's runtime. Called once, at construction."""
@@ -38,6 +38,7 @@ class SparseLayerMixin(SparseLayer):
         self.is_of_drafter = compat.is_loading_drafter()
         self.runtime = runtime_of(vllm_config, device)
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        has_fp8_kv = compat.is_fp8(self.kv_cache_dtype)
         self.shape = ScratchShape(
             num_qo_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -45,6 +46,8 @@ class SparseLayerMixin(SparseLayer):
             dtype=model.dtype,
             max_seq_len=model.max_model_len,
             max_chunk=min(scheduler.max_num_batched_tokens, model.max_model_len),
+            has_fp8_kv=has_fp8_kv,
+            has_fp8_q=has_fp8_kv and self.supports_quant_query_input,
         )
 
     def decide(self) -> None:
@@ -62,29 +65,49 @@ class SparseLayerMixin(SparseLayer):
                 raise refused(str(error)) from None
 
     def run_sparse(
-        self, step: Step, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, output: torch.Tensor
+        self,
+        step: Step,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
     ) -> list[SparseChunk]:
         """Sparse attention for every chunk of the step.
 
         Args:
+            layer: vLLM's, which holds the scales of FP8.
             query, output: [num_tokens, num_heads, head_size].
             kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any strides.
 
         Returns:
             The chunks for which it failed: they are to run dense.
         """
-        k, v = kv_cache.split(self.head_size, dim=-1)
+        k, v = self.keys_and_values(kv_cache)
+        q_scale, k_scale, v_scale = self.scales(layer, query)
         failed = []
         for rows in step.chunks:
             span = slice(rows.query_start, rows.query_start + rows.num_rows)
-            kv = PagedKV(k, v, block_table, rows.request)
+            kv = PagedKV(k, v, block_table, rows.request, k_scale, v_scale)
             ran = not self.runtime.is_broken and self.runtime.run(
-                query[span], output[span], kv, rows.context_len, self.scale, self.layer_state
+                query[span], output[span], kv, rows.context_len, self.scale, self.layer_state, q_scale
             )
             if not ran:
                 failed.append(rows)
                 self.runtime.failed.add(rows.request)
         return failed
+
+    def keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The two halves of the cache. Where they are FP8, vLLM hands them out as bytes."""
+        return (kv_cache.view(FP8) if self.shape.has_fp8_kv else kv_cache).split(self.head_size, dim=-1)
+
+    def scales(self, layer: torch.nn.Module, query: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """By what queries, keys and values are multiplied, see Chunk. Read each time: vLLM may load them anew."""
+        found = compat.fp8_scales(layer, self.num_kv_heads) if self.shape.has_fp8_kv else None
+        if found is None:
+            return None, None, None
+        q_scale, k_scale, v_scale = found
+        return q_scale if query.dtype == FP8 else None, k_scale, v_scale
 
 
 def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
@@ -141,7 +164,7 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
             )
         for run, metadata in step.dense_runs:
             self._run_dense(layer, query, key, value, kv_cache, run, metadata, output)
-        for chunk in self.run_sparse(step, query, kv_cache, attn_metadata.block_table, output):
+        for chunk in self.run_sparse(step, layer, query, kv_cache, attn_metadata.block_table, output):
             run = DenseRun.of_chunk(chunk)
             self._run_dense(layer, query, key, value, kv_cache, run, run_metadata(run, attn_metadata), output)
         if self.is_last_sparse:

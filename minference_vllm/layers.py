@@ -41,6 +41,7 @@ class SparseLayer:
     # vLLM's implementation beside this class sets these.
     attn_type: str
     head_size: int
+    num_kv_heads: int
     sliding_window: Any
     alibi_slopes: Any
     logits_soft_cap: float | None
@@ -78,6 +79,7 @@ def decide_layers(vllm_config: Any, publish: bool, dense_layers: Container[int |
 def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[int | None]) -> LayerTraits:
     """What decides whether a layer of ours may run sparse."""
     impl, parallel = layer.impl, vllm_config.parallel_config
+    is_fp8 = compat.is_fp8(impl.kv_cache_dtype) and compat.fp8_scales(layer, impl.num_kv_heads) is not None
     return LayerTraits(
         is_decoder=impl.attn_type == DECODER,
         has_sliding_window=impl.sliding_window != impl.WINDOW_OFF,
@@ -85,8 +87,9 @@ def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[i
         has_alibi=impl.alibi_slopes is not None,
         has_soft_cap=bool(impl.logits_soft_cap),
         has_sinks=impl.sinks is not None,
-        has_quantized_kv=compat.is_quantized(impl.kv_cache_dtype),
-        has_other_dtype=layer.kv_cache_torch_dtype != vllm_config.model_config.dtype,
+        has_other_quantization=compat.is_quantized(impl.kv_cache_dtype) and not is_fp8,
+        # vLLM keeps FP8 as bytes.
+        has_other_dtype=not is_fp8 and layer.kv_cache_torch_dtype != vllm_config.model_config.dtype,
         shares_kv=impl.kv_sharing_target_layer_name is not None,
         is_context_parallel=parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,

@@ -22,9 +22,10 @@ class LayerTraits:
     has_alibi: bool
     has_soft_cap: bool
     has_sinks: bool
-    has_quantized_kv: bool
+    has_other_quantization: bool
+    """The cache is quantized otherwise than to FP8 (e4m3) with one scale for the layer, or one a KV head."""
     has_other_dtype: bool
-    """The cache holds another type than the model computes in."""
+    """The cache, if it is not quantized, holds another type than the model computes in."""
     shares_kv: bool
     is_context_parallel: bool
     is_micro_batched: bool
@@ -46,7 +47,7 @@ _LAYER_RULES: tuple[tuple[Reason, Callable[[LayerTraits], bool]], ...] = (
     (Reason.ALIBI, lambda layer: layer.has_alibi),
     (Reason.SOFT_CAP, lambda layer: layer.has_soft_cap),
     (Reason.ATTENTION_SINKS, lambda layer: layer.has_sinks),
-    (Reason.QUANTIZED_KV, lambda layer: layer.has_quantized_kv),
+    (Reason.QUANTIZED_KV, lambda layer: layer.has_other_quantization),
     (Reason.KV_SHARING, lambda layer: layer.shares_kv),
     (Reason.CONTEXT_PARALLEL, lambda layer: layer.is_context_parallel),
     # Micro-batches run side by side, and the scratch is one.

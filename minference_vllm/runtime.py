@@ -18,7 +18,7 @@ from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.density import DensityMeter
 from minference_vllm.metrics.recall_meter import RecallMeter
 from minference_vllm.metrics.snapshot import Counts
-from minference_vllm.ops import choose_kernel
+from minference_vllm.ops import choose_kernel, report_shape
 from minference_vllm.patterns import ServedModel, resolve
 from minference_vllm.recall import Floors, Recall
 from minference_vllm.record import Record, StepRecord, Tally
@@ -159,11 +159,19 @@ class Runtime:
             size = sum(map(num_bytes, filter(None, (buffers, attend, recall))))
             self._scratch_bytes += size
             logger.info("MInference: %.0f MiB of scratch for %s", size / 2**20, shape)
+            report_shape(self.method.kernel, self.config.kernel, shape)
             self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs), recall
         return self._buffers[shape]
 
     def run(
-        self, q: torch.Tensor, out: torch.Tensor, kv: PagedKV, context_len: int, scale: float, layer: LayerState
+        self,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        kv: PagedKV,
+        context_len: int,
+        scale: float,
+        layer: LayerState,
+        q_scale: torch.Tensor | None = None,
     ) -> bool:
         """Sparse attention of one layer for one chunk; arguments as Chunk's.
 
@@ -171,7 +179,7 @@ class Runtime:
             Whether it could be done; if not, `out` is undefined.
         """
         try:
-            chunk = Chunk(q, out, kv, context_len, scale)
+            chunk = Chunk(q, out, kv, context_len, scale, q_scale)
             index = prefill(chunk, self.method, layer, self.chooser)
             if self.config.debug:
                 debug.check(chunk, index, layer)
@@ -242,14 +250,17 @@ class Runtime:
 
     def _dry_prefill(self, shape: ScratchShape, page_size: int, length: int) -> None:
         cache = torch.zeros(
-            (1, page_size, shape.num_kv_heads, 2 * shape.head_dim), dtype=shape.dtype, device=self.device
+            (1, page_size, shape.num_kv_heads, 2 * shape.head_dim), dtype=shape.kv_dtype, device=self.device
         )
         k, v = cache.transpose(1, 2).split(shape.head_dim, dim=-1)
         # All of the request's pages are the one that there is.
         table = torch.zeros(1, -(-length // page_size), dtype=torch.int32, device=self.device)
         rows = min(2 * TILE, length, shape.max_chunk)
-        q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device=self.device)
-        chunk = Chunk(q, torch.empty_like(q), PagedKV(k, v, table, 0), length - rows, 1.0)
+        q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.q_dtype, device=self.device)
+        one = torch.ones(shape.num_kv_heads, device=self.device)
+        of_cache, of_queries = one if shape.has_fp8_kv else None, one if shape.has_fp8_q else None
+        kv = PagedKV(k, v, table, 0, of_cache, of_cache)
+        chunk = Chunk(q, torch.empty_like(q, dtype=shape.dtype), kv, length - rows, 1.0, of_queries)
         buffers, attend, recall = self._claim(shape)
         budgets = self.method.budgets(shape.num_qo_heads, self.device)
         attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))

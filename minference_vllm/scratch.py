@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from minference_vllm.chunk import FP8
 from minference_vllm.recall import NUM_BUCKETS
 
 MASS_UNIT = 2.0**-23
@@ -31,12 +32,9 @@ SELECT_SPLITS = 16
 MEAN = 4
 """Consecutive keys, from a multiple of MEAN on, whose mean stands for them when groups are chosen."""
 
-FP8 = torch.float8_e4m3fn
-"""One of the dtypes that means may be kept in; query rows are then rounded to it too."""
-
 FP8_UNIT = 4.0
-"""FP8 holds multiples of this, a power of two: keys and queries up to 1792 do not saturate, and their common sizes lie
-where FP8 is relatively most exact."""
+"""Means in FP8, and query rows rounded to it, are multiples of this, a power of two: keys and queries up to 1792 do not
+saturate, and their common sizes lie where FP8 is relatively most exact."""
 
 FP8_MAX = 448.0
 """The largest number of FP8."""
@@ -62,7 +60,10 @@ MASS_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class ScratchShape:
-    """What sizes scratch: a layer's heads on this tensor-parallel rank, the longest request and chunk in tokens."""
+    """What sizes scratch: a layer's heads on this tensor-parallel rank, the longest request and chunk in tokens.
+
+    `dtype` is the model's; the cache, and the queries with it, may be in FP8.
+    """
 
     num_qo_heads: int
     num_kv_heads: int
@@ -70,6 +71,16 @@ class ScratchShape:
     dtype: torch.dtype
     max_seq_len: int
     max_chunk: int
+    has_fp8_kv: bool = False
+    has_fp8_q: bool = False
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return FP8 if self.has_fp8_kv else self.dtype
+
+    @property
+    def q_dtype(self) -> torch.dtype:
+        return FP8 if self.has_fp8_q else self.dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,34 @@ def is_quantized(kv_cache_dtype: str) -> bool:
     return kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32", "half", "float")
 
 
+def is_fp8(kv_cache_dtype: str) -> bool:
+    """Whether the cache holds FP8 (e4m3, with NaN and without infinities), scaled by the layer's numbers alone."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return kv_cache_dtype in ("fp8", "fp8_e4m3") and current_platform.fp8_dtype() == torch.float8_e4m3fn
+
+
+def fp8_scales(layer: Any, num_kv_heads: int) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None":
+    """By what FP8 queries, keys and values of a layer are multiplied, [num_kv_heads] float32 on the device each.
+
+    None if the layer has neither one such number for all heads nor one a KV head, which is all that vLLM's own
+    FlashAttention takes.
+    """
+    import torch
+
+    scales = []
+    for name in ("_q_scale", "_k_scale", "_v_scale"):
+        scale = getattr(layer, name, None)
+        if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32:
+            return None
+        if scale.numel() not in (1, num_kv_heads):
+            return None
+        scales.append(scale.flatten().expand(num_kv_heads))
+    q, k, v = scales
+    return q, k, v
+
+
 def batch_invariant() -> bool:
     """Whether the user asked for results that do not depend on batching; chunks change what a sparse layer keeps."""
     from vllm import envs

@@ -2,13 +2,13 @@
 """What a method is made of. An operation picks the code that runs it, launches it, and returns.
 
 Signatures and meanings are those of its twin in minference_vllm.reference; `kernel` says which code is wanted. What the
-CUDA library is not made for (heads of 256, tensors at odd addresses) runs in Triton.
+CUDA library is not made for (FP8 caches, heads of 256, tensors at odd addresses) runs in Triton.
 """
 
 from minference_vllm.ops.attend import attend
 from minference_vllm.ops.boxes import select_boxes
 from minference_vllm.ops.groups import select_groups
-from minference_vllm.ops.kernel import Kernel, choose_kernel
+from minference_vllm.ops.kernel import Kernel, choose_kernel, report_shape
 from minference_vllm.ops.lists import band_lists
 from minference_vllm.ops.masses import box_masses, group_masses
 from minference_vllm.ops.means import coarse_means, key_means, means_dtype
@@ -30,6 +30,7 @@ __all__ = [
     "means_dtype",
     "measure_recall",
     "probe",
+    "report_shape",
     "row_normalisers",
     "select",
     "select_boxes",

@@ -7,6 +7,8 @@ from enum import StrEnum
 import torch
 
 from minference_vllm.errors import ConfigError
+from minference_vllm.kernels.cuda import library
+from minference_vllm.scratch import ScratchShape
 
 HOPPER = 9
 AUTO = "auto"
@@ -36,6 +38,13 @@ def choose_kernel(asked: str, device: torch.device) -> Kernel:
     return kernel
 
 
+def report_shape(kernel: Kernel, asked: str, shape: ScratchShape) -> None:
+    """Say in the log if layers of this shape run in Triton, where the CUDA library serves others."""
+    if kernel is Kernel.CUDA and (obstacle := library.why_not(shape)):
+        say = logger.info if asked == AUTO else logger.warning
+        say("MInference: kernel %s instead of %s for %s: %s", Kernel.TRITON, kernel, shape, obstacle)
+
+
 def _choose(asked: str, device: torch.device) -> tuple[Kernel, str]:
     """The kernels, and why it is these."""
     obstacles = {Kernel.CUDA: _cuda_obstacle(device), Kernel.TRITON: _gpu_obstacle(device), Kernel.REFERENCE: ""}
@@ -58,8 +67,6 @@ def _cuda_obstacle(device: torch.device) -> str:
         return obstacle
     if torch.cuda.get_device_capability(device)[0] != HOPPER:
         return f"the CUDA library is for H100 and H200, and this is {describe(device)}"
-    from minference_vllm.kernels.cuda import library
-
     return library.why_missing()
 
 

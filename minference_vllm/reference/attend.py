@@ -17,7 +17,7 @@ from minference_vllm.index import (
     HeadIndex,
     TileIndex,
 )
-from minference_vllm.reference.pages import gather
+from minference_vllm.reference.quantized import keys_and_values, queries
 from minference_vllm.scratch import AttendBuffers
 
 
@@ -30,7 +30,7 @@ def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
         buffers: `lse` is written, as `out`; `kept_pairs` is added to.
     """
     q, context_len, seq_len = chunk.q, chunk.context_len, chunk.seq_len
-    keys, values = (cache.float() for cache in gather(chunk.kv, seq_len))
+    keys, values = keys_and_values(chunk.kv, seq_len)
     heads = index.heads[: int(index.num_heads)].tolist() if isinstance(index, HeadIndex) else range(chunk.num_qo_heads)
     for i in range(context_len // HALF, (seq_len - 1) // HALF + 1):
         tile, half = divmod(i, HALVES)
@@ -49,11 +49,11 @@ def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
             else:
                 earlier = torch.arange(tile * TILE, device=q.device)
             kept = torch.cat([earlier, own])
-            scores = (q[rows, head].float() * chunk.scale) @ keys[head // chunk.group_size, kept].T
+            scores = (queries(chunk, rows, head) * chunk.scale) @ keys[head // chunk.group_size, kept].T
             scores[:, len(earlier) :].masked_fill_(future, -torch.inf)
             buffers.lse[head, rows] = scores.logsumexp(-1)
             probabilities = scores.sub_(buffers.lse[head, rows, None]).exp_()
-            chunk.out[rows, head] = (probabilities @ values[head // chunk.group_size, kept]).to(q.dtype)
+            chunk.out[rows, head] = (probabilities @ values[head // chunk.group_size, kept]).to(chunk.out.dtype)
             buffers.kept_pairs.add_(scores.numel() - num_future)
 
 

@@ -6,11 +6,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from minference_vllm.chunk import PagedKV
 from minference_vllm.reference.pages import gather
+from minference_vllm.reference.quantized import keys_and_values
 
 ROWS_AT_ONCE = 1024
 
 
-def dense(q: torch.Tensor, kv: PagedKV, context_len: int, scale: float, out: torch.Tensor) -> None:
+def dense(
+    q: torch.Tensor,
+    kv: PagedKV,
+    context_len: int,
+    scale: float,
+    out: torch.Tensor,
+    q_scale: torch.Tensor | None = None,
+) -> None:
     """Attend to every key up to the row's own.
 
     Args:
@@ -19,8 +27,15 @@ def dense(q: torch.Tensor, kv: PagedKV, context_len: int, scale: float, out: tor
         context_len: keys before the first row.
         scale: softmax scale.
         out: [num_rows, num_qo_heads, head_dim], written.
+        q_scale: see Chunk.
     """
-    keys, values = gather(kv, context_len + len(q))
+    seq_len = context_len + len(q)
+    if kv.k_scale is None:
+        keys, values = gather(kv, seq_len)
+    else:
+        (keys, values), q = keys_and_values(kv, seq_len), q.float()
+    if q_scale is not None:
+        q = q * q_scale.repeat_interleave(q.shape[1] // kv.num_kv_heads)[:, None]
     for start in range(0, len(q), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(q)))
         seen = context_len + rows.stop

@@ -10,6 +10,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TILE
 from minference_vllm.reference.normalisers import PART, sampled_rows
 from minference_vllm.reference.operands import from_operand, query_rows
+from minference_vllm.reference.quantized import score_scales
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
 
 
@@ -52,11 +53,12 @@ def group_masses(
     group = mean * MEANS_PER_GROUP
     rows_per_half = row_lse.shape[2]
     parts_per_tile = HALVES * rows_per_half // PART
+    scales = score_scales(chunk)[:, None]
     lse_of_parts = row_lse.view(len(row_lse), -1, PART)
     for part, rows in enumerate(sampled_rows(chunk, rows_per_half).view(-1, PART)):
         tile_start = (chunk.first_tile + part // parts_per_tile) * TILE
         # Of an absent half any row will do: its normaliser is infinite.
-        q = query_rows(chunk.q[rows.clamp(min=chunk.context_len) - chunk.context_len], means) * chunk.scale
+        q = query_rows(chunk.q[rows.clamp(min=chunk.context_len) - chunk.context_len], means) * scales
         for i in range(min(len(masses), chunk.num_qo_heads - first_head)):
             head = first_head + i
             scores = q[:, head] @ from_operand(means[head // chunk.group_size, : tile_start // mean]).T

@@ -10,7 +10,7 @@ from minference_vllm.scratch import MEAN
 
 
 def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, mean: int = MEAN) -> None:
-    """Average every `mean` keys, from absolute position 0 on.
+    """Average every `mean` keys, from absolute position 0 on, as they are stored: the scale of FP8 keys is not applied.
 
     Args:
         kv: the request's cache.

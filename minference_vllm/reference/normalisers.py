@@ -8,6 +8,7 @@ import torch
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALF, HALVES, TILE
 from minference_vllm.reference.operands import from_operand, query_rows
+from minference_vllm.reference.quantized import score_scales
 from minference_vllm.scratch import MEAN
 
 PART = 16
@@ -54,6 +55,7 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
             so that they weigh nothing; minus infinity if the request has no mean yet. rows_per_half is 16, 32 or 64.
         mean: keys in a mean.
     """
+    scales = score_scales(chunk)
     for half, rows in enumerate(sampled_rows(chunk, row_lse.shape[2])):
         if rows[0] < 0:
             row_lse[:, half] = torch.inf
@@ -66,6 +68,6 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
         # [rows_per_half, means]
         hidden = number * mean // GROUP > rows[:, None] // GROUP
         for head in range(chunk.num_qo_heads):
-            q = query_rows(chunk.q[rows - chunk.context_len, head], means) * chunk.scale
+            q = query_rows(chunk.q[rows - chunk.context_len, head], means) * scales[head]
             scores = q @ from_operand(means[head // chunk.group_size, number]).T + math.log(mean * LIMIT)
             row_lse[head, half] = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)

@@ -4,7 +4,7 @@
 import torch
 
 from minference_vllm.chunk import Chunk
-from minference_vllm.reference.pages import gather
+from minference_vllm.reference.quantized import keys_and_values, queries
 from minference_vllm.scratch import MASS_UNIT, ProbeBuffers
 
 
@@ -26,7 +26,7 @@ def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -
     Masses are integers, multiples of MASS_UNIT, so that their sums are exact and the same in any order of adding.
     """
     q, seq_len = chunk.q, chunk.seq_len
-    keys, _ = gather(chunk.kv, seq_len)
+    keys, _ = keys_and_values(chunk.kv, seq_len)
     rows = probe_rows(chunk.num_rows, num_last, num_spread, q.device)
     positions = chunk.context_len + rows
     # [probe_rows, seq_len]
@@ -34,7 +34,7 @@ def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -
     visible = (distance >= 0) & (rows >= 0)[:, None]
     diagonal = distance.clamp(min=0).flatten()
     for head in range(chunk.num_qo_heads):
-        scores = q[rows.clamp(min=0), head].float() @ keys[head // chunk.group_size].float().T * chunk.scale
+        scores = queries(chunk, rows.clamp(min=0), head) @ keys[head // chunk.group_size].T * chunk.scale
         scores = scores.masked_fill(~visible, -torch.inf)
         lse = scores.logsumexp(-1)
         mass = (scores - lse[:, None]).exp().where(visible, 0.0)

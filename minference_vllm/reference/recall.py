@@ -6,7 +6,7 @@ import torch
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE
 from minference_vllm.recall import LOST_ROWS, RECALL_EDGES, Floors
-from minference_vllm.reference.pages import gather
+from minference_vllm.reference.quantized import keys_and_values, queries
 from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
 
 
@@ -38,11 +38,11 @@ def measure_recall(
         totals: added to.
     """
     rows = held_out_rows(chunk)
-    keys, _ = gather(chunk.kv, chunk.seq_len)
+    keys, _ = keys_and_values(chunk.kv, chunk.seq_len)
     future = torch.arange(chunk.seq_len, device=rows.device) > (chunk.context_len + rows)[:, None]
     recalls = torch.empty(chunk.num_qo_heads, HELD_OUT_ROWS, device=rows.device)
     for head in range(chunk.num_qo_heads):
-        scores = chunk.q[rows, head].float() @ keys[head // chunk.group_size].float().T * chunk.scale
+        scores = queries(chunk, rows, head) @ keys[head // chunk.group_size].T * chunk.scale
         exact = scores.masked_fill_(future, -torch.inf).logsumexp(-1)
         recalls[head] = (lse[head, rows] - exact).clamp(max=0).exp()
     buffers.recall.copy_(recalls.mean(1))

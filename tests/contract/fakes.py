@@ -108,6 +108,7 @@ def add_layers(
     dtype: torch.dtype = torch.bfloat16,
     is_draft_layer: bool = False,
     chunk_size: int | None = None,
+    scales: dict[str, torch.Tensor] | None = None,
 ) -> Any:
     """The configuration of a model that has these layers too, with a cache of this type."""
     for name, impl in impls.items():
@@ -118,6 +119,7 @@ def add_layers(
             num_heads=impl.num_heads,
             is_draft_layer=is_draft_layer,
             kv_cache_torch_dtype=dtype,
+            **(scales or {}),
         )
         if chunk_size is not None:
             layer.__dict__["attention_chunk_size"] = chunk_size
@@ -133,9 +135,10 @@ def make_builder(
     is_draft_layer: bool = False,
     chunk_size: int | None = None,
     kind: type[MInferenceBuilder] = MInferenceBuilder,
+    scales: dict[str, torch.Tensor] | None = None,
 ) -> MInferenceBuilder:
     """The builder of a KV cache group whose layers have these names and, if chunk_size is given, attend locally."""
-    config = add_layers(impls, config or make_config(), dtype, is_draft_layer, chunk_size)
+    config = add_layers(impls, config or make_config(), dtype, is_draft_layer, chunk_size, scales)
     spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype)
     return kind(spec, list(impls), config, CPU)
 

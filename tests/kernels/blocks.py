@@ -44,7 +44,7 @@ SPARSE = Case("", num_rows=100, context_len=306, num_qo_heads=2, num_kv_heads=1)
 def make_means(chunk: Chunk, mean: int = 4, is_fp8: bool = False) -> torch.Tensor:
     """Means of the request's keys, and poison where there are none; in the model's dtype if not in FP8."""
     means = torch.full((chunk.kv.num_kv_heads, chunk.seq_len // mean + 5, chunk.head_dim), torch.nan)
-    means = means.to(chunk.q.device, FP8 if is_fp8 else chunk.q.dtype)
+    means = means.to(chunk.q.device, FP8 if is_fp8 else chunk.out.dtype)
     reference.key_means(chunk.kv, chunk.seq_len, means, mean=mean)
     return means
 

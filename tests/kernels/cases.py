@@ -8,16 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 
 from minference_vllm.attention import LayerState
-from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.methods import VerticalSlash
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import AttendBuffers, ScratchShape
 
+# Of FP8: nothing saturates, and a kernel that forgets one of them is far off.
+Q_SCALE, K_SCALE, V_SCALE = 0.03, 0.02, 0.05
+
 
 @dataclass(frozen=True)
 class Case:
-    """One chunk of one request; `layout` is the cache's memory order of tokens (N) and heads (H)."""
+    """One chunk of one request; `layout` is the cache's memory order of tokens (N) and heads (H).
+
+    The cache may be in FP8, and the queries with it, with one scale each or, `per_head`, one a KV head.
+    """
 
     name: str
     num_rows: int = 200
@@ -31,6 +37,9 @@ class Case:
     vertical_size: int = 40
     slash_size: int = 120
     probe_rows: str = "last"
+    has_fp8_kv: bool = False
+    has_fp8_q: bool = False
+    per_head: bool = False
 
     @property
     def seq_len(self) -> int:
@@ -44,7 +53,13 @@ class Case:
     def shape(self) -> ScratchShape:
         """Scratch for somewhat longer requests and chunks than this one."""
         heads = self.num_qo_heads, self.num_kv_heads, self.head_dim
-        return ScratchShape(*heads, self.dtype, max_seq_len=self.seq_len + 300, max_chunk=self.num_rows + 100)
+        fp8 = self.has_fp8_kv, self.has_fp8_q
+        return ScratchShape(*heads, self.dtype, self.seq_len + 300, self.num_rows + 100, *fp8)
+
+    def scale_of(self, one: float, device: torch.device) -> torch.Tensor:
+        """[num_kv_heads] float32: `one` for every head, or another for each."""
+        heads = torch.arange(self.num_kv_heads, device=device)
+        return one / (1 + heads) if self.per_head else torch.tensor(one, device=device).expand(self.num_kv_heads)
 
     def vertical_slash(self, kernel: Kernel, **changes: object) -> VerticalSlash:
         """The method with this case's budgets."""
@@ -89,6 +104,18 @@ ADVERSARIAL = [
     Case("bands of one half", num_rows=140, context_len=1000, num_qo_heads=2, num_kv_heads=1, slash_size=20),
 ]
 CASES = REGULAR + IRREGULAR + ADVERSARIAL
+FP8_CASES = [
+    replace(case, name=f"FP8, {case.name}", has_fp8_kv=True)
+    for case in (
+        Case("chunk after context", num_rows=150, context_len=128, num_qo_heads=2, head_dim=128, has_fp8_q=True),
+        Case("one scale a head, HND", num_rows=70, context_len=200, layout="HND", has_fp8_q=True, per_head=True),
+        Case("page 48", num_rows=63, context_len=211, page_size=48, num_kv_heads=1, has_fp8_q=True, probe_rows="both"),
+        Case("queries in fp16", num_rows=40, context_len=150, num_qo_heads=6, per_head=True),
+        Case("queries in bf16", num_rows=30, context_len=127, num_kv_heads=1, dtype=torch.bfloat16),
+        Case("head_dim 256", num_rows=20, context_len=131, num_qo_heads=2, head_dim=256, has_fp8_q=True),
+        Case("1 row", num_rows=1, context_len=0, num_qo_heads=2, has_fp8_q=True, dtype=torch.bfloat16),
+    )
+]
 GPU_CASES = [
     replace(case, name=f"{case.name}, bf16", dtype=torch.bfloat16) for case in CASES if case.dtype != torch.float32
 ] + [
@@ -108,13 +135,19 @@ def make_cache(case: Case, device: torch.device, seed: int = 0) -> PagedKV:
     order = torch.randperm(pages + spare, generator=generator)[:pages]
     logical = poison(shape)
     logical[order] = filled.view(pages, case.page_size, case.num_kv_heads, -1).transpose(1, 2)
-    logical = logical.to(device, case.dtype)
+    k_scale = v_scale = None
+    if case.has_fp8_kv:
+        k_scale, v_scale = case.scale_of(K_SCALE, device), case.scale_of(V_SCALE, device)
+        steps = torch.cat([scale.cpu()[:, None, None].expand(-1, 1, case.head_dim) for scale in (k_scale, v_scale)], -1)
+        logical = (logical / steps).to(device, FP8)
+    else:
+        logical = logical.to(device, case.dtype)
     if case.layout == "NHD":
         logical = logical.transpose(1, 2).contiguous().transpose(1, 2)
     table = torch.full((3, pages + 2), 2**30, dtype=torch.int32)  # a read past the request's pages would fault
     table[1, :pages] = order.to(torch.int32)
     k, v = logical.split(case.head_dim, dim=-1)
-    return PagedKV(k, v, table.to(device), 1)
+    return PagedKV(k, v, table.to(device), 1, k_scale, v_scale)
 
 
 def poison(shape: Sequence[int]) -> torch.Tensor:
@@ -137,14 +170,20 @@ def make_queries(case: Case, device: torch.device, seed: int = 1) -> torch.Tenso
     generator = torch.Generator().manual_seed(seed)
     width = case.num_qo_heads + 2 * case.num_kv_heads
     qkv = torch.randn(case.num_rows, width, case.head_dim, generator=generator) * 2
+    if case.has_fp8_q:
+        group = case.num_qo_heads // case.num_kv_heads
+        scale = case.scale_of(Q_SCALE, device).cpu().repeat_interleave(group)[:, None]
+        qkv[:, : case.num_qo_heads] /= scale
+        return qkv.to(device, FP8)[:, : case.num_qo_heads]
     return qkv.to(device, case.dtype)[:, : case.num_qo_heads]
 
 
 def make_chunk(case: Case, device: torch.device, seed: int = 0) -> Chunk:
     """The case's rows over its cache; the output is NaN."""
     q = make_queries(case, device, seed + 1)
-    out = torch.full_like(q, torch.nan)
-    return Chunk(q, out, make_cache(case, device, seed), case.context_len, case.scale)
+    out = torch.full_like(q, torch.nan, dtype=case.dtype)
+    q_scale = case.scale_of(Q_SCALE, device) if case.has_fp8_q else None
+    return Chunk(q, out, make_cache(case, device, seed), case.context_len, case.scale, q_scale)
 
 
 def make_state(case: Case, method: VerticalSlash, device: torch.device) -> LayerState:

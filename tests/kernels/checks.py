@@ -9,7 +9,10 @@ import torch
 from minference_vllm import reference
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import SparseIndex
-from minference_vllm.scratch import AttendBuffers
+from minference_vllm.kernels import triton
+from minference_vllm.ops import Kernel
+from minference_vllm.scratch import MASS_UNIT, AttendBuffers, ProbeBuffers
+from tests.kernels.cases import Case, make_chunk
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -35,7 +38,7 @@ def check_attend(attend: Attend, chunk: Chunk, index: SparseIndex) -> None:
     q, num_rows = chunk.q, chunk.num_rows
     results = []
     for function in (reference.attend, attend):
-        out = torch.full((num_rows + 1, *q.shape[1:]), torch.nan, dtype=q.dtype, device=q.device)
+        out = torch.full((num_rows + 1, *q.shape[1:]), torch.nan, dtype=chunk.out.dtype, device=q.device)
         buffers = AttendBuffers.allocate(chunk.num_qo_heads, num_rows + 5, q.device)
         buffers.lse.fill_(torch.nan)
         function(replace(chunk, out=out[:-1]), index, buffers)
@@ -47,3 +50,25 @@ def check_attend(attend: Attend, chunk: Chunk, index: SparseIndex) -> None:
     assert buffers.lse[:, :num_rows].isfinite().all()
     assert buffers.kept_pairs.item() == of_reference.kept_pairs.item()
     assert buffers.tile_counter.item() == 0, "the next launch would count on from there"
+
+
+def check_probe(case: Case, device: torch.device) -> None:
+    """Triton's against the reference: the mass of columns and of diagonals."""
+    chunk, counts = make_chunk(case, device), case.vertical_slash(Kernel.TRITON).settings.probe_counts
+    results = []
+    for probe in (reference.probe, triton.probe):
+        buffers = ProbeBuffers.allocate(case.num_qo_heads, sum(counts), case.shape.max_seq_len, device)
+        buffers.slash.fill_(7)  # left over from another request
+        probe(chunk, *counts, buffers)
+        results.append(buffers)
+    expected, actual = results
+    # A float32 product on the matrix units keeps ten bits of its operands.
+    tolerance = 2e-2 if case.dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(actual.lse, expected.lse, rtol=tolerance, atol=tolerance)
+    present = expected.lse.isfinite().sum(1)
+    for name in ("vertical", "slash"):
+        mass, want = getattr(actual, name)[:, : case.seq_len], getattr(expected, name)[:, : case.seq_len]
+        # Every probe row's mass is 1; half a unit of rounding for each of its entries.
+        total = mass.sum(1) * MASS_UNIT
+        torch.testing.assert_close(total, present.to(total), rtol=1e-2, atol=0)
+        assert relative_error(mass, want) < (2e-2 if case.dtype == torch.float32 else 2e-3)

@@ -13,7 +13,7 @@ from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, Band
 from minference_vllm.kernels import cuda, triton
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.attend import kept_before
-from minference_vllm.scratch import MASS_UNIT, ProbeBuffers, SelectBuffers
+from minference_vllm.scratch import SelectBuffers
 from tests.kernels.cases import (
     CASES,
     GPU_CASES,
@@ -22,7 +22,7 @@ from tests.kernels.cases import (
     make_rising_cache,
     make_state,
 )
-from tests.kernels.checks import check_attend, relative_error
+from tests.kernels.checks import check_attend, check_probe
 from tests.kernels.indexes import Kept, index_of
 
 every_case = pytest.mark.parametrize(
@@ -56,24 +56,7 @@ def test_the_cuda_library_takes_what_it_promises(case: Case) -> None:
 
 @every_case
 def test_probe_sums_the_mass_of_columns_and_diagonals(case: Case, device: torch.device) -> None:
-    chunk, counts = make_chunk(case, device), case.vertical_slash(Kernel.TRITON).settings.probe_counts
-    results = []
-    for probe in (reference.probe, triton.probe):
-        buffers = ProbeBuffers.allocate(case.num_qo_heads, sum(counts), case.shape.max_seq_len, device)
-        buffers.slash.fill_(7)  # left over from another request
-        probe(chunk, *counts, buffers)
-        results.append(buffers)
-    expected, actual = results
-    # A float32 product on the matrix units keeps ten bits of its operands.
-    tolerance = 2e-2 if case.dtype == torch.float32 else 1e-4
-    torch.testing.assert_close(actual.lse, expected.lse, rtol=tolerance, atol=tolerance)
-    present = expected.lse.isfinite().sum(1)
-    for name in ("vertical", "slash"):
-        mass, want = getattr(actual, name)[:, : case.seq_len], getattr(expected, name)[:, : case.seq_len]
-        # Every probe row's mass is 1; half a unit of rounding for each of its entries.
-        total = mass.sum(1) * MASS_UNIT
-        torch.testing.assert_close(total, present.to(total), rtol=1e-2, atol=0)
-        assert relative_error(mass, want) < (2e-2 if case.dtype == torch.float32 else 2e-3)
+    check_probe(case, device)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,31 @@ import torch
 from minference_vllm.scratch import ScratchShape
 
 
-def test_no_request_selects_a_kernel_variant_that_the_dry_run_did_not() -> None:
-    # In a process of its own: the interpreter, which the tests run under without a GPU, has no variants.
+def output_of(module: str) -> str:
+    """What a program prints in a process of its own: the interpreter, which the tests run under without a GPU, has no
+    variants and compiles nothing.
+    """
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.variants"], env=environ, capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "262 launches checked\n"
+    return subprocess.run(
+        [sys.executable, "-m", module], env=environ, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_no_request_selects_a_kernel_variant_that_the_dry_run_did_not() -> None:
+    assert output_of("tests.kernels.variants") == "336 launches checked\n"
+
+
+def test_kernels_that_read_fp8_compile_and_multiply_it_as_it_is() -> None:
+    assert output_of("tests.kernels.compiled").splitlines() == [
+        "_attend_heads_kernel e4m3*e4m3 f16*f16",
+        "_attend_kernel e4m3*e4m3 f16*f16",
+        "_attend_tiles_kernel e4m3*e4m3 f16*f16",
+        "_masses_kernel e4m3*e4m3",
+        "_means_kernel",
+        "_normalisers_kernel e4m3*e4m3",
+        "_probe_lse_kernel e4m3*e4m3",
+        "_probe_mass_kernel e4m3*e4m3",
+    ]
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ Triton chooses a variant by its arguments alone, so each launch is recorded in p
 
 import itertools
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -17,7 +18,6 @@ from minference_vllm.attention import prefill
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.ops import Kernel
 from minference_vllm.runtime import Runtime
-from minference_vllm.scratch import ScratchShape
 from tests.kernels.cases import Case, make_chunk
 
 MAX_LEN = 40_000
@@ -34,6 +34,9 @@ REQUESTS = [
     Case("no context", num_rows=3000, context_len=0),
     Case("HND", num_rows=2000, context_len=17, layout="HND"),
     Case("one KV head", num_rows=2000, context_len=16_000, num_kv_heads=1),
+    Case("FP8, one scale", num_rows=1025, context_len=20_001, has_fp8_kv=True, has_fp8_q=True),
+    Case("FP8, a scale a head", num_rows=2048, context_len=32_768, has_fp8_kv=True, has_fp8_q=True, per_head=True),
+    Case("FP8 under other queries", num_rows=2000, context_len=17, has_fp8_kv=True),
 ]
 
 
@@ -53,7 +56,7 @@ def variants(case: Case, method: dict[str, object]) -> tuple[set[tuple[str, str]
     config = MInferenceConfig.model_validate({"method": method})
     runtime = Runtime(config, torch.device("cpu"), publish=False)
     runtime.method.kernel = Kernel.TRITON
-    shape = ScratchShape(case.num_qo_heads, case.num_kv_heads, case.head_dim, case.dtype, MAX_LEN, max_chunk=8192)
+    shape = replace(case.shape, max_seq_len=MAX_LEN, max_chunk=8192)
     compiled: set[tuple[str, str]] = set()
     JITFunction.run = recorder(compiled)
     runtime.dry_run(shape, case.page_size)

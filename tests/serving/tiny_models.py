@@ -59,6 +59,9 @@ JOBS = {
     "gemma3": Job("gemma3", OURS),
     "gemma3, fp8 cache, stock": Job("gemma3", STOCK, "fp8"),
     "gemma3, fp8 cache": Job("gemma3", OURS, "fp8"),
+    "gemma3 kept dense, fp8 cache": Job("gemma3", OURS, "fp8", {"dense_layers": 6}),
+    "gemma3, fp8_e5m2 cache, stock": Job("gemma3", STOCK, "fp8_e5m2"),
+    "gemma3, fp8_e5m2 cache": Job("gemma3", OURS, "fp8_e5m2"),
     "gemma3, bfloat16 cache": Job("gemma3", OURS, "bfloat16"),
     "gemma3 kept dense, bfloat16 cache": Job("gemma3", OURS, "bfloat16", {"dense_layers": 6}),
 }

@@ -38,6 +38,7 @@ def test_a_plain_chunk_is_taken() -> None:
         ({"out": torch.zeros(5, 64, 4).transpose(1, 2)}, "q and out must end in stride 1"),
         ({"out": torch.zeros(6, 4, 64)}, "both must be alike"),
         ({"out": torch.zeros(5, 4, 64, dtype=torch.bfloat16)}, "both must be alike"),
+        ({"k": torch.zeros(3, 2, 16, 128, dtype=torch.uint8)[..., :64]}, r"k is torch\.uint8 without a scale"),
         ({"table": torch.zeros(2, 3, dtype=torch.int64)}, "block_table must be int32"),
         ({"table": torch.zeros(3, 2, dtype=torch.int32).T}, "block_table must be int32 with stride 1"),
         ({"row": 2}, "hold row 2"),

@@ -12,7 +12,7 @@ import torch
 import minference_vllm
 from minference_vllm.errors import ConfigError
 from minference_vllm.kernels.cuda import library
-from minference_vllm.ops import Kernel, choose_kernel, kernel, means_dtype
+from minference_vllm.ops import Kernel, choose_kernel, kernel, means_dtype, report_shape
 from minference_vllm.scratch import FP8, ScratchShape
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -127,8 +127,30 @@ def test_kernels_without_a_gpu_are_refused(asked: str) -> None:
     assert "Use 'auto' or 'reference'." in message
 
 
-def shape_of(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> ScratchShape:
-    return ScratchShape(32, 8, head_dim, dtype, max_seq_len=4096, max_chunk=1024)
+def shape_of(head_dim: int, dtype: torch.dtype = torch.bfloat16, has_fp8_kv: bool = False) -> ScratchShape:
+    return ScratchShape(32, 8, head_dim, dtype, max_seq_len=4096, max_chunk=1024, has_fp8_kv=has_fp8_kv)
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [(shape_of(128, has_fp8_kv=True), "this one is in FP8"), (shape_of(256), "these have 256")],
+    ids=["FP8 cache", "head_dim 256"],
+)
+@pytest.mark.parametrize(("asked", "level"), [("auto", "INFO"), ("cuda", "WARNING")])
+def test_layers_that_the_cuda_kernels_are_not_made_for_are_named(
+    shape: ScratchShape, why: str, asked: str, level: str, log_lines: list[str]
+) -> None:
+    report_shape(Kernel.CUDA, asked, shape)
+    (line,) = log_lines
+    assert line.startswith(f"{level} MInference: kernel triton instead of cuda for ScratchShape(")
+    assert line.endswith(why)
+
+
+def test_nothing_is_said_of_layers_that_run_as_chosen(log_lines: list[str]) -> None:
+    report_shape(Kernel.CUDA, "cuda", shape_of(128))
+    for kind in (Kernel.TRITON, Kernel.REFERENCE):
+        report_shape(kind, kind.value, shape_of(256, has_fp8_kv=True))
+    assert log_lines == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

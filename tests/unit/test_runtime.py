@@ -2,6 +2,7 @@
 """What the layers of a worker process share: settings, scratch, counts, and what is said at start."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from minference_vllm import runtime
 from minference_vllm.chunk import PagedKV
 from minference_vllm.config import MInferenceConfig
+from minference_vllm.ops import Kernel
 from minference_vllm.record import StepRecord
 from minference_vllm.scratch import ScratchShape, num_bytes
 
@@ -74,6 +76,22 @@ def test_layers_of_one_shape_share_scratch_and_have_budgets_of_their_own() -> No
     assert first.attend is second.attend
     assert first.budgets is not second.budgets
     assert worker.layer_state(SHAPE, 0, 2) is first
+
+
+def test_where_other_kernels_serve_a_shape_is_said_once(said: list[str]) -> None:
+    worker = make_runtime(kernel="auto")
+    worker.method.kernel = Kernel.CUDA
+    in_fp8 = replace(SHAPE, has_fp8_kv=True, has_fp8_q=True)
+    for position in (0, 1):
+        worker.layer_state(SHAPE, position, 4)
+        worker.layer_state(in_fp8, position + 2, 4)
+    (line,) = [line for line in said if "instead of" in line]
+    assert line.startswith("info MInference: kernel triton instead of cuda for ScratchShape(")
+
+
+@pytest.mark.parametrize("has_fp8_q", [True, False])
+def test_a_dry_run_of_a_cache_in_fp8_works(has_fp8_q: bool) -> None:
+    make_runtime(debug=True).dry_run(replace(SHAPE, has_fp8_kv=True, has_fp8_q=has_fp8_q), page_size=16)
 
 
 def test_a_dry_run_is_not_counted() -> None:

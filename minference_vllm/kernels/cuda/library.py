@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from minference_vllm.scratch import ScratchShape
+
 PATH = Path(__file__).parents[2] / "_hopper.so"
 SUPPORTED_HEAD_DIMS = (64, 128)
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
@@ -36,6 +38,15 @@ def _open() -> ctypes.CDLL | str:
         return ctypes.CDLL(str(PATH))
     except OSError as error:
         return f"the CUDA library cannot be loaded ({error})"
+
+
+def why_not(shape: ScratchShape) -> str:
+    """Why the kernels cannot attend for layers of this shape; empty if they can."""
+    if shape.has_fp8_kv:
+        return "the CUDA kernels are made for caches in bf16 and fp16, and this one is in FP8"
+    if shape.head_dim not in SUPPORTED_HEAD_DIMS:
+        return f"the CUDA kernels are made for heads of 64 and 128, and these have {shape.head_dim}"
+    return ""
 
 
 def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> None:

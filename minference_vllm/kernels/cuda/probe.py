@@ -40,7 +40,7 @@ def supports(chunk: Chunk, num_last: int, num_spread: int) -> bool:
 def supports_held_out(chunk: Chunk) -> bool:
     """Whether the first pass is made for this head size and type, and for tensors that lie like these."""
     strides = (chunk.q.stride(0), chunk.q.stride(1), *kv_strides(chunk.kv))
-    return library.takes(chunk.q, (chunk.q, chunk.kv.k), strides)
+    return chunk.kv.k.dtype == chunk.q.dtype and library.takes(chunk.q, (chunk.q, chunk.kv.k), strides)
 
 
 def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -> None:

@@ -14,8 +14,20 @@ import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import BAND, TILE, BandIndex
-from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
+from minference_vllm.kernels.triton.launch import (
+    LOG2_E,
+    SCALE_STRIDES,
+    SCALES,
+    all_scales,
+    kv_strides,
+    scaled,
+    scaled_scores,
+)
+from minference_vllm.kernels.triton.operands import dot_operand, value_operand
 from minference_vllm.scratch import AttendBuffers
+
+# Run-time integers whose value or alignment must not select another compiled variant.
+PLAIN = ["num_rows", "context_len", "table_row", "stride_table", *SCALE_STRIDES]
 
 
 @triton.jit
@@ -39,9 +51,9 @@ def _attend_to(
     else:
         b_k = tl.load(k_ptr + o_slot[None, :] + o_d[:, None])
         b_v = tl.load(v_ptr + o_slot[:, None] + o_d[None, :])
-    if UPCAST:
-        b_k = b_k.to(tl.float32)
-        b_v = b_v.to(tl.float32)
+    # Where both are FP8, so is their product.
+    b_k = dot_operand(b_k, b_q.dtype, UPCAST)
+    b_v = value_operand(b_v, UPCAST)
     # [TILE, BLOCK_N]
     b_s = tl.dot(b_q, b_k)
     if MASKED:
@@ -65,8 +77,7 @@ def _attend_to_own_tile(
     o_d = tl.arange(0, HEAD_DIM)
     # [TILE, HEAD_DIM]
     b_q = tl.load(q_ptr + rows[:, None] * stride_qt + o_d[None, :], mask=in_chunk[:, None], other=0.0)
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
+    b_q = dot_operand(b_q, b_q.dtype, UPCAST)
     acc = tl.zeros([TILE, HEAD_DIM], tl.float32)
     row_max = tl.full([TILE], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE], tl.float32)
@@ -90,10 +101,11 @@ def _store_rows(
     tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) / LOG2_E, mask=in_chunk)
 
 
-@triton.jit(do_not_specialize=["num_rows", "context_len", "table_row", "stride_table"])
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr,
     bands_ptr, bands_indptr_ptr, band_halves_ptr, columns_ptr, columns_indptr_ptr,
+    q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale,
     num_rows, context_len, table_row, scale_log2,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse,
     stride_bands, stride_bands_kind, stride_bands_indptr, stride_bands_indptr_kind, stride_band_halves,
@@ -117,6 +129,7 @@ def _attend_kernel(
     k_ptr += i_kv.to(tl.int64) * stride_kh
     v_ptr += i_kv.to(tl.int64) * stride_kh
     table_ptr += table_row.to(tl.int64) * stride_table
+    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_kv)
     bands_ptr += i_h * stride_bands
     bands_indptr_ptr += i_h * stride_bands_indptr + i_t
     band_halves_words = band_halves_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -182,6 +195,7 @@ def _attend_kernel(
             k_ptr, v_ptr, table_ptr, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, True, UPCAST,
         )  # fmt: skip
 
+    acc = scaled(acc, v_scale_ptr, stride_v_scale, i_kv)
     _store_rows(
         out_ptr + i_h * stride_oh, lse_ptr + i_h.to(tl.int64) * stride_lse,
         acc, row_max, row_sum, rows, in_chunk, stride_ot, HEAD_DIM, LOG2_E,
@@ -200,6 +214,7 @@ def attend(chunk: Chunk, index: BandIndex, buffers: AttendBuffers) -> None:
     _attend_kernel[(chunk.num_tiles * chunk.num_qo_heads,)](
         q, kv.k, kv.v, kv.block_table, out, buffers.lse, buffers.kept_pairs,
         index.bands, index.bands_indptr, index.band_halves, index.columns, index.columns_indptr,
+        *all_scales(chunk),
         chunk.num_rows, chunk.context_len, kv.row, chunk.scale * LOG2_E,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv), kv.block_table.stride(0),
         buffers.lse.stride(0), index.bands.stride(0), index.bands.stride(1),

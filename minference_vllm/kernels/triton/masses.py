@@ -15,7 +15,7 @@ import triton.language as tl
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALF, HALVES, TILE
-from minference_vllm.kernels.triton.launch import LOG2_E
+from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, scaled_scores, score_scales
 from minference_vllm.kernels.triton.normalisers import _sampled_rows
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
 from minference_vllm.reference.normalisers import PART
@@ -25,12 +25,13 @@ from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_
 MEANS_EACH = 8192
 """Means that one program scores: enough to pay for loading its rows, few enough that programs fill the GPU."""
 
-PLAIN = ["num_rows", "context_len", "first_head", "num_lists", "heads_each", "means_each"]
+PLAIN = ["num_rows", "context_len", "first_head", "num_lists", "heads_each", "means_each", *SCALE_STRIDES]
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
 def _masses_kernel(
     q_ptr, means_ptr, lse_ptr, masses_ptr, boxes_ptr, box_counts_ptr,
+    q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale,
     num_rows, context_len, first_head, num_lists, heads_each, means_each, scale_log2,
     stride_qt, stride_qh, stride_kh, stride_lse, stride_mh, stride_mt, stride_bs, stride_bb, stride_cs,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr,
@@ -53,6 +54,7 @@ def _masses_kernel(
     num_means = (first_tile + last_list // heads_each // (HALVES * PARTS)) * (TILE // MEAN)
     head = first_head + i_kv * heads_each
     means_ptr += (head // GROUP_SIZE).to(tl.int64) * stride_kh
+    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, head // GROUP_SIZE)
 
     # [BLOCK_M], the list and the row in it: a thread holds column pairs that are 8 apart
     o_m = tl.arange(0, BLOCK_M)
@@ -134,7 +136,7 @@ def group_masses(
     num_blocks = triton.cdiv(num_lists * PART, block_m)
     grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), num_heads // heads_each)
     _masses_kernel[grid](
-        q, means, row_lse, masses, numbers, counts,
+        q, means, row_lse, masses, numbers, counts, *score_scales(chunk),
         chunk.num_rows, chunk.context_len, first_head, num_lists, heads_each, MEANS_EACH,
         chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0), masses.stride(0), masses.stride(1),

@@ -13,13 +13,13 @@ import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALF, HALVES, TILE
-from minference_vllm.kernels.triton.launch import LOG2_E
+from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, scaled_scores, score_scales
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS
 from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import MEAN
 
-PLAIN = ["num_rows", "context_len", "blocks_per_tile"]
+PLAIN = ["num_rows", "context_len", "blocks_per_tile", *SCALE_STRIDES]
 
 
 @triton.jit
@@ -30,9 +30,10 @@ def _sampled_rows(half, row, num_rows, context_len, HALF: tl.constexpr, HALVES: 
     return tl.minimum(tl.maximum(position, context_len), context_len + num_rows - 1), present
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
 def _normalisers_kernel(
-    q_ptr, means_ptr, lse_ptr, num_rows, context_len, blocks_per_tile, scale_log2,
+    q_ptr, means_ptr, lse_ptr, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale,
+    num_rows, context_len, blocks_per_tile, scale_log2,
     stride_qt, stride_qh, stride_mh, stride_lse,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, MEAN: tl.constexpr, LOG2_WEIGHT: tl.constexpr, FIRST: tl.constexpr,
@@ -44,6 +45,7 @@ def _normalisers_kernel(
     i_t = i_b // blocks_per_tile
     tile = context_len // TILE + i_t
     means_ptr += i_kv.to(tl.int64) * stride_mh
+    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_kv)
 
     # [BLOCK_M], the list among the tile's and the row in it; the last block may have lists too many
     o_m = i_b % blocks_per_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,7 +85,7 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
     block_m = min(128 if chunk.head_dim <= 128 else 64, triton.next_power_of_2(rows_per_tile))
     blocks_per_tile = triton.cdiv(rows_per_tile, block_m)
     _normalisers_kernel[(chunk.num_tiles * blocks_per_tile, chunk.kv.num_kv_heads)](
-        q, means, row_lse, chunk.num_rows, chunk.context_len, blocks_per_tile,
+        q, means, row_lse, *score_scales(chunk), chunk.num_rows, chunk.context_len, blocks_per_tile,
         chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0),
         GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF, GROUP=GROUP,

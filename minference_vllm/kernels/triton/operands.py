@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scores are products of, rounded to the dtype in which means are kept: see minference_vllm.reference.operands."""
+"""What products are made of, in the dtypes in which they are multiplied: see minference_vllm.reference.operands."""
 
 import triton
 import triton.language as tl
@@ -42,10 +42,28 @@ def from_operand(b_x):
 
 @triton.jit
 def query_operand(b_q, means_ptr, INTERPRETED: tl.constexpr):
-    """Query rows for a product with means, rounded as these are, in the rows' own dtype: it holds what FP8 holds."""
+    """Query rows for a product with means, rounded as these are, in the rows' own dtype: it holds what FP8 holds. FP8
+    rows come in the means' dtype for the same reason.
+    """
     if means_ptr.dtype.element_ty == tl.float8e4nv:
-        return dot_operand(to_fp8(b_q, INTERPRETED), b_q.dtype, INTERPRETED)
-    return dot_operand(b_q, b_q.dtype, INTERPRETED)
+        b_x = dot_operand(to_fp8(b_q, INTERPRETED), b_q.dtype, INTERPRETED)
+    elif b_q.dtype == tl.float8e4nv:
+        b_x = dot_operand(b_q, means_ptr.dtype.element_ty, INTERPRETED)
+    else:
+        b_x = dot_operand(b_q, b_q.dtype, INTERPRETED)
+    return b_x
+
+
+@triton.jit
+def value_operand(b_v, INTERPRETED: tl.constexpr):
+    """Values for a product with probabilities. FP8's come in fp16: it holds them, is made of them in fewer instructions
+    than bf16, and holds probabilities, none above 1, to more digits.
+    """
+    if b_v.dtype == tl.float8e4nv:
+        b_x = dot_operand(b_v, tl.float16, INTERPRETED)
+    else:
+        b_x = dot_operand(b_v, b_v.dtype, INTERPRETED)
+    return b_x
 
 
 @triton.jit

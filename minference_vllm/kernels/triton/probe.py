@@ -7,13 +7,13 @@ probabilities. Masses are integers (see MASS_UNIT), so atomics give the same sum
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE
-from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
+from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, kv_strides, scaled_scores, score_scales
+from minference_vllm.kernels.triton.operands import dot_operand
 from minference_vllm.kernels.triton.recall import _held_out_rows
 from minference_vllm.scratch import HELD_OUT_ROWS, MASS_UNIT, PROBE_SPLITS, ProbeBuffers, RecallBuffers
 
@@ -22,7 +22,7 @@ LAST, SPREAD, HELD_OUT = range(3)
 _LAST, _SPREAD = tl.constexpr(LAST), tl.constexpr(SPREAD)
 
 # Run-time integers whose value or alignment must not select another compiled variant.
-PLAIN = ["num_rows", "context_len", "table_row", "stride_table"]
+PLAIN = ["num_rows", "context_len", "table_row", "stride_table", "blocks_each", *SCALE_STRIDES]
 
 
 @triton.jit
@@ -51,24 +51,25 @@ def _probe_scores(
     p_k = k_ptr + pages * stride_kp + (i_h // GROUP).to(tl.int64) * stride_kh + (keys % PAGE_SIZE) * stride_kt
     # [HEAD_DIM, BLOCK_N]
     b_k = tl.load(p_k[None, :] + o_d[:, None], mask=in_cache[None, :], other=0.0)
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
-        b_k = b_k.to(tl.float32)
+    b_q = dot_operand(b_q, b_q.dtype, UPCAST)
+    b_k = dot_operand(b_k, b_q.dtype, UPCAST)
     # [NUM_PROBES, BLOCK_N]
     distance = (context_len + rows)[:, None] - keys[None, :]
     visible = (distance >= 0) & (rows >= 0)[:, None]
     return tl.dot(b_q, b_k) * scale_log2, distance, visible
 
 
-@triton.jit(do_not_specialize=[*PLAIN, "blocks_each"])
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
 def _probe_lse_kernel(
-    q_ptr, k_ptr, table_ptr, max_ptr, sum_ptr, num_rows, context_len, table_row, blocks_each, scale_log2,
+    q_ptr, k_ptr, table_ptr, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, max_ptr, sum_ptr,
+    num_rows, context_len, table_row, blocks_each, scale_log2,
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_table,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     NUM_PROBES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     i_h, i_s = tl.program_id(0), tl.program_id(1)
     table_ptr += table_row.to(tl.int64) * stride_table
+    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_h // GROUP)
     blocks = tl.cdiv(context_len + num_rows, BLOCK_N)
     b_max = tl.full([NUM_PROBES], -1e30, tl.float32)
     b_sum = tl.zeros([NUM_PROBES], tl.float32)
@@ -87,9 +88,10 @@ def _probe_lse_kernel(
     tl.store(sum_ptr + o_out, b_sum)
 
 
-@triton.jit(do_not_specialize=[*PLAIN, "blocks_each"])
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
 def _probe_mass_kernel(
-    q_ptr, k_ptr, table_ptr, max_ptr, sum_ptr, lse_ptr, vertical_ptr, slash_ptr,
+    q_ptr, k_ptr, table_ptr, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, max_ptr, sum_ptr,
+    lse_ptr, vertical_ptr, slash_ptr,
     num_rows, context_len, table_row, blocks_each, scale_log2,
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse, stride_mass,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
@@ -99,6 +101,7 @@ def _probe_mass_kernel(
 ):  # fmt: skip
     i_h, i_n = tl.program_id(0), tl.program_id(1)
     table_ptr += table_row.to(tl.int64) * stride_table
+    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_h // GROUP)
     o_r = tl.arange(0, NUM_PROBES)
     o_s = tl.arange(0, SPLITS)
     ran = (o_s < tl.num_programs(1))[:, None]
@@ -166,7 +169,7 @@ class _Launch(NamedTuple):
     """What both passes over some rows of a chunk are launched with."""
 
     grid: tuple[int, int]
-    reads: tuple[torch.Tensor, ...]
+    reads: tuple[Any, ...]
     plain: tuple[Any, ...]
     shape: dict[str, Any]
 
@@ -185,4 +188,5 @@ class _Launch(NamedTuple):
             num_warps=4,
         )  # fmt: skip
         grid = (chunk.num_qo_heads, triton.cdiv(blocks, blocks_each))
-        return cls(grid, (q, kv.k, kv.block_table), (*sizes, *strides), shape)
+        reads = (q, kv.k, kv.block_table, *score_scales(chunk))
+        return cls(grid, reads, (*sizes, *strides), shape)
