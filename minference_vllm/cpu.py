@@ -18,8 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from minference_vllm import compat
 from minference_vllm.chunk import PagedKV
+from minference_vllm.compat import quantization
 from minference_vllm.impl import SparseLayerMixin, refused
 from minference_vllm.metadata import PlanningMixin
 from minference_vllm.plan import DenseRun, Plan
@@ -90,7 +90,7 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
 
     def _refuse_caches_of_another_type(self) -> None:
         model = self._vllm_config.model_config
-        if compat.is_quantized(self.kv_cache_dtype):
+        if quantization.is_quantized(self.kv_cache_dtype):
             return
         if kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, model) != model.dtype:
             raise refused(

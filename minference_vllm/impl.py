@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 
 from minference_vllm import compat
 from minference_vllm.chunk import FP8, PagedKV
+from minference_vllm.compat import quantization
 from minference_vllm.config import load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.layers import SparseLayer, decide_layers
@@ -38,7 +39,7 @@ class SparseLayerMixin(SparseLayer):
         self.is_of_drafter = compat.is_loading_drafter()
         self.runtime = runtime_of(vllm_config, device)
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        has_fp8_kv = compat.is_fp8(self.kv_cache_dtype)
+        has_fp8_kv = quantization.is_fp8(self.kv_cache_dtype)
         self.shape = ScratchShape(
             num_qo_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -103,7 +104,7 @@ class SparseLayerMixin(SparseLayer):
 
     def scales(self, layer: torch.nn.Module, query: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """By what queries, keys and values are multiplied, see Chunk. Read each time: vLLM may load them anew."""
-        found = compat.fp8_scales(layer, self.num_kv_heads) if self.shape.has_fp8_kv else None
+        found = quantization.fp8_scales(layer, self.num_kv_heads) if self.shape.has_fp8_kv else None
         if found is None:
             return None, None, None
         q_scale, k_scale, v_scale = found

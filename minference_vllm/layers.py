@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from minference_vllm import compat
+from minference_vllm.compat import quantization
 from minference_vllm.plan import LayerTraits
 from minference_vllm.reason import Reason
 
@@ -79,7 +80,7 @@ def decide_layers(vllm_config: Any, publish: bool, dense_layers: Container[int |
 def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[int | None]) -> LayerTraits:
     """What decides whether a layer of ours may run sparse."""
     impl, parallel = layer.impl, vllm_config.parallel_config
-    is_fp8 = compat.is_fp8(impl.kv_cache_dtype) and compat.fp8_scales(layer, impl.num_kv_heads) is not None
+    is_fp8 = quantization.is_fp8(impl.kv_cache_dtype) and quantization.fp8_scales(layer, impl.num_kv_heads) is not None
     return LayerTraits(
         is_decoder=impl.attn_type == DECODER,
         has_sliding_window=impl.sliding_window != impl.WINDOW_OFF,
@@ -87,7 +88,7 @@ def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[i
         has_alibi=impl.alibi_slopes is not None,
         has_soft_cap=bool(impl.logits_soft_cap),
         has_sinks=impl.sinks is not None,
-        has_other_quantization=compat.is_quantized(impl.kv_cache_dtype) and not is_fp8,
+        has_other_quantization=quantization.is_quantized(impl.kv_cache_dtype) and not is_fp8,
         # vLLM keeps FP8 as bytes.
         has_other_dtype=not is_fp8 and layer.kv_cache_torch_dtype != vllm_config.model_config.dtype,
         shares_kv=impl.kv_sharing_target_layer_name is not None,

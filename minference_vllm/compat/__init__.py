@@ -10,8 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from minference_vllm.patterns import ServedModel
     from minference_vllm.plan import StepTraits
 
@@ -86,39 +84,6 @@ def served_model(vllm_config: Any, rank: int | None = None) -> "ServedModel":
     return ServedModel(names, geometry, get_tp_group().rank_in_group if rank is None else rank)
 
 
-def is_quantized(kv_cache_dtype: str) -> bool:
-    """Whether the cache holds anything but plain keys and values of the model's kind."""
-    return kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32", "half", "float")
-
-
-def is_fp8(kv_cache_dtype: str) -> bool:
-    """Whether the cache holds FP8 (e4m3, with NaN and without infinities), scaled by the layer's numbers alone."""
-    import torch
-    from vllm.platforms import current_platform
-
-    return kv_cache_dtype in ("fp8", "fp8_e4m3") and current_platform.fp8_dtype() == torch.float8_e4m3fn
-
-
-def fp8_scales(layer: Any, num_kv_heads: int) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None":
-    """By what FP8 queries, keys and values of a layer are multiplied, [num_kv_heads] float32 on the device each.
-
-    None if the layer has neither one such number for all heads nor one a KV head, which is all that vLLM's own
-    FlashAttention takes.
-    """
-    import torch
-
-    scales = []
-    for name in ("_q_scale", "_k_scale", "_v_scale"):
-        scale = getattr(layer, name, None)
-        if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32:
-            return None
-        if scale.numel() not in (1, num_kv_heads):
-            return None
-        scales.append(scale.flatten().expand(num_kv_heads))
-    q, k, v = scales
-    return q, k, v
-
-
 def batch_invariant() -> bool:
     """Whether the user asked for results that do not depend on batching; chunks change what a sparse layer keeps."""
     from vllm import envs
@@ -131,14 +96,6 @@ def flash_attention(head_dim: int) -> Callable[..., Any]:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     return functools.partial(flash_attn_varlen_func, fa_version=get_flash_attn_version(head_size=head_dim))
-
-
-def kv_cache_dtype(vllm_config: Any) -> "torch.dtype":
-    """In which type keys and values of plain layers are kept."""
-    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-
-    dtype: torch.dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
-    return dtype
 
 
 def has_host_tensors_of_its_own(vllm_config: Any) -> bool:

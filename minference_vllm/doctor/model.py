@@ -5,7 +5,9 @@ from collections.abc import Container, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from minference_vllm import compat
+import torch
+
+from minference_vllm.compat import quantization
 from minference_vllm.layers import DECODER, SparseLayer, traits_of
 
 SPARSE = "sparse"
@@ -78,8 +80,11 @@ def _layer(index: int, kind: str, vllm_config: Any) -> Any:
         kv_cache_dtype=vllm_config.cache_config.cache_dtype,
         kv_sharing_target_layer_name="" if index >= text.num_hidden_layers - num_shared else None,
         head_size=head_dim or model.get_head_size(),
+        num_kv_heads=1,
     )
     chunk_size = getattr(text, "attention_chunk_size", None) if kind in CHUNKED_KINDS else None
+    one = torch.ones(())  # as vLLM's layers have it, whatever a checkpoint brings
     return SimpleNamespace(
-        impl=impl, attention_chunk_size=chunk_size, kv_cache_torch_dtype=compat.kv_cache_dtype(vllm_config)
-    )
+        impl=impl, attention_chunk_size=chunk_size, kv_cache_torch_dtype=quantization.kv_cache_dtype(vllm_config),
+        _q_scale=one, _k_scale=one, _v_scale=one,
+    )  # fmt: skip

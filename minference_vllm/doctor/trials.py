@@ -5,12 +5,13 @@ What an operation reads, the reference has made: one that is wrong does not spoi
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Final, NamedTuple
 
 import torch
 
 from minference_vllm import ops
+from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.index import BANDS_PER_TILE, GROUPS_PER_TILE, HALVES, TILE, AnyIndex, HeadIndex
 from minference_vllm.methods.block import Block, BlockBuffers, BlockSettings
@@ -128,12 +129,16 @@ def _trials_of_bands(chunk: Chunk) -> Iterator[Trial]:
 
 def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
     """What `block` is made of."""
-    settings = BlockSettings(rows_per_half=ROWS_PER_HALF, rows_per_list=64, sink_tokens=16, local_tokens=16)
+    settings = BlockSettings(
+        rows_per_half=ROWS_PER_HALF, rows_per_list=64, sink_tokens=16, local_tokens=16, coarse_from=0
+    )
     method, device = Block(settings, Kernel.REFERENCE), chunk.q.device
     shape = scratch_shape(chunk)
     dtype = ops.means_dtype("auto", shape, kernel, device)
     empty: BlockBuffers = method.scratch(shape, device)
-    made = replace(empty, means=empty.means.to(dtype))
+    assert empty.coarse is not None
+    coarse = replace(empty.coarse, means=empty.coarse.means.to(dtype))
+    made = replace(empty, means=empty.means.to(dtype), coarse=coarse)
     budgets = method.budgets(chunk.num_qo_heads, device)
     index = method.choose(chunk, budgets, made)
     parts_per_tile = HALVES * ROWS_PER_HALF // PART
@@ -147,10 +152,27 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
         ops.key_means(chunk.kv, SEQ_LEN, means, kernel)
         return [(means.float(), ROUNDED)]
 
+    def coarse_means(kernel: Kernel) -> Results:
+        means = torch.zeros_like(coarse.means)
+        ops.coarse_means(made.means, SEQ_LEN, means, kernel)
+        return [(means.float(), ROUNDED)]
+
     def row_normalisers(kernel: Kernel) -> Results:
         row_lse = torch.zeros_like(made.row_lse)
         ops.row_normalisers(chunk, made.means, row_lse, kernel)
         return [(row_lse, SUMMED)]
+
+    def box_masses(kernel: Kernel) -> Results:
+        masses = torch.zeros_like(coarse.masses)
+        ops.box_masses(chunk, coarse.means, made.row_lse, 0, masses, kernel)
+        is_before = torch.arange(masses.shape[2], device=device) < chunk.first_tile + tile
+        return [(masses[:, : len(tile)] * is_before, COUNTED)]
+
+    def select_boxes(kernel: Kernel) -> Results:
+        boxes = Boxes(*(torch.zeros_like(getattr(coarse.boxes, field.name)) for field in fields(Boxes)))
+        masses = torch.ones_like(made.masses)
+        ops.select_boxes(coarse.masses, chunk, 0, budgets, ROWS_PER_HALF, 1, 1, boxes, masses, kernel)
+        return [(of, EXACT) for of in (boxes.numbers, boxes.counts, boxes.left_out, masses)]
 
     def group_masses(kernel: Kernel) -> Results:
         masses = torch.zeros_like(made.masses)
@@ -163,7 +185,10 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
         return [(lists.counts, EXACT), (lists.groups, EXACT)]
 
     yield Trial("means of keys", False, key_means)
+    yield Trial("coarse means", False, coarse_means)
     yield Trial("normalisers", False, row_normalisers)
+    yield Trial("masses of boxes", True, box_masses)
+    yield Trial("select boxes", False, select_boxes)
     yield Trial("masses of groups", True, group_masses)
     yield Trial("select groups", False, select_groups)
     yield Trial("attend to groups", True, _attending(chunk, index))

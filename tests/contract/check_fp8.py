@@ -19,8 +19,8 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
-from minference_vllm import compat
 from minference_vllm.chunk import FP8, PagedKV
+from minference_vllm.compat import quantization
 from minference_vllm.reason import Reason
 from minference_vllm.reference.dense import dense
 from minference_vllm.scratch import num_bytes
@@ -196,7 +196,7 @@ def test_layers_with_and_without_a_cache_in_fp8_have_scratch_of_their_own() -> N
 def test_a_layer_of_vllms_has_the_scales_that_we_read() -> None:
     layer = torch.nn.Module()
     set_default_quant_scales(layer, register_buffer=True)
-    for scale in compat.fp8_scales(layer, 8) or pytest.fail("none found"):
+    for scale in quantization.fp8_scales(layer, 8) or pytest.fail("none found"):
         assert torch.equal(scale, torch.ones(8))
 
 
@@ -204,7 +204,7 @@ def test_vllm_stores_bytes_and_flash_attention_takes_no_other_numbers() -> None:
     for name in ("fp8", "fp8_e4m3"):
         assert name in FlashAttentionBackend.supported_kv_cache_dtypes
         assert kv_cache_dtype_str_to_dtype(name, None) == torch.uint8
-        assert compat.is_fp8(name)
+        assert quantization.is_fp8(name)
     assert current_platform.fp8_dtype() == FP8
     source = inspect.getsource(flash_attn.FlashAttentionImpl)
     assert "key_cache.view(current_platform.fp8_dtype())" in source

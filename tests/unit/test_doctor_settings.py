@@ -107,6 +107,11 @@ def engine(cache_dtype: str = "auto", head_size: int = 128, **text: Any) -> Any:
             use_mla="kv_lora_rank" in text,
             dtype=torch.bfloat16,
             get_head_size=lambda: head_size,
+            model="a/model",
+            served_model_name=None,
+            model_arch_config=SimpleNamespace(
+                total_num_hidden_layers=4, total_num_attention_heads=8, total_num_kv_heads=2, head_size=head_size
+            ),
         ),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1, use_ubatching=False),
@@ -144,13 +149,14 @@ def engine(cache_dtype: str = "auto", head_size: int = 128, **text: Any) -> Any:
         pytest.param({"attn_type": "encoder_only"}, [Reason.NOT_DECODER] * 4, id="encoder"),
         pytest.param({"head_size": 96}, [Reason.HEAD_DIM] * 4, id="heads of 96"),
         pytest.param({"global_head_dim": 512}, [Reason.HEAD_DIM] * 4, id="larger heads with the whole context"),
-        pytest.param({"cache_dtype": "fp8"}, [Reason.QUANTIZED_KV] * 4, id="fp8 cache"),
+        pytest.param({"cache_dtype": "fp8"}, [SPARSE] * 4, id="fp8 cache"),
+        pytest.param({"cache_dtype": "fp8_e5m2"}, [Reason.QUANTIZED_KV] * 4, id="cache quantized otherwise"),
         pytest.param({"cache_dtype": "float16"}, [Reason.DTYPE] * 4, id="cache of another type"),
     ],
 )
 def test_layers_are_told_from_a_configuration(config: dict[str, Any], layers: list[str]) -> None:
     import_or_skip("vllm")
-    assert describe_layers(engine(**config), dense_layers=0) == layers
+    assert describe_layers(engine(**config), dense_layers=()) == layers
 
 
 def test_a_model_without_sparse_layers_is_a_fault(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
