@@ -136,43 +136,22 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
     shape = scratch_shape(chunk)
     dtype = ops.means_dtype("auto", shape, kernel, device)
     empty: BlockBuffers = method.scratch(shape, device)
-    assert empty.coarse is not None
-    coarse = replace(empty.coarse, means=empty.coarse.means.to(dtype))
+    coarse = empty.coarse and replace(empty.coarse, means=empty.coarse.means.to(dtype))
     made = replace(empty, means=empty.means.to(dtype), coarse=coarse)
     budgets = method.budgets(chunk.num_qo_heads, device)
     index = method.choose(chunk, budgets, made)
-    parts_per_tile = HALVES * ROWS_PER_HALF // PART
-    tile = torch.arange(chunk.num_tiles * parts_per_tile, device=device)[:, None] // parts_per_tile
-    number = torch.arange(made.masses.shape[2], device=device)
     # Past a part's tile, codes are not said to be anything.
-    is_before = number < (chunk.first_tile + tile) * GROUPS_PER_TILE
+    is_before = torch.arange(made.masses.shape[2], device=device) < _tiles_before(chunk) * GROUPS_PER_TILE
 
     def key_means(kernel: Kernel) -> Results:
         means = torch.zeros_like(made.means)
         ops.key_means(chunk.kv, SEQ_LEN, means, kernel)
         return [(means.float(), ROUNDED)]
 
-    def coarse_means(kernel: Kernel) -> Results:
-        means = torch.zeros_like(coarse.means)
-        ops.coarse_means(made.means, SEQ_LEN, means, kernel)
-        return [(means.float(), ROUNDED)]
-
     def row_normalisers(kernel: Kernel) -> Results:
         row_lse = torch.zeros_like(made.row_lse)
         ops.row_normalisers(chunk, made.means, row_lse, kernel)
         return [(row_lse, SUMMED)]
-
-    def box_masses(kernel: Kernel) -> Results:
-        masses = torch.zeros_like(coarse.masses)
-        ops.box_masses(chunk, coarse.means, made.row_lse, 0, masses, kernel)
-        is_before = torch.arange(masses.shape[2], device=device) < chunk.first_tile + tile
-        return [(masses[:, : len(tile)] * is_before, COUNTED)]
-
-    def select_boxes(kernel: Kernel) -> Results:
-        boxes = Boxes(*(torch.zeros_like(getattr(coarse.boxes, field.name)) for field in fields(Boxes)))
-        masses = torch.ones_like(made.masses)
-        ops.select_boxes(coarse.masses, chunk, 0, budgets, ROWS_PER_HALF, 1, 1, boxes, masses, kernel)
-        return [(of, EXACT) for of in (boxes.numbers, boxes.counts, boxes.left_out, masses)]
 
     def group_masses(kernel: Kernel) -> Results:
         masses = torch.zeros_like(made.masses)
@@ -185,13 +164,45 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
         return [(lists.counts, EXACT), (lists.groups, EXACT)]
 
     yield Trial("means of keys", False, key_means)
-    yield Trial("coarse means", False, coarse_means)
     yield Trial("normalisers", False, row_normalisers)
-    yield Trial("masses of boxes", True, box_masses)
-    yield Trial("select boxes", False, select_boxes)
+    yield from _trials_of_boxes(chunk, budgets, made)
     yield Trial("masses of groups", True, group_masses)
     yield Trial("select groups", False, select_groups)
     yield Trial("attend to groups", True, _attending(chunk, index))
+
+
+def _trials_of_boxes(chunk: Chunk, budgets: torch.Tensor, made: BlockBuffers) -> Iterator[Trial]:
+    """What it is made of besides, in long prompts."""
+    coarse = made.coarse
+    assert coarse is not None
+    is_before = torch.arange(coarse.masses.shape[2], device=chunk.q.device) < _tiles_before(chunk)
+
+    def coarse_means(kernel: Kernel) -> Results:
+        means = torch.zeros_like(coarse.means)
+        ops.coarse_means(made.means, SEQ_LEN, means, kernel)
+        return [(means.float(), ROUNDED)]
+
+    def box_masses(kernel: Kernel) -> Results:
+        masses = torch.zeros_like(coarse.masses)
+        ops.box_masses(chunk, coarse.means, made.row_lse, 0, masses, kernel)
+        return [(masses[:, : len(is_before)] * is_before, COUNTED)]
+
+    def select_boxes(kernel: Kernel) -> Results:
+        boxes = Boxes(*(torch.zeros_like(getattr(coarse.boxes, field.name)) for field in fields(Boxes)))
+        masses = torch.ones_like(made.masses)
+        ops.select_boxes(coarse.masses, chunk, 0, budgets, ROWS_PER_HALF, 1, 1, boxes, masses, kernel)
+        return [(of, EXACT) for of in (boxes.numbers, boxes.counts, boxes.left_out, masses)]
+
+    yield Trial("coarse means", False, coarse_means)
+    yield Trial("masses of boxes", True, box_masses)
+    yield Trial("select boxes", False, select_boxes)
+
+
+def _tiles_before(chunk: Chunk) -> torch.Tensor:
+    """[parts, 1] int64: how many tiles lie before each part's, of those that choose."""
+    parts_per_tile = HALVES * ROWS_PER_HALF // PART
+    part = torch.arange(chunk.num_tiles * parts_per_tile, device=chunk.q.device)
+    return chunk.first_tile + part[:, None] // parts_per_tile
 
 
 def _trials_of_recall(chunk: Chunk) -> Iterator[Trial]:

@@ -33,20 +33,19 @@ def select_boxes(
     """Of each list drop the lightest boxes, as many as PART_OF_DROPPED of what its head may drop; keep what any wants.
 
     A list's mass is what its rows' normalisers have seen, as for select_groups, and that of the boxes before its tile.
-    If a block's lists want more boxes than there is room for, those stay that one of them wants most, by how far the
-    code of the box's mass lies above the list's threshold; of equals, the first.
+    If a block's lists want more boxes than there is room for, those stay that one of them wants most, by how far
+    their code lies above the list's threshold; of equals, the first.
 
     Args:
-        box_masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= boxes before the last tile] uint8,
-            see group_masses.
+        box_masses: [num_heads_at_once, >= parts, >= boxes before the last tile] uint8, see group_masses.
         chunk: whose masses these are.
         first_head: the query head that is the masses' first.
         share: [num_qo_heads] float32, the share of mass that each head keeps.
         rows_per_half: rows of a half, PART to a part.
         sink_boxes, local_boxes: how many first boxes, at least one, and boxes before the tile are always kept.
         boxes: written; it has room for what is always kept.
-        masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8: the
-            codes of groups in boxes before a part's tile that its block drops are written: 0.
+        masses: [num_heads_at_once, ..] uint8, see group_masses: the codes of groups in boxes before a part's tile that
+            its block drops are written: 0.
     """
     num_heads = min(len(box_masses), chunk.num_qo_heads - first_head)
     heads_each = min(num_heads, chunk.group_size)
@@ -62,22 +61,30 @@ def select_boxes(
             seen = box < before[:, None]
             free = seen & (box >= sink_boxes) & (box < before[:, None] - local_boxes)
             drops = PART_OF_DROPPED * (1 - share[first_head + heads].double())
-            cuts = [
-                threshold(of_list[is_seen], is_free[is_seen], of_head, PART, FIRST_COUNTED)
-                for of_list, is_seen, is_free, of_head in zip(codes, seen, free, drops, strict=True)
-            ]
-            margin = codes.int() - torch.tensor(cuts, device=codes.device)[:, None]
-            margin = margin.where(free, torch.where(seen, FORCED, -FORCED)).amax(0)
-            kept = keep_most(margin, boxes.numbers.shape[2])
-            numbers = kept.nonzero().flatten()
-            boxes.numbers[number, block, : len(numbers)] = numbers.int()
-            boxes.counts[number, block] = len(numbers)
+            kept = keep_most(margins(codes, seen, free, drops), boxes.numbers.shape[2])
+            boxes.counts[number, block] = kept.sum()
+            boxes.numbers[number, block, : kept.sum()] = kept.nonzero().flatten().int()
             dropped = seen & ~kept
-            counted = dropped & (box >= FIRST_COUNTED)
-            boxes.left_out[heads, parts] = weights(codes).where(counted, 0).sum(1)
+            boxes.left_out[heads, parts] = weights(codes).where(dropped & (box >= FIRST_COUNTED), 0).sum(1)
             for head, part, of_list in zip(heads, parts, dropped, strict=True):
-                groups = masses[head, part, : len(box) * GROUPS_PER_BOX].unflatten(0, (-1, GROUPS_PER_BOX))
-                groups[of_list] = 0
+                masses[head, part, : len(box) * GROUPS_PER_BOX].unflatten(0, (-1, GROUPS_PER_BOX))[of_list] = 0
+
+
+def margins(codes: torch.Tensor, seen: torch.Tensor, free: torch.Tensor, drops: torch.Tensor) -> torch.Tensor:
+    """By how far each box lies above the threshold of the list that wants it most, [num_boxes] int32.
+
+    Args:
+        codes: [LISTS or fewer, num_boxes] uint8.
+        seen: [.., num_boxes] bool, boxes before each list's tile.
+        free: [.., num_boxes] bool, those of them that are not kept whatever their mass.
+        drops: [..] float64, how much of its mass each list may drop.
+    """
+    cuts = [
+        threshold(of_list[is_seen], is_free[is_seen], of_head, PART, FIRST_COUNTED)
+        for of_list, is_seen, is_free, of_head in zip(codes, seen, free, drops, strict=True)
+    ]
+    margin = codes.int() - torch.tensor(cuts, dtype=torch.int32, device=codes.device)[:, None]
+    return margin.where(free, torch.where(seen, FORCED, -FORCED)).amax(0)
 
 
 def keep_most(margin: torch.Tensor, room: int) -> torch.Tensor:

@@ -87,8 +87,7 @@ def select_groups(
 
     A row's mass is 1 / LIMIT, which is its own tile's and that of the first NORMALISER_KEYS keys, and what the groups
     between have. Groups of equal mass code are dropped all or none. The first groups of the request and those just
-    before the tile are always kept, and their mass counts. A half of which the chunk has no row keeps what the other
-    keeps.
+    before the tile always stay, and their mass counts. A half of which the chunk has no row keeps what the other keeps.
 
     Args:
         masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
@@ -99,34 +98,35 @@ def select_groups(
             every group.
         rows_per_half: rows of a half whose masses are in `masses`, PART to a part.
         sink_groups, local_groups: how many first groups and groups before the tile are always kept.
-        by_tile: whether the rows of both halves choose together, and both halves keep the same.
+        by_tile: whether both halves' rows choose together, and both keep the same.
         index: lists and counts of these heads' tiles are written. A tile of which the halves together keep more groups
             than a list has room for keeps all: EVERY_GROUP.
-        boxes: if not None, the groups of other boxes have a mass of 0 in `masses`; what it was says `left_out`.
+        boxes: if not None, groups of other boxes have a mass of 0 in `masses`; what it was says `left_out`.
     """
-    first_absent = chunk.context_len % TILE >= HALF
-    last_absent = (chunk.seq_len - 1) % TILE < HALF
     parts = rows_per_half // PART
-    for i in range(min(len(masses), chunk.num_qo_heads - first_head)):
-        head = first_head + i
+    for head in range(first_head, min(first_head + len(masses), chunk.num_qo_heads)):
+        i = head - first_head
         for tile in range(chunk.num_tiles):
             number = torch.arange((chunk.first_tile + tile) * GROUPS_PER_TILE, device=masses.device)
             free = (number >= sink_groups) & (number < len(number) - local_groups)
-            # A half of which the chunk has no row stands for nothing: the other stands in for it.
-            halves = [int(tile == 0 and first_absent), int(not (tile == chunk.num_tiles - 1 and last_absent))]
-            first_parts = [(tile * HALVES + half) * parts for half in halves]
+            first_parts = [(tile * HALVES + half) * parts for half in halves_that_choose(chunk, tile)]
             codes = [add_parts(masses[i, first : first + parts, : len(number)]) for first in first_parts]
-            left_out = [0 if boxes is None else boxes.left_out[i, first : first + parts].sum() for first in first_parts]
+            left_out = [boxes.left_out[i, first : first + parts].sum() if boxes else 0 for first in first_parts]
             num_rows = rows_per_half
             if by_tile:
-                codes, num_rows = [add_codes(*codes)] * HALVES, HALVES * rows_per_half
-                left_out = [left_out[0] + left_out[1]] * HALVES
-            drops = 1 - share[head].double()
-            kept = [
-                ~free | (of_half.int() >= threshold(of_half, free, drops, num_rows, left_out=left))
-                for of_half, left in zip(codes, left_out, strict=True)
-            ]
+                codes, left_out, num_rows = [add_codes(*codes)] * 2, [sum(left_out)] * 2, 2 * num_rows
+            kept = []
+            for of_half, left in zip(codes, left_out, strict=True):
+                cut = threshold(of_half, free, 1 - share[head].double(), num_rows, left_out=left)
+                kept.append(~free | (of_half.int() >= cut))
             write_lists(kept[0], kept[1], index.groups[head, tile], index.counts[head, tile])
+
+
+def halves_that_choose(chunk: Chunk, tile: int) -> tuple[int, int]:
+    """For each half of a tile itself or, if the chunk has no row of it, the other."""
+    first_is_absent = tile == 0 and chunk.context_len % TILE >= HALF
+    second_is_absent = tile == chunk.num_tiles - 1 and (chunk.seq_len - 1) % TILE < HALF
+    return int(first_is_absent), int(not second_is_absent)
 
 
 def write_lists(first: torch.Tensor, second: torch.Tensor, groups: torch.Tensor, counts: torch.Tensor) -> None:

@@ -50,7 +50,6 @@ def group_masses(
         mean: keys in a mean: MEAN, or BOX_MEAN for the masses of boxes in place of groups.
         boxes: if not None, only groups in the boxes of a part's block are looked at. Of others nothing is written.
     """
-    group = mean * MEANS_PER_GROUP
     rows_per_half = row_lse.shape[2]
     parts_per_tile = HALVES * rows_per_half // PART
     scales = score_scales(chunk)[:, None]
@@ -66,9 +65,9 @@ def group_masses(
             # [PART, means]
             mass = (scores - lse_of_parts[head, part, :, None]).clamp(max=0).exp()
             code = encode(mass.sum(0).unflatten(0, (-1, MEANS_PER_GROUP)).sum(1))
-            looked_at = torch.arange(len(code), device=code.device)
+            looked_at: torch.Tensor | slice = slice(len(code))
             if boxes is not None:
-                looked_at = groups_in_boxes(boxes, part, i, min(len(masses), chunk.group_size), tile_start // group)
+                looked_at = groups_in_boxes(boxes, part, i, min(len(masses), chunk.group_size), len(code))
             masses[i, part, looked_at] = code[looked_at]
 
 

@@ -46,6 +46,7 @@ LAYERS = (
     "reference",
     "scratch",
     "chunk",
+    "boxes",
     "index",
     "recall",
     "files",

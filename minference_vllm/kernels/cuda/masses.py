@@ -63,16 +63,6 @@ def group_masses(
     Nothing is written but the codes of the groups before each part's tile.
     """
     q = chunk.q
-    of_boxes = {}
-    if boxes is not None:
-        of_boxes = dict(
-            boxes=boxes.numbers.data_ptr(),
-            box_counts=boxes.counts.data_ptr(),
-            stride_boxes_set=boxes.numbers.stride(0),
-            stride_boxes=boxes.numbers.stride(1),
-            stride_box_counts=boxes.counts.stride(0),
-            max_boxes=boxes.numbers.shape[2],
-        )
     arguments = _Arguments(
         q=q.data_ptr(),
         means=means.data_ptr(),
@@ -97,6 +87,18 @@ def group_masses(
         keys_per_mean=mean,
         num_multiprocessors=library.num_multiprocessors(q.device),
         scale_log2=chunk.scale * LOG2_E * unit_of_products(means),
-        **of_boxes,
+        **({} if boxes is None else _of_boxes(boxes)),
     )
     library.launch("minference_group_masses", arguments, q.device)
+
+
+def _of_boxes(boxes: Boxes) -> dict[str, int]:
+    """The arguments that name them."""
+    return {
+        "boxes": boxes.numbers.data_ptr(),
+        "box_counts": boxes.counts.data_ptr(),
+        "stride_boxes_set": boxes.numbers.stride(0),
+        "stride_boxes": boxes.numbers.stride(1),
+        "stride_box_counts": boxes.counts.stride(0),
+        "max_boxes": boxes.numbers.shape[2],
+    }
