@@ -5,11 +5,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from minference_vllm.cli import tune
+from minference_vllm.cli import evaluate, tune
 from minference_vllm.cli.status import FAILED
 from minference_vllm.errors import ConfigError
 
-COMMANDS = (tune,)
+COMMANDS = (tune, evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

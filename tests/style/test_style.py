@@ -20,6 +20,7 @@ MAX_FUNCTION_LINES = 50
 # every step shares. A module imports only what stands below it.
 LAYERS = (
     "cli",
+    "evals",
     "tuning",
     "plugin",
     "backend",
