@@ -18,7 +18,7 @@ from minference_vllm.evals import prepare, tasks
 from minference_vllm.evals.material import Material, Tokenizer, load_prompts, load_text
 from minference_vllm.evals.sample import Kind, Sample
 from minference_vllm.evals.tasks import agreement, ruler, ruler_program
-from tests.unit.eval_tokenizer import save_tokenizer
+from tests.unit.evals.tokenizer import save_tokenizer
 
 TOKENS = 6144  # of a byte each: twenty facts with their questions take 4,400
 SENTENCE = "Sentence {} says little. "

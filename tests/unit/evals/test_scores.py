@@ -16,7 +16,7 @@ from minference_vllm.evals.scores import Scores, least_kl, score
 from minference_vllm.evals.work import Work, parse, settled
 from minference_vllm.metrics.snapshot import Snapshot
 from minference_vllm.recall import NUM_BUCKETS, LayerRecall, Recall
-from tests.unit.fake_openai import exposed, one_prompt
+from tests.unit.evals.fake_openai import exposed, one_prompt
 
 
 def sample(kind: Kind, *references: str) -> Sample:
