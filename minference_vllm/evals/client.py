@@ -17,7 +17,7 @@ from minference_vllm.evals.sample import Kind, Reply, Sample, Step
 from minference_vllm.evals.work import Work, parse
 
 API_KEY = "OPENAI_API_KEY"
-RETRIES = 3  # of connection errors, and of statuses that say to try again
+RETRIES = 3  # of connection errors, of no answer in time, and of statuses that say to try again
 GET_TIMEOUT_S = 30
 LIKELIEST = 20  # the most that vLLM lists unless told otherwise
 POSITIONS = 16  # parts of a prompt whose log-probabilities are told apart

@@ -11,7 +11,8 @@ from minference_vllm.errors import ConfigError
 class Line(BaseModel):
     """A line of a file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no word for what is no number: where a server sends such a thing, that is its error.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def refuse_other(path: Path, found: Line, wanted: Line) -> None:

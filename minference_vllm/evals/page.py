@@ -2,6 +2,7 @@
 """A report as one HTML file that needs no other."""
 
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
@@ -64,7 +65,7 @@ def make_page(report: dict[str, Any]) -> str:
         *_errors(report),
         "<h2>How it was made</h2>",
         f"<pre>{escape(report['command'])}</pre>",
-        *(f"<pre>{escape(f'{name}: {value}')}</pre>" for name, value in report["settings"].items()),
+        f"<pre>{escape(json.dumps(report['settings'], indent=1))}</pre>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
     title = "<title>Sparse against dense prefill</title>"

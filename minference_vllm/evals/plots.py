@@ -51,7 +51,9 @@ def _densities(figure: "Figure", report: dict[str, Any]) -> None:
         rows.sort(key=lambda row: row["tokens"])
         if rows:
             axes.plot([row["tokens"] for row in rows], [row["density"] for row in rows], "o-", markersize=3, label=task)
+    lengths = sorted({row["tokens"] for row in report["rows"]})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens")
     axes.set_ylabel("kept / causal pairs")

@@ -59,6 +59,15 @@ def test_a_task_of_which_nothing_is_answered_has_no_score(
     assert (row["samples"], row["errors"], row["sparse_score"], row["loss"]) == (0, SAMPLES, None, None)
 
 
+def test_what_is_no_number_is_an_error(dense: FakeServer, sparse: FakeServer, prepared: Path, tmp_path: Path) -> None:
+    sparse.logprob = float("nan")
+    assert run(dense, sparse, prepared, tmp_path) == evaluate.INCOMPLETE
+    found = rows(tmp_path)
+    assert (found["position"]["samples"], found["position"]["errors"]) == (0, SAMPLES)
+    assert "finite number" in report(tmp_path)["errors"][-1]["error"]
+    assert run(dense, sparse, prepared, tmp_path) == evaluate.INCOMPLETE  # what was written can be read
+
+
 def test_a_server_that_gives_errors_only_ends_the_run(
     dense: FakeServer, sparse: FakeServer, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
