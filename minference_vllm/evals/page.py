@@ -39,11 +39,11 @@ LEGEND = (
 NO_PLOTS = "There are no figures: they need matplotlib, pip install 'minference-vllm[plot]'."
 STYLE = """
 :root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem }
 .wide { overflow-x: auto }
-th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #8884 }
+th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid #8884 }
 th:first-child, td:first-child { text-align: left }
 .warning { border: 2px solid #c2410c; padding: 0.6rem 1rem; font-weight: bold }
 .legend { font-size: 0.85rem; opacity: 0.85 }

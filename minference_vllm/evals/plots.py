@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# As many as there are tasks, RULER's included: those of matplotlib's tab20.
+TASK_COLORS = (
+    "#1f77b4", "#aec7e8", "#ff7f0e", "#ffbb78", "#2ca02c", "#98df8a", "#d62728", "#ff9896", "#9467bd", "#c5b0d5",
+    "#8c564b", "#c49c94", "#e377c2", "#f7b6d2", "#7f7f7f", "#c7c7c7", "#bcbd22", "#dbdb8d", "#17becf", "#9edae5",
+)  # fmt: skip
 DENSE_COLOR, SPARSE_COLOR = "#5f6b7a", "#c2410c"
 Draw = Callable[["Figure", dict[str, Any]], None]
 
@@ -46,6 +51,7 @@ def _losses(figure: "Figure", report: dict[str, Any]) -> None:
 def _densities(figure: "Figure", report: dict[str, Any]) -> None:
     figure.set_size_inches(7.5, 3.2)
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=TASK_COLORS)
     for task in dict.fromkeys(row["task"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["task"] == task and row["density"] is not None]
         rows.sort(key=lambda row: row["tokens"])

@@ -16,6 +16,7 @@ from minference_vllm.evals.sample import Sample
 from minference_vllm.evals.tasks import agreement, ruler
 
 FILE = "samples.jsonl"
+TOKENIZER_FILE = "tokenizer.json"  # of most tokenizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Request:
 
 
 class Settings(Line):
-    """All that decides what the samples are; text and prompts by their fingerprints."""
+    """All that decides what the samples are; files by their fingerprints, for a path says little to others."""
 
     tokenizer: str
     tasks: tuple[str, ...]
@@ -132,7 +133,7 @@ def _settle(request: Request) -> tuple[Settings, dict[str, str]]:
         else:
             chosen.append(name)
     settings = Settings(
-        tokenizer=request.tokenizer,
+        tokenizer=_tokenizer_of(request.tokenizer),
         tasks=tuple(chosen),
         tokens=tuple(request.tokens),
         samples=request.samples,
@@ -179,6 +180,15 @@ def _make(request: Request, settings: Settings) -> tuple[list[Sample], dict[str,
         if made.failure:
             failures[f"{made.task} at {made.tokens} tokens"] = made.failure
     return samples, failures
+
+
+def _tokenizer_of(name: str) -> str:
+    """A name on the hub, or a directory's own name and what is in it."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    file = folder / TOKENIZER_FILE
+    return f"{folder.name} {fingerprint(file)}" if file.exists() else folder.name
 
 
 def _ruler_of(names: Sequence[str]) -> list[str]:

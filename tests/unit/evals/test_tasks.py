@@ -165,6 +165,7 @@ def test_what_is_lacking_is_left_out_unless_it_was_asked_for(
     assert prepare_with("--tokens", "1024", "--samples", "2") == 0
     found = prepare.load(tmp_path / "made")
     assert found.header.settings.tasks == ("retrieval",)
+    assert re.fullmatch(r"tokenizer\d+ [0-9a-f]{16}", found.header.settings.tokenizer)  # no path
     assert found.header.left_out["needle"] == "needs a text: --text FILE"
     assert "pip install 'minference-vllm[ruler]'" in found.header.left_out["ruler:vt"]
     assert "Left out: agreement (needs your prompts: --prompts FILE)." in capsys.readouterr().out
