@@ -5,11 +5,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from minference_vllm.cli import doctor, patterns, plot, tune
+from minference_vllm.cli import doctor, evaluate, patterns, plot, tune
 from minference_vllm.cli.status import FAILED
 from minference_vllm.errors import ConfigError
 
-COMMANDS = (tune, doctor, patterns, plot)
+COMMANDS = (tune, doctor, evaluate, patterns, plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

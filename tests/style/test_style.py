@@ -22,6 +22,7 @@ LAYERS = (
     "cli",
     "doctor",
     "plots",
+    "evals",
     "tuning",
     "plugin",
     "backend",

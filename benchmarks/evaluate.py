@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a result of what `minference-vllm eval` has found: adds the card, versions and commit that HTTP does not tell.
+
+    minference-vllm eval --serve "…" --model /tmp/qwen --prepared /tmp/samples --out /tmp/evaluation
+    python -m benchmarks.evaluate --report /tmp/evaluation/report.json --out benchmarks/results/eval-qwen.json
+
+Run it where the servers ran, right after.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks import results
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, required=True, help="report.json of `minference-vllm eval`")
+    parser.add_argument("--out", type=Path, required=True, help="the result file")
+    parser.add_argument("--tiny", action="store_true", help="smoke test: takes a report of a machine without a GPU")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    report = json.loads(options.report.read_text())
+    if report["warnings"]:
+        sys.exit(f"{options.report} is no result: {' '.join(report['warnings'])}")
+    settings = {**report["settings"], "command": report["command"], "date": report["date"]}
+    found = {name: report[name] for name in ("left_out", "errors", "depths", "positions")}
+    results.write(options.out, report["rows"], options.tiny, settings=settings, **found)
+    print(results.table(report["rows"]))
+
+
+if __name__ == "__main__":
+    main()

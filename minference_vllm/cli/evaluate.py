@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`minference-vllm eval`: asks a dense and a sparse server the same, and says what differs."""
+
+import argparse
+import datetime
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from minference_vllm.cli.status import FAILED
+from minference_vllm.errors import ConfigError
+
+NOT_SPARSE = 3
+INCOMPLETE = 4
+STOPPED = 130  # as shells have it for SIGINT
+TOKENS, SAMPLES, SEED = (8192, 16384, 32768), 20, 0
+PREPARING = ("tasks", "tokens", "samples", "seed", "tokenizer", "chat", "text", "prompts")
+SHOWN = (
+    "task",
+    "tokens",
+    "samples",
+    "errors",
+    "dense_score",
+    "sparse_score",
+    "loss",
+    "low",
+    "high",
+    "density",
+    "recall",
+)
+
+EVAL = f"""\
+Asks a dense server and one of `--attention-backend minference` the same prompts, greedily, scores both, pairs the
+scores sample by sample, and writes report.json and report.html into --out. The servers are there already (--dense,
+--sparse), or are started here, one after the other (--serve). A run that was cut off goes on where it stopped.
+Exit status: 0 all samples are answered; {FAILED} something does not fit, or a server is gone; {NOT_SPARSE} nothing ran
+sparse; {INCOMPLETE} some samples have an error in place of an answer; {STOPPED} stopped by a signal."""
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Prepare, ask, report; the exit status."""
+    from minference_vllm.evals.errors import ServerError  # none of this for --help
+
+    # On the way out, servers that were started here are stopped.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return _evaluate(options)
+    except ServerError as error:
+        print(f"{error}\nThe same command goes on where it was.", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on where it was.", file=sys.stderr)
+        return STOPPED
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from minference_vllm.evals import run
+
+    _check(options)
+    if options.prepare:
+        prepared = _prepare(options, options.prepare)
+        _say_left_out(prepared.header.left_out)
+        print(f"{len(prepared.samples)} samples are in {options.prepare}: give it as --prepared.")
+        return 0
+    wanted = _run(options)
+    run.check_servers(wanted)
+    prepared = _prepare(options, options.out)
+    _say_left_out(prepared.header.left_out)
+    report = run.evaluate(wanted, prepared)
+    _say(report, options.out / run.HTML_REPORT)
+    if report["warnings"]:
+        return NOT_SPARSE
+    return INCOMPLETE if report["errors"] else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that contradict each other."""
+    urls, serves, prepares = bool(options.dense or options.sparse), options.serve is not None, bool(options.prepare)
+    if urls + serves + prepares != 1 or bool(options.dense) != bool(options.sparse):
+        raise ConfigError("Give --dense and --sparse, or --serve, or --prepare.")
+    if options.serve_sparse and not serves:
+        raise ConfigError("--serve-sparse adds to the options of --serve, which is not given.")
+    if not prepares and not options.out:
+        raise ConfigError("Give --out, the folder of replies and report.")
+    if not options.model and not (prepares and options.tokenizer):
+        raise ConfigError("Give --model, the name that the servers have for it, or what --serve is to serve.")
+    given = [f"--{name}" for name in PREPARING if getattr(options, name) is not None]
+    if options.prepared and (prepares or given):
+        raise ConfigError(f"--prepared samples are as they are: leave out {', '.join(given or ['--prepare'])}.")
+
+
+def _prepare(options: argparse.Namespace, folder: Path) -> Any:
+    from minference_vllm.evals import prepare
+
+    if options.prepared:
+        return prepare.load(options.prepared)
+    request = prepare.Request(
+        tokenizer=options.tokenizer or options.model,
+        tasks=options.tasks or (),
+        tokens=sorted(set(options.tokens or TOKENS)),
+        samples=options.samples or SAMPLES,
+        seed=SEED if options.seed is None else options.seed,
+        chat=bool(options.chat),
+        text=options.text,
+        prompts=options.prompts,
+    )
+    return prepare.prepare(request, folder)
+
+
+def _run(options: argparse.Namespace) -> Any:
+    from minference_vllm.evals import run, serve
+
+    def server(is_dense: bool) -> run.Server:
+        if options.serve is None:
+            return run.Server(is_dense, url=(options.dense if is_dense else options.sparse).rstrip("/"))
+        more = options.serve if is_dense else f"{options.serve} {options.serve_sparse}"
+        return run.Server(is_dense, arguments=tuple(serve.arguments(options.model, more, is_dense)))
+
+    record = {
+        "command": shlex.join(["minference-vllm", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return run.Run(
+        dense=server(True),
+        sparse=server(False),
+        model=options.model,
+        folder=options.out,
+        concurrency=options.concurrency,
+        timeout_s=options.timeout,
+        record=record,
+    )
+
+
+def _say_left_out(left_out: dict[str, str]) -> None:
+    for name, why in left_out.items():
+        print(f"Left out: {name} ({why}).")
+
+
+def _say(report: dict[str, Any], page: Path) -> None:
+    from minference_vllm.evals.page import cell
+
+    lines = [list(SHOWN), *([cell(row[name]) for name in SHOWN] for row in report["rows"])]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    if report["errors"]:
+        first = report["errors"][0]
+        print(
+            f"{len(report['errors'])} replies are errors, and in no score. The first, {first['id']}: {first['error']}"
+        )
+    for warning in report["warnings"]:
+        print(f"WARNING: {warning}")
+    print(f"The report is {page}.")
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to those of an argparse parser."""
+    command = commands.add_parser("eval", description=EVAL, help="compare a model's answers, dense and sparse")
+    command.set_defaults(run=evaluate)
+    servers = command.add_argument_group("servers")
+    servers.add_argument("--dense", metavar="URL", help="of a server with another attention backend")
+    servers.add_argument("--sparse", metavar="URL", help="of a server with --attention-backend minference")
+    servers.add_argument("--serve", metavar="OPTIONS", help="start both here, with these options of vllm serve")
+    servers.add_argument("--serve-sparse", metavar="OPTIONS", default="", help="more options for the sparse one alone")
+    servers.add_argument("--model", help="as the servers name it, or what --serve is to serve")
+    servers.add_argument("--concurrency", type=_count, default=4, help="requests in flight; default: 4")
+    servers.add_argument("--timeout", type=_count, default=1800, help="seconds for one answer; default: 1800")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder of replies and report")
+    prompts = command.add_argument_group("prompts")
+    prompts.add_argument("--tasks", nargs="+", help="names; default: all that have what they need")
+    prompts.add_argument("--tokens", type=_count, nargs="+", help=f"lengths; default: {' '.join(map(str, TOKENS))}")
+    prompts.add_argument("--samples", type=_count, help=f"of each task and length; default: {SAMPLES}")
+    prompts.add_argument("--seed", type=int, help=f"of all that is drawn; default: {SEED}")
+    prompts.add_argument(
+        "--text", type=Path, metavar="FILE", help="a long text, plain or .xz, for needle, facts, position"
+    )
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="your prompts, JSONL, for agreement")
+    prompts.add_argument("--tokenizer", help="directory, or name on the hub; default: --model")
+    prompts.add_argument("--chat", action="store_true", default=None, help="put questions into the chat template")
+    prompts.add_argument("--prepare", type=Path, metavar="DIR", help="only make the samples, for --prepared elsewhere")
+    prompts.add_argument("--prepared", type=Path, metavar="DIR", help="use samples that --prepare made")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has a server answer all samples, some at a time, and notes what its sparse path did for them."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from minference_vllm.evals.client import Client
+from minference_vllm.evals.errors import ServerError
+from minference_vllm.evals.extras import need
+from minference_vllm.evals.journal import Batch, Journal
+from minference_vllm.evals.sample import Reply, Sample
+from minference_vllm.evals.work import Work, settled
+
+HOPELESS = 16  # prompts
+ROUNDS = 4  # prompts of a batch, for each that is in flight: waiting for the metrics must not cost much
+
+
+def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurrency: int, is_dense: bool) -> None:
+    """Add batches to the journal until all samples are answered.
+
+    Args:
+        concurrency: requests in flight. With 1, a batch is one sample, so that density and recall are known of each.
+        is_dense: nothing may run sparse.
+
+    Raises:
+        ConfigError: something did.
+        ServerError: the server cannot be reached any more, or gives errors only.
+    """
+    left = journal.left(samples)
+    progress = need("tqdm").tqdm(
+        total=len(samples), initial=len(samples) - len(left), unit="prompt", dynamic_ncols=True
+    )
+    vllm = client.version()
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        for batch in _batches(left, 1 if concurrency == 1 else concurrency * ROUNDS):
+            task, tokens = batch[0].group
+            progress.set_description(f"{'dense' if is_dense else 'sparse'}, {task}, {tokens} tokens")
+            before = _work(client, is_dense)
+            replies = _ask(client, batch, pool, progress)
+            read = [reply.prompt_tokens for reply in replies if not reply.error]
+            after = _work(client, is_dense) if is_dense else settled(client.work, before, sum(read), len(read))
+            journal.add(Batch(task=task, tokens=tokens, vllm=vllm, replies=tuple(replies), work=after - before))
+            _refuse_hopeless(journal, client.url)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        progress.close()
+
+
+def _ask(client: Client, samples: Sequence[Sample], pool: ThreadPoolExecutor, progress: Any) -> list[Reply]:
+    pending = [pool.submit(client.reply, sample) for sample in samples]
+    replies = []
+    for done in as_completed(pending):
+        replies.append(done.result())
+        progress.update()
+    return replies
+
+
+def _refuse_hopeless(journal: Journal, url: str) -> None:
+    """Stop where errors are all that comes: the server or its options are wrong, and a night would be lost."""
+    replies = list(journal.replies().values())
+    if len(replies) >= HOPELESS and all(reply.error for reply in replies):
+        raise ServerError(f"{url} gave errors only, to {len(replies)} prompts. The first: {replies[0].error}")
+
+
+def _work(client: Client, is_dense: bool) -> Work:
+    work = client.work()
+    if is_dense:
+        work.refuse_sparse(client.url)
+    return work
+
+
+def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    for _, group in itertools.groupby(samples, key=lambda sample: sample.group):
+        members = list(group)
+        yield from (members[start : start + size] for start in range(0, len(members), size))

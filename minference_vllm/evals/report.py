@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both servers' replies come to: rows by task and length, in the format of the files under benchmarks/results."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minference_vllm.evals.journal import Journal
+from minference_vllm.evals.paired import compare
+from minference_vllm.evals.prepare import Prepared
+from minference_vllm.evals.sample import Kind, Reply, Sample
+from minference_vllm.evals.scores import Scores, score
+from minference_vllm.evals.work import Work
+
+DIGITS = 5
+NOT_SPARSE = (
+    "No prompt token ran sparse on the sparse server: what is below compares dense attention with dense attention. "
+    "The prompts may be below its gate (min_seq_len, min_chunk), or it was not started with --attention-backend "
+    "minference; minference_prefill_tokens_total on its /metrics gives the reasons."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One sample with what came of it; without scores if a server gave an error."""
+
+    sample: Sample
+    dense: Reply
+    sparse: Reply
+    scores: Scores | None
+
+
+def pair(samples: Sequence[Sample], dense: Journal, sparse: Journal) -> list[Compared]:
+    """Every sample with both replies."""
+    ours, theirs = dense.replies(), sparse.replies()
+
+    def compared(sample: Sample) -> Compared:
+        one, other = ours[sample.id], theirs[sample.id]
+        return Compared(sample, one, other, None if one.error or other.error else score(sample, one, other))
+
+    return [compared(sample) for sample in samples]
+
+
+def make_report(prepared: Prepared, dense: Journal, sparse: Journal) -> dict[str, Any]:
+    """All figures, as JSON."""
+    compared = pair(prepared.samples, dense, sparse)
+    seed = prepared.header.settings.seed
+    groups = list(dict.fromkeys(sample.group for sample in prepared.samples))
+    return {
+        "settings": {
+            **prepared.header.settings.model_dump(mode="json"),
+            "samples_sha256": prepared.sha256,
+            "dense": _described_server(dense),
+            "sparse": _described_server(sparse),
+        },
+        "warnings": [] if sparse.work().sparse_tokens else [NOT_SPARSE],
+        "left_out": prepared.header.left_out,
+        "errors": list(_errors(compared)),
+        "rows": [_row(group, _of(compared, group), sparse, seed) for group in groups],
+        "depths": list(_depths(compared)),
+        "positions": list(_positions(compared)),
+        "prompts": list(_prompts(compared, sparse)),
+    }
+
+
+def _of(compared: Sequence[Compared], group: tuple[str, int]) -> list[Compared]:
+    return [one for one in compared if one.sample.group == group]
+
+
+def _row(group: tuple[str, int], compared: Sequence[Compared], sparse: Journal, seed: int) -> dict[str, Any]:
+    """Scores of a task and length; None where no sample has one."""
+    scores = [one.scores for one in compared if one.scores]
+    row: dict[str, Any] = {
+        "task": group[0],
+        "tokens": group[1],
+        "samples": len(scores),
+        "errors": len(compared) - len(scores),
+        **dict.fromkeys(("dense_score", "sparse_score", "loss", "low", "high", "lost", "gained", "p_value", "kl")),
+    }
+    if scores:
+        difference = compare([s.dense for s in scores], [s.sparse for s in scores], seed)
+        row["dense_score"] = statistics.fmean(s.dense for s in scores)
+        row["sparse_score"] = statistics.fmean(s.sparse for s in scores)
+        row |= difference._asdict()
+        if compared[0].sample.kind is Kind.AGREEMENT:
+            row["p_value"] = None  # nothing can be gained on what is right by definition
+            row["kl"] = statistics.fmean(s.kl for s in scores if s.kl is not None)
+    return _rounded(row | _described(sparse.work(group)))
+
+
+def _described(work: Work) -> dict[str, Any]:
+    return {
+        "density": work.density,
+        "recall": work.recall,
+        "redone": work.redone,
+        "sparse_tokens": work.sparse_tokens,
+        "dense_tokens": work.dense_tokens,
+    }
+
+
+def _depths(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
+    """Scores by task, length and depth, of tasks that hide something."""
+    by_depth: dict[tuple[str, int, float], list[Scores]] = {}
+    for one in compared:
+        if one.sample.depth is not None and one.scores:
+            by_depth.setdefault((*one.sample.group, one.sample.depth), []).append(one.scores)
+    for (task, tokens, depth), scores in by_depth.items():
+        means = {name: statistics.fmean(getattr(s, name) for s in scores) for name in ("dense", "sparse")}
+        yield _rounded({"task": task, "tokens": tokens, "depth": depth, "samples": len(scores), **means})
+
+
+def _positions(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
+    """Mean negative log-probability of a token, in nats, by how far into the prompt it is."""
+    by_group: dict[tuple[str, int], list[Compared]] = {}
+    for one in compared:
+        if one.sample.kind is Kind.LOGPROB and one.scores:
+            by_group.setdefault(one.sample.group, []).append(one)
+    for (task, tokens), members in by_group.items():
+        parts = len(members[0].dense.logprobs)
+        for part in range(parts):
+            means = {
+                name: -statistics.fmean(getattr(one, name).logprobs[part] for one in members)
+                for name in ("dense", "sparse")
+            }
+            yield _rounded({"task": task, "tokens": tokens, "up_to": round(tokens * (part + 1) / parts), **means})
+
+
+def _prompts(compared: Sequence[Compared], sparse: Journal) -> Iterator[dict[str, Any]]:
+    """Every sample; density and recall where it was the only one in flight."""
+    alone = {batch.replies[0].id: batch.work for batch in sparse.batches if len(batch.replies) == 1}
+    for one in compared:
+        work = alone.get(one.sample.id)
+        yield _rounded(
+            {
+                "id": one.sample.id,
+                "prompt_tokens": one.sparse.prompt_tokens,
+                "dense": one.scores.dense if one.scores else None,
+                "sparse": one.scores.sparse if one.scores else None,
+                "density": work.density if work else None,
+                "recall": work.recall if work else None,
+            }
+        )
+
+
+def _errors(compared: Sequence[Compared]) -> Iterator[dict[str, str]]:
+    for one in compared:
+        for server, reply in (("dense", one.dense), ("sparse", one.sparse)):
+            if reply.error:
+                yield {"id": one.sample.id, "server": server, "error": reply.error}
+
+
+def _described_server(journal: Journal) -> dict[str, Any]:
+    versions = sorted({batch.vllm for batch in journal.batches})
+    return {**journal.origin.model_dump(exclude={"samples"}), "vllm": versions}
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in row.items()}

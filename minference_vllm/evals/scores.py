@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of one sample, larger is better; and how far next tokens differ between the two servers."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from minference_vllm.evals.sample import Kind, Reply, Sample, Step
+
+
+class Scores(NamedTuple):
+    """Of one sample.
+
+    Attributes:
+        dense, sparse: how good each server's reply is.
+        kl: mean divergence (Kullback-Leibler) of next tokens, sparse from dense, at least; None where not asked for.
+    """
+
+    dense: float
+    sparse: float
+    kl: float | None = None
+
+
+def score(sample: Sample, dense: Reply, sparse: Reply) -> Scores:
+    """Scores of a sample that both servers have answered."""
+    if sample.kind is not Kind.AGREEMENT:
+        return Scores(_score(sample, dense), _score(sample, sparse))
+    equal = _equal_steps(dense.steps, sparse.steps)
+    agreement = equal / len(dense.steps) if dense.steps else float(not sparse.steps)
+    # Up to the first difference both servers go on from the same tokens; after it they answer different questions.
+    pairs = list(zip(dense.steps, sparse.steps, strict=False))[: equal + 1]
+    kl = statistics.fmean(least_kl(ours.likeliest, theirs.likeliest) for ours, theirs in pairs) if pairs else 0.0
+    return Scores(1.0, agreement, kl)
+
+
+def least_kl(p: dict[str, float], q: dict[str, float]) -> float:
+    """The least that the divergence of q from p can be, from the log-probabilities of their likeliest tokens.
+
+    Tokens that only one of them lists are taken together with all that neither lists: to see less of two distributions
+    never makes them differ more.
+    """
+    common = p.keys() & q.keys()
+    p_rest, q_rest = (max(1.0 - sum(math.exp(some[token]) for token in common), 0.0) for some in (p, q))
+    kl = sum(math.exp(p[token]) * (p[token] - q[token]) for token in common)
+    if p_rest > 0 and q_rest > 0:
+        kl += p_rest * math.log(p_rest / q_rest)
+    return max(kl, 0.0)
+
+
+def _score(sample: Sample, reply: Reply) -> float:
+    match sample.kind:
+        case Kind.FIRST_CHOICE:
+            return statistics.fmean(reply.first_choices)
+        case Kind.LOGPROB:
+            return statistics.fmean(reply.logprobs)
+    answer = reply.text.lower()
+    held = [reference.lower() in answer for reference in sample.references]
+    return float(any(held)) if sample.kind is Kind.ANY else statistics.fmean(held)
+
+
+def _equal_steps(dense: Sequence[Step], sparse: Sequence[Step]) -> int:
+    """Tokens before the first that differs."""
+    pairs = enumerate(zip(dense, sparse, strict=False))
+    return next((at for at, (one, other) in pairs if one.token != other.token), min(len(dense), len(sparse)))

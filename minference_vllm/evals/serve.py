@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts one `vllm serve` on this machine and stops it, with all that it has started, whatever happens."""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from minference_vllm.errors import ConfigError
+from minference_vllm.evals.errors import ServerError
+
+DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "minference"
+BACKEND_OPTION = "--attention-backend"
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")  # `vllm`, of this environment and no other
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 3600  # weights may have to be fetched
+STOP_TIMEOUT_S = 30
+POLL_S = 0.5
+LAST_LINES = 20
+
+
+def arguments(model: str, options: str, is_dense: bool) -> list[str]:
+    """What follows `vllm` to serve a model; the port is not in it.
+
+    Args:
+        options: more options of `vllm serve`, as a shell reads them.
+
+    Raises:
+        ConfigError: they choose what is chosen here.
+    """
+    given = shlex.split(options)
+    for taken in (BACKEND_OPTION, "--host", "--port"):
+        if any(option == taken or option.startswith(f"{taken}=") for option in given):
+            raise ConfigError(f"--serve may not hold {taken}: dense and sparse server are started by this command.")
+    backend = [] if is_dense and _is_cpu_build() else [BACKEND_OPTION, DENSE_BACKEND if is_dense else SPARSE_BACKEND]
+    return ["serve", model, *backend, *given]
+
+
+@contextmanager
+def running(arguments: Sequence[str], log: Path) -> Iterator[str]:
+    """The URL of a server that runs inside a `with` block. Its output goes to the file `log`.
+
+    Args:
+        arguments: what follows `vllm`.
+
+    Raises:
+        ServerError: it did not come up.
+    """
+    port = _free_port()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*VLLM, *arguments, "--host", HOST, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a process group of its own: _stop reaches vLLM's workers too
+        )
+    try:
+        url = f"http://{HOST}:{port}"
+        _wait_until_ready(process, url, log)
+        yield url
+    finally:
+        _stop(process)
+
+
+def excerpt(log: Path) -> str:
+    """The end of a log, after earlier lines that name an error: vLLM prints the cause far above its last words."""
+    lines = log.read_text(errors="replace").splitlines()
+    causes = [line for line in lines[:-LAST_LINES] if "Error: " in line]
+    return "\n".join([*causes[-LAST_LINES:], "...", *lines[-LAST_LINES:]])
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    # A proxy that the environment names has another localhost.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerError(f"vllm serve ended with status {process.returncode}. {log} ends so:\n{excerpt(log)}")
+        with suppress(urllib.error.URLError, ConnectionError, TimeoutError), opener.open(f"{url}/health", timeout=10):
+            return
+        time.sleep(POLL_S)
+    raise ServerError(f"vllm serve was not ready after {START_TIMEOUT_S} s. {log} ends so:\n{excerpt(log)}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the process group to end, then end whatever is left of it."""
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(STOP_TIMEOUT_S)
+    finally:  # also where someone who is asked to wait presses Ctrl-C once more
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_cpu_build() -> bool:
+    try:
+        return version("vllm").endswith("+cpu")
+    except PackageNotFoundError:
+        raise ConfigError("--serve starts vLLM, which is not installed beside this command.") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""position: how well the model foresees the user's text, by how far into the prompt it is."""
+
+from minference_vllm.evals.material import SLACK, Material
+from minference_vllm.evals.sample import Kind, Sample
+
+
+def make(material: Material, tokens: int, samples: int) -> list[Sample]:
+    """Passages of the text from random places."""
+    start = material.tokenizer.start
+    room = tokens - SLACK - len(start)
+    return [
+        Sample(
+            task="position",
+            tokens=tokens,
+            index=index,
+            kind=Kind.LOGPROB,
+            max_tokens=1,
+            prompt=(*start, *material.passage(room, material.lots("position", tokens, index))),
+        )
+        for index in range(samples)
+    ]
