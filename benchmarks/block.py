@@ -222,6 +222,7 @@ def main() -> None:
         "--coarse-from", type=int, nargs="+", default=[COARSE_FROM], help="prompt lengths, a row for each"
     )
     parser.add_argument("--cache", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="a row for each")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these lengths")
     options = parser.parse_args()
     results.describe_run(options.tiny)
     device = torch.device("cpu" if options.tiny else "cuda", None if options.tiny else torch.cuda.current_device())
@@ -234,7 +235,8 @@ def main() -> None:
     settings["bf16_matmul_tflops"] = None if options.tiny else bf16_matmul_tflops(device)
     rows: list[dict[str, Any]] = []
     made: tuple[Any, Inputs, Dense] | None = None
-    for case, cache in itertools.product(TINY if options.tiny else CASES, options.cache):
+    cases = [case for case in (TINY if options.tiny else CASES) if case.tokens in (options.tokens or [case.tokens])]
+    for cache, case in itertools.product(options.cache, cases):
         shape = (cache, case.tokens, case.rows, *case[3:])
         if made is None or made[0] != shape:
             inputs = made = None
