@@ -76,7 +76,7 @@ def test_masses_of_boxes_and_in_boxes(case: Case, is_fp8: bool, device: torch.de
     cuda.masses.group_masses(chunk, coarse, lse, 0, actual, BOX_MEAN)
     difference = (actual.int() - expected.int()).abs()
     assert difference.max() == 1 and (difference > 0).float().mean() < 0.03
-    boxes = make_boxes(chunk, heads, 32, 200)
+    boxes = make_boxes(chunk, heads, 32, 20)  # far fewer than all
     share = torch.full((heads,), 0.2, device=device)
     whole, some = (make_masses(chunk, heads, 32) for _ in range(2))
     triton.select_boxes(actual, chunk, 0, share, 32, 1, 1, boxes, some)

@@ -169,8 +169,10 @@ def test_what_the_cache_cannot_hold_ends_at_its_largest_number() -> None:
 
 
 @pytest.mark.parametrize("case", [FP8_CASES[1], FP8_CASES[4]], ids=["queries in FP8", "queries in bf16"])
-def test_the_cuda_library_leaves_a_cache_in_fp8_to_triton(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = make_chunk(case, torch.device("cpu"))
+def test_the_cuda_library_leaves_a_cache_in_fp8_to_triton(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = make_chunk(case, device)
     assert not cuda.attend.supports(chunk)
     assert not cuda.probe.supports(chunk, 64, 0)
     assert not cuda.probe.supports_held_out(chunk)
