@@ -25,7 +25,7 @@ assert CODES_OF_A_BOX.itemsize == GROUPS_PER_BOX
 SPAN = 1024
 """Boxes of one list that are worked on at once."""
 
-BLOCK = 256
+BLOCK = 512
 """Boxes of all lists that are."""
 
 EDGE = 16
