@@ -84,7 +84,7 @@ def test_a_named_file_that_is_not_there_is_refused() -> None:
 
 
 def test_without_a_model_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match="name block or vertical_slash here"):
+    with pytest.raises(ConfigError, match="name block or vertical_slash"):
         resolve(AutoSettings(), None)
 
 
