@@ -184,6 +184,11 @@ def test_without_a_file_the_worker_runs_block(monkeypatch: pytest.MonkeyPatch) -
     assert "MInference: no pattern file for a model or its alias: the method is block." in lines
 
 
+def test_metrics_name_the_method_that_auto_comes_to(pattern_file: str) -> None:
+    for file, method in ((pattern_file, "vertical_slash"), (None, "block")):
+        assert list(make_runtime(file).counters.snapshot().engines) == [(method, "reference")]
+
+
 def test_the_served_model_is_read_from_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     parallel_state = pytest.importorskip("vllm.distributed.parallel_state")
     monkeypatch.setattr(parallel_state, "get_tp_group", lambda: SimpleNamespace(rank_in_group=3))
