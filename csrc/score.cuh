@@ -7,7 +7,7 @@
 // lists each.
 //
 // A group is as long as four means, whatever these are of: 16 keys and 4, or a box of 128 keys and 32 (BOX in
-// minference_vllm/index.py). What masses of the second kind leave of a block's boxes, `boxes` names for the first kind.
+// minference_vllm/boxes.py). What masses of the second kind leave of a block's boxes, `boxes` names for the first kind.
 #pragma once
 
 #include "hopper.cuh"

@@ -91,7 +91,7 @@ class Chunk:
         for name, tensor, scale in (("q", self.q, self.q_scale), ("k", kv.k, kv.k_scale), ("v", kv.v, kv.v_scale)):
             if not tensor.dtype.is_floating_point or (tensor.dtype == FP8) is (scale is None):
                 given = f"{name} is {tensor.dtype} {'without' if scale is None else 'with'} a scale"
-                raise ValueError(f"{given}: {FP8} has one, the model's dtype has none, and there is no other")
+                raise ValueError(f"{given}: {FP8} needs one, the model's dtype takes none, and no other dtype is read")
             if scale is not None and (scale.dtype != torch.float32 or scale.shape != (kv.num_kv_heads,)):
                 raise ValueError(
                     f"{name}_scale must be float32, one for each of {kv.num_kv_heads} KV heads, "

@@ -234,7 +234,7 @@ class Runtime:
         """
         pairs = self._density.read() if self._density else (0, 0)
         recall = sum((meter.read() for _, meter in list(self._recalls.values())), start=Recall())
-        engine = self.config.method.name, self.method.kernel.value
+        engine = self.resolved.settings.name, self.method.kernel.value
         return *pairs, recall, self._scratch_bytes, Counter({engine: 1})
 
     def warm_up(self, shape: ScratchShape, page_size: int) -> None:

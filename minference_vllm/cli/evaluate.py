@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minference_vllm.cli.arguments import count
 from minference_vllm.cli.status import FAILED
 from minference_vllm.errors import ConfigError
 
@@ -89,7 +90,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("Give --model, the name that the servers have for it, or what --serve is to serve.")
     given = [f"--{name}" for name in PREPARING if getattr(options, name) is not None]
     if options.prepared and (prepares or given):
-        raise ConfigError(f"--prepared samples are as they are: leave out {', '.join(given or ['--prepare'])}.")
+        raise ConfigError(f"--prepared takes samples as they were made: leave out {', '.join(given or ['--prepare'])}.")
 
 
 def _prepare(options: argparse.Namespace, folder: Path) -> Any:
@@ -166,13 +167,13 @@ def add_parser(commands: Any) -> None:
     servers.add_argument("--serve", metavar="OPTIONS", help="start both here, with these options of vllm serve")
     servers.add_argument("--serve-sparse", metavar="OPTIONS", default="", help="more options for the sparse one alone")
     servers.add_argument("--model", help="as the servers name it, or what --serve is to serve")
-    servers.add_argument("--concurrency", type=_count, default=4, help="requests in flight; default: 4")
-    servers.add_argument("--timeout", type=_count, default=1800, help="seconds for one answer; default: 1800")
+    servers.add_argument("--concurrency", type=count, default=4, help="requests in flight; default: 4")
+    servers.add_argument("--timeout", type=count, default=1800, help="seconds for one answer; default: 1800")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder of replies and report")
     prompts = command.add_argument_group("prompts")
     prompts.add_argument("--tasks", nargs="+", help="names; default: all that have what they need")
-    prompts.add_argument("--tokens", type=_count, nargs="+", help=f"lengths; default: {' '.join(map(str, TOKENS))}")
-    prompts.add_argument("--samples", type=_count, help=f"of each task and length; default: {SAMPLES}")
+    prompts.add_argument("--tokens", type=count, nargs="+", help=f"lengths; default: {' '.join(map(str, TOKENS))}")
+    prompts.add_argument("--samples", type=count, help=f"of each task and length; default: {SAMPLES}")
     prompts.add_argument("--seed", type=int, help=f"of all that is drawn; default: {SEED}")
     prompts.add_argument(
         "--text", type=Path, metavar="FILE", help="a long text, plain or .xz, for needle, facts, position"
@@ -182,9 +183,3 @@ def add_parser(commands: Any) -> None:
     prompts.add_argument("--chat", action="store_true", default=None, help="put questions into the chat template")
     prompts.add_argument("--prepare", type=Path, metavar="DIR", help="only make the samples, for --prepared elsewhere")
     prompts.add_argument("--prepared", type=Path, metavar="DIR", help="use samples that --prepare made")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)

@@ -31,7 +31,7 @@ class Tokenizer:
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"No tokenizer can be loaded from {name!r}: {error} Name one: --tokenizer.") from None
+            raise ConfigError(f"The tokenizer of {name!r} cannot be read: {error} Name one: --tokenizer.") from None
         self.chat = chat
         if chat and not self._tokenizer.chat_template:
             raise ConfigError(f"The tokenizer of {name!r} has no chat template: leave out --chat.")
@@ -104,6 +104,20 @@ class Material:
             raise ConfigError(f"The text of --text has {len(self.text)} tokens, and {tokens} are needed: give more.")
         start = lots.randrange(len(self.text) - tokens + 1)
         return self.text[start : start + tokens]
+
+
+def check_room(task: str, tokens: int, room: int, least: int = 1) -> None:
+    """Refuse a length that a task's own words fill.
+
+    Args:
+        room: what the task's words leave of so many tokens, in any unit.
+        least: the room that it needs.
+
+    Raises:
+        ConfigError: there is less.
+    """
+    if room < least:
+        raise ConfigError(f"The task {task} does not fit into {tokens} tokens: ask for more by --tokens.")
 
 
 def load_text(path: Path) -> str:

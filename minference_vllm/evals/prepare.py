@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the samples of an evaluation, once, into a file: how they were made, then a line a sample."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +92,8 @@ def prepare(request: Request, folder: Path) -> Prepared:
     samples, failures = _make(request, settings)
     header = Header(settings=settings, left_out=left_out | failures)
     if not samples:
-        raise ConfigError(f"No prompt could be made: {json.dumps(header.left_out)}")
+        reasons = "; ".join(f"{name} ({why})" for name, why in header.left_out.items())
+        raise ConfigError(f"No prompt could be made: {reasons}.")
     return save(folder, header, samples)
 
 
@@ -119,7 +119,7 @@ def load(folder: Path) -> Prepared:
         samples = [Sample.model_validate_json(line) for line in lines]
         return Prepared(Header.model_validate_json(first), samples, sha256(raw).hexdigest())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} holds no samples that `minference-vllm eval --prepare` made: {error}") from None
+        raise ConfigError(f"{path} holds no samples that eval --prepare has made: {error}") from None
 
 
 def _settle(request: Request) -> tuple[Settings, dict[str, str]]:

@@ -40,7 +40,7 @@ def arguments(model: str, options: str, is_dense: bool) -> list[str]:
     given = shlex.split(options)
     for taken in (BACKEND_OPTION, "--host", "--port"):
         if any(option == taken or option.startswith(f"{taken}=") for option in given):
-            raise ConfigError(f"--serve may not hold {taken}: dense and sparse server are started by this command.")
+            raise ConfigError(f"--serve may not hold {taken}, which this command sets: leave it out.")
     backend = [] if is_dense and _is_cpu_build() else [BACKEND_OPTION, DENSE_BACKEND if is_dense else SPARSE_BACKEND]
     return ["serve", model, *backend, *given]
 
@@ -108,7 +108,9 @@ def _is_cpu_build() -> bool:
     try:
         return version("vllm").endswith("+cpu")
     except PackageNotFoundError:
-        raise ConfigError("--serve starts vLLM, which is not installed beside this command.") from None
+        raise ConfigError(
+            "--serve starts vLLM, which is not installed beside this command: install it, or give --dense and --sparse."
+        ) from None
 
 
 def _free_port() -> int:

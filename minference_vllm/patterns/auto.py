@@ -110,7 +110,7 @@ def resolve(settings: MethodSettings, model: ServedModel | None) -> Resolved:
     if not isinstance(settings, AutoSettings):
         return Resolved(settings)
     if model is None:
-        raise ConfigError('The method "auto" needs a model: name block or vertical_slash here.')
+        raise ConfigError('The method "auto" needs a model, and here is none: name block or vertical_slash.')
     if settings.pattern_file is not None:
         found = settings.pattern_file, read_pattern(Path(settings.pattern_file))
     elif (in_package := shipped.find(model.names)) is not None:

@@ -75,7 +75,7 @@ def tokens_of(model: str, text: str, most: int | None) -> list[int]:
         raise ConfigError(f"The tokenizer of {model!r} cannot be read: {error}") from None
     tokens = tokens[: None if most is None else max(most, 0)]
     if len(tokens) < 2:
-        raise ConfigError(f"{len(tokens)} tokens are to be read: it takes two at least.")
+        raise ConfigError(f"{len(tokens)} tokens are to be read: give a longer text, or more --tokens.")
     return tokens
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import METHODS
+from minference_vllm.patterns.auto import AutoSettings
 
 WIDTH = 120
 INTRODUCTION = """\
@@ -48,10 +49,10 @@ VARIABLES = """\
 def document() -> str:
     """The whole file."""
     parts = [INTRODUCTION, "## All methods\n", *_settings(MInferenceConfig)]
-    for method in METHODS:
-        name, first, *_ = method.Settings.model_fields
-        parts.append(METHOD.format(name=method.Settings.model_fields[name].default, first=first))
-        parts += _settings(method.Settings)
+    for settings in (*(method.Settings for method in METHODS), AutoSettings):
+        name, first, *_ = settings.model_fields
+        parts.append(METHOD.format(name=settings.model_fields[name].default, first=first))
+        parts += _settings(settings)
     return "\n".join([*parts, VARIABLES])
 
 
@@ -74,6 +75,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return f"One of {', '.join(f'`{name}`' for name in schema['discriminator']['mapping'])}"
     if schema["type"] == "boolean":
         return "`true` or `false`"
+    if schema["type"] == "string":
+        return f"Text of {schema['minLength']} to {schema['maxLength']:,} characters"
     kind = {"integer": "Whole number", "number": "Number"}[schema["type"]]
     if "exclusiveMinimum" in schema:
         return f"{kind} above {schema['exclusiveMinimum']}, at most {schema['maximum']:,}"

@@ -84,7 +84,7 @@ def test_a_named_file_that_is_not_there_is_refused() -> None:
 
 
 def test_without_a_model_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match="name block or vertical_slash here"):
+    with pytest.raises(ConfigError, match="name block or vertical_slash"):
         resolve(AutoSettings(), None)
 
 
@@ -182,6 +182,11 @@ def test_without_a_file_the_worker_runs_block(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(worker.method, Block)
     assert worker.dense_layers == frozenset()
     assert "MInference: no pattern file for a model or its alias: the method is block." in lines
+
+
+def test_metrics_name_the_method_that_auto_comes_to(pattern_file: str) -> None:
+    for file, method in ((pattern_file, "vertical_slash"), (None, "block")):
+        assert list(make_runtime(file).counters.snapshot().engines) == [(method, "reference")]
 
 
 def test_the_served_model_is_read_from_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

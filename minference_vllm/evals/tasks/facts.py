@@ -7,8 +7,7 @@ some hundred decisions, not one, and small losses show.
 
 import random
 
-from minference_vllm.errors import ConfigError
-from minference_vllm.evals.material import SLACK, Material, Tokenizer
+from minference_vllm.evals.material import SLACK, Material, Tokenizer, check_room
 from minference_vllm.evals.sample import Kind, Sample
 
 CITIES = (
@@ -32,8 +31,7 @@ def _make(material: Material, tokens: int, index: int) -> Sample:
     opening = [*tokenizer.start, *tokenizer.encode(OPENING)]
     hidden = [tokenizer.encode(FACT.format(city=city, number=number)) for city, number in numbers.items()]
     room = tokens - SLACK - len(opening) - len(ending) - sum(map(len, hidden))
-    if room < len(hidden):
-        raise ConfigError(f"facts does not fit into {tokens} tokens: ask for more.")
+    check_room("facts", tokens, room, least=len(hidden))
     text = material.passage(room, lots)
     # From the last place to the first, so that those before it stay where they are.
     for place, fact in zip(sorted(lots.sample(range(room), len(hidden)), reverse=True), hidden, strict=True):

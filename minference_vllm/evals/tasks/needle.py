@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """needle: one sentence hidden in the user's text, at all depths, and asked for at the end."""
 
-from minference_vllm.errors import ConfigError
-from minference_vllm.evals.material import SLACK, Material
+from minference_vllm.evals.material import SLACK, Material, check_room
 from minference_vllm.evals.sample import Kind, Sample
 
 OPENING = "Below is a long text. A number is hidden in it. Remember it.\n\n"
@@ -26,8 +25,7 @@ def _make(material: Material, tokens: int, index: int, depth: float) -> Sample:
     place, code = lots.choice(PLACES), str(lots.randrange(10**6, 10**7))
     needle, question, start = (part.format(place=place, code=code) for part in (NEEDLE, QUESTION, ANSWER_START))
     room = tokens - ANSWER_TOKENS - SLACK - tokenizer.length(tokenizer.ask(OPENING + needle + question, start))
-    if room < 1:
-        raise ConfigError(f"needle does not fit into {tokens} tokens: ask for more.")
+    check_room("needle", tokens, room)
     text = _hide(needle, tokenizer.decode(material.passage(room, lots)), depth)
     return Sample(
         task="needle",

@@ -9,8 +9,7 @@ import json
 import random
 import uuid
 
-from minference_vllm.errors import ConfigError
-from minference_vllm.evals.material import SLACK, Material, Tokenizer
+from minference_vllm.evals.material import SLACK, Material, Tokenizer, check_room
 from minference_vllm.evals.sample import Kind, Sample
 
 OPENING = "Look up the value of a key in this JSON object.\n\n"
@@ -28,7 +27,8 @@ def make(material: Material, tokens: int, samples: int) -> list[Sample]:
 def _make(material: Material, tokens: int, index: int, depth: float) -> Sample:
     lots, tokenizer = material.lots("retrieval", tokens, index), material.tokenizer
     pairs = _pairs(tokenizer, tokens, lots)
-    while pairs:
+    while True:
+        check_room("retrieval", tokens, len(pairs))
         key, value = pairs[int(depth * len(pairs))]
         question, start = (part.format(key=key) for part in (QUESTION, ANSWER_START))
         asked = tokenizer.ask(OPENING + json.dumps(dict(pairs), indent=0) + question, start)
@@ -36,8 +36,6 @@ def _make(material: Material, tokens: int, index: int, depth: float) -> Sample:
         if surplus <= 0:
             break
         del pairs[-max(1, surplus * len(pairs) // tokens) :]
-    else:
-        raise ConfigError(f"retrieval does not fit into {tokens} tokens: ask for more.")
     return Sample(
         task="retrieval",
         tokens=tokens,

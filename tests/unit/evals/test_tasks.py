@@ -199,7 +199,7 @@ def test_samples_of_other_settings_are_not_used(
             id="prepared samples have their settings",
         ),
         pytest.param(["--prepare", "x", "--model", "m", "--tasks", "vt"], "There is no task 'vt'", id="no such task"),
-        pytest.param(["--prepare", "x", "--tokenizer", "/nowhere"], "No tokenizer can be loaded", id="no tokenizer"),
+        pytest.param(["--prepare", "x", "--tokenizer", "/nowhere"], "Name one: --tokenizer", id="no tokenizer"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: list[str], fault: str, capsys: Any) -> None:
