@@ -41,16 +41,23 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[16384, 8192], help="max_num_batched_tokens")
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], help="query heads, KV heads, head_dim")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="prompt lengths")
+    parser.add_argument("--cache", choices=["bf16", "fp8"], default="bf16", help="of keys and values")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     results.describe_run()
     heads, config = Heads(*options.heads), MInferenceConfig()
-    settings = {"measured": MEASURED, "heads": heads._asdict(), "minference": config.model_dump()}
+    settings = {
+        "measured": MEASURED,
+        "heads": heads._asdict(),
+        "cache": options.cache,
+        "minference": config.model_dump(),
+    }
     device = torch.device("cuda", torch.cuda.current_device())
     rows: list[dict[str, float]] = []
     gates: dict[str, int | None] = {}
+    lengths, has_fp8_kv = sorted(options.lengths), options.cache == "fp8"
     for chunk in options.chunks:
-        timings = list(timing.measure(heads, config, device, sorted(options.lengths), chunk, options.repeats))
+        timings = list(timing.measure(heads, config, device, lengths, chunk, options.repeats, has_fp8_kv))
         rows += [make_row(chunk, one) for one in timings]
         gates[f"chunks of {chunk}"] = crossover(timings)
     results.write(options.out, rows, settings=settings, min_seq_len=gates)

@@ -51,9 +51,12 @@ def _measure(options: argparse.Namespace, config: MInferenceConfig) -> Iterator[
     from minference_vllm.tuning.timing import measure
 
     heads = _heads(options)
-    print(f"{heads}, method {config.method.name}, chunks of {options.chunk}, {torch.cuda.get_device_name()}")
+    cache = f"cache {options.kv_cache_dtype}" if options.kv_cache_dtype != "auto" else "cache as the model"
+    run = f"{heads}, {cache}, method {config.method.name}, chunks of {options.chunk}"
+    print(f"{run}, {torch.cuda.get_device_name()}")
     device = torch.device("cuda", torch.cuda.current_device())
-    return measure(heads, config, device, sorted(options.lengths), options.chunk, options.repeats)
+    lengths, has_fp8_kv = sorted(options.lengths), options.kv_cache_dtype != "auto"
+    return measure(heads, config, device, lengths, options.chunk, options.repeats, has_fp8_kv)
 
 
 def _heads(options: argparse.Namespace) -> Heads:
@@ -77,6 +80,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--head-dim", type=count)
     command.add_argument("--tensor-parallel-size", type=count, default=1, help="GPUs that share the heads")
     command.add_argument("--chunk", type=count, default=8192, help="the server's --max-num-batched-tokens")
+    command.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "fp8_e4m3"], default="auto", help="the server's")
     command.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, help="prompt lengths, in tokens")
     command.add_argument("--repeats", type=count, default=20, help="timed runs at each length")
     out, usual = os.environ.get(CONFIG_FILE_VARIABLE), "minference.json"

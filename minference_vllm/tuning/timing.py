@@ -8,7 +8,7 @@ import torch
 
 from minference_vllm import compat
 from minference_vllm.attention import Guard, LayerState, prefill
-from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import Method, make_method
 from minference_vllm.ops import choose_kernel
@@ -47,38 +47,53 @@ class Layer:
         device: where to measure.
         max_len: the longest context.
         chunk: query rows at the end of each context.
+        has_fp8_kv: whether the cache is in FP8, and the queries too, as vLLM then hands them over.
     """
 
-    def __init__(self, heads: Heads, config: MInferenceConfig, device: torch.device, max_len: int, chunk: int) -> None:
+    def __init__(
+        self,
+        heads: Heads,
+        config: MInferenceConfig,
+        device: torch.device,
+        max_len: int,
+        chunk: int,
+        has_fp8_kv: bool = False,
+    ) -> None:
         self.heads, self.chunk = heads, chunk
+        # Random numbers are of a size that FP8 holds as they are.
+        self.dtype = FP8 if has_fp8_kv else torch.bfloat16
+        self.fp8_scale = torch.ones(heads.num_kv_heads, device=device) if has_fp8_kv else None
         self.scale = heads.head_dim**-0.5
         self.generator = torch.Generator(device).manual_seed(SEED)
         pages = -(-max_len // PAGE_SIZE)
-        cache = self._random(pages, PAGE_SIZE, heads.num_kv_heads, 2 * heads.head_dim)
+        cache = self._random(pages, PAGE_SIZE, heads.num_kv_heads, 2 * heads.head_dim).to(self.dtype)
         k, v = cache.transpose(1, 2).split(heads.head_dim, dim=-1)
         # Pages of a busy server lie in no order.
         table = torch.randperm(pages, device=device, generator=self.generator).to(torch.int32)[None]
-        self.kv = PagedKV(k, v, table, 0)
+        self.kv = PagedKV(k, v, table, 0, self.fp8_scale, self.fp8_scale)
         self.flash_attention = compat.flash_attention(heads.head_dim)
         self.method = make_method(resolve(config.method, None).settings, choose_kernel(config.kernel, device))
-        shape = ScratchShape(*heads, cache.dtype, max_len, min(chunk, max_len))
+        shape = ScratchShape(*heads, torch.bfloat16, max_len, min(chunk, max_len), has_fp8_kv, has_fp8_kv)
         self.state = make_state(self.method, shape, device, config.measure_recall)
 
     def attentions(self, tokens: int) -> tuple[Run, Run]:
         """Dense and sparse attention of the last chunk of a prompt of so many tokens, into the same output."""
         rows = min(self.chunk, tokens)
-        q = self._random(rows, self.heads.num_qo_heads, self.heads.head_dim)
-        out = torch.empty_like(q)
+        random = self._random(rows, self.heads.num_qo_heads, self.heads.head_dim)
+        q, out = random.to(self.dtype), torch.empty_like(random)
         k, v, table = self.kv.k.transpose(1, 2), self.kv.v.transpose(1, 2), self.kv.block_table
         starts = torch.tensor([0, rows], dtype=torch.int32, device=q.device)
         seq_lens = torch.tensor([tokens], dtype=torch.int32, device=q.device)
-        chunk = Chunk(q, out, self.kv, tokens - rows, self.scale)
+        chunk = Chunk(q, out, self.kv, tokens - rows, self.scale, self.fp8_scale)
+        descales = {}
+        if self.fp8_scale is not None:
+            descales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), self.fp8_scale[None])
         chooser = drawn_choice(self.method, chunk, self.state, SEED)
 
         def dense() -> torch.Tensor:
             self.flash_attention(
                 q=q, k=k, v=v, out=out, cu_seqlens_q=starts, max_seqlen_q=rows, seqused_k=seq_lens,
-                max_seqlen_k=tokens, softmax_scale=self.scale, causal=True, block_table=table,
+                max_seqlen_k=tokens, softmax_scale=self.scale, causal=True, block_table=table, **descales,
             )  # fmt: skip
             return out
 
@@ -94,10 +109,16 @@ class Layer:
 
 
 def measure(
-    heads: Heads, config: MInferenceConfig, device: torch.device, lengths: Sequence[int], chunk: int, repeats: int
+    heads: Heads,
+    config: MInferenceConfig,
+    device: torch.device,
+    lengths: Sequence[int],
+    chunk: int,
+    repeats: int,
+    has_fp8_kv: bool = False,
 ) -> Iterator[Timing]:
     """Dense and sparse times at each length, as they come."""
-    layer = Layer(heads, config, device, max(lengths), chunk)
+    layer = Layer(heads, config, device, max(lengths), chunk, has_fp8_kv)
     for tokens in lengths:
         yield Timing(tokens, *median_ms(layer.attentions(tokens), repeats))
 

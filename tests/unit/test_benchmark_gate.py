@@ -20,7 +20,7 @@ import_or_skip("vllm")
 def test_the_record_holds_every_length_and_the_gate_of_each_chunk(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def measure(heads: Any, config: Any, device: Any, lengths: list[int], chunk: int, repeats: int) -> Iterator[Timing]:
+    def measure(heads: Any, config: Any, device: Any, lengths: list[int], chunk: int, *_: Any) -> Iterator[Timing]:
         assert tuple(heads) == (32, 8, 128)
         yield from (Timing(tokens, tokens / chunk, 2.0) for tokens in lengths)
 

@@ -141,10 +141,11 @@ def test_tune_writes_the_gate(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFi
     asked = gpu(k8=0.9, k16=1.1, k32=1.8)
     out = tmp_path / "settings.json"
     out.write_text(json.dumps({"method": OWN_METHOD}))
-    assert cli.main(["tune", *HEADS, "--tensor-parallel-size", "2", "--chunk", "4096", "--out", str(out)]) == 0
+    options = ["--tensor-parallel-size", "2", "--chunk", "4096", "--kv-cache-dtype", "fp8", "--out", str(out)]
+    assert cli.main(["tune", *HEADS, *options]) == 0
     assert json.loads(out.read_text()) == {"method": OWN_METHOD, "min_seq_len": 16384}
-    ((layer, config, device, lengths, chunk, _),) = asked
-    assert (layer, device, chunk) == (Heads(16, 4, 128), torch.device("cuda", 0), 4096)
+    ((layer, config, device, lengths, chunk, _, has_fp8_kv),) = asked
+    assert (layer, device, chunk, has_fp8_kv) == (Heads(16, 4, 128), torch.device("cuda", 0), 4096, True)
     assert config.method == VerticalSlashSettings(slash_size=4000)
     assert lengths == tune.LENGTHS
     printed = capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 
 from minference_vllm import compat, debug
 from minference_vllm.attention import choose, prefill
-from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.index import GROUP, HALVES, TILE
 from minference_vllm.methods import Block, VerticalSlash
@@ -27,16 +27,19 @@ from minference_vllm.tuning.masses import KeySets
 CPU = torch.device("cpu")
 
 
-def test_both_ways_attend_to_the_same_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_fp8_kv", [False, True])
+def test_both_ways_attend_to_the_same_chunk(has_fp8_kv: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def flash_attention(
-        q: Any, k: Any, v: Any, out: Any, block_table: Any, max_seqlen_k: int, softmax_scale: float, **_: Any
+        q: Any, k: Any, v: Any, out: Any, block_table: Any, max_seqlen_k: int, softmax_scale: float, **more: Any
     ) -> None:
-        kv = PagedKV(k.transpose(1, 2), v.transpose(1, 2), block_table, 0)
-        dense(q, kv, max_seqlen_k - len(q), softmax_scale, out)
+        assert (q.dtype == k.dtype == v.dtype == FP8) == has_fp8_kv
+        scales = [more[f"{name}_descale"][0] if has_fp8_kv else None for name in "qkv"]
+        kv = PagedKV(k.transpose(1, 2), v.transpose(1, 2), block_table, 0, *scales[1:])
+        dense(q, kv, max_seqlen_k - len(q), softmax_scale, out, scales[0])
 
     monkeypatch.setattr(compat, "flash_attention", lambda head_dim: flash_attention)
     everything = MInferenceConfig(method=VerticalSlashSettings(vertical_size=512, slash_size=512))
-    layer = timing.Layer(Heads(4, 2, 64), everything, CPU, max_len=512, chunk=128)
+    layer = timing.Layer(Heads(4, 2, 64), everything, CPU, max_len=512, chunk=128, has_fp8_kv=has_fp8_kv)
     for tokens in (100, 300, 512):
         expected, found = (run().clone() for run in layer.attentions(tokens))
         assert len(found) == min(tokens, 128)
