@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ COMMIT_VARIABLE = "MINFERENCE_COMMIT"
 NO_GPU = "none (cpu)"
 # A result written a moment ago is no change of what is measured.
 MEASURED = (".", ":(exclude)benchmarks/results")
+OF_A_PART = ("command", "date", "rows")
+"""What differs between the parts of one result."""
 
 
 class ResultError(RuntimeError):
@@ -60,7 +63,49 @@ def write(path: Path, rows: list[dict[str, Any]], without_gpu: bool = False, **e
         without_gpu: see describe_run.
         extra: more keys, such as `settings`.
     """
-    run = describe_run(without_gpu)
+    _write(path, describe_run(without_gpu), rows, extra)
+
+
+def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
+    """Write one result file from several of one benchmark, run in parts on cards of one kind, and give its rows.
+
+    Raises:
+        ResultError: they cannot be read, or differ in more than rows, command and date.
+    """
+    loaded = [read(part) for part in parts]
+    first = loaded[0]
+    for part, other in zip(parts, loaded, strict=True):
+        keys = sorted((first.keys() | other.keys()) - set(OF_A_PART))
+        if differing := [key for key in keys if first.get(key) != other.get(key)]:
+            raise ResultError(
+                f"{part} is no part of the same run as {parts[0]}: they differ in {', '.join(differing)}."
+            )
+    rows = [row for part in loaded for row in part["rows"]]
+    run = {
+        **first,
+        "command": "; ".join(part["command"] for part in loaded),
+        "date": max(part["date"] for part in loaded),
+    }
+    _write(path, {key: value for key, value in run.items() if key != "rows"}, rows, {})
+    return rows
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` has written.
+
+    Raises:
+        ResultError: it cannot be read, or is no result.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path} is no result file: {error}.") from None
+    if not isinstance(found, dict) or not found.keys() >= {*OF_A_PART}:
+        raise ResultError(f"{path} is no result file: it needs to be an object with {', '.join(OF_A_PART)}.")
+    return found
+
+
+def _write(path: Path, run: dict[str, Any], rows: list[dict[str, Any]], extra: dict[str, Any]) -> None:
     if taken := extra.keys() & run.keys():
         raise ValueError(f"{sorted(taken)} describe the run: use other keys")
     if not rows:

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the plugin with its default settings is ever slower than vLLM alone, on short and long prompts, in small and
+large chunks, one at a time and many at once.
+
+    python -m benchmarks.never_slower --out benchmarks/results/never-slower.json
+
+The shape is that of Llama-3.1-8B with made-up weights and few layers. Both engines are up side by side, and answer the
+same prompts in turns; what is attended to sparsely is drawn, of the density that real prompts have. The exit status is
+1 if a cell's speed-up is below 0.98; all cells are measured and written first. In parts, and put together:
+
+    python -m benchmarks.never_slower --cells '1024/*' '2048/*' --out a.json
+    python -m benchmarks.never_slower --cells '8192/*' '16384/*' --out b.json
+    python -m benchmarks.never_slower --merge a.json b.json --out benchmarks/results/never-slower.json
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import (
+    DENSE,
+    SPARSE,
+    SPARSE_BACKEND,
+    argument_parser,
+    load_engine,
+    resolved,
+    results,
+    runtime,
+    sparse_work,
+)
+from benchmarks.processes import EngineProcess, serve_requests
+from benchmarks.timing import say
+from benchmarks.ttft import LLAMA_8B, MEMORY_OF_EACH, NO_FLOOR, TINY, TINY_SETTINGS, write_model
+from minference_vllm.attention import Chooser, LayerState
+from minference_vllm.chunk import Chunk
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.index import SparseIndex
+from minference_vllm.methods import Method
+from minference_vllm.tuning.drawn import drawn_choice
+
+LEAST_SPEEDUP = 0.98
+CHUNKS = (1024, 2048, 8192, 16384)
+PROMPTS = {1: (2048, 8192, 16384, 32768, 65536), 8: (2048, 16384), 32: (2048, 16384)}
+"""Lengths by how many prompts there are at once; 32 longer ones would fill the cache and take minutes."""
+TINY_CHUNKS, TINY_PROMPTS, TINY_SECONDS = (128,), {1: (100, 300), 3: (260,)}, 0.1
+LAYERS, TINY_LAYERS = 8, 2
+TINY_MEMORY = 0.1  # of the machine's, for each of two engines
+
+SECONDS = 3.0
+"""Of timed rounds a cell: short prompts differ by percents from one time to the next, and are timed often."""
+FEWEST_ROUNDS, MOST_ROUNDS = 2, 60
+ATTEMPTS = 2
+"""A cell that comes out too slow is timed as often once more, and judged by all its rounds."""
+
+Row = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """So many prompts at once, of so many tokens each, read in chunks of so many (--max-num-batched-tokens)."""
+
+    chunk: int
+    tokens: int
+    prompts: int
+
+    def __str__(self) -> str:
+        return f"{self.chunk}/{self.tokens}/{self.prompts}"
+
+    def goes_sparse(self, config: MInferenceConfig) -> bool:
+        """Whether the gate lets any chunk through."""
+        return self.tokens >= config.min_seq_len and min(self.chunk, self.tokens) >= config.min_chunk
+
+
+def make_cells(tiny: bool, patterns: Sequence[str]) -> list[Cell]:
+    """The cells that fit one of the patterns, by chunk."""
+    chunks, prompts = (TINY_CHUNKS, TINY_PROMPTS) if tiny else (CHUNKS, PROMPTS)
+    cells = [Cell(chunk, tokens, count) for chunk in chunks for count, lengths in prompts.items() for tokens in lengths]
+    return [cell for cell in cells if any(fnmatch(str(cell), pattern) for pattern in patterns)]
+
+
+def make_chooser(seed: int) -> Chooser:
+    """Who has drawn keys attended to; drawn once for each place of a chunk, which warming up does."""
+    drawn: dict[tuple[int, int], Chooser] = {}
+
+    def choose_drawn(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
+        place = chunk.context_len, chunk.num_rows
+        if place not in drawn:
+            drawn[place] = drawn_choice(method, chunk, layer, seed)
+        return drawn[place](method, chunk, layer)
+
+    return choose_drawn
+
+
+def start(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """An engine, and what times a request of it: so many prompts of so many tokens, all at once."""
+    from vllm import SamplingParams
+
+    llm = load_engine(kind, spec)
+    if kind == SPARSE:
+        runtime().chooser = make_chooser(spec["seed"])
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        lots = np.random.default_rng(spec["seed"]).integers(
+            10, spec["vocab_size"], (request["prompts"], request["tokens"])
+        )
+        prompts = [{"prompt_token_ids": tokens} for tokens in lots.tolist()]
+        before = sparse_work() if kind == SPARSE else None
+        begin = time.perf_counter()
+        llm.generate(prompts, one, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        if before is None:
+            return {"seconds": seconds}
+        work = sparse_work().since(before)
+        return {"seconds": seconds, "sparse_tokens": work.sparse_tokens, "density": work.density}
+
+    return answer
+
+
+def time_cell(cell: Cell, dense: EngineProcess, sparse: EngineProcess, budget: float) -> Row:
+    """A row, from rounds in which both engines read the same prompts, after one round to warm up."""
+    request = {"tokens": cell.tokens, "prompts": cell.prompts}
+    dense.ask(request)
+    found = sparse.ask(request)
+    seconds: dict[str, list[float]] = {DENSE: [], SPARSE: []}
+
+    def speedup() -> float:
+        return statistics.median(seconds[DENSE]) / statistics.median(seconds[SPARSE])
+
+    for attempt in range(ATTEMPTS):
+        if attempt == 0 or speedup() < LEAST_SPEEDUP:
+            _time_rounds(request, dense, sparse, budget, seconds)
+    return {
+        **cell._asdict(),
+        "dense_s": round(statistics.median(seconds[DENSE]), 5),
+        "sparse_s": round(statistics.median(seconds[SPARSE]), 5),
+        "speedup": round(speedup(), 4),
+        "sparse_tokens": found["sparse_tokens"],
+        "density": found["density"],
+        "rounds": len(seconds[DENSE]),
+    }
+
+
+def _time_rounds(
+    request: dict[str, int], dense: EngineProcess, sparse: EngineProcess, budget: float, seconds: dict[str, list[float]]
+) -> None:
+    """Add the times of some rounds to those of each engine."""
+    begin, rounds = time.monotonic(), 0
+    while rounds < FEWEST_ROUNDS or (rounds < MOST_ROUNDS and time.monotonic() - begin < budget):
+        # Who comes first changes: the clock depends on what ran before.
+        for engine in (dense, sparse) if rounds % 2 else (sparse, dense):
+            seconds[engine.kind].append(engine.ask(request)["seconds"])
+        rounds += 1
+
+
+def faults_of(rows: Sequence[Row], config: MInferenceConfig, least: float = LEAST_SPEEDUP) -> list[str]:
+    """What is wrong with the rows, a sentence each."""
+    faults = []
+    for row in rows:
+        cell = Cell(row["chunk"], row["tokens"], row["prompts"])
+        if row["speedup"] < least:
+            faults.append(f"{cell}: {row['speedup']:.3f} times as fast as dense, below {least}")
+        if cell.goes_sparse(config) != (row["sparse_tokens"] > 0):
+            faults.append(f"{cell}: {row['sparse_tokens']} tokens ran sparse, which is not what the gate says")
+    return faults
+
+
+def make_spec(options: argparse.Namespace, directory: str, chunk: int) -> dict[str, Any]:
+    """What the engines of one chunk size are told."""
+    cells = make_cells(options.tiny, ["*"])
+    shape, layers = (TINY, TINY_LAYERS) if options.tiny else (LLAMA_8B, LAYERS)
+    max_len = max(cell.tokens for cell in cells) + 16
+    write_model(directory, shape, layers, max_len)
+    engine = {
+        "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
+        "max_model_len": max_len, "max_num_batched_tokens": chunk, "max_num_seqs": max(cell.prompts for cell in cells),
+        "enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True,
+        "gpu_memory_utilization": TINY_MEMORY if options.tiny else MEMORY_OF_EACH,
+    }  # fmt: skip
+    minference = {**NO_FLOOR, **(TINY_SETTINGS if options.tiny else {})}
+    vocab_size = shape["vocab_size"]
+    return {
+        "engine": engine, "dense_backend": options.dense_backend, "minference": minference, "vocab_size": vocab_size,
+        "seed": options.seed,
+    }  # fmt: skip
+
+
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a result file: alike in all parts of one result."""
+    with tempfile.TemporaryDirectory(prefix="model-") as directory:
+        spec = make_spec(options, directory, 0)
+    own = ("model", "max_num_batched_tokens")
+    return {
+        "seconds": "wall time of LLM.generate for so many prompts at once and one token each, without detokenization, "
+        "on an idle engine; medians of rounds in which the dense and the sparse engine, up side by side, take turns",
+        "chunk": "max_num_batched_tokens, an engine of each kind for each",
+        "sparse_tokens": "prompt tokens that ran sparse in one round; density: kept / causal pairs of their chunks",
+        "model": {"shape": TINY if options.tiny else LLAMA_8B, "weights": "dummy"},
+        "layers": TINY_LAYERS if options.tiny else LAYERS,
+        "prompts": "random token ids",
+        "selection": "the choice runs in full; drawn groups are attended to, see minference_vllm.tuning.drawn",
+        "engine": {key: value for key, value in spec["engine"].items() if key not in own},
+        "dense": {"attention_backend": options.dense_backend},
+        "sparse": {"attention_backend": SPARSE_BACKEND, "minference": resolved(spec["minference"])},
+        "least_speedup": LEAST_SPEEDUP,
+    }
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """The rows of the cells that are asked for, written after each."""
+    cells = make_cells(options.tiny, options.cells)
+    if not cells:
+        every = " ".join(map(str, make_cells(options.tiny, ["*"])))
+        raise SystemExit(f"--cells {' '.join(options.cells)} fit none of the cells, which are {every}")
+    results.describe_run(options.tiny)
+    settings, rows = describe(options), []
+    for chunk, of_chunk in groupby(cells, lambda cell: cell.chunk):
+        with tempfile.TemporaryDirectory(prefix="model-") as directory:
+            spec = make_spec(options, directory, chunk)
+            with (
+                EngineProcess("benchmarks.never_slower", DENSE, spec) as dense,
+                EngineProcess("benchmarks.never_slower", SPARSE, spec) as sparse,
+            ):
+                say(f"engines with chunks of {chunk} are up")
+                for cell in of_chunk:
+                    rows.append(time_cell(cell, dense, sparse, TINY_SECONDS if options.tiny else SECONDS))
+                    say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
+                    results.write(options.out, rows, options.tiny, settings=settings)
+    return rows
+
+
+def merge(options: argparse.Namespace) -> list[Row]:
+    """The rows of several result files, put together in one.
+
+    Raises:
+        SystemExit: they do not hold each cell once.
+    """
+    try:
+        rows = results.merge(options.out, options.merge)
+    except results.ResultError as error:
+        raise SystemExit(str(error)) from None
+    found = [Cell(row["chunk"], row["tokens"], row["prompts"]) for row in rows]
+    every = make_cells(options.tiny, ["*"])
+    if missing := [str(cell) for cell in every if cell not in found]:
+        raise SystemExit(f"{options.out} lacks cells: measure them too, --cells {' '.join(missing)}")
+    if len(found) > len(every):
+        raise SystemExit(f"{options.out} holds {len(found)} cells where there are {len(every)}: leave a part out")
+    return rows
+
+
+def main() -> None:
+    if serve_requests(start):
+        return
+    parser = argument_parser(__doc__, "two layers of a toy shape, short prompts, the gate at 256 tokens")
+    parser.add_argument("--cells", nargs="+", default=["*"], help="which: chunk/tokens/prompts, with * and ?")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: put the rows of these files together")
+    options = parser.parse_args()
+    rows = merge(options) if options.merge else measure(options)
+    print(results.table(rows))
+    config = MInferenceConfig.model_validate(TINY_SETTINGS if options.tiny else {})
+    # A smoke test's times mean nothing.
+    if faults := faults_of(rows, config, 0.0 if options.tiny else LEAST_SPEEDUP):
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks.never_slower times every cell, judges it, and puts parts together. None starts an engine."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from benchmarks import DENSE, SPARSE, never_slower, results
+from benchmarks.never_slower import LEAST_SPEEDUP, Cell, faults_of, make_cells, time_cell
+from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.config import MInferenceConfig
+from minference_vllm.runtime import Runtime
+from minference_vllm.scratch import ScratchShape
+
+RUN = {"gpu": "a card", "commit": "abc", "command": "python -m it", "date": "2026-01-01"}
+CONFIG = MInferenceConfig()
+
+
+class Engine:
+    """Stands for an engine that reads a token in so many seconds, and says when it was asked."""
+
+    asked: ClassVar[list[tuple[str, int]]] = []
+    slower: ClassVar[dict[str, float]] = {}
+    each = 1e-6
+
+    def __init__(self, module: str, kind: str, spec: dict[str, Any]) -> None:
+        self.kind, self.spec = kind, spec
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ask(self, request: dict[str, int]) -> dict[str, Any]:
+        self.asked.append((self.kind, request["tokens"]))
+        seconds = self.each * request["tokens"] * request["prompts"] * self.slower.get(self.kind, 1.0)
+        chunk = self.spec["engine"]["max_num_batched_tokens"]
+        sparse = Cell(chunk, request["tokens"], request["prompts"]).goes_sparse(CONFIG)
+        return {"seconds": seconds, "sparse_tokens": request["tokens"] if sparse else 0, "density": None}
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
+    monkeypatch.setattr(Engine, "asked", [])
+    monkeypatch.setattr(Engine, "slower", {})
+    monkeypatch.setattr(never_slower, "EngineProcess", Engine)
+    monkeypatch.setattr(never_slower, "SECONDS", 0.0)
+    monkeypatch.setattr(results, "describe_run", lambda without_gpu: RUN)
+    return Engine
+
+
+def pair(chunk: int) -> tuple[Engine, Engine]:
+    spec = {"engine": {"max_num_batched_tokens": chunk}}
+    return Engine("", DENSE, spec), Engine("", SPARSE, spec)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs the benchmark with these arguments and gives what it wrote."""
+
+    def main(*arguments: str, out: str = "out.json") -> dict[str, Any]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["never_slower", "--out", out, *arguments])
+        never_slower.main()
+        written: dict[str, Any] = json.loads(Path(out).read_text())
+        return written
+
+    return main
+
+
+def test_cells_are_chosen_by_pattern() -> None:
+    every = make_cells(False, ["*"])
+    assert len(every) == len(set(every)) == 36
+    assert {cell.chunk for cell in every} == {1024, 2048, 8192, 16384}
+    assert {cell.prompts for cell in every} == {1, 8, 32}
+    assert (min(cell.tokens for cell in every), max(cell.tokens for cell in every)) == (2048, 65536)
+    assert make_cells(False, ["2048/65536/1", "1024/*/32"]) == [
+        Cell(1024, 2048, 32), Cell(1024, 16384, 32), Cell(2048, 65536, 1)
+    ]  # fmt: skip
+    assert make_cells(False, ["3/*"]) == []
+
+
+def test_both_sides_of_the_gate_are_among_the_cells_of_each_chunk() -> None:
+    for chunk in never_slower.CHUNKS:
+        for prompts in never_slower.PROMPTS:
+            cells = [cell for cell in make_cells(False, ["*"]) if (cell.chunk, cell.prompts) == (chunk, prompts)]
+            assert {cell.goes_sparse(CONFIG) for cell in cells} == {False, True}
+
+
+def test_prompts_are_cut_into_whole_chunks() -> None:
+    # A chunk that ends a prompt and begins the next would be shorter than `min_chunk`, and run dense.
+    assert all(cell.tokens % cell.chunk == 0 or cell.chunk % cell.tokens == 0 for cell in make_cells(False, ["*"]))
+
+
+def test_engines_take_turns_after_warming_up(engines: type[Engine]) -> None:
+    row = time_cell(Cell(2048, 16384, 8), *pair(2048), budget=0.0)
+    assert [kind for kind, _ in engines.asked] == [DENSE, SPARSE, SPARSE, DENSE, DENSE, SPARSE]
+    assert row == {
+        "chunk": 2048, "tokens": 16384, "prompts": 8, "dense_s": 0.13107, "sparse_s": 0.13107, "speedup": 1.0,
+        "sparse_tokens": 16384, "density": None, "rounds": 2,
+    }  # fmt: skip
+
+
+def test_short_cells_are_timed_often_but_not_for_ever(engines: type[Engine]) -> None:
+    assert time_cell(Cell(2048, 2048, 1), *pair(2048), budget=30.0)["rounds"] == never_slower.MOST_ROUNDS
+
+
+def test_a_slow_cell_is_timed_again_and_judged_by_all_its_rounds(engines: type[Engine]) -> None:
+    engines.slower[SPARSE] = 1.05
+    row = time_cell(Cell(2048, 16384, 8), *pair(2048), budget=0.0)
+    assert (row["rounds"], row["speedup"]) == (4, 0.9524)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"speedup": LEAST_SPEEDUP}, None),
+        ({"speedup": 0.979}, "2048/16384/8: 0.979 times as fast as dense, below 0.98"),
+        ({"sparse_tokens": 0}, "2048/16384/8: 0 tokens ran sparse"),
+        ({"chunk": 512}, "512/16384/8: 5 tokens ran sparse"),
+        ({"tokens": 16383}, "2048/16383/8: 5 tokens ran sparse"),
+    ],
+)
+def test_a_cell_that_is_slower_or_ran_the_wrong_way_is_a_fault(changes: dict[str, Any], fault: str | None) -> None:
+    row = {"chunk": 2048, "tokens": 16384, "prompts": 8, "speedup": 1.2, "sparse_tokens": 5, **changes}
+    found = faults_of([row], CONFIG)
+    assert len(found) == (fault is not None)
+    assert fault is None or found[0].startswith(fault)
+
+
+def test_all_cells_are_measured_and_written_before_a_slow_one_fails(
+    engines: type[Engine], run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    engines.slower[SPARSE] = 1.1
+    with pytest.raises(SystemExit, match=r"1024/2048/1: 0\.909 times as fast") as stopped:
+        run("--cells", "1024/*", "8192/2048/1")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert len(written["rows"]) == 10 == len(str(stopped.value).splitlines())
+    assert "max_num_batched_tokens" not in written["settings"]["engine"]
+    assert written["settings"]["engine"]["max_num_seqs"] == 32
+
+
+def test_parts_are_put_together(engines: type[Engine], run: Callable[..., dict[str, Any]]) -> None:
+    one = run("--cells", "1024/*", "2048/*", out="one.json")
+    two = run("--cells", "8192/*", "16384/*", out="two.json")
+    whole = run("--merge", "one.json", "two.json")
+    assert whole["rows"] == one["rows"] + two["rows"]
+    assert (whole["gpu"], whole["command"]) == ("a card", "python -m it; python -m it")
+    assert whole["settings"] == one["settings"]
+    engines.slower[SPARSE] = 1.1
+    with pytest.raises(SystemExit, match=r"below 0\.98"):
+        run("--cells", "8192/*", "16384/*", out="two.json")
+    with pytest.raises(SystemExit, match=r"below 0\.98"):
+        run("--merge", "one.json", "two.json")
+
+
+@pytest.mark.usefixtures("engines")
+def test_parts_that_do_not_fit_are_refused(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("--cells", "1024/*", out="one.json")
+    with pytest.raises(SystemExit, match="lacks cells: measure them too, --cells 2048/2048/1 "):
+        run("--merge", "one.json")
+    run(out="all.json")
+    with pytest.raises(SystemExit, match="45 cells where there are 36"):
+        run("--merge", "one.json", "all.json")
+    monkeypatch.setattr(results, "describe_run", lambda without_gpu: {**RUN, "gpu": "another"})
+    run("--cells", "[!1]*", "16384/*", out="two.json")
+    with pytest.raises(SystemExit, match=r"two\.json is no part of the same run as one\.json: they differ in gpu"):
+        run("--merge", "one.json", "two.json")
+    (tmp_path / "broken.json").write_text("[]")
+    for name in ("broken.json", "missing.json"):
+        with pytest.raises(SystemExit, match=re.escape(f"{name} is no result file")):
+            run("--merge", name)
+    with pytest.raises(SystemExit, match="fit none of the cells, which are 1024/2048/1 "):
+        run("--cells", "512/*")
+
+
+def test_what_is_attended_to_is_drawn_once_for_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(MInferenceConfig(log_every=0, recall_floor=0.0, row_recall_floor=0.0), torch.device("cpu"), False)
+    state = runtime.layer_state(ScratchShape(2, 1, 64, torch.float32, 2048, 512), 0, 1)
+    cache = torch.randn(128, 1, 16, 128)
+    kv = PagedKV(*cache.split(64, dim=-1), torch.arange(128, dtype=torch.int32)[None], 0)
+    draws = []
+    draw = never_slower.drawn_choice
+    monkeypatch.setattr(never_slower, "drawn_choice", lambda *of: draws.append(of[1].context_len) or draw(*of))
+    chooser = never_slower.make_chooser(seed=0)
+
+    def kept(context_len: int) -> torch.Tensor:
+        q = torch.randn(256, 2, 64)
+        return chooser(runtime.method, Chunk(q, torch.empty_like(q), kv, context_len, 0.1), state).counts[:, :, 0]
+
+    first = kept(1024)
+    assert torch.equal(first, kept(1024))
+    assert not torch.equal(first, kept(1280))
+    assert draws == [1024, 1280]
+    assert (first < torch.tensor([64, 72])).all()
