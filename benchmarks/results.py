@@ -60,7 +60,16 @@ def write(path: Path, rows: list[dict[str, Any]], without_gpu: bool = False, **e
         without_gpu: see describe_run.
         extra: more keys, such as `settings`.
     """
-    run = describe_run(without_gpu)
+    write_as(path, describe_run(without_gpu), rows, **extra)
+
+
+def write_as(path: Path, run: dict[str, str], rows: list[dict[str, Any]], **extra: Any) -> None:
+    """Write a result file of an earlier run, as when several are made one.
+
+    Args:
+        run: what describe_run said then.
+        path, rows, extra: see write.
+    """
     if taken := extra.keys() & run.keys():
         raise ValueError(f"{sorted(taken)} describe the run: use other keys")
     if not rows:
