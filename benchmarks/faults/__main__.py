@@ -40,9 +40,13 @@ def control(options: argparse.Namespace, text: str, folder: Path) -> list[Answer
     """What stock vLLM answers when nothing breaks."""
     server = Trial(options.model, options.serve, NOTHING, is_dense=True, folder=folder)
     with server.running() as running:
-        found = answers.ask_all(running.url, options.model, text)
-    if refused := [answer for answer in found if answer.status != 200]:
-        sys.exit(f"Stock vLLM does not answer: {refused[0].text}")
+        found = answers.ask_all(running.url, options.model, text, with_leads=True)
+    if refused := [answer for answer in found if answer.status != answers.OK]:
+        sys.exit(f"Stock vLLM does not answer: {refused[0].error}")
+    if (least := min(answer.sure for answer in found)) < answers.FEWEST_SURE:
+        sys.exit(
+            f"{options.model} is sure of {least} tokens of an answer: name a model that goes on with a text it has read"
+        )
     return found
 
 
@@ -51,6 +55,7 @@ def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any])
     text = TEXT.read_text()
     print("==> stock vLLM, nothing breaks", flush=True)
     expected = control(options, text, folder / "control")
+    settings["sure_tokens"] = [answer.sure for answer in expected]
     rows: list[dict[str, Any]] = []
     stock: dict[tuple[Fault | None, str], Finding] = {}
 
@@ -86,8 +91,9 @@ def main() -> int:
         "serve": options.serve,
         "stock": "vLLM with no plugin loaded but, where attention is to fail, the one that makes it fail",
         "sparse": resolved(SETTINGS),
-        "answers": f"{answers.ANSWER_TOKENS} greedy tokens after {len(answers.STARTS)} prompts above the gate and one "
-        "below, one at a time; equal: to those of stock vLLM when nothing breaks",
+        "answers": f"{answers.ANSWER_TOKENS} greedy tokens after {len(answers.LONG_STARTS)} prompts above the gate and "
+        "one below, one at a time; equal: to those of stock vLLM when nothing breaks, up to its first token that is "
+        "not three times as likely as the next",
         "broken": "what was promised and is not so; empty if all is",
         **{name: CASES[name].how for name in options.cases},
     }

@@ -32,7 +32,8 @@ class Finding:
     Attributes:
         outcome: see Outcome.
         fired: calls of attention that failed by injection; None where none is injected.
-        before_equal, during_equal, after_equal: whether its answers were those of a dense server that nothing befell.
+        before_equal, during_equal, after_equal: whether its answers were, as far as they are sure, those of a dense
+            server that nothing befell.
         during_status: HTTP status of the request that met the fault; 0 for a broken connection.
         exit_status: of a server that has ended by itself.
         seconds_to_end: from the fault to that.
@@ -73,8 +74,8 @@ def run(trial: Trial, text: str, expected: list[Answer]) -> Finding:
     family: list[psutil.Process] = []
     try:
         with trial.running() as server:
-            found["before_equal"] = answers.ask_all(server.url, trial.model, text) == expected
-            found["sparse_tokens_before"] = _settled(trial)[0]
+            found["before_equal"] = answers.all_agree(expected, answers.ask_all(server.url, trial.model, text))
+            found["sparse_tokens_before"], _ = _counted(trial)
             family = descendants(server.process.pid)
             found |= _break(trial, server, text, expected)
     except ServerError:
@@ -90,20 +91,19 @@ def _break(trial: Trial, server: ServerProcess, text: str, expected: list[Answer
     """What happens from the fault on."""
     began = time.monotonic()
     during = _ask_meanwhile(trial, server, text)
-    found: dict[str, Any] = {"during_status": during.status, "during_equal": during == expected[0]}
+    found: dict[str, Any] = {"during_status": during.status, "during_equal": expected[0].agrees(during)}
     if during.status in ENGINE_ERRORS:
         try:
             found["exit_status"] = server.process.wait(END_TIMEOUT_S)
             return {**found, "outcome": Outcome.ENDS, "seconds_to_end": round(time.monotonic() - began, 1)}
         except subprocess.TimeoutExpired:
             pass
-    if trial.case.act is not Act.NOTHING:
-        trial.mend()
-    before, _ = _settled(trial)
-    found["after_equal"] = answers.ask_all(server.url, trial.model, text) == expected
-    sparse, faults = _settled(trial)
+    trial.mend()
+    before, _ = _counted(trial)
+    found["after_equal"] = answers.all_agree(expected, answers.ask_all(server.url, trial.model, text))
+    sparse, faults = _counted(trial, since=before or 0)
     outcome = Outcome.GOES_ON if server.process.poll() is None else Outcome.ENDS
-    return {**found, "outcome": outcome, "sparse_tokens_after": sparse - before, "fault_tokens": faults}
+    return {**found, "outcome": outcome, "sparse_tokens_after": sparse, "fault_tokens": faults}
 
 
 def _ask_meanwhile(trial: Trial, server: ServerProcess, text: str) -> Answer:
@@ -119,7 +119,14 @@ def _ask_meanwhile(trial: Trial, server: ServerProcess, text: str) -> Answer:
         return asked.result()
 
 
-def _settled(trial: Trial) -> tuple[int, int]:
-    """Trial.logged, once it holds all that was answered."""
+def _counted(trial: Trial, since: int = 0) -> tuple[int | None, int | None]:
+    """Trial.logged, once it holds all that was answered; nothing of stock vLLM, which counts none.
+
+    Args:
+        since: tokens that ran sparse before.
+    """
+    if trial.is_dense:
+        return None, None
     time.sleep(SETTLE_S)
-    return trial.logged()
+    sparse, faults = trial.logged()
+    return sparse - since, faults

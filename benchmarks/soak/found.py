@@ -12,7 +12,7 @@ from benchmarks.soak.schedule import Fate
 
 COUNTS = (
     "answered_short", "answered_long", "cancelled", "dropped", "refused", "errors", "restarts", "left_requests",
-    "preemptions", "sparse_tokens", "dense_tokens", "kept_pairs", "causal_pairs",
+    "preemptions", "sparse_tokens", "kept_pairs", "causal_pairs",
 )  # fmt: skip
 TIMES = ("itl_short", "itl_long", "ttft_short", "ttft_long", "late")
 """late: how long after its time a request was sent, because its client was still busy."""

@@ -116,5 +116,5 @@ def _settled_work(target: Target) -> Work:
 
 def _count_work(found: Found, after: Work, before: Work) -> None:
     done = after - before
-    for name in ("sparse_tokens", "dense_tokens", "kept_pairs", "causal_pairs"):
+    for name in ("sparse_tokens", "kept_pairs", "causal_pairs"):
         found.counts[name] += getattr(done, name)

@@ -113,6 +113,16 @@ def test_prompts_end_where_they_began() -> None:
         answers.begin_again("a short text", 0, 100, 10)
 
 
+def test_answers_are_compared_as_far_as_they_are_sure() -> None:
+    expected = Answer(200, (1, 2, 3, 4), leads=(2.0, 1.2, 1.0, 2.0))
+    assert expected.sure == 2
+    assert expected.agrees(Answer(200, (1, 2, 9, 9)))
+    assert not expected.agrees(Answer(200, (1, 9, 3, 4)))
+    assert not expected.agrees(Answer(500, (1, 2, 3, 4)))
+    assert not expected.agrees(Answer(200, (1,)))
+    assert not answers.all_agree([expected] * 2, [expected, Answer(answers.NO_ANSWER)])
+
+
 # promises
 
 
@@ -192,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
         print("MInference: 1,000 prompt tokens sparse, 24 dense (sparse_fault 24) in 1 s", flush=True)
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps({"choices": [{"text": asked["prompt"][:20]}]}).encode())
+        self.wfile.write(json.dumps({"choices": [{"token_ids": [len(asked["prompt"])]}]}).encode())
 
     def log_message(self, *_):
         pass
@@ -209,7 +219,7 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
     monkeypatch.setattr(trial, "SETTLE_S", 0.0)
     monkeypatch.setattr(trial, "KILLED_AFTER_S", 0.1)
     prompts = [*answers.long_prompts(TEXT), answers.short_prompt(TEXT)]
-    return [Answer(200, prompt[:20]) for prompt in prompts]
+    return [Answer(200, (len(prompt),), leads=(9.0,)) for prompt in prompts]
 
 
 def run_trial(tmp_path: Path, case: Case, expected: list[Answer]) -> Finding:
@@ -226,7 +236,7 @@ def test_a_server_that_nothing_befalls_goes_on(tmp_path: Path, expected: list[An
 
 
 def test_other_answers_are_told(tmp_path: Path, expected: list[Answer]) -> None:
-    found = run_trial(tmp_path, Case("", None, Outcome.GOES_ON), [*expected[:-1], Answer(200, "another")])
+    found = run_trial(tmp_path, Case("", None, Outcome.GOES_ON), [*expected[:-1], Answer(200, (1,), leads=(9.0,))])
     assert (found.before_equal, found.during_equal, found.after_equal) == (False, True, False)
 
 
