@@ -84,7 +84,6 @@ def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any])
 
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))  # servers are stopped on the way out
     results.describe_run(options.tiny)
     settings: dict[str, Any] = {
         "model": Path(options.model).name,
@@ -110,4 +109,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))  # servers are stopped on the way out
     sys.exit(main())

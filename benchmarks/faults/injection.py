@@ -108,29 +108,36 @@ def install() -> None:
         _break_sparse(injection)
 
 
-def _break_stock(injection: Injection) -> None:
-    """vLLM's attention layer, at whatever step; in the profiling run, which has no metadata, for want of scratch."""
+def stock_layer() -> Any:
+    """The class of vLLM's own attention layers here."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl as Layer
-    else:
-        from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl as Layer
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
+        return CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    return FlashAttentionImpl
+
+
+def _break_stock(injection: Injection) -> None:
+    """vLLM's attention layer, at whatever step; in the profiling run, which has no metadata, for want of scratch."""
+    layer_class = stock_layer()
     is_for_profiling = injection.fault is Fault.NO_SCRATCH
-    stock = Layer.forward
+    stock = layer_class.forward
 
     @functools.wraps(stock)
     def forward(
-        self: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any,
+        self: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, output: Any,
         *scales: Any, **named: Any,
     ) -> Any:  # fmt: skip
         def attend() -> Any:
-            return stock(self, layer, query, key, value, kv_cache, metadata, output, *scales, **named)
+            return stock(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named)
 
-        return fail(injection, attend, output) if (metadata is None) == is_for_profiling else attend()
+        return fail(injection, attend, output) if (attn_metadata is None) == is_for_profiling else attend()
 
-    Layer.forward = forward
+    layer_class.forward = forward
 
 
 def _break_sparse(injection: Injection) -> None:

@@ -5,7 +5,8 @@
     python -m benchmarks.soak --merge soak-1.json soak-2.json --out benchmarks/results/soak.json
 
 Long and short prompts, streamed answers, clients that hang up in the middle or before the first token, and requests
-that must be refused; benchmarks/soak/limits.py has the limits. Stretches with different seeds can be merged.
+that must be refused; benchmarks/soak/limits.py has the limits. Stretches with different seeds can be merged. Take a
+--rate that the dense server keeps up with, as `late` in the result says: else the faster server gets more to do.
 """
 
 import argparse
@@ -156,7 +157,6 @@ def run_both(options: argparse.Namespace, logs: Path) -> list[str]:
 
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))  # servers are stopped on the way out
     if options.merge:
         try:
             faults = merge(options.merge, options.out)
@@ -174,4 +174,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))  # servers are stopped on the way out
     sys.exit(main())

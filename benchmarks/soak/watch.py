@@ -2,6 +2,7 @@
 """Looks at a server every few seconds: its memory, and what its /metrics say."""
 
 import asyncio
+import http.client
 import itertools
 import subprocess
 import time
@@ -63,7 +64,7 @@ class Watch:
     def sample(self) -> Sample:
         host = resident_mib(self._process) if self._process else None
         totals = None
-        with suppress(OSError):
+        with suppress(OSError, http.client.HTTPException):
             totals = read_totals(scrape(self._url))
         return Sample(time.monotonic(), host, gpu_mib() if self._has_gpu else None, totals)
 

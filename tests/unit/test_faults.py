@@ -23,6 +23,7 @@ from minference_vllm import ops
 from minference_vllm.evals import serve
 from minference_vllm.patterns.file import Geometry, parse_pattern
 from minference_vllm.scratch import AttendBuffers
+from tests.conftest import import_or_skip
 
 TEXT = " ".join(f"word{at}" for at in range(3000))
 
@@ -84,6 +85,25 @@ def test_the_plugin_breaks_what_launches_the_sparse_kernels(armed: Injection, mo
         ops.attend(Chunk(), None, None, None)
     armed.disarm()
     assert ops.attend(Chunk(), None, None, None) == "attended"
+
+
+@pytest.mark.parametrize("fault", [Fault.RAISES, Fault.NO_SCRATCH])
+def test_the_plugin_breaks_vllms_own_attention(fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_or_skip("vllm")
+    layer, given = injection.stock_layer(), Injection(fault, True, tmp_path / "p")
+    monkeypatch.setattr(layer, "forward", lambda *_, **__: "attended")
+    monkeypatch.setenv(VARIABLE, given.environ()[VARIABLE])
+    given.arm()
+    injection.install()
+
+    def forward(metadata: object) -> Any:
+        return layer.forward(None, None, None, None, None, None, metadata, output=torch.zeros(1))
+
+    # In a profiling run there is no metadata.
+    good, bad = (None, "of a step") if fault is Fault.RAISES else ("of a step", None)
+    assert forward(good) == "attended"
+    with pytest.raises(RuntimeError, match=injection.SAID):
+        forward(bad)
 
 
 def test_the_plugin_breaks_the_claim_of_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

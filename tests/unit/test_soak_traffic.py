@@ -5,18 +5,24 @@ import asyncio
 import itertools
 import json
 import re
+import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from benchmarks import results
+from benchmarks.soak import __main__ as soak
 from benchmarks.soak import traffic, watch
 from benchmarks.soak.client import Sent, Target, send
 from benchmarks.soak.schedule import Fate, Mix, Request
 from benchmarks.soak.traffic import Traffic, drive
 
+RUN = {name: name for name in ("gpu", "driver", "vllm", "torch", "triton", "commit", "command", "date")}
 MODEL, MOST_TOKENS = "m", 50
 MIX = Mix(
     rate=200.0, short_tokens=(2, 4), long_tokens=(10, 20), answer_tokens=(3, 6), cancelled=0.1, dropped=0.1, invalid=0.1
@@ -82,6 +88,9 @@ class FakeServer:
         pairs = f"minference_kept_pairs_total {self.answered}\nminference_causal_pairs_total {4 * self.answered}"
         return web.Response(text=f"{watch.STARTED} 1\n{watch.RUNNING} {self.running}\n{tokens}\n{pairs}\n")
 
+    async def models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": MODEL, "max_model_len": MOST_TOKENS}]})
+
 
 def with_server(server: FakeServer, use: Callable[[Target], Awaitable[Any]]) -> Any:
     """What `use` gives, of the fake server."""
@@ -89,7 +98,8 @@ def with_server(server: FakeServer, use: Callable[[Target], Awaitable[Any]]) -> 
     async def run() -> Any:
         app = web.Application()
         app.add_routes([web.post("/v1/completions", server.complete), web.get("/metrics", server.metrics)])
-        runner = web.AppRunner(app, handler_cancellation=False)
+        app.add_routes([web.get("/v1/models", server.models)])
+        runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -212,3 +222,44 @@ def test_what_ends_the_watch_ends_the_run(quick: None, monkeypatch: pytest.Monke
     monkeypatch.setattr(watch, "read_totals", lambda page: {}["a watched name"])
     with pytest.raises(KeyError, match="a watched name"):
         drive_fake(FakeServer())
+
+
+def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["soak", "--tiny", *arguments])
+    monkeypatch.setattr(results, "describe_run", lambda without_gpu: RUN)
+    return soak.main()
+
+
+def test_stretches_against_servers_that_run_become_one_result(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+    sizes = ["--short-tokens", "2", "4", "--long-tokens", "10", "20", "--answer-tokens", "3", "6"]
+    asked = ["--minutes", "0.03", "--clients", "4", "--rate", "100", *sizes]
+    files = [str(tmp_path / f"{seed}.json") for seed in (1, 2)]
+
+    async def use(target: Target) -> None:
+        urls = ["--dense-url", target.url, "--sparse-url", target.url]
+        for seed, file in enumerate(files, 1):
+            given = ["--model", str(tmp_path), *urls, *asked, "--seed", str(seed), "--out", file]
+            status = await asyncio.to_thread(run_program, monkeypatch, *given)
+            assert status == bool(json.loads(Path(file).read_text())["exceeded"])
+
+    with_server(FakeServer(), use)
+    status = run_program(monkeypatch, "--merge", *files, "--out", str(tmp_path / "all.json"))
+    merged = json.loads((tmp_path / "all.json").read_text())
+    assert status == bool(merged["exceeded"]) and merged["watched"] == []
+    total, *stretches = (
+        [row["answered_short"] for row in merged["rows"] if (row["stretch"], row["backend"]) == (stretch, "sparse")]
+        for stretch in ("all", 1, 2)
+    )
+    assert sum(total) == sum(map(sum, stretches)) > 0
+
+
+def test_traffic_that_does_not_fit_the_server_is_refused(tmp_path: Path) -> None:
+    async def use(target: Target) -> None:
+        await asyncio.to_thread(soak.make_target, target.url, range(9), Traffic(too_long, 1, 1.0, 0))
+
+    too_long = replace(MIX, long_tokens=(10, MOST_TOKENS))
+    with pytest.raises(SystemExit, match="requests have up to 56 tokens"):
+        with_server(FakeServer(), use)

@@ -74,6 +74,12 @@ def test_a_server_runs_inside_its_block_only(command: list[str], tmp_path: Path)
     assert ends(worker)
 
 
+def test_a_server_has_the_environment_that_it_is_given(command: list[str], tmp_path: Path) -> None:
+    environ = {**os.environ, "OF_THIS_SERVER": "1"}
+    with serve.started(command, tmp_path / "log", environ) as server:
+        assert b"OF_THIS_SERVER=1" in Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_error_stops_it_too(error: type[BaseException], command: list[str], tmp_path: Path) -> None:
     with pytest.raises(error), serve.running(command, tmp_path / "log"):
