@@ -113,7 +113,8 @@ def soak(options: argparse.Namespace, traffic: Traffic, source: Sequence[int], b
     """The traffic on one server."""
 
     def run(url: str, process: int | None, is_alive: Callable[[], bool]) -> Found:
-        watch = Watch(url, process, has_gpu=torch.cuda.is_available())
+        has_gpu = process is not None and torch.cuda.is_available()  # another machine's tells nothing
+        watch = Watch(url, process, has_gpu)
         return asyncio.run(drive(traffic, make_target(url, source, traffic), backend, watch, is_alive))
 
     if url := (options.dense_url if backend == DENSE else options.sparse_url):

@@ -53,6 +53,8 @@ def exceeded(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
         faults.append(f"p99 inter-token latency of short requests is {sparse * 1e3:.2f} ms, dense {dense * 1e3:.2f} ms")
     if not found[SPARSE].counts["sparse_tokens"]:
         faults.append("nothing ran sparse: the traffic shows nothing")
+    if found[DENSE].counts["sparse_tokens"]:
+        faults.append("prompts ran sparse on the dense server: nothing is compared")
     return faults
 
 

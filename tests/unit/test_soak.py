@@ -173,6 +173,11 @@ def test_a_dense_server_must_not_fail_either() -> None:
     ]
 
 
+def test_a_dense_server_that_runs_sparse_is_none() -> None:
+    [fault] = limits.exceeded({DENSE: make_found(DENSE, sparse_tokens=1), SPARSE: make_found(SPARSE)}, ())
+    assert "on the dense server" in fault
+
+
 def test_growth_that_noise_explains_is_none() -> None:
     noisy = replace(make_found(SPARSE), growth={"host": Growth(9000, -100, 18000), "gpu": None})
     assert limits.exceeded({DENSE: make_found(DENSE), SPARSE: noisy}, ("host",)) == []
