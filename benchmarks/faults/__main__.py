@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a directory; it must go on a text that begins again")
     parser.add_argument("--serve", default=SERVE, help="options of both servers")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="some of them")
-    parser.add_argument("--logs", type=Path, help="a folder that keeps the servers' logs")
+    parser.add_argument("--logs", type=Path, help="a new folder, which keeps the servers' logs")
     return parser.parse_args()
 
 

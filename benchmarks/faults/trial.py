@@ -19,6 +19,7 @@ from minference_vllm.evals.serve import ServerProcess
 END_TIMEOUT_S = 60.0
 """A server that still runs so long after its last answer goes on."""
 SETTLE_S = 3.0  # counts come to the log once a second
+LEFT_TIMEOUT_S = 15.0  # a server's processes may end so long after the first
 KILLED_AFTER_S = 1.0
 MANY_TOKENS = 4000  # an answer that is not over when its engine is killed
 ENGINE_ERRORS = (answers.NO_ANSWER, 500)
@@ -40,8 +41,8 @@ class Finding:
         sparse_tokens_before, sparse_tokens_after: prompt tokens that ran sparse before the fault, and once it was over.
         fault_tokens: prompt tokens that ran dense because the sparse path failed.
         says_so: whether the log holds what the case promises.
-        left_processes: of the server's, after its end.
-        left_folders: for metrics, after its end.
+        left_processes: that a server which has ended by itself had started, and which still run; None for others.
+        left_folders: for metrics, after the server's end.
     """
 
     outcome: Outcome
@@ -56,7 +57,7 @@ class Finding:
     sparse_tokens_after: int | None = None
     fault_tokens: int | None = None
     says_so: bool | None = None
-    left_processes: int = 0
+    left_processes: int | None = None
     left_folders: int = 0
 
     def row(self) -> dict[str, Any]:
@@ -71,39 +72,37 @@ def run(trial: Trial, text: str, expected: list[Answer]) -> Finding:
         expected: what a dense server answers to answers.ask_all.
     """
     found: dict[str, Any] = {"outcome": Outcome.REFUSES}
-    family: list[psutil.Process] = []
     try:
         with trial.running() as server:
             found["before_equal"] = answers.all_agree(expected, answers.ask_all(server.url, trial.model, text))
             found["sparse_tokens_before"], _ = _counted(trial)
-            family = descendants(server.process.pid)
             found |= _break(trial, server, text, expected)
     except ServerError:
         pass  # it did not come up, as the outcome says; the log has the rest
-    _, alive = psutil.wait_procs(family, timeout=answers.ANSWER_TOKENS)
     says_so = trial.case.said in trial.log if trial.case.said and not trial.is_dense else None
-    return Finding(
-        **found, fired=trial.fired, says_so=says_so, left_processes=len(alive), left_folders=trial.left_folders()
-    )
+    return Finding(**found, fired=trial.fired, says_so=says_so, left_folders=trial.left_folders())
 
 
 def _break(trial: Trial, server: ServerProcess, text: str, expected: list[Answer]) -> dict[str, Any]:
     """What happens from the fault on."""
-    began = time.monotonic()
+    began, family = time.monotonic(), descendants(server.process.pid)
     during = _ask_meanwhile(trial, server, text)
     found: dict[str, Any] = {"during_status": during.status, "during_equal": expected[0].agrees(during)}
     if during.status in ENGINE_ERRORS:
         try:
             found["exit_status"] = server.process.wait(END_TIMEOUT_S)
-            return {**found, "outcome": Outcome.ENDS, "seconds_to_end": round(time.monotonic() - began, 1)}
+            found["seconds_to_end"] = round(time.monotonic() - began, 1)
+            # Before the server's block is left, which ends whatever is there.
+            _, alive = psutil.wait_procs(family, LEFT_TIMEOUT_S)
+            return {**found, "outcome": Outcome.ENDS, "left_processes": len(alive)}
         except subprocess.TimeoutExpired:
             pass
     trial.mend()
     before, _ = _counted(trial)
     found["after_equal"] = answers.all_agree(expected, answers.ask_all(server.url, trial.model, text))
     sparse, faults = _counted(trial, since=before or 0)
-    outcome = Outcome.GOES_ON if server.process.poll() is None else Outcome.ENDS
-    return {**found, "outcome": outcome, "sparse_tokens_after": sparse, "fault_tokens": faults}
+    found |= {"sparse_tokens_after": sparse, "fault_tokens": faults, "exit_status": server.process.poll()}
+    return {**found, "outcome": Outcome.GOES_ON if found["exit_status"] is None else Outcome.ENDS}
 
 
 def _ask_meanwhile(trial: Trial, server: ServerProcess, text: str) -> Answer:

@@ -198,11 +198,12 @@ def test_a_broken_path_must_stay_dense() -> None:
 
 # It answers, and says in its log, as vLLM with the plugin would; once its worker is dead it fails, and ends.
 SERVER = """
-import json, os, pathlib, subprocess, sys, threading, time
+import json, os, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 worker = subprocess.Popen([sys.executable, "-c", "x = b'1' * (32 << 20); import time; time.sleep(600)"])
-fired = pathlib.Path(sys.argv[1])
+if "--orphan" in sys.argv:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -238,6 +239,7 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
     monkeypatch.setattr(serve, "POLL_S", 0.05)
     monkeypatch.setattr(trial, "SETTLE_S", 0.0)
     monkeypatch.setattr(trial, "KILLED_AFTER_S", 0.1)
+    monkeypatch.setattr(trial, "LEFT_TIMEOUT_S", 0.5)
     prompts = [*answers.long_prompts(TEXT), answers.short_prompt(TEXT)]
     return [Answer(200, (len(prompt),), leads=(9.0,)) for prompt in prompts]
 
@@ -264,6 +266,11 @@ def test_a_server_whose_engine_is_killed_ends(tmp_path: Path, expected: list[Ans
     found = run_trial(tmp_path, CASES["engine killed"], expected)
     assert (found.outcome, found.during_status, found.exit_status) == (Outcome.ENDS, 500, 3)
     assert found.left_processes == 0 and found.after_equal is None
+
+
+def test_processes_that_outlive_their_server_are_counted(tmp_path: Path, expected: list[Answer]) -> None:
+    server = Trial("m", "--orphan", CASES["engine killed"], is_dense=False, folder=tmp_path / "t")
+    assert trial.run(server, TEXT, expected).left_processes == 1
 
 
 def test_a_server_that_does_not_come_up_refuses(
