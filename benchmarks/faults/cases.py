@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
         is_answered_right=False,
     ),
     "out of memory at start": Case(
-        "torch.OutOfMemoryError in the profiling run: where the plugin claims scratch, and in vLLM's attention",
+        "torch.OutOfMemoryError at the engine's start: where the plugin claims scratch, in vLLM's builder of metadata",
         Outcome.REFUSES,
         Outcome.REFUSES,
         Fault.NO_SCRATCH,

@@ -32,7 +32,7 @@ class Fault(StrEnum):
     OUT_OF_MEMORY = "out of memory"
     GIVES_NAN = "gives NaN"
     NO_SCRATCH = "no scratch"
-    """Out of memory in the profiling run, where memory that is used once and for all is allocated."""
+    """Out of memory when the engine starts, where memory that is used once and for all is allocated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,23 +108,27 @@ def install() -> None:
         _break_sparse(injection)
 
 
-def stock_layer() -> Any:
-    """The class of vLLM's own attention layers here."""
+def stock_backend() -> Any:
+    """The class of vLLM's own attention here."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        return CPUAttentionBackendImpl
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+        return CPUAttentionBackend
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
-    return FlashAttentionImpl
+    return FlashAttentionBackend
 
 
 def _break_stock(injection: Injection) -> None:
-    """vLLM's attention layer, at whatever step; in the profiling run, which has no metadata, for want of scratch."""
-    layer_class = stock_layer()
-    is_for_profiling = injection.fault is Fault.NO_SCRATCH
+    """vLLM's attention layer; for want of scratch its builder of metadata, which allocates when the engine starts."""
+    if injection.fault is Fault.NO_SCRATCH:
+        builder = stock_backend().get_builder_cls()
+        start = builder.__init__
+        builder.__init__ = lambda *given, **named: fail(injection, lambda: start(*given, **named), None)
+        return
+    layer_class = stock_backend().get_impl_cls()
     stock = layer_class.forward
 
     @functools.wraps(stock)
@@ -135,7 +139,7 @@ def _break_stock(injection: Injection) -> None:
         def attend() -> Any:
             return stock(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named)
 
-        return fail(injection, attend, output) if (attn_metadata is None) == is_for_profiling else attend()
+        return attend() if attn_metadata is None else fail(injection, attend, output)
 
     layer_class.forward = forward
 

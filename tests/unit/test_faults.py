@@ -87,23 +87,31 @@ def test_the_plugin_breaks_what_launches_the_sparse_kernels(armed: Injection, mo
     assert ops.attend(Chunk(), None, None, None) == "attended"
 
 
-@pytest.mark.parametrize("fault", [Fault.RAISES, Fault.NO_SCRATCH])
-def test_the_plugin_breaks_vllms_own_attention(fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_breaks_vllms_own_attention(armed: Injection, monkeypatch: pytest.MonkeyPatch) -> None:
     import_or_skip("vllm")
-    layer, given = injection.stock_layer(), Injection(fault, True, tmp_path / "p")
+    layer, given = injection.stock_backend().get_impl_cls(), replace(armed, is_dense=True)
     monkeypatch.setattr(layer, "forward", lambda *_, **__: "attended")
     monkeypatch.setenv(VARIABLE, given.environ()[VARIABLE])
-    given.arm()
     injection.install()
 
     def forward(metadata: object) -> Any:
         return layer.forward(None, None, None, None, None, None, metadata, output=torch.zeros(1))
 
-    # In a profiling run there is no metadata.
-    good, bad = (None, "of a step") if fault is Fault.RAISES else ("of a step", None)
-    assert forward(good) == "attended"
+    assert forward(None) == "attended"  # a profiling run
     with pytest.raises(RuntimeError, match=injection.SAID):
-        forward(bad)
+        forward("of a step")
+    armed.disarm()
+    assert forward("of a step") == "attended"
+
+
+def test_the_plugin_breaks_the_start_of_vllms_own_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_or_skip("vllm")
+    builder = injection.stock_backend().get_builder_cls()
+    monkeypatch.setattr(builder, "__init__", builder.__init__)
+    monkeypatch.setenv(VARIABLE, Injection(Fault.NO_SCRATCH, True, tmp_path / "p").environ()[VARIABLE])
+    injection.install()
+    with pytest.raises(torch.OutOfMemoryError, match=injection.SAID):
+        builder(None, [], None, torch.device("cpu"))
 
 
 def test_the_plugin_breaks_the_claim_of_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
