@@ -63,7 +63,7 @@ def write(path: Path, rows: list[dict[str, Any]], without_gpu: bool = False, **e
         without_gpu: see describe_run.
         extra: more keys, such as `settings`.
     """
-    _write(path, describe_run(without_gpu), rows, extra)
+    write_as(path, describe_run(without_gpu), rows, **extra)
 
 
 def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
         "command": "; ".join(part["command"] for part in loaded),
         "date": max(part["date"] for part in loaded),
     }
-    _write(path, {key: value for key, value in run.items() if key != "rows"}, rows, {})
+    write_as(path, {key: value for key, value in run.items() if key != "rows"}, rows)
     return rows
 
 
@@ -105,7 +105,13 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write(path: Path, run: dict[str, Any], rows: list[dict[str, Any]], extra: dict[str, Any]) -> None:
+def write_as(path: Path, run: dict[str, str], rows: list[dict[str, Any]], **extra: Any) -> None:
+    """Write a result file of an earlier run, as when several are made one.
+
+    Args:
+        run: what describe_run said then.
+        path, rows, extra: see write.
+    """
     if taken := extra.keys() & run.keys():
         raise ValueError(f"{sorted(taken)} describe the run: use other keys")
     if not rows:

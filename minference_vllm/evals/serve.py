@@ -10,8 +10,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,12 +46,28 @@ def arguments(model: str, options: str, is_dense: bool) -> list[str]:
     return ["serve", model, *backend, *given]
 
 
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A server of this machine: where it answers, and the first of its processes."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
 @contextmanager
 def running(arguments: Sequence[str], log: Path) -> Iterator[str]:
-    """The URL of a server that runs inside a `with` block. Its output goes to the file `log`.
+    """The URL of a server that runs inside a `with` block; see `started`."""
+    with started(arguments, log) as server:
+        yield server.url
+
+
+@contextmanager
+def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
+    """A server that runs inside a `with` block. Its output goes to the file `log`.
 
     Args:
         arguments: what follows `vllm`.
+        environ: of its processes; None for this one's.
 
     Raises:
         ServerError: it did not come up.
@@ -60,6 +77,7 @@ def running(arguments: Sequence[str], log: Path) -> Iterator[str]:
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*VLLM, *arguments, "--host", HOST, "--port", str(port)],
+            env=environ,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a process group of its own: _stop reaches vLLM's workers too
@@ -67,7 +85,7 @@ def running(arguments: Sequence[str], log: Path) -> Iterator[str]:
     try:
         url = f"http://{HOST}:{port}"
         _wait_until_ready(process, url, log)
-        yield url
+        yield ServerProcess(url, process)
     finally:
         _stop(process)
 

@@ -74,6 +74,12 @@ def test_a_server_runs_inside_its_block_only(command: list[str], tmp_path: Path)
     assert ends(worker)
 
 
+def test_a_server_has_the_environment_that_it_is_given(command: list[str], tmp_path: Path) -> None:
+    environ = {**os.environ, "OF_THIS_SERVER": "1"}
+    with serve.started(command, tmp_path / "log", environ) as server:
+        assert b"OF_THIS_SERVER=1" in Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_error_stops_it_too(error: type[BaseException], command: list[str], tmp_path: Path) -> None:
     with pytest.raises(error), serve.running(command, tmp_path / "log"):
@@ -83,8 +89,13 @@ def test_an_error_stops_it_too(error: type[BaseException], command: list[str], t
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """The command sets signal handlers for its whole process: put those of the tests back."""
+    """The command sets signal handlers for its whole process: put those of the tests back.
+
+    It leaves alone what is ignored, as Ctrl-C is in a job that a shell runs in the background: nothing is, to begin with.
+    """
     previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in previous.items():
         signal.signal(number, handler)

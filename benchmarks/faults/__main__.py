@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server does when something breaks under it, with the plugin and without; ends with 1 if it is not as promised.
+
+    python -m benchmarks.faults --model models/SmolLM2-135M-Instruct --out benchmarks/results/faults.json
+
+Faults come from outside (benchmarks/faults/injection.py); benchmarks/faults/cases.py says what is promised.
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import DENSE, SPARSE, argument_parser, resolved, results
+from benchmarks.faults import answers, trial
+from benchmarks.faults.answers import Answer
+from benchmarks.faults.cases import CASES, SETTINGS, Case, Outcome
+from benchmarks.faults.injection import Fault
+from benchmarks.faults.promises import broken
+from benchmarks.faults.server import Trial
+from benchmarks.faults.trial import Finding
+
+TEXT = results.ROOT / "demo" / "haystack.txt"
+SERVE = "--max-model-len 8192 --max-num-batched-tokens 1024 --max-num-seqs 8 --enforce-eager"
+NOTHING = Case("nothing breaks", Outcome.GOES_ON, Outcome.GOES_ON)
+
+
+def parse() -> argparse.Namespace:
+    parser = argument_parser(__doc__, "nothing else changes: name a small model", compares=False)
+    parser.add_argument("--model", required=True, help="a directory; it must go on a text that begins again")
+    parser.add_argument("--serve", default=SERVE, help="options of both servers")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="some of them")
+    parser.add_argument("--logs", type=Path, help="a new folder, which keeps the servers' logs")
+    return parser.parse_args()
+
+
+def control(options: argparse.Namespace, text: str, folder: Path) -> list[Answer]:
+    """What stock vLLM answers when nothing breaks."""
+    server = Trial(options.model, options.serve, NOTHING, is_dense=True, folder=folder)
+    with server.running() as running:
+        found = answers.ask_all(running.url, options.model, text, with_leads=True)
+    if refused := [answer for answer in found if answer.status != answers.OK]:
+        sys.exit(f"Stock vLLM does not answer: {refused[0].error}")
+    if (least := min(answer.sure for answer in found)) < answers.FEWEST_SURE:
+        sys.exit(
+            f"{options.model} is sure of {least} tokens of an answer: name a model that goes on with a text it has read"
+        )
+    return found
+
+
+def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each server; the file is written after each."""
+    text = TEXT.read_text()
+    print("==> stock vLLM, nothing breaks", flush=True)
+    expected = control(options, text, folder / "control")
+    settings["sure_tokens"] = [answer.sure for answer in expected]
+    rows: list[dict[str, Any]] = []
+    stock: dict[tuple[Fault | None, str], Finding] = {}
+
+    def observe(name: str, is_dense: bool) -> Finding:
+        case, backend = CASES[name], DENSE if is_dense else SPARSE
+        print(f"==> {name}, {backend}", flush=True)
+        here = folder / f"{list(CASES).index(name)}-{backend}"
+        return trial.run(Trial(options.model, options.serve, case, is_dense, here), text, expected)
+
+    for name in options.cases:
+        case = CASES[name]
+        beside = None
+        if case.stock is not None:
+            # Cases that differ in the plugin's settings alone are one to stock vLLM.
+            same = case.fault, case.act
+            beside = stock[same] = stock.get(same) or observe(name, is_dense=True)
+        ours = observe(name, is_dense=False)
+        for backend, found in ((DENSE, beside), (SPARSE, ours)):
+            if found is not None:
+                faults = broken(case, backend == DENSE, found, beside)
+                rows.append({"case": name, "backend": backend, **found.row(), "broken": "; ".join(faults)})
+                print(rows[-1], flush=True)
+        results.write(options.out, rows, options.tiny, settings=settings)
+    return rows
+
+
+def main() -> int:
+    options = parse()
+    results.describe_run(options.tiny)
+    settings: dict[str, Any] = {
+        "model": Path(options.model).name,
+        "serve": options.serve,
+        "stock": "vLLM with no plugin loaded but, where attention is to fail, the one that makes it fail",
+        "sparse": resolved(SETTINGS),
+        "answers": f"{answers.ANSWER_TOKENS} greedy tokens after {len(answers.LONG_STARTS)} prompts above the gate and "
+        "one below, one at a time; equal: to those of stock vLLM when nothing breaks, up to its first token that is "
+        "not three times as likely as the next",
+        "broken": "what was promised and is not so; empty if all is",
+        **{name: CASES[name].how for name in options.cases},
+    }
+    if options.logs:
+        rows = run_all(options, options.logs, settings)
+    else:
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+            rows = run_all(options, Path(folder), settings)
+    failed = [row for row in rows if row["broken"]]
+    for row in failed:
+        print(f"{row['case']}, {row['backend']}: {row['broken']}")
+    print(f"{len(rows)} servers, {len(failed)} of them not as promised")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))  # servers are stopped on the way out
+    sys.exit(main())

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether memory grows: the slope of a line through samples, and how far it may be off."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+FEWEST = 16
+"""Samples below which no slope is told."""
+
+CONFIDENCE = 0.95
+SECONDS_PER_HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """In MiB an hour, with the ends of its confidence interval."""
+
+    per_hour: float
+    low: float
+    high: float
+
+
+def growth(times_s: list[float], mib: list[float]) -> Growth | None:
+    """The slope over the second half of the samples, by least squares; None if these are too few.
+
+    Memory goes up and down in waves longer than the pause between samples, so neighbours tell partly the same. The
+    interval counts as many independent samples as their residuals' correlation leaves: n (1 - r) / (1 + r).
+    """
+    times, values = times_s[len(times_s) // 2 :], mib[len(mib) // 2 :]
+    if len(times) < FEWEST:
+        return None
+    mean_time, mean = sum(times) / len(times), sum(values) / len(values)
+    spread = sum((time - mean_time) ** 2 for time in times)
+    slope = sum((time - mean_time) * (value - mean) for time, value in zip(times, values, strict=True)) / spread
+    residuals = [value - mean - slope * (time - mean_time) for time, value in zip(times, values, strict=True)]
+    freedom = max(_independent(residuals) - 2, 1.0)
+    error = math.sqrt(sum(residual**2 for residual in residuals) / freedom / spread)
+    half = _student(freedom) * error
+    return Growth(*(round(end * SECONDS_PER_HOUR, 3) for end in (slope, slope - half, slope + half)))
+
+
+def _independent(residuals: list[float]) -> float:
+    squares = sum(residual**2 for residual in residuals)
+    if not squares:
+        return len(residuals)
+    products = sum(one * other for one, other in itertools.pairwise(residuals))
+    correlation = min(max(products / squares, 0.0), 0.99)
+    return len(residuals) * (1 - correlation) / (1 + correlation)
+
+
+def _student(freedom: float) -> float:
+    """The two-sided quantile of Student's t, by its expansion about the normal one (Abramowitz and Stegun, 26.7.5)."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3

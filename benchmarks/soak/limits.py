@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sparse server must keep to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks import DENSE, SPARSE
+from benchmarks.soak.found import MEMORIES, Found
+
+MOST_ERRORS = 0
+"""Requests that failed and were not provoked to, on either server."""
+
+MOST_RESTARTS = 0
+"""Times that a server's process ended or was replaced."""
+
+MOST_LEFT_REQUESTS = 0
+"""Requests that a server still holds once its clients have none."""
+
+MOST_MIB_PER_HOUR = {"host": 256.0, "gpu": 16.0}
+"""Memory may grow by no more. The lower end of the slope's interval counts: what noise explains is no growth."""
+
+MOST_ITL_RATIO = 1.05
+"""99th percentile of the time between two tokens of short requests, to dense's."""
+
+
+def as_json() -> dict[str, Any]:
+    """For the record."""
+    return {
+        "errors": MOST_ERRORS,
+        "restarts": MOST_RESTARTS,
+        "left_requests": MOST_LEFT_REQUESTS,
+        "mib_per_hour_low": MOST_MIB_PER_HOUR,
+        "itl_short_p99_ratio": MOST_ITL_RATIO,
+    }
+
+
+def exceeded(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
+    """Limits that are exceeded, in sentences; empty if all are kept.
+
+    Args:
+        found: by backend, both.
+        watched: memories that must have been measured.
+    """
+    faults = []
+    for backend, one in found.items():
+        limits = (("errors", MOST_ERRORS), ("restarts", MOST_RESTARTS), ("left_requests", MOST_LEFT_REQUESTS))
+        faults += [f"{backend}: {one.counts[name]} {name}" for name, most in limits if one.counts[name] > most]
+    faults += _of_memory(found[SPARSE], watched)
+    dense, sparse = (found[backend].times["itl_short"].quantile(0.99) for backend in (DENSE, SPARSE))
+    if dense is None or sparse is None:
+        faults.append("no short request was answered: inter-token latency cannot be compared")
+    elif sparse > MOST_ITL_RATIO * dense:
+        faults.append(f"p99 inter-token latency of short requests is {sparse * 1e3:.2f} ms, dense {dense * 1e3:.2f} ms")
+    if not found[SPARSE].counts["sparse_tokens"]:
+        faults.append("nothing ran sparse: the traffic shows nothing")
+    if found[DENSE].counts["sparse_tokens"]:
+        faults.append("prompts ran sparse on the dense server: nothing is compared")
+    return faults
+
+
+def _of_memory(sparse: Found, watched: tuple[str, ...]) -> list[str]:
+    faults = []
+    for name in MEMORIES:
+        grown, most = sparse.growth[name], MOST_MIB_PER_HOUR[name]
+        if grown is not None and grown.low > most:
+            faults.append(f"{name} memory grows by {grown.low:.0f} MiB an hour or more; {most:.0f} are allowed")
+        if grown is None and name in watched:
+            faults.append(f"too few samples of {name} memory: let the traffic run longer")
+    return faults

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks.soak draws, measures and judges. None starts a server."""
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import DENSE, SPARSE
+from benchmarks.soak import limits, watch
+from benchmarks.soak.client import Sent
+from benchmarks.soak.found import Found
+from benchmarks.soak.growth import Growth, growth
+from benchmarks.soak.latencies import STEP, Latencies
+from benchmarks.soak.merge import MergeError, details, make_rows, merge
+from benchmarks.soak.schedule import Fate, Mix, Request, requests
+
+MIX = Mix(rate=8.0, short_tokens=(10, 20), long_tokens=(100, 200), answer_tokens=(4, 8))
+RUN = {name: name for name in ("gpu", "driver", "vllm", "torch", "triton", "commit", "command", "date")}
+
+
+def drawn(seed: int, client: int, count: int = 2000) -> list[Request]:
+    return list(itertools.islice(requests(MIX, seed, client, clients=4), count))
+
+
+# the schedule
+
+
+def test_a_seed_gives_the_same_requests_at_the_same_times() -> None:
+    assert drawn(0, 0) == drawn(0, 0)
+    assert drawn(0, 0) != drawn(0, 1)
+    assert drawn(0, 0) != drawn(1, 0)
+
+
+def test_requests_are_drawn_in_the_shares_and_bounds_of_the_mix() -> None:
+    some = [request for client in range(4) for request in drawn(0, client)]
+    share = {fate: count / len(some) for fate, count in Counter(request.fate for request in some).items()}
+    wanted = {Fate.CANCELLED: 0.05, Fate.DROPPED: 0.05, Fate.INVALID: 0.02, Fate.ANSWERED: 0.88}
+    assert share == pytest.approx(wanted, abs=0.015)
+    long = [request.prompt_tokens for request in some if request.is_long]
+    assert len(long) / len(some) == pytest.approx(0.2, abs=0.02)
+    assert (min(long), max(long)) == (100, 200)
+    assert {request.answer_tokens for request in some} == {4, 5, 6, 7, 8}
+    assert 4 * 2000 / max(request.at_s for request in some) == pytest.approx(MIX.rate, rel=0.1)
+
+
+# latencies
+
+
+def test_quantiles_are_those_of_the_times() -> None:
+    rng = random.Random(0)
+    times = [rng.lognormvariate(-4, 1) for _ in range(1000)]
+    found = Latencies()
+    found.extend(times)
+    for share in (0.5, 0.99):
+        exact = sorted(times)[math.ceil(share * len(times)) - 1]
+        assert found.quantile(share) == pytest.approx(exact, rel=STEP - 1)
+    assert Latencies().quantile(0.5) is None
+
+
+def test_latencies_of_two_runs_are_added() -> None:
+    one, other = Latencies(), Latencies()
+    one.extend([0.001] * 3)
+    other.extend([1.0])
+    both = Latencies.from_json(json.loads(json.dumps((one + other).to_json())))
+    assert (both.total, both.quantile(0.75), both.quantile(0.76)) == (
+        4, pytest.approx(0.001, rel=1e-3), pytest.approx(1.0, rel=1e-3),
+    )  # fmt: skip
+
+
+# growth
+
+
+def test_memory_that_grows_by_a_line_grows_by_its_slope() -> None:
+    times = [2.0 * at for at in range(100)]
+    # The first half, warm-up, does not count.
+    found = growth(times, [5000.0 if at < 100 else 1000 + at / 36 for at in times])
+    assert found == Growth(*[pytest.approx(100.0, abs=0.01)] * 3)
+
+
+def test_the_interval_of_noise_holds_no_growth_19_times_of_20() -> None:
+    rng = random.Random(0)
+    times = [2.0 * at for at in range(80)]
+    found = [growth(times, [1000 + rng.gauss(0, 10) for _ in times]) for _ in range(400)]
+    assert sum(one is not None and one.low < 0 < one.high for one in found) == pytest.approx(380, abs=12)
+
+
+def test_waves_widen_the_interval() -> None:
+    times = [2.0 * at for at in range(400)]
+    wave = [10 * math.sin(at / 40) for at in times]
+    shuffled = random.Random(0).sample(wave, len(wave))
+    slow, quick = growth(times, wave), growth(times, shuffled)
+    assert slow is not None and quick is not None
+    assert slow.high - slow.low > 3 * (quick.high - quick.low)
+
+
+def test_few_samples_tell_no_slope() -> None:
+    assert growth([1.0 * at for at in range(30)], [0.0] * 30) is None
+    assert growth([1.0 * at for at in range(32)], [7.0] * 32) == Growth(0, 0, 0)
+
+
+# what is found of a server
+
+
+def make_found(backend: str, itl_s: float = 0.01, **counts: int) -> Found:
+    found = Found(backend, growth={"host": Growth(1.0, 0.5, 1.5), "gpu": Growth(0.0, 0.0, 0.0)})
+    found.take(Sent(Fate.ANSWERED, ttft_s=0.1, gaps_s=[itl_s] * 100), is_long=False, late_s=0.0)
+    found.take(Sent(Fate.CANCELLED, ttft_s=2.0, gaps_s=[0.5]), is_long=True, late_s=1.0)
+    found.take(Sent(Fate.DROPPED), is_long=False, late_s=0.0)
+    found.take(Sent(Fate.INVALID), is_long=False, late_s=0.0)
+    sparse = {"sparse_tokens": 100, "kept_pairs": 1, "causal_pairs": 4} if backend == SPARSE else {}
+    found.counts.update({**sparse, **counts})
+    return found
+
+
+def test_requests_are_counted_by_how_they_ended() -> None:
+    found = make_found(SPARSE)
+    found.take(Sent(Fate.ANSWERED, error="HTTP 500", ttft_s=9.0, gaps_s=[9.0]), is_long=False, late_s=0.0)
+    row = found.row()
+    expected = {
+        "answered_short": 1, "answered_long": 0, "cancelled": 1, "dropped": 1, "refused": 1, "errors": 1,
+        "density": 0.25, "late_p99_ms": pytest.approx(1000, rel=1e-3), "host_mib_per_hour_low": 0.5,
+        "itl_short_p99_ms": pytest.approx(10, rel=1e-3), "ttft_long_p50_ms": pytest.approx(2000, rel=1e-3),
+    }  # fmt: skip
+    assert {name: row[name] for name in expected} == expected
+    assert found.errors == {"HTTP 500": 1}
+
+
+def test_a_row_and_its_details_are_all_that_was_found() -> None:
+    found = make_found(SPARSE, errors=1)
+    row, rest = json.loads(json.dumps([found.row(), found.details()]))
+    assert Found.from_row(row, rest).row() == found.row()
+
+
+# limits
+
+
+def test_a_server_within_the_limits_exceeds_none() -> None:
+    found = {DENSE: make_found(DENSE), SPARSE: make_found(SPARSE, itl_s=0.01 * limits.MOST_ITL_RATIO * 0.99)}
+    assert limits.exceeded(found, ("host", "gpu")) == []
+
+
+@pytest.mark.parametrize(
+    ("sparse", "said"),
+    [
+        (make_found(SPARSE, errors=1), "sparse: 1 errors"),
+        (make_found(SPARSE, restarts=2), "sparse: 2 restarts"),
+        (make_found(SPARSE, left_requests=3), "sparse: 3 left_requests"),
+        (make_found(SPARSE, itl_s=0.01 * limits.MOST_ITL_RATIO * 1.01), "p99 inter-token latency"),
+        (make_found(SPARSE, sparse_tokens=0), "nothing ran sparse"),
+        (replace(make_found(SPARSE), times=Found(SPARSE).times), "cannot be compared"),
+        (replace(make_found(SPARSE), growth={"host": None, "gpu": None}), "too few samples of host"),
+        (replace(make_found(SPARSE), growth={"host": Growth(999, 257, 2000), "gpu": None}), "host memory grows by 257"),
+        (replace(make_found(SPARSE), growth={"host": Growth(1, 0, 2), "gpu": Growth(17, 17, 17)}), "gpu memory grows"),
+    ],
+)
+def test_each_limit_can_be_exceeded(sparse: Found, said: str) -> None:
+    faults = limits.exceeded({DENSE: make_found(DENSE), SPARSE: sparse}, ("host",))
+    assert len(faults) == 1 and said in faults[0]
+
+
+def test_a_dense_server_must_not_fail_either() -> None:
+    assert limits.exceeded({DENSE: make_found(DENSE, restarts=1), SPARSE: make_found(SPARSE)}, ()) == [
+        "dense: 1 restarts"
+    ]
+
+
+def test_a_dense_server_that_runs_sparse_is_none() -> None:
+    [fault] = limits.exceeded({DENSE: make_found(DENSE, sparse_tokens=1), SPARSE: make_found(SPARSE)}, ())
+    assert "on the dense server" in fault
+
+
+def test_growth_that_noise_explains_is_none() -> None:
+    noisy = replace(make_found(SPARSE), growth={"host": Growth(9000, -100, 18000), "gpu": None})
+    assert limits.exceeded({DENSE: make_found(DENSE), SPARSE: noisy}, ("host",)) == []
+
+
+# merging
+
+
+def write_stretch(path: Path, seed: int, found: dict[str, Found], **changes: Any) -> Path:
+    record = {
+        **RUN, "settings": {"clients": 4}, "limits": limits.as_json(), "watched": ["host"], "seed": seed,
+        "rows": make_rows(found, 1), "details": details(found), **changes,
+    }  # fmt: skip
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_stretches_are_pooled(tmp_path: Path) -> None:
+    grows = replace(make_found(SPARSE, itl_s=0.5), growth={"host": Growth(400, 300, 500), "gpu": None})
+    paths = [
+        write_stretch(tmp_path / "1.json", 1, {DENSE: make_found(DENSE), SPARSE: make_found(SPARSE)}),
+        write_stretch(tmp_path / "2.json", 2, {DENSE: make_found(DENSE, itl_s=0.5), SPARSE: grows}),
+    ]
+    assert merge(paths, tmp_path / "all.json") == ["host memory grows by 300 MiB an hour or more; 256 are allowed"]
+    merged = json.loads((tmp_path / "all.json").read_text())
+    assert [(row["stretch"], row["backend"]) for row in merged["rows"]] == [
+        (1, DENSE), (1, SPARSE), (2, DENSE), (2, SPARSE), ("all", DENSE), ("all", SPARSE),
+    ]  # fmt: skip
+    pooled = merged["rows"][-1]
+    assert (pooled["answered_short"], pooled["sparse_tokens"], pooled["density"]) == (2, 200, 0.25)
+    assert pooled["itl_short_p99_ms"] == pytest.approx(500, rel=1e-3)
+    assert merged["exceeded"] and merged["gpu"] == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"seed": 1}, "same seed"),
+        ({"seed": 2, "commit": "other"}, "differ in commit"),
+        ({"seed": 2, "settings": {}}, "differ in settings"),
+        ({"seed": 2, "rows": []}, "one dense and one sparse row"),
+    ],
+)
+def test_what_are_no_stretches_of_one_run_are_refused(tmp_path: Path, second: dict[str, Any], said: str) -> None:
+    found = {DENSE: make_found(DENSE), SPARSE: make_found(SPARSE)}
+    paths = [
+        write_stretch(tmp_path / "1.json", 1, found),
+        write_stretch(tmp_path / "2.json", **{"seed": 2, "found": found, **second}),
+    ]
+    with pytest.raises(MergeError, match=said):
+        merge(paths, tmp_path / "all.json")
+    assert not (tmp_path / "all.json").exists()
+
+
+# watching
+
+
+PAGE = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0"} 2.0
+vllm:num_requests_running{engine="1"} 3.0
+vllm:num_requests_waiting{engine="0"} 1.0
+vllm:num_preemptions_total{engine="0"} 7.0
+process_start_time_seconds 1.5
+vllm:kv_cache_usage_perc{engine="0"} 0.5
+"""
+
+
+def test_totals_are_summed_over_engines() -> None:
+    assert watch.read_totals(PAGE) == {
+        watch.RUNNING: 5.0, watch.WAITING: 1.0, watch.PREEMPTED: 7.0, watch.STARTED: 1.5,
+    }  # fmt: skip
+
+
+def test_a_server_that_another_process_answers_for_has_restarted() -> None:
+    watching = watch.Watch("http://nowhere", None, has_gpu=False)
+    for start in (1.0, 1.0, None, 2.0, 2.0):
+        totals = None if start is None else {watch.STARTED: start, watch.PREEMPTED: start}
+        watching.samples.append(watch.Sample(0.0, None, None, totals))
+    assert (watching.restarts, watching.unread, watching.preemptions) == (1, 1, 1)
+    assert watching.growth() == {"host": None, "gpu": None}
+
+
+def test_memory_is_that_of_all_processes_together() -> None:
+    holds = "x = b'1' * (64 << 20); print(flush=True); input()"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {holds!r}])"
+    with subprocess.Popen([sys.executable, "-c", starts], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert (watch.resident_mib(process.pid) or 0) > 64
+        process.communicate(b"\n")
+    assert watch.resident_mib(process.pid) is None
