@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 from minference_vllm.errors import ConfigError
 from minference_vllm.evals.errors import ServerError
@@ -37,7 +38,12 @@ def arguments(model: str, options: str, is_dense: bool) -> list[str]:
     Raises:
         ConfigError: they choose what is chosen here.
     """
-    given = shlex.split(options)
+    try:
+        given = shlex.split(options)
+    except ValueError as error:
+        raise ConfigError(
+            f"--serve and --serve-sparse are read as a shell does, and this is no such line: {error}."
+        ) from None
     for taken in (BACKEND_OPTION, "--host", "--port"):
         if any(option == taken or option.startswith(f"{taken}=") for option in given):
             raise ConfigError(f"--serve may not hold {taken}: dense and sparse server are started by this command.")
@@ -56,8 +62,7 @@ def running(arguments: Sequence[str], log: Path) -> Iterator[str]:
         ServerError: it did not come up.
     """
     port = _free_port()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with _log_file(log) as output:
         process = subprocess.Popen(
             [*VLLM, *arguments, "--host", HOST, "--port", str(port)],
             stdout=output,
@@ -70,6 +75,14 @@ def running(arguments: Sequence[str], log: Path) -> Iterator[str]:
         yield url
     finally:
         _stop(process)
+
+
+def _log_file(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def excerpt(log: Path) -> str:
