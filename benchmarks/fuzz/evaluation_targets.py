@@ -109,7 +109,7 @@ class Letters:
 
     def converse(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "prompt": "".join(f"<{each['role']}>{each['content']}" for each in messages),
+            "prompt": "".join(f"<{each['role']}>{each.get('content')}" for each in messages),
             "add_special_tokens": False,
         }
 

@@ -15,6 +15,7 @@ from minference_vllm.cli.status import FAILED, STOPPED
 from minference_vllm.compat import engines
 from minference_vllm.errors import LONGEST_MESSAGE, ConfigError
 from minference_vllm.patterns.published import published
+from minference_vllm.plots import prompt
 from minference_vllm.tuning import heads
 from minference_vllm.tuning.gate import write_gate
 from tests.unit.test_pattern_import import release  # noqa: F401
@@ -81,6 +82,17 @@ def test_a_file_that_changed_while_tune_measured_is_refused_and_kept(text: str, 
     with pytest.raises(ConfigError, match=r"settings.json"):
         write_gate(file, 4096)
     assert file.read_text() == text
+
+
+def test_an_engine_that_vllm_does_not_start_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise TypeError("unexpected argument 'no_such'")
+
+    monkeypatch.setattr(prompt.plugin, "register", lambda: None)
+    monkeypatch.setattr(engines, "offline_engine", refuse)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read_prompt sets it
+    with pytest.raises(ConfigError, match="vLLM does not start 'm' with these options: unexpected argument 'no_such'"):
+        prompt.read_prompt("m", [1, 2], {}, {"no_such": 1}, None)
 
 
 class OfTransformers(Exception):

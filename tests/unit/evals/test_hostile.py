@@ -141,7 +141,6 @@ def test_a_prompt_may_hold_what_some_take_for_the_end_of_a_line(tmp_path: Path) 
         '{"prompt": "a", "messages": 5}',
         '{"messages": []}',
         '{"messages": ["hello"]}',
-        '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": 7, "content": "a"}]}',
         '{"prompt": "\\ud800"}',
     ],
