@@ -15,7 +15,7 @@ from minference_vllm.patterns.file import Provenance
 from minference_vllm.patterns.importer import import_list, write
 from minference_vllm.patterns.published import FOLDER, GEOMETRIES, NAMES, published
 
-NAMES_OF_SETTINGS = (*MInferenceConfig.model_fields, *{name for each in SETTINGS for name in each.model_fields})
+NAMES_OF_SETTINGS = (*MInferenceConfig.model_fields, *sorted({name for each in SETTINGS for name in each.model_fields}))
 DEFAULTS = MInferenceConfig().model_dump(mode="json")
 METHODS = [each().model_dump(mode="json") for each in SETTINGS]
 GEOMETRY = Geometry(num_layers=2, num_qo_heads=3, num_kv_heads=1, head_dim=64)
