@@ -5,8 +5,8 @@
 
 Cases are shared evenly between the targets, and are the same in every run with the same Hypothesis. A case is at fault
 if it ends in another exception than a sentence to the user, if that sentence is no line or has no bounds, if another
-file than the one named is opened, if it takes 5 s or 1 GiB, or if prompts or other files' names are logged. It needs no
-GPU.
+file than the one named is opened, if it computes for 5 s or takes 1 GiB, or if prompts or other files' names are
+logged. It needs no GPU.
 """
 
 import argparse

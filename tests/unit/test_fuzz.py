@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever users hand to the plugin is taken, or refused with one sentence; and the fuzz sees where it is not."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -70,10 +71,15 @@ def test_a_secret_in_a_log_line_is_a_fault() -> None:
 
 @pytest.mark.parametrize(
     ("act", "said"),
-    [(lambda: time.sleep(10), "Overdue"), (lambda: bytearray(2**31), "MemoryError")],
-    ids=["time", "memory"],
+    [
+        (lambda: time.sleep(10), "Overdue"),
+        (lambda: [0 for _ in itertools.count() if False], "Overdue"),
+        (lambda: bytearray(2**31), "MemoryError"),
+    ],
+    ids=["waiting", "computing", "memory"],
 )
 def test_time_and_memory_have_bounds(act: Callable[[], object], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "MOST_WAIT", 1.0)
     with pytest.raises(Fault, match=said):
         examine(act, ())
