@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 COMMIT_VARIABLE = "MINFERENCE_COMMIT"
 NO_GPU = "none (cpu)"
+NEEDS_NONE = "none needed"
 # A result written a moment ago is no change of what is measured.
 MEASURED = (".", ":(exclude)benchmarks/results")
 OF_A_PART = ("command", "date", "rows")
@@ -28,11 +29,12 @@ class ResultError(RuntimeError):
     """Something about a run that must be on record cannot be found; the message says what, and what to do."""
 
 
-def describe_run(without_gpu: bool = False) -> dict[str, str]:
+def describe_run(without_gpu: bool = False, needs_gpu: bool = True) -> dict[str, str]:
     """Card, driver, versions, commit, command and date of this run. Call it first: it fails before time is spent.
 
     Args:
         without_gpu: a smoke test, whose figures mean nothing: a machine without a GPU is fine.
+        needs_gpu: False where no figure has to do with one; a card that happens to be there is not on record.
 
     Raises:
         ResultError: one of them cannot be found.
@@ -41,7 +43,12 @@ def describe_run(without_gpu: bool = False) -> dict[str, str]:
     import triton
     import vllm
 
-    gpu, driver = (NO_GPU, NO_GPU) if without_gpu and not torch.cuda.is_available() else _card()
+    if not needs_gpu:
+        gpu = driver = NEEDS_NONE
+    elif without_gpu and not torch.cuda.is_available():
+        gpu = driver = NO_GPU
+    else:
+        gpu, driver = _card()
     return {
         "gpu": gpu,
         "driver": driver,
@@ -54,16 +61,18 @@ def describe_run(without_gpu: bool = False) -> dict[str, str]:
     }
 
 
-def write(path: Path, rows: list[dict[str, Any]], without_gpu: bool = False, **extra: Any) -> None:
+def write(
+    path: Path, rows: list[dict[str, Any]], without_gpu: bool = False, needs_gpu: bool = True, **extra: Any
+) -> None:
     """Write a result file.
 
     Args:
         path: the file; its folder is made.
         rows: the figures, flat.
-        without_gpu: see describe_run.
+        without_gpu, needs_gpu: see describe_run.
         extra: more keys, such as `settings`.
     """
-    write_as(path, describe_run(without_gpu), rows, **extra)
+    write_as(path, describe_run(without_gpu, needs_gpu), rows, **extra)
 
 
 def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:

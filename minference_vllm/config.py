@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from minference_vllm.errors import ConfigError, shortened
-from minference_vllm.files import read_file
+from minference_vllm.files import parse_json, read_file
 from minference_vllm.methods import MAX_TOKENS, METHODS, MethodSettings
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
@@ -108,15 +108,10 @@ def load_config(
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    text = read_file(Path(path), f"{CONFIG_FILE_VARIABLE}={path}")
-    try:
-        settings = json.loads(text)
-    except RecursionError:
-        raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} is nested too deeply: it must hold a JSON object.") from None
-    except ValueError as error:
-        raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} is not valid JSON: {error}.") from None
+    name = f"{CONFIG_FILE_VARIABLE}={path}"
+    settings = parse_json(read_file(Path(path), name), name)
     if not isinstance(settings, dict):
-        raise ConfigError(f"{CONFIG_FILE_VARIABLE}={path} holds {type(settings).__name__}: it must hold a JSON object.")
+        raise ConfigError(f"{name} holds {type(settings).__name__}: it must hold a JSON object.")
     return settings
 
 

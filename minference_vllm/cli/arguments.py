@@ -2,10 +2,30 @@
 """What the commands' options take."""
 
 import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from minference_vllm.errors import LONGEST_MESSAGE, printable, shortened
+from minference_vllm.methods.base import MAX_TOKENS
 
 
-def count(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not all of which is what was given."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message)[:LONGEST_MESSAGE])
+
+
+def count_to(most: int, least: int = 1) -> Callable[[str], int]:
+    """Takes a whole number in plain digits."""
+
+    def count(text: str) -> int:
+        is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
+        if not is_number or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is no whole number from {least} to {most}")
+        return int(text)
+
+    return count
+
+
+count = count_to(MAX_TOKENS)

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minference_vllm.cli.arguments import count
-from minference_vllm.cli.status import FAILED
+from minference_vllm.cli.arguments import count, count_to
+from minference_vllm.cli.status import FAILED, STOPPED
 from minference_vllm.errors import ConfigError
 
 NOT_SPARSE = 3
 INCOMPLETE = 4
-STOPPED = 130  # as shells have it for SIGINT
+MOST_IN_FLIGHT, MOST_SECONDS, MOST_SAMPLES, MOST_SEED = 1024, 10**6, 10**6, 2**63 - 1
 TOKENS, SAMPLES, SEED = (8192, 16384, 32768), 20, 0
 PREPARING = ("tasks", "tokens", "samples", "seed", "tokenizer", "chat", "text", "prompts")
 SHOWN = (
@@ -113,6 +113,7 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Any:
 
 def _run(options: argparse.Namespace) -> Any:
     from minference_vllm.evals import run, serve
+    from minference_vllm.evals.private import without_secrets
 
     def server(is_dense: bool) -> run.Server:
         if options.serve is None:
@@ -121,7 +122,7 @@ def _run(options: argparse.Namespace) -> Any:
         return run.Server(is_dense, arguments=tuple(serve.arguments(options.model, more, is_dense)))
 
     record = {
-        "command": shlex.join(["minference-vllm", *sys.argv[1:]]),
+        "command": shlex.join(["minference-vllm", *without_secrets(sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return run.Run(
@@ -167,14 +168,18 @@ def add_parser(commands: Any) -> None:
     servers.add_argument("--serve", metavar="OPTIONS", help="start both here, with these options of vllm serve")
     servers.add_argument("--serve-sparse", metavar="OPTIONS", default="", help="more options for the sparse one alone")
     servers.add_argument("--model", help="as the servers name it, or what --serve is to serve")
-    servers.add_argument("--concurrency", type=count, default=4, help="requests in flight; default: 4")
-    servers.add_argument("--timeout", type=count, default=1800, help="seconds for one answer; default: 1800")
+    servers.add_argument(
+        "--concurrency", type=count_to(MOST_IN_FLIGHT), default=4, help="requests in flight; default: 4"
+    )
+    servers.add_argument(
+        "--timeout", type=count_to(MOST_SECONDS), default=1800, help="seconds for one answer; default: 1800"
+    )
     command.add_argument("--out", type=Path, metavar="DIR", help="folder of replies and report")
     prompts = command.add_argument_group("prompts")
     prompts.add_argument("--tasks", nargs="+", help="names; default: all that have what they need")
     prompts.add_argument("--tokens", type=count, nargs="+", help=f"lengths; default: {' '.join(map(str, TOKENS))}")
-    prompts.add_argument("--samples", type=count, help=f"of each task and length; default: {SAMPLES}")
-    prompts.add_argument("--seed", type=int, help=f"of all that is drawn; default: {SEED}")
+    prompts.add_argument("--samples", type=count_to(MOST_SAMPLES), help=f"of each task and length; default: {SAMPLES}")
+    prompts.add_argument("--seed", type=count_to(MOST_SEED, least=0), help=f"of all that is drawn; default: {SEED}")
     prompts.add_argument(
         "--text", type=Path, metavar="FILE", help="a long text, plain or .xz, for needle, facts, position"
     )

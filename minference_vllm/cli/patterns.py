@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minference_vllm.cli.status import FAILED
-from minference_vllm.errors import ConfigError
-from minference_vllm.files import read_file
+from minference_vllm.errors import ConfigError, shortened
+from minference_vllm.files import read_file, write_file
 
 IMPORT = f"""\
 Makes a pattern file of a list as MInference's search writes it, which is also what checkpoints of Qwen with a context
@@ -23,6 +23,8 @@ pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.
 
 def run_import(options: argparse.Namespace) -> int:
     """Import one list."""
+    from pydantic import ValidationError
+
     from minference_vllm.compat import engines
     from minference_vllm.patterns.file import Geometry, Provenance
     from minference_vllm.patterns.importer import import_list, write
@@ -37,14 +39,20 @@ def run_import(options: argparse.Namespace) -> int:
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
         )
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # vLLM and transformers have no one kind of exception for what they refuse
         raise ConfigError(
             f"Layers and heads of {options.model!r} cannot be read from its config.json: {error}"
         ) from None
-    source = Provenance(source=options.source, file=options.list.name, licence=options.licence)
+    try:
+        source = Provenance(source=options.source, file=options.list.name, licence=options.licence)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ConfigError(
+            f"--{fault['loc'][0]} {shortened(fault['input'])} cannot stand in a file: {fault['msg']}."
+        ) from None
     content = read_file(options.list, str(options.list))
     file = import_list(content, str(options.list), geometry, options.name or [options.model], source)
-    _save(options.out, write(file))
+    write_file(options.out, write(file), str(options.out))
     print(f"{options.out}: {describe(file)}")
     return 0
 
@@ -55,7 +63,7 @@ def run_published(options: argparse.Namespace) -> int:
     from minference_vllm.patterns.published import published
 
     for name, file in published(options.sdist):
-        _save(options.out / name, write(file))
+        write_file(options.out / name, write(file), str(options.out / name))
         print(f"{options.out / name}: {describe(file)}")
     return 0
 
@@ -84,14 +92,6 @@ def describe(file: Any) -> str:
         *(f"note: {note}" for note in file.provenance.notes),
     ]
     return "\n  ".join(lines)
-
-
-def _save(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def add_parser(commands: Any) -> None:

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minference_vllm.cli.arguments import count, count_to
 from minference_vllm.cli.status import FAILED
 from minference_vllm.errors import ConfigError
-from minference_vllm.files import read_file
+from minference_vllm.files import parse_json, read_file, write_file
 
 if TYPE_CHECKING:
     from minference_vllm.plots.prompt import PromptChoice
+
+MOST_LAYERS = 10_000
 
 PLOT = f"""\
 Starts vLLM in this process, has it read a text once, and draws what was chosen on the way: `model`, density and recall
@@ -57,8 +60,9 @@ def draw(choice: "PromptChoice", model: str, folder: Path) -> list[Path]:
             title = f"{of}, layer {position}\n{by}"
             figure = draw_heads(choice.capture, position, choice.recall_of(position), title)
             paths += save(figure, folder, f"layer-{position:02d}")
-    (folder / "choice.json").write_text(json.dumps({"model": model, **choice.numbers()}, indent=1) + "\n")
-    return [*paths, folder / "choice.json"]
+    numbers = folder / "choice.json"
+    write_file(numbers, json.dumps({"model": model, **choice.numbers()}, indent=1) + "\n", str(numbers))
+    return [*paths, numbers]
 
 
 def _method(text: str) -> Any:
@@ -66,10 +70,7 @@ def _method(text: str) -> Any:
 
 
 def _object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{option} is not valid JSON: {error}.") from None
+    value = parse_json(text, option)
     if not isinstance(value, dict):
         raise ConfigError(f"{option} must be a JSON object, and is {type(value).__name__}.")
     return value
@@ -82,8 +83,10 @@ def add_parser(commands: Any) -> None:
     command.add_argument("model", help="directory, or name on the hub")
     command.add_argument("--prompt", type=Path, required=True, help="a file of text, up to 1 MiB")
     command.add_argument("--out", type=Path, required=True, help="the folder of the figures")
-    command.add_argument("--tokens", type=int, help="no more than so many of the text's")
-    command.add_argument("--layers", type=int, nargs="+", help="layers to draw; default: six, evenly")
+    command.add_argument("--tokens", type=count, help="no more than so many of the text's")
+    command.add_argument(
+        "--layers", type=count_to(MOST_LAYERS, least=0), nargs="+", help="layers to draw; default: six, evenly"
+    )
     command.add_argument("--method", help="a method's name, or a JSON object of its settings")
-    command.add_argument("--chunk", type=int, default=8192, help="the engine's max_num_batched_tokens")
+    command.add_argument("--chunk", type=count, default=8192, help="the engine's max_num_batched_tokens")
     command.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, a JSON object")

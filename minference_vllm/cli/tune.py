@@ -11,6 +11,7 @@ from minference_vllm.cli.arguments import count
 from minference_vllm.cli.status import FAILED
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
 from minference_vllm.errors import ConfigError
+from minference_vllm.files import refuse_unwritable
 from minference_vllm.tuning.gate import MIN_SPEEDUP, Timing, crossover, write_gate
 from minference_vllm.tuning.heads import Heads, of_model
 
@@ -26,7 +27,8 @@ Exit status: 0 written, {FAILED} not measured, {NEVER_WINS} sparse never wins, n
 
 def tune(options: argparse.Namespace) -> int:
     """Measure, decide, write; the exit status."""
-    config = load_config(None, {CONFIG_FILE_VARIABLE: str(options.out)} if options.out.exists() else {})
+    config = load_config(None, {CONFIG_FILE_VARIABLE: str(options.out)} if os.path.lexists(options.out) else {})
+    refuse_unwritable(options.out, str(options.out))
     timings: list[Timing] = []
     for timing in _measure(options, config):
         if not timings:

@@ -43,7 +43,7 @@ def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurre
             read = [reply.prompt_tokens for reply in replies if not reply.error]
             after = _work(client, is_dense) if is_dense else settled(client.work, before, sum(read), len(read))
             journal.add(Batch(task=task, tokens=tokens, vllm=vllm, replies=tuple(replies), work=after - before))
-            _refuse_hopeless(journal, client.url)
+            _refuse_hopeless(journal, client.shown_url)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         progress.close()
@@ -68,7 +68,7 @@ def _refuse_hopeless(journal: Journal, url: str) -> None:
 def _work(client: Client, is_dense: bool) -> Work:
     work = client.work()
     if is_dense:
-        work.refuse_sparse(client.url)
+        work.refuse_sparse(client.shown_url)
     return work
 
 

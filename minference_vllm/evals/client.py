@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 from minference_vllm.errors import ConfigError
 from minference_vllm.evals.errors import ServerError
 from minference_vllm.evals.extras import need
-from minference_vllm.evals.sample import Kind, Reply, Sample, Step
+from minference_vllm.evals.private import of_url
+from minference_vllm.evals.sample import POSITIONS, Kind, Reply, Sample, Step
 from minference_vllm.evals.work import Work, parse
 
 API_KEY = "OPENAI_API_KEY"
 RETRIES = 3  # of connection errors, of no answer in time, and of statuses that say to try again
 GET_TIMEOUT_S = 30
 LIKELIEST = 20  # the most that vLLM lists unless told otherwise
-POSITIONS = 16  # parts of a prompt whose log-probabilities are told apart
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 SHOWN = 500  # characters of an error
 
@@ -40,10 +40,14 @@ class Client:
 
     def __init__(self, url: str, model: str, timeout_s: float, or_the_only: bool = False) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
+        self.shown_url = of_url(self.url)
         openai = need("openai")
         self._errors = openai
         # A proxy that the environment names has another localhost.
-        through_proxy = urlsplit(self.url).hostname not in THIS_MACHINE
+        try:
+            through_proxy = urlsplit(self.url).hostname not in THIS_MACHINE
+        except ValueError as error:
+            raise ConfigError(f"{self.shown_url} is no URL: {error}.") from None
         self._api = openai.OpenAI(
             base_url=f"{self.url}/v1",
             api_key=os.environ.get(API_KEY, "unused"),
@@ -66,7 +70,10 @@ class Client:
 
     def version(self) -> str:
         """vLLM's, as the server says."""
-        return str(json.loads(self._get("/version"))["version"])
+        try:
+            return str(json.loads(self._get("/version"))["version"])
+        except (LookupError, TypeError, ValueError):
+            raise ServerError(f"{self.shown_url}/version does not say a version, as vLLM's does.") from None
 
     def reply(self, sample: Sample) -> Reply:
         """The server's reply, or its error.
@@ -79,7 +86,7 @@ class Client:
         except self._errors.APITimeoutError:
             return Reply(id=sample.id, error=f"no answer in {self._api.timeout} s")
         except self._errors.APIConnectionError as error:
-            raise ServerError(f"{self.url} cannot be reached any more: {error}") from None
+            raise ServerError(f"{self.shown_url} cannot be reached any more: {error}") from None
         except (self._errors.APIError, ValueError) as error:
             return Reply(id=sample.id, error=str(error)[:SHOWN] or type(error).__name__)
 
@@ -126,18 +133,20 @@ class Client:
         try:
             return self._api.get(f"{self.url}{path}", cast_to=str, options={"timeout": GET_TIMEOUT_S})
         except self._errors.APIError as error:
-            raise ServerError(f"{self.url}{path} cannot be read: {error}") from None
+            raise ServerError(f"{self.shown_url}{path} cannot be read: {error}") from None
 
     def _served(self, model: str, or_the_only: bool) -> str:
         try:
-            served = [entry.id for entry in self._api.models.list()]
+            served = [str(entry.id) for entry in self._api.models.list()]
         except self._errors.APIError as error:
-            raise ConfigError(f"{self.url} does not answer as a server with OpenAI's API: {error}") from None
+            raise ConfigError(f"{self.shown_url} does not answer as a server with OpenAI's API: {error}") from None
+        except (AttributeError, TypeError, ValueError):  # a page of another kind, of which the client makes something
+            raise ConfigError(f"{self.shown_url} does not answer as a server with OpenAI's API.") from None
         if model in served:
             return model
         if or_the_only and len(served) == 1:
             return str(served[0])
-        raise ConfigError(f"{self.url} serves {', '.join(served)}, not {model}: name one of them by --model.")
+        raise ConfigError(f"{self.shown_url} serves {', '.join(served)}, not {model}: name one of them by --model.")
 
 
 def _own_entries(prompt: Sequence[int] | str, listed: Any) -> Iterator[dict[str, Any]]:

@@ -5,12 +5,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import field_validator
+from pydantic_core import PydanticCustomError
 
 from minference_vllm.errors import ConfigError
-from minference_vllm.evals.line import Line, refuse_other
-from minference_vllm.evals.sample import Reply, Sample
-from minference_vllm.evals.work import Work
+from minference_vllm.evals.line import Line, read_line, refuse_other
+from minference_vllm.evals.sample import Count, Reply, Sample
+from minference_vllm.evals.work import COUNTS, Work
+from minference_vllm.files import read_lines, reason
+
+MOST_WORK = 2**63
+WHAT = "a file of replies of this version"
 
 
 class Origin(Line):
@@ -27,11 +32,18 @@ class Batch(Line):
     """Replies to samples of one task and length, and what the sparse path did for them."""
 
     task: str
-    tokens: int
+    tokens: Count
     vllm: str
     """The version that the server says it is."""
     replies: tuple[Reply, ...]
     work: Work
+
+    @field_validator("work")
+    @classmethod
+    def _can_be_added(cls, work: Work) -> Work:
+        if any(abs(getattr(work, name)) > MOST_WORK for name in COUNTS):
+            raise PydanticCustomError("work", "no server counts so far", {})
+        return work
 
 
 class Journal:
@@ -49,11 +61,7 @@ class Journal:
         self.origin = origin
         self.batches: list[Batch] = []
         self._path = path
-        lines = self._read() if path.exists() else []
-        if lines:
-            self._take(lines)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.path.lexists(path) or not self._take():
             self._append(origin)
 
     def add(self, batch: Batch) -> None:
@@ -63,6 +71,18 @@ class Journal:
     def replies(self) -> dict[str, Reply]:
         """The newest reply to each sample."""
         return {reply.id: reply for batch in self.batches for reply in batch.replies}
+
+    def refuse_misfits(self, samples: Sequence[Sample]) -> None:
+        """Check that all replies can be scored.
+
+        Raises:
+            ConfigError: one cannot.
+        """
+        replies = self.replies()
+        for sample in samples:
+            reply = replies.get(sample.id)
+            if reply is not None and not reply.error and not reply.fits(sample):
+                raise ConfigError(f"{self._path} has a reply to {sample.id} that is none to it: take another folder.")
 
     def left(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples that are still to be asked; those that ended in an error are."""
@@ -75,23 +95,31 @@ class Journal:
         return sum((batch.work for batch in batches), start=Work())
 
     def _append(self, line: Line) -> None:
-        with self._path.open("a") as file:
-            file.write(f"{line.model_dump_json()}\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _read(self) -> list[bytes]:
-        """The lines of the file; what a run that was cut off left half written is dropped."""
-        raw = self._path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if whole < len(raw):
-            os.truncate(self._path, whole)
-        return raw[:whole].splitlines()
-
-    def _take(self, lines: list[bytes]) -> None:
         try:
-            found = Origin.model_validate_json(lines[0])
-            self.batches = [Batch.model_validate_json(line) for line in lines[1:]]
-        except ValidationError as error:
-            raise ConfigError(f"{self._path} is no file of replies of this version: {error}") from None
-        refuse_other(self._path, found, self.origin)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(f"{line.model_dump_json()}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self._path} cannot be written: {reason(error)}.") from None
+
+    def _take(self) -> bool:
+        """Read the file, whether it holds anything yet; what a run that was cut off left half written is dropped."""
+        whole = 0
+        for number, line in enumerate(read_lines(self._path, str(self._path)), start=1):
+            is_cut = not line.endswith(b"\n")
+            if is_cut and (number > 1 or self._first.startswith(line)):  # else it is a file of someone else's
+                os.truncate(self._path, whole)
+                break
+            whole += len(line)
+            where = f"{self._path}, line {number}"
+            if number > 1:
+                self.batches.append(read_line(Batch, line, where, WHAT))
+            else:
+                refuse_other(self._path, read_line(Origin, line, where, WHAT), self.origin)
+        return whole > 0
+
+    @property
+    def _first(self) -> bytes:
+        return f"{self.origin.model_dump_json()}\n".encode()

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What prompts are made of: a tokenizer, the user's text, the user's prompts."""
 
+import io
 import json
 import lzma
 import random
+from codecs import BOM_UTF8
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from minference_vllm.errors import ConfigError
+from minference_vllm.errors import ConfigError, shortened
 from minference_vllm.evals.extras import need
+from minference_vllm.files import parse_json, read_file
 
+MAX_TEXT_BYTES = 2**28  # of the user's text, unpacked, and of their prompts
+WANTED = '"prompt", a text, or "messages", a list of objects with a "role"'
 SLACK = 16  # tokens: a text that is cut and joined has a few tokens more than its parts
 
 
@@ -64,7 +69,12 @@ class Tokenizer:
         """As `ask`, of a conversation, always in the chat template."""
         if not self._tokenizer.chat_template:
             raise ConfigError("Prompts of messages need a tokenizer with a chat template: give texts instead.")
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's own
+            raise ConfigError(
+                f"The tokenizer's chat template refuses a conversation: {shortened(error, str)}."
+            ) from None
         return {"prompt": str(text) + answer_start, "add_special_tokens": False}
 
     def length(self, asked: dict[str, Any]) -> int:
@@ -120,40 +130,71 @@ def check_room(task: str, tokens: int, room: int, least: int = 1) -> None:
         raise ConfigError(f"The task {task} does not fit into {tokens} tokens: ask for more by --tokens.")
 
 
-def load_text(path: Path) -> str:
-    """A text file, plain or compressed by xz."""
+def load_text(path: Path, expected: str | None = None) -> str:
+    """A text file, plain or compressed by xz; `expected` is the fingerprint that it is to have.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, or has changed.
+    """
+    name = f"--text {path}"
+    raw = _read(path, name, expected)
     try:
-        raw = path.read_bytes()
-        return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ConfigError(f"--text {path} cannot be read as UTF-8 text: {error}.") from None
+        if path.suffix == ".xz":
+            with lzma.open(io.BytesIO(raw)) as packed:
+                raw = packed.read(MAX_TEXT_BYTES + 1)
+        if len(raw) > MAX_TEXT_BYTES:
+            raise ConfigError(f"{name} is unpacked larger than {MAX_TEXT_BYTES:,} bytes: give less.")
+        return raw.decode()
+    except (EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ConfigError(f"{name} cannot be read as UTF-8 text: {error}.") from None
 
 
-def load_prompts(path: Path) -> tuple[dict[str, Any], ...]:
-    """A JSONL file, each line an object with "prompt" (a text) or "messages" (of a chat)."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path} cannot be read: {error}.") from None
+def load_prompts(path: Path, expected: str | None = None) -> tuple[dict[str, Any], ...]:
+    """A JSONL file, each line an object with "prompt" (a text) or "messages" (of a chat); `expected` as in load_text.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, has changed, or has another line.
+    """
+    lines = _read(path, f"--prompts {path}", expected).removeprefix(BOM_UTF8).split(b"\n")
     return tuple(_prompt(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _prompt(path: Path, number: int, line: str) -> dict[str, Any]:
-    wanted = 'a JSON object with "prompt", a text, or "messages", a list'
+def _prompt(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    given = parse_json(line, where)
+    if not _is_prompt(given):
+        raise ConfigError(f"{where} must be a JSON object with either {WANTED}.")
     try:
-        given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {number} is no JSON ({error}); each line is {wanted}.") from None
-    if not isinstance(given, dict) or not (
-        isinstance(given.get("prompt"), str) or isinstance(given.get("messages"), list)
-    ):
-        raise ConfigError(f"{path}, line {number}: each line is {wanted}.")
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where} has half a surrogate pair, which is no letter.") from None
     return given
+
+
+def _is_prompt(given: Any) -> bool:
+    if not isinstance(given, dict) or ("prompt" in given) == ("messages" in given):
+        return False
+    if "prompt" in given:
+        return isinstance(given["prompt"], str)
+    messages = given["messages"]
+    return isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
+
+
+def _is_message(given: Any) -> bool:
+    return isinstance(given, dict) and isinstance(given.get("role"), str)
+
+
+def _read(path: Path, name: str, expected: str | None) -> bytes:
+    raw = read_file(path, name, MAX_TEXT_BYTES)
+    if expected is not None and _told(raw) != expected:
+        raise ConfigError(f"{name} has changed while it was read: give the same command once more.")
+    return raw
 
 
 def fingerprint(path: Path) -> str:
     """Tells a file from others in a few letters."""
-    try:
-        return sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    return _told(read_file(path, str(path), MAX_TEXT_BYTES))
+
+
+def _told(raw: bytes) -> str:
+    return sha256(raw).hexdigest()[:16]

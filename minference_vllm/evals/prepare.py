@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from minference_vllm.errors import ConfigError
 from minference_vllm.evals import tasks
-from minference_vllm.evals.line import Line, refuse_other
+from minference_vllm.evals.line import Line, read_line, refuse_other
 from minference_vllm.evals.material import Material, Tokenizer, fingerprint, load_prompts, load_text
 from minference_vllm.evals.sample import Sample
 from minference_vllm.evals.tasks import agreement, ruler
+from minference_vllm.files import read_lines, write_file
 
 FILE = "samples.jsonl"
+WHAT = "a file of samples that `minference-vllm eval --prepare` made"
+MAX_SEED = 2**63 - 1
 TOKENIZER_FILE = "tokenizer.json"  # of most tokenizers
 
 
@@ -48,7 +54,7 @@ class Settings(Line):
     tasks: tuple[str, ...]
     tokens: tuple[int, ...]
     samples: int
-    seed: int
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     chat: bool
     text: str | None
     prompts: str | None
@@ -85,7 +91,7 @@ def prepare(request: Request, folder: Path) -> Prepared:
     """
     path = folder / FILE
     settings, left_out = _settle(request)
-    if path.exists():
+    if os.path.lexists(path):
         found = load(folder)
         refuse_other(path, found.header.settings, settings)
         return found
@@ -99,10 +105,8 @@ def prepare(request: Request, folder: Path) -> Prepared:
 
 def save(folder: Path, header: Header, samples: Sequence[Sample]) -> Prepared:
     """Write the file of a folder, and give what it holds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{FILE}.tmp"
-    draft.write_text("".join(f"{line.model_dump_json()}\n" for line in (header, *samples)))
-    os.replace(draft, folder / FILE)  # it is whole or not there
+    text = "".join(f"{line.model_dump_json()}\n" for line in (header, *samples))
+    write_file(folder / FILE, text, str(folder / FILE))
     return load(folder)
 
 
@@ -112,14 +116,21 @@ def load(folder: Path) -> Prepared:
     Raises:
         ConfigError: there are none in this folder.
     """
-    path = folder / FILE
-    try:
-        raw = path.read_bytes()
-        first, *lines = raw.splitlines()
-        samples = [Sample.model_validate_json(line) for line in lines]
-        return Prepared(Header.model_validate_json(first), samples, sha256(raw).hexdigest())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} holds no samples that eval --prepare has made: {error}") from None
+    path, digest = folder / FILE, sha256()
+    header: Header | None = None
+    samples: list[Sample] = []
+    for number, line in enumerate(read_lines(path, str(path)), start=1):
+        digest.update(line)
+        where = f"{path}, line {number}"
+        if header is None:
+            header = read_line(Header, line, where, WHAT)
+        else:
+            samples.append(read_line(Sample, line, where, WHAT))
+            if flaw := samples[-1].flaw:
+                raise ConfigError(f"{where} has a sample that cannot be scored: {flaw}.")
+    if header is None or not samples:
+        raise ConfigError(f"{path} holds no samples: make them anew, by minference-vllm eval --prepare.")
+    return Prepared(header, samples, digest.hexdigest())
 
 
 def _settle(request: Request) -> tuple[Settings, dict[str, str]]:
@@ -163,8 +174,8 @@ def _make(request: Request, settings: Settings) -> tuple[list[Sample], dict[str,
     material = Material(
         tokenizer=tokenizer,
         tokenizer_name=request.tokenizer,
-        text=tokenizer.encode(load_text(request.text)) if request.text else [],
-        prompts=load_prompts(request.prompts) if request.prompts else (),
+        text=tokenizer.encode(load_text(request.text, settings.text)) if request.text else [],
+        prompts=load_prompts(request.prompts, settings.prompts) if request.prompts else (),
         seed=request.seed,
     )
     samples: list[Sample] = []

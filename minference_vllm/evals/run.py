@@ -17,7 +17,9 @@ from minference_vllm.evals.client import Client
 from minference_vllm.evals.journal import Journal, Origin
 from minference_vllm.evals.page import make_page
 from minference_vllm.evals.prepare import Prepared
+from minference_vllm.evals.private import of_url, without_secrets
 from minference_vllm.evals.report import make_report
+from minference_vllm.files import write_file
 
 JSON_REPORT, HTML_REPORT = "report.json", "report.html"
 
@@ -44,7 +46,7 @@ class Server:
 
     @property
     def origin(self) -> str:
-        return self.url or shlex.join(["vllm", *self.arguments])
+        return of_url(self.url) or shlex.join(["vllm", *without_secrets(self.arguments)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +87,17 @@ def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
         )
         for server in run.servers
     )
+    for journal in (dense, sparse):
+        journal.refuse_misfits(prepared.samples)
     for server, journal in ((run.dense, dense), (run.sparse, sparse)):
         # A server that has nothing left to answer is not started: that takes minutes.
         if journal.left(prepared.samples):
             with _client(run, server) as client:
                 answer(client, prepared.samples, journal, run.concurrency, server.is_dense)
     report = {**run.record, **make_report(prepared, dense, sparse)}
-    (run.folder / JSON_REPORT).write_text(f"{json.dumps(report, indent=1, allow_nan=False)}\n")
-    (run.folder / HTML_REPORT).write_text(make_page(report))
+    pages = {JSON_REPORT: f"{json.dumps(report, indent=1, allow_nan=False)}\n", HTML_REPORT: make_page(report)}
+    for name, text in pages.items():
+        write_file(run.folder / name, text, str(run.folder / name))
     return report
 
 
@@ -103,15 +108,15 @@ def check_servers(run: Run) -> None:
         ConfigError: they do not, or are not.
     """
     if run.dense.url and run.dense.url == run.sparse.url:
-        raise ConfigError(f"--dense and --sparse are both {run.dense.url}: name two servers.")
+        raise ConfigError(f"--dense and --sparse are both {of_url(run.dense.url)}: name two servers.")
     for server in run.servers:
         if server.url:
             with _client(run, server) as client:
                 work = client.work()
                 if server.is_dense:
-                    work.refuse_sparse(client.url)
+                    work.refuse_sparse(client.shown_url)
                 elif not work.exported:
-                    logger.warning("%s has no metrics of minference_vllm: is it the sparse server?", client.url)
+                    logger.warning("%s has no metrics of minference_vllm: is it the sparse server?", client.shown_url)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,18 @@
 """A prompt with what is needed to score its answer, and what a server replied to it. Both are lines of JSON files."""
 
 from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
 
 from minference_vllm.evals.line import Line
+
+POSITIONS = 16
+"""Parts of a prompt whose log-probabilities are told apart."""
+
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+LogProb = Annotated[float, Field(ge=-1e6, le=1e-3)]
+"""A little above 0 by rounding; vLLM says -9999 for what cannot be."""
 
 
 class Kind(StrEnum):
@@ -30,21 +40,32 @@ class Sample(Line):
     """One prompt."""
 
     task: str
-    tokens: int
+    tokens: Count
     """The length that was asked for; prompt and answer fit in it."""
-    index: int
+    index: Count
     """Among those of its task and length."""
     kind: Kind
-    prompt: str | tuple[int, ...]
+    prompt: str | tuple[Count, ...]
     """A text, or token ids where it matters which token stands where."""
-    max_tokens: int
+    max_tokens: Count
     references: tuple[str, ...] = ()
-    answers: tuple[int, ...] = ()
+    answers: tuple[Count, ...] = ()
     """Positions of the answers' tokens in a prompt that holds them."""
     depth: float | None = None
     """How far into the prompt what is asked for lies, from 0 to 1."""
     add_special_tokens: bool = True
     """False where a chat template has put them into the text."""
+
+    @property
+    def flaw(self) -> str:
+        """Why no reply to it can be scored; empty if one can."""
+        if self.kind.reads_prompt and (isinstance(self.prompt, str) or len(self.prompt) < 2):
+            return "prompt: one that is scored itself must be two or more token ids"
+        if self.kind in (Kind.ALL, Kind.ANY) and not self.references:
+            return "references: an answer in text needs some"
+        if self.kind is Kind.FIRST_CHOICE and not all(1 <= at < len(self.prompt) for at in self.answers or (0,)):
+            return "answers: they must be positions in the prompt, after its first token"
+        return ""
 
     @property
     def group(self) -> tuple[str, int]:
@@ -60,20 +81,29 @@ class Step(Line):
     """One generated token, and the log-probabilities of the likeliest tokens in its place."""
 
     token: str
-    likeliest: dict[str, float]
+    likeliest: dict[str, LogProb]
 
 
 class Reply(Line):
     """What a server replied."""
 
     id: str
-    prompt_tokens: int = 0
+    prompt_tokens: Count = 0
     text: str = ""
     error: str = ""
     """Why there is no answer; empty if there is one."""
-    logprobs: tuple[float, ...] = ()
+    logprobs: tuple[LogProb, ...] = ()
     """Mean log-probability of a prompt's tokens in each of equal parts of it."""
     first_choices: tuple[bool, ...] = ()
     """For each token of the answers in a prompt, whether it is the likeliest."""
     steps: tuple[Step, ...] = ()
     """The generated tokens, where their probabilities were asked for."""
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether it holds what a score of this sample is made of."""
+        match sample.kind:
+            case Kind.FIRST_CHOICE:
+                return len(self.first_choices) == len(sample.answers)
+            case Kind.LOGPROB:
+                return len(self.logprobs) == POSITIONS
+        return True

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 from minference_vllm.errors import ConfigError
 from minference_vllm.evals.errors import ServerError
@@ -38,7 +39,12 @@ def arguments(model: str, options: str, is_dense: bool) -> list[str]:
     Raises:
         ConfigError: they choose what is chosen here.
     """
-    given = shlex.split(options)
+    try:
+        given = shlex.split(options)
+    except ValueError as error:
+        raise ConfigError(
+            f"--serve and --serve-sparse are read as a shell does, and this is no such line: {error}."
+        ) from None
     for taken in (BACKEND_OPTION, "--host", "--port"):
         if any(option == taken or option.startswith(f"{taken}=") for option in given):
             raise ConfigError(f"--serve may not hold {taken}, which this command sets: leave it out.")
@@ -73,8 +79,7 @@ def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | No
         ServerError: it did not come up.
     """
     port = _free_port()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with _log_file(log) as output:
         process = subprocess.Popen(
             [*VLLM, *arguments, "--host", HOST, "--port", str(port)],
             env=environ,
@@ -88,6 +93,14 @@ def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | No
         yield ServerProcess(url, process)
     finally:
         _stop(process)
+
+
+def _log_file(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def excerpt(log: Path) -> str:

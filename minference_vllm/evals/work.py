@@ -5,7 +5,8 @@ import operator
 import time
 from collections.abc import Callable
 
-from minference_vllm.errors import ConfigError
+from minference_vllm.errors import ConfigError, shortened
+from minference_vllm.evals.errors import ServerError
 from minference_vllm.evals.extras import need
 from minference_vllm.evals.line import Line
 from minference_vllm.metrics import snapshot as names
@@ -97,7 +98,17 @@ def parse(text: str) -> Work:
 
     The page has each head's mean recall, not their sum. Every sparse chunk is measured in all layers that may run
     sparse, so all heads were measured equally often, and the sum is the mean of the means times the heads measured.
+
+    Raises:
+        ServerError: it is no such page.
     """
+    try:
+        return _counted(text)
+    except (ArithmeticError, LookupError, ValueError) as error:
+        raise ServerError(f"The server's /metrics cannot be read: {shortened(error, str)}.") from None
+
+
+def _counted(text: str) -> Work:
     families = need("prometheus_client.parser").text_string_to_metric_families(text)
     samples = [sample for family in families for sample in family.samples]
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pattern file of a model, JSON: how much each query head of each layer keeps. It is checked when it is read."""
 
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from minference_vllm.errors import ConfigError, shortened
-from minference_vllm.files import read_file
+from minference_vllm.files import parse_json, read_file
 from minference_vllm.methods import MAX_TOKENS
 
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_NAMES = 1000, 1024, 4096, 64
@@ -184,13 +185,19 @@ def parse_pattern(content: bytes | str, name: str) -> PatternFile:
         ConfigError: it is none.
     """
     try:
-        return PatternFile.model_validate_json(content)
+        # pydantic reads JSON by looser rules, and numbers and lists of Python by stricter ones.
+        parse_json(content, "It")
+        return PatternFile.model_validate_json(
+            content.removeprefix(BOM_UTF8) if isinstance(content, bytes) else content
+        )
     except ValidationError as error:
         faults = error.errors(include_url=False)
         sentences = [_describe(dict(fault)) for fault in faults[:MOST_FAULTS]]
         if more := len(faults) - len(sentences):
             sentences.append(f"{more} more faults.")
         raise ConfigError(f"The pattern file {name} cannot be used. {' '.join(sentences)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"The pattern file {name} cannot be used. {error}") from None
 
 
 def _describe(fault: dict[str, Any]) -> str:

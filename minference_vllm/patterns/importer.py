@@ -13,6 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from minference_vllm.errors import ConfigError, shortened
+from minference_vllm.files import parse_json
 from minference_vllm.patterns.file import A_SHAPE, Geometry, PatternFile, Provenance, parse_pattern
 
 VERTICAL_SLASH, STREAMING, BLOCK_SPARSE = "vertical_and_slash", "stream_llm", "block_sparse"
@@ -63,12 +64,7 @@ def import_list(
 
 def find_list(content: bytes, name: str) -> list[Any]:
     """The list in a file: alone, or in a model's config.json."""
-    try:
-        found = json.loads(content)
-    except RecursionError:
-        raise ConfigError(f"{name} is nested too deeply.") from None
-    except ValueError as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}.") from None
+    found = parse_json(content, name)
     if isinstance(found, dict):
         dual_chunk = found.get("dual_chunk_attention_config")
         found = dual_chunk.get("sparse_attention_config") if isinstance(dual_chunk, dict) else None

@@ -63,15 +63,20 @@ def _models(path: Path) -> dict[str, list[str]]:
     """Names of models by their list, from the assignment in MInference's module, which is read and not run."""
     models: dict[str, list[str]] = {}
     try:
-        tree = ast.parse(read_file(path, str(path)))
+        # Without a name, Python looks for the lines that its errors show in a file "<unknown>".
+        tree = ast.parse(read_file(path, str(path)), str(path))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{path} cannot be read as Python: {error}.") from None
     for table in (node for node in ast.walk(tree) if isinstance(node, ast.Dict)):
         for model, where in zip(table.keys, table.values, strict=True):
-            if isinstance(model, ast.Constant) and isinstance(where, ast.Call):
-                file = where.args[-1]
-                if isinstance(file, ast.Constant):
-                    models.setdefault(str(file.value), []).append(str(model.value))
+            file = where.args[-1] if isinstance(where, ast.Call) and where.args else None
+            name, listed = _text_of(model), _text_of(file)
+            if name is not None and listed is not None:
+                models.setdefault(listed, []).append(name)
     if not models:
         raise ConfigError(f"{path} names no models: it must be that of {RELEASE}.")
     return models
+
+
+def _text_of(node: ast.expr | None) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None

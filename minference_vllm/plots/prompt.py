@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Has vLLM read one prompt in this process, and looks at what is chosen on the way."""
 
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from minference_vllm.patterns import Resolved
 from minference_vllm.plots.capture import Capture
 from minference_vllm.reason import Reason
 from minference_vllm.recall import LayerRecall
+
+logger = logging.getLogger("vllm.minference.plots")
 
 # Whatever a server's gate, all of the prompt goes sparse here but a last token that comes alone.
 OPEN_GATE = {"min_seq_len": 0, "min_chunk": 1, "measure_recall": True}
@@ -101,7 +104,13 @@ def read_prompt(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the chooser is put into this process
     plugin.register()  # vLLM does so where the package is installed, not where it only lies in the path
     options = {"max_model_len": len(tokens) + 1, "enforce_eager": True, "enable_prefix_caching": False, **engine}
-    llm = engines.offline_engine(model, {**settings, **OPEN_GATE}, options)
+    try:
+        llm = engines.offline_engine(model, {**settings, **OPEN_GATE}, options)
+    except ConfigError:
+        raise
+    except Exception as error:  # vLLM has no one kind of exception for what it refuses
+        logger.debug("vLLM did not start", exc_info=True)
+        raise ConfigError(f"vLLM does not start {model!r} with these options: {error}") from None
     ours = engines.our_layers(llm)
     if not ours:
         raise ConfigError(f"None of the attention layers of {model!r} is the plugin's: the log says why.")

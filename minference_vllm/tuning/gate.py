@@ -2,9 +2,13 @@
 """From times to the gate: the length from which sparse prefill wins, and the file that says so."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from minference_vllm.errors import ConfigError
+from minference_vllm.files import parse_json, read_file, write_file
 
 MIN_SPEEDUP = 1.02
 """Less than this is noise."""
@@ -33,7 +37,13 @@ def crossover(timings: Iterable[Timing]) -> int | None:
 
 
 def write_gate(path: Path, min_seq_len: int) -> None:
-    """Set min_seq_len in a file of settings, and leave its other settings as they are."""
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**settings, "min_seq_len": min_seq_len}, indent=2) + "\n")
+    """Set min_seq_len in a file of settings, and leave its other settings as they are.
+
+    Raises:
+        ConfigError: it cannot be read, written, or holds something else: it may have changed during the measurement.
+    """
+    name = str(path)
+    settings = parse_json(read_file(path, name), name) if os.path.lexists(path) else {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{name} holds {type(settings).__name__}: it must hold a JSON object.")
+    write_file(path, json.dumps({**settings, "min_seq_len": min_seq_len}, indent=2) + "\n", name)

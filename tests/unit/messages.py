@@ -24,6 +24,7 @@ SAYING = {
 }
 # Where one of these sentences, or a whole exception, is passed on; nothing is added there.
 FORWARDING = {
+    "cli.arguments.Parser.error",
     "config.load_config",
     "impl.SparseLayerMixin.decide",
     "impl.runtime_of",

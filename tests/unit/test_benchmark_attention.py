@@ -36,7 +36,7 @@ def result(tmp_path_factory) -> dict:
     """What the smoke run writes."""
     path = tmp_path_factory.mktemp("result") / "a.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "describe_run", lambda without_gpu: RUN)
+        patch.setattr(results, "describe_run", lambda *_: RUN)
         patch.setattr(timing, "WARM_UPS", 1)
         patch.setattr(timing, "RUNS_IF_FASTER", ((float("inf"), 1),))
         patch.setattr(sys, "argv", ["attention", "--tiny", "--out", str(path)])

@@ -16,7 +16,7 @@ ROW = {"task": "needle", "tokens": 8192, "samples": 2, "dense_score": 1.0, "spar
 def convert(report: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     (folder / "report.json").write_text(json.dumps(report))
     options = ["evaluate", "--report", str(folder / "report.json"), "--out", str(folder / "result.json")]
-    monkeypatch.setattr(evaluate.results, "describe_run", lambda without_gpu: RUN)
+    monkeypatch.setattr(evaluate.results, "describe_run", lambda *_: RUN)
     monkeypatch.setattr("sys.argv", options)
     evaluate.main()
     return json.loads((folder / "result.json").read_text())

@@ -52,7 +52,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
     monkeypatch.setattr(Engine, "slower", {})
     monkeypatch.setattr(never_slower, "EngineProcess", Engine)
     monkeypatch.setattr(never_slower, "SECONDS", 0.0)
-    monkeypatch.setattr(results, "describe_run", lambda without_gpu: RUN)
+    monkeypatch.setattr(results, "describe_run", lambda *_: RUN)
     return Engine
 
 
@@ -172,7 +172,7 @@ def test_parts_that_do_not_fit_are_refused(
     run(out="all.json")
     with pytest.raises(SystemExit, match="45 cells where there are 36"):
         run("--merge", "one.json", "all.json")
-    monkeypatch.setattr(results, "describe_run", lambda without_gpu: {**RUN, "gpu": "another"})
+    monkeypatch.setattr(results, "describe_run", lambda *_: {**RUN, "gpu": "another"})
     run("--cells", "[!1]*", "16384/*", out="two.json")
     with pytest.raises(SystemExit, match=r"two\.json is no part of the same run as one\.json: they differ in gpu"):
         run("--merge", "one.json", "two.json")

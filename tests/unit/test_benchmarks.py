@@ -59,7 +59,7 @@ def haystack(tokenizer) -> Haystack:
 
 
 def test_a_result_is_one_object_with_flat_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "describe_run", lambda without_gpu: RUN)
+    monkeypatch.setattr(results, "describe_run", lambda *_: RUN)
     rows = [{"tokens": 1, "density": None}, {"tokens": 2, "density": 0.5}]
     results.write(tmp_path / "new" / "a.json", rows, settings={"chunk": {"rows": 3}}, note="x")
     written = json.loads((tmp_path / "new" / "a.json").read_text())
@@ -71,7 +71,7 @@ def test_a_result_is_one_object_with_flat_rows(tmp_path, monkeypatch):
     [([], {}), ([{"a": [1]}], {}), ([{"a": {}}], {}), ([{"a": float("nan")}], {}), ([{"a": 1}], {"gpu": "mine"})],
 )
 def test_a_malformed_result_is_not_written(tmp_path, monkeypatch, rows, extra):
-    monkeypatch.setattr(results, "describe_run", lambda without_gpu: RUN)
+    monkeypatch.setattr(results, "describe_run", lambda *_: RUN)
     with pytest.raises(ValueError):
         results.write(tmp_path / "a.json", rows, **extra)
     assert not (tmp_path / "a.json").exists()
@@ -111,6 +111,13 @@ def test_a_card_that_cannot_be_named_is_an_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(results.ResultError, match="nvidia-smi"):
         results._card()
+
+
+def test_a_benchmark_that_needs_no_card_says_so_and_names_none(monkeypatch):
+    import_or_skip("vllm")
+    monkeypatch.setattr(results, "_card", lambda: pytest.fail("nobody asked for the card"))
+    found = results.describe_run(needs_gpu=False)
+    assert (found["gpu"], found["driver"]) == ("none needed", "none needed")
 
 
 # workers

@@ -59,6 +59,8 @@ def test_a_command_that_is_shown_is_taken(words: list[str], monkeypatch: pytest.
             cli.main(words[1:])
     else:
         module = importlib.import_module(words[2])
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{words[2]}.__main__")
         monkeypatch.setattr(sys, "argv", words[2:])
         with pytest.raises(ParsedError):
             module.main()

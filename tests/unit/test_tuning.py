@@ -215,4 +215,4 @@ def test_a_count_is_a_whole_number_above_0(value: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         cli.main(["tune", *HEADS, "--chunk", value])
     assert ended.value.code == 2
-    assert f"--chunk: {value!r} is no whole number above 0" in capsys.readouterr().err
+    assert f"--chunk: {value!r} is no whole number from 1 to 16777216" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_an_error_stops_it_too(error: type[BaseException], command: list[str], t
 def handlers() -> Iterator[None]:
     """The command sets signal handlers for its whole process: put those of the tests back.
 
-    It leaves alone what is ignored, as Ctrl-C is in a job that a shell runs in the background: nothing is, to begin with.
+    It leaves alone what is ignored, as Ctrl-C is in a shell's background job: nothing is, to begin with.
     """
     previous = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:

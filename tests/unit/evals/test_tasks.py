@@ -123,8 +123,8 @@ def test_a_question_goes_into_the_chat_template_before_the_answers_first_words(t
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ('{"prompt": "a"}\n{"text": "b"}\n', r'line 2: each line is a JSON object with "prompt"'),
-        ('{"prompt": "a"}\nb\n', "line 2 is no JSON"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', r'line 2 must be a JSON object with either "prompt"'),
+        ('{"prompt": "a"}\nb\n', "line 2 is not valid JSON"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_named(content: str, fault: str, tmp_path: Path) -> None:

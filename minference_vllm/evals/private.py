@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes keys and passwords out of what is written into reports and logs, which are for others to read."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+SECRET_OPTION = r"--(?:api[-_]k|hf[-_]t)[\w-]*"
+"""Of vllm serve, also where cut short; what follows up to the next option is secret."""
+
+WITHHELD = "***"
+ALONE = re.compile(SECRET_OPTION)
+WITHIN = re.compile(rf"({SECRET_OPTION})([=\s]+)(?:(?!\s-).)+", re.DOTALL)
+OF_URL = re.compile(r"(\w+://)[^/?#\s]*@")
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """A command's arguments, each of which may hold options itself."""
+    return list(_shown(arguments))
+
+
+def of_url(text: str) -> str:
+    """A URL, or a text with some, without names and passwords."""
+    return OF_URL.sub(rf"\1{WITHHELD}@", text)
+
+
+def _shown(arguments: Sequence[str]) -> Iterator[str]:
+    is_secret = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            is_secret = ALONE.fullmatch(argument) is not None
+        yield (
+            WITHHELD if is_secret and not argument.startswith("-") else of_url(WITHIN.sub(rf"\1\2{WITHHELD}", argument))
+        )
