@@ -238,7 +238,7 @@ class Engine:
 
 def test_all_rows_are_written_before_a_wrong_one_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_suite, "EngineProcess", Engine)
-    monkeypatch.setattr(results, "describe_run", lambda without_gpu: {"gpu": "a card"})
+    monkeypatch.setattr(results, "describe_run", lambda *_: {"gpu": "a card"})
     out = tmp_path / "suite.json"
     monkeypatch.setattr(sys, "argv", ["attention_suite", "--out", str(out), "--workers", "3"])
     with pytest.raises(SystemExit, match="1 rows are wrong"):

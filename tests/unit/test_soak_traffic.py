@@ -226,7 +226,7 @@ def test_what_ends_the_watch_ends_the_run(quick: None, monkeypatch: pytest.Monke
 
 def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["soak", "--tiny", *arguments])
-    monkeypatch.setattr(results, "describe_run", lambda without_gpu: RUN)
+    monkeypatch.setattr(results, "describe_run", lambda *_: RUN)
     return soak.main()
 
 
