@@ -58,10 +58,8 @@ def _masses(
             f"share of the {chunk.group_size} of one"
         )
     run = triton.group_masses
-    # The CUDA kernel takes no scales from the device.
-    is_for_cuda = not chunk.is_quantized and cuda.masses.supports(chunk, means.dtype, row_lse.shape[2])
     if kernel is Kernel.REFERENCE:
         run = reference.group_masses
-    elif kernel is Kernel.CUDA and is_for_cuda:
+    elif kernel is Kernel.CUDA and cuda.masses.supports(chunk, means.dtype, row_lse.shape[2]):
         run = cuda.masses.group_masses
     run(chunk, means, row_lse, first_head, masses, mean, boxes)

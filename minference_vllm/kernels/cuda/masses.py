@@ -43,10 +43,14 @@ def is_faster_in_fp8(head_dim: int, dtype: torch.dtype) -> bool:
 
 
 def supports(chunk: Chunk, means_dtype: torch.dtype, rows_per_half: int) -> bool:
-    """Whether the kernels are made for this head size and type, this many rows, and queries that lie like these."""
+    """Whether the kernels are made for this head size and type, this many rows, and queries that lie like these.
+
+    They take no scales, which a cache in FP8 comes with.
+    """
     q = chunk.q
     takes_means = means_dtype == q.dtype or (means_dtype == FP8 and is_faster_in_fp8(chunk.head_dim, q.dtype))
-    return takes_means and rows_per_half in ROWS_PER_HALF and library.takes(q, (q,), (q.stride(0), q.stride(1)))
+    takes_rows = rows_per_half in ROWS_PER_HALF and library.takes(q, (q,), (q.stride(0), q.stride(1)))
+    return takes_means and takes_rows and not chunk.is_quantized
 
 
 def group_masses(
