@@ -8,8 +8,6 @@ calls, keeps a server in the foreground.
 import json
 import os
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,8 @@ from typing import Any
 
 import openai
 from prometheus_client.parser import text_string_to_metric_families
+
+from minference_vllm.evals.serve import free_port, stop
 
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 15
@@ -87,12 +87,6 @@ def environment(model: str) -> dict[str, str]:
     return {**defaults, **os.environ}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def running(model: str, log: Path, *options: str) -> Iterator[Server]:
     """Serve `model` on a free local port inside a `with` block. The server's output goes to the file `log`."""
@@ -110,7 +104,7 @@ def running(model: str, log: Path, *options: str) -> Iterator[Server]:
         wait_until_ready(server, process)
         yield server
     finally:
-        stop(process)
+        stop(process, STOP_TIMEOUT_S)
 
 
 def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
@@ -134,16 +128,6 @@ def excerpt(log: Path, last: int = 20) -> str:
     lines = log.read_text(errors="replace").splitlines()
     causes = [line for line in lines[:-last] if "Error: " in line]
     return "\n".join([*causes[-10:], "...", *lines[-last:]])
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the process group to end, then end whatever is left of it."""
-    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(STOP_TIMEOUT_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def main() -> None:

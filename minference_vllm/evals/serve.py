@@ -78,21 +78,21 @@ def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | No
     Raises:
         ServerError: it did not come up.
     """
-    port = _free_port()
+    port = free_port()
     with _log_file(log) as output:
         process = subprocess.Popen(
             [*VLLM, *arguments, "--host", HOST, "--port", str(port)],
             env=environ,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a process group of its own: _stop reaches vLLM's workers too
+            start_new_session=True,  # a process group of its own: `stop` reaches vLLM's workers too
         )
     try:
         url = f"http://{HOST}:{port}"
         _wait_until_ready(process, url, log)
         yield ServerProcess(url, process)
     finally:
-        _stop(process)
+        stop(process)
 
 
 def _log_file(path: Path) -> BinaryIO:
@@ -123,12 +123,12 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     raise ServerError(f"vllm serve was not ready after {START_TIMEOUT_S} s. {log} ends so:\n{excerpt(log)}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], timeout_s: float = STOP_TIMEOUT_S) -> None:
     """Ask the process group to end, then end whatever is left of it."""
     try:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(STOP_TIMEOUT_S)
+            process.wait(timeout_s)
     finally:  # also where someone who is asked to wait presses Ctrl-C once more
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -144,7 +144,8 @@ def _is_cpu_build() -> bool:
         ) from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

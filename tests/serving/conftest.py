@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from demo.server import SMALL_MODEL, Server, command, environment, minference_option, running, stop
+from demo.server import SMALL_MODEL, STOP_TIMEOUT_S, Server, command, environment, minference_option, running, stop
 from tests.serving.client import Reply, complete, prefill_tokens
 from tests.serving.prompts import COPIES
 from tests.serving.server import MODEL, serving
@@ -142,7 +142,7 @@ def start(log: Path, options: list[str], environ: dict[str, str]) -> Start:
     except subprocess.TimeoutExpired:
         status = None
     finally:
-        stop(process)
+        stop(process, STOP_TIMEOUT_S)
     return Start(status, log.read_text(errors="replace"))
 
 
