@@ -10,10 +10,11 @@
 struct MInferenceAttendChunk {
     const void *q, *k, *v;
     void *out, *lse, *kept_pairs, *tile_counter;
-    const void* block_table;
+    const void *block_table, *sinks;
     int64_t stride_q_row, stride_q_head, stride_out_row, stride_out_head;
     int64_t stride_page, stride_kv_head, stride_token, stride_lse;
-    int32_t num_rows, context_len, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, is_bf16, num_programs;
+    int32_t num_rows, context_len, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, is_bf16, num_programs,
+        sinks_are_fp32;
     float scale_log2;
 };
 
@@ -40,6 +41,7 @@ static cudaError_t make_params(const MInferenceAttendChunk& a, attend::Params& p
     p.k = static_cast<const char*>(a.k);
     p.v = static_cast<const char*>(a.v);
     p.block_table = static_cast<const int32_t*>(a.block_table);
+    p.sinks = a.sinks;
     p.out = a.out;
     p.lse = static_cast<float*>(a.lse);
     p.kept_pairs = static_cast<unsigned long long*>(a.kept_pairs);
@@ -56,6 +58,7 @@ static cudaError_t make_params(const MInferenceAttendChunk& a, attend::Params& p
     p.num_qo_heads = a.num_qo_heads;
     p.group_size = a.num_qo_heads / a.num_kv_heads;
     p.tiles_per_wave = a.num_programs / p.group_size > 0 ? a.num_programs / p.group_size : 1;
+    p.sinks_are_fp32 = a.sinks_are_fp32;
     p.scale_log2 = a.scale_log2;
     cudaError_t error = hopper::make_tensor_map<3>(
         &p.q_map, hopper::sixteen_bits(a.is_bf16), a.q,

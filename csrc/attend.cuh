@@ -30,6 +30,7 @@ struct Params {
     const char* k;  // for keys that are copied one by one
     const char* v;
     const int32_t* block_table;  // this request's row
+    const void* sinks;           // a score per query head that joins each row's softmax; null without
     void* out;
     float* lse;
     unsigned long long* kept_pairs;
@@ -42,6 +43,7 @@ struct Params {
     int32_t num_qo_heads;
     int32_t group_size;      // query heads that share a KV head
     int32_t tiles_per_wave;  // that run at the same time, each for all heads of a group
+    int32_t sinks_are_fp32;  // else they are of the output's type
     float scale_log2;
 };
 

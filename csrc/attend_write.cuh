@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention kernel's output: normalised rows and their log-sum-exp.
+// The attention kernel's output: normalised rows and their log-sum-exp over keys.
 #pragma once
 
 #include "attend.cuh"
@@ -8,6 +8,15 @@
 
 namespace attend {
 
+// A head's sink as a logarithm to base 2, as scaled scores are; without sinks that of zero.
+template <typename T>
+__device__ __forceinline__ float sink_log2(const Params& p, int head) {
+    if (p.sinks == nullptr) return -INFINITY;
+    const float sink = p.sinks_are_fp32 ? __ldg(static_cast<const float*>(p.sinks) + head)
+                                        : hopper::unpack<T>(__ldg(static_cast<const uint16_t*>(p.sinks) + head)).x;
+    return sink * (1.f / LN_2);
+}
+
 // Rows are stored in pieces of 16 bytes. Each of a row's four lanes holds 4 bytes of a piece, so they exchange these
 // until each lane has whole pieces.
 //   first_row: the first of the thread's two rows, counted from the tile's first.
@@ -15,10 +24,13 @@ template <typename T, int HEAD_DIM, int OUTPUTS>
 __device__ __forceinline__ void write(
     const Params& p, const Work& work, int lane, int first_row, const float (&acc)[OUTPUTS], const Softmax<T>& softmax
 ) {
+    const float sink = sink_log2<T>(p, work.head);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float total = row_total(softmax.sum[r]);
-        const float inverse = 1.f / total;
+        // A sink has no value: all it does is take its share of the row's attention from the keys. If that is all of
+        // it, the exponential is infinite and the row is zero.
+        const float inverse = 1.f / (total + hopper::exp2_approx(sink - softmax.reference[r]));
         const int in_chunk = work.start_row() + first_row + r * 8 - p.context_len;
         const bool is_in_chunk = in_chunk >= 0 && in_chunk < p.num_rows;
         T* out = static_cast<T*>(p.out) + in_chunk * p.stride_out_row + work.head * p.stride_out_head;

@@ -11,6 +11,9 @@ from minference_vllm.index import BAND, TILE
 FP8 = torch.float8_e4m3fn
 """What a quantized cache holds, and the queries that come with it; means of keys may be kept in it too."""
 
+SINK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What learned sinks may be kept in."""
+
 
 class PagedKV(NamedTuple):
     """One request's keys and values in vLLM's paged cache.
@@ -51,6 +54,8 @@ class Chunk:
         scale: softmax scale.
         q_scale: [num_kv_heads] float32, any stride, what FP8 queries of each KV head's query heads are multiplied by;
             None if q is in the model's dtype.
+        sinks: [num_qo_heads], stride 1, a learned score of each query head that joins its rows' softmax and brings no
+            value (gpt-oss); None if the layer has none. A method's sink tokens, the prompt's first, are another thing.
 
     Raises:
         ValueError: a kernel would read or write such tensors wrongly.
@@ -62,6 +67,7 @@ class Chunk:
     context_len: int
     scale: float
     q_scale: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         q, out, (k, v, table, row, _, _) = self.q, self.out, self.kv
@@ -85,6 +91,7 @@ class Chunk:
                 f"{k.shape[1]} KV heads"
             )
         self._check_dtypes()
+        self._check_sinks()
 
     def _check_dtypes(self) -> None:
         kv = self.kv
@@ -101,6 +108,16 @@ class Chunk:
             raise ValueError(f"q is {self.q.dtype}, out {self.out.dtype}: both must be alike")
         if self.q_scale is not None and (kv.k_scale is None or self.out.dtype == FP8):
             raise ValueError(f"k is {kv.k.dtype}, out {self.out.dtype}: under FP8 queries k must be {FP8}, and out not")
+
+    def _check_sinks(self) -> None:
+        sinks = self.sinks
+        if sinks is None:
+            return
+        if sinks.shape != (self.num_qo_heads,) or sinks.stride(0) != 1 or sinks.dtype not in SINK_DTYPES:
+            raise ValueError(
+                f"sinks must be one number for each of {self.num_qo_heads} query heads, with stride 1, in "
+                f"{', '.join(map(str, SINK_DTYPES))}; got {sinks.dtype} {tuple(sinks.shape)}, strides {sinks.stride()}"
+            )
 
     @property
     def is_quantized(self) -> bool:

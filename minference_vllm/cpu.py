@@ -165,7 +165,7 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
         for run in runs:
             rows = slice(run.query_start, run.query_end)
             kv = PagedKV(k, v, metadata.block_table, run.first, k_scale, v_scale)
-            dense(query[rows], kv, run.max_seq_len - run.max_query_len, self.scale, output[rows], q_scale)
+            dense(query[rows], kv, run.max_seq_len - run.max_query_len, self.scale, output[rows], q_scale, self.sinks)
 
 
 def _requests(metadata: CPUAttentionMetadata) -> list[DenseRun]:

@@ -31,6 +31,7 @@ class SparseLayerMixin(SparseLayer):
     # vLLM's implementation beside this mixin sets these.
     num_heads: int
     scale: float
+    sinks: torch.Tensor | None
     supports_quant_query_input: bool
 
     def attach_runtime(self, device: torch.device) -> None:
@@ -49,6 +50,7 @@ class SparseLayerMixin(SparseLayer):
             max_chunk=min(scheduler.max_num_batched_tokens, model.max_model_len),
             has_fp8_kv=has_fp8_kv,
             has_fp8_q=has_fp8_kv and self.supports_quant_query_input,
+            sinks_dtype=None if self.sinks is None else self.sinks.dtype,
         )
 
     def decide(self) -> None:
@@ -91,7 +93,7 @@ class SparseLayerMixin(SparseLayer):
             span = slice(rows.query_start, rows.query_start + rows.num_rows)
             kv = PagedKV(k, v, block_table, rows.request, k_scale, v_scale)
             ran = not self.runtime.is_broken and self.runtime.run(
-                query[span], output[span], kv, rows.context_len, self.scale, self.layer_state, q_scale
+                query[span], output[span], kv, rows.context_len, self.scale, self.layer_state, q_scale, self.sinks
             )
             if not ran:
                 failed.append(rows)

@@ -46,7 +46,6 @@ class SparseLayer:
     sliding_window: Any
     alibi_slopes: Any
     logits_soft_cap: float | None
-    sinks: Any
     kv_cache_dtype: str
     kv_sharing_target_layer_name: str | None
 
@@ -87,7 +86,6 @@ def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[i
         attends_within_chunks=bool(getattr(layer, "attention_chunk_size", None)),
         has_alibi=impl.alibi_slopes is not None,
         has_soft_cap=bool(impl.logits_soft_cap),
-        has_sinks=impl.sinks is not None,
         has_other_quantization=quantization.is_quantized(impl.kv_cache_dtype) and not is_fp8,
         # vLLM keeps FP8 as bytes.
         has_other_dtype=not is_fp8 and layer.kv_cache_torch_dtype != vllm_config.model_config.dtype,

@@ -21,7 +21,6 @@ class LayerTraits:
     attends_within_chunks: bool
     has_alibi: bool
     has_soft_cap: bool
-    has_sinks: bool
     has_other_quantization: bool
     """The cache is quantized otherwise than to FP8 (e4m3) with one scale for the layer, or one a KV head."""
     has_other_dtype: bool
@@ -46,7 +45,6 @@ _LAYER_RULES: tuple[tuple[Reason, Callable[[LayerTraits], bool]], ...] = (
     (Reason.SLIDING_WINDOW, lambda layer: layer.has_sliding_window),
     (Reason.ALIBI, lambda layer: layer.has_alibi),
     (Reason.SOFT_CAP, lambda layer: layer.has_soft_cap),
-    (Reason.ATTENTION_SINKS, lambda layer: layer.has_sinks),
     (Reason.QUANTIZED_KV, lambda layer: layer.has_other_quantization),
     (Reason.KV_SHARING, lambda layer: layer.shares_kv),
     (Reason.CONTEXT_PARALLEL, lambda layer: layer.is_context_parallel),

@@ -28,7 +28,6 @@ class Reason(StrEnum):
     CHUNKED_LOCAL = "chunked_local"
     ALIBI = "alibi"
     SOFT_CAP = "logits_soft_cap"
-    ATTENTION_SINKS = "attention_sinks"
     QUANTIZED_KV = "quantized_kv_cache"
     DTYPE = "dtype"
     HEAD_DIM = "head_dim"

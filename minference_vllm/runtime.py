@@ -172,6 +172,7 @@ class Runtime:
         scale: float,
         layer: LayerState,
         q_scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> bool:
         """Sparse attention of one layer for one chunk; arguments as Chunk's.
 
@@ -179,7 +180,7 @@ class Runtime:
             Whether it could be done; if not, `out` is undefined.
         """
         try:
-            chunk = Chunk(q, out, kv, context_len, scale, q_scale)
+            chunk = Chunk(q, out, kv, context_len, scale, q_scale, sinks)
             index = prefill(chunk, self.method, layer, self.chooser)
             if self.config.debug:
                 debug.check(chunk, index, layer)
@@ -260,7 +261,10 @@ class Runtime:
         one = torch.ones(shape.num_kv_heads, device=self.device)
         of_cache, of_queries = one if shape.has_fp8_kv else None, one if shape.has_fp8_q else None
         kv = PagedKV(k, v, table, 0, of_cache, of_cache)
-        chunk = Chunk(q, torch.empty_like(q, dtype=shape.dtype), kv, length - rows, 1.0, of_queries)
+        sinks = None
+        if shape.sinks_dtype is not None:
+            sinks = torch.zeros(shape.num_qo_heads, dtype=shape.sinks_dtype, device=self.device)
+        chunk = Chunk(q, torch.empty_like(q, dtype=shape.dtype), kv, length - rows, 1.0, of_queries, sinks)
         buffers, attend, recall = self._claim(shape)
         budgets = self.method.budgets(shape.num_qo_heads, self.device)
         attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))

@@ -62,7 +62,8 @@ MASS_BYTES = 128 * 2**20
 class ScratchShape:
     """What sizes scratch: a layer's heads on this tensor-parallel rank, the longest request and chunk in tokens.
 
-    `dtype` is the model's; the cache, and the queries with it, may be in FP8.
+    `dtype` is the model's; the cache, and the queries with it, may be in FP8. `sinks_dtype` is that of Chunk.sinks: it
+    sizes nothing, but kernels are compiled for it.
     """
 
     num_qo_heads: int
@@ -73,6 +74,7 @@ class ScratchShape:
     max_chunk: int
     has_fp8_kv: bool = False
     has_fp8_q: bool = False
+    sinks_dtype: torch.dtype | None = None
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -139,7 +141,7 @@ class AttendBuffers:
     """What attending writes beside the output.
 
     Attributes:
-        lse: [num_qo_heads, max_chunk] float32, natural log-sum-exp of every row over its kept keys.
+        lse: [num_qo_heads, max_chunk] float32, natural log-sum-exp of every row over its kept keys, no sink among them.
         kept_pairs: [1] int64, row-key pairs attended to since the start; only ever added to.
         tile_counter: [1] int32, zero between launches: the CUDA kernel's programs draw their tiles from it.
     """

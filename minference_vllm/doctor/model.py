@@ -22,9 +22,6 @@ CHUNKED_KINDS = {"chunked_attention"}
 NO_ATTENTION_KINDS = {"linear_attention", "mamba", "mamba2", "conv", "moe", "mlp", "recurrent"}
 """Words of Hugging Face configurations, in `layer_types` and `layers_block_type`."""
 
-HAVE_SINKS = {"gpt_oss"}
-"""Model types whose softmax has a learned sink; no field of their configuration says so."""
-
 NAME = "model.layers.{}.self_attn.attn"
 
 
@@ -76,7 +73,6 @@ def _layer(index: int, kind: str, vllm_config: Any) -> Any:
         sliding_window=getattr(text, "sliding_window", None) if kind in SLIDING_KINDS else SparseLayer.WINDOW_OFF,
         alibi_slopes=True if model.uses_alibi else None,
         logits_soft_cap=getattr(text, "attn_logit_softcapping", None),
-        sinks=True if text.model_type in HAVE_SINKS else None,
         kv_cache_dtype=vllm_config.cache_config.cache_dtype,
         kv_sharing_target_layer_name="" if index >= text.num_hidden_layers - num_shared else None,
         head_size=head_dim or model.get_head_size(),

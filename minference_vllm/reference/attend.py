@@ -53,6 +53,9 @@ def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
             scores[:, len(earlier) :].masked_fill_(future, -torch.inf)
             buffers.lse[head, rows] = scores.logsumexp(-1)
             probabilities = scores.sub_(buffers.lse[head, rows, None]).exp_()
+            if chunk.sinks is not None:
+                # exp(lse) / (exp(lse) + exp(sink)): a sink has no value, it only takes its share from the keys.
+                probabilities *= (buffers.lse[head, rows, None] - chunk.sinks[head]).sigmoid()
             chunk.out[rows, head] = (probabilities @ values[head // chunk.group_size, kept]).to(chunk.out.dtype)
             buffers.kept_pairs.add_(scores.numel() - num_future)
 

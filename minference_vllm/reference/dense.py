@@ -18,6 +18,7 @@ def dense(
     scale: float,
     out: torch.Tensor,
     q_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend to every key up to the row's own.
 
@@ -27,7 +28,7 @@ def dense(
         context_len: keys before the first row.
         scale: softmax scale.
         out: [num_rows, num_qo_heads, head_dim], written.
-        q_scale: see Chunk.
+        q_scale, sinks: see Chunk.
     """
     seq_len = context_len + len(q)
     if kv.k_scale is None:
@@ -41,6 +42,9 @@ def dense(
         seen = context_len + rows.stop
         positions = torch.arange(context_len + rows.start, seen, device=q.device)
         mask = torch.arange(seen, device=q.device) <= positions[:, None]
+        if sinks is not None:
+            out[rows] = _beside_sinks(q[rows], keys[:, :seen], values[:, :seen], mask, scale, sinks)
+            continue
         attended = scaled_dot_product_attention(
             q[rows].transpose(0, 1)[None],
             keys[None, :, :seen],
@@ -50,3 +54,16 @@ def dense(
             enable_gqa=True,
         )
         out[rows] = attended[0].transpose(0, 1)
+
+
+def _beside_sinks(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float, sinks: torch.Tensor
+) -> torch.Tensor:
+    """What torch's attention does not compute: a softmax that each head's sink joins as one more key, of value zero."""
+    out = torch.empty_like(q, dtype=torch.float32)
+    group_size = q.shape[1] // len(keys)
+    for head in range(q.shape[1]):
+        scores = (q[:, head].float() @ keys[head // group_size].float().T * scale).masked_fill_(~mask, -torch.inf)
+        with_sink = torch.cat([scores, sinks[head].float().expand(len(q), 1)], dim=1)
+        out[:, head] = with_sink.softmax(1)[:, :-1] @ values[head // group_size].float()
+    return out

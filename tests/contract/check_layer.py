@@ -59,7 +59,7 @@ def flash_attention(
     for request, seq_len in enumerate(metadata.seq_lens.tolist()):
         rows = slice(starts[request], starts[request + 1])
         kv = PagedKV(k, v, metadata.block_table, request)
-        dense(query[rows], kv, seq_len - (rows.stop - rows.start), self.scale, output[rows])
+        dense(query[rows], kv, seq_len - (rows.stop - rows.start), self.scale, output[rows], sinks=self.sinks)
     return output
 
 
@@ -120,7 +120,6 @@ def assert_dense(impl: Any, reason: Reason, calls: list[Any]) -> None:
         pytest.param({"sliding_window": 128}, {}, Reason.SLIDING_WINDOW, id="sliding window"),
         pytest.param({"alibi_slopes": [0.5] * HEADS}, {}, Reason.ALIBI, id="alibi"),
         pytest.param({"logits_soft_cap": 30.0}, {}, Reason.SOFT_CAP, id="soft cap"),
-        pytest.param({"sinks": torch.zeros(HEADS)}, {}, Reason.ATTENTION_SINKS, id="sinks"),
         pytest.param({"kv_cache_dtype": "fp8_e5m2"}, {}, Reason.QUANTIZED_KV, id="fp8_e5m2 cache"),
         pytest.param({"kv_cache_dtype": "fp8_per_token_head"}, {}, Reason.QUANTIZED_KV, id="scales by token and head"),
         pytest.param({"kv_cache_dtype": "int8_per_token_head"}, {}, Reason.QUANTIZED_KV, id="int8 cache"),
@@ -213,15 +212,33 @@ def test_a_full_budget_gives_what_flash_attention_gives_for_the_whole_step(
     batch: tuple[Row, ...], calls: list[Any]
 ) -> None:
     _, builder, impls = one_group()
+    assert_as_flash_attention(impls[0], builder, batch, calls)
+
+
+@pytest.mark.usefixtures("any_gpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+def test_sinks_go_to_both_parts_of_a_step(dtype: torch.dtype, calls: list[Any]) -> None:
+    impl = make_impl(make_runtime(), sinks=torch.tensor([2.0, -30.0, 30.0, 8.0], dtype=dtype))
+    builder = make_builder({NAME.format(0): impl})
+    assert impl.dense_reason is None
+    with_sinks = assert_as_flash_attention(impl, builder, MIXED, calls)
+    impl.sinks = None
+    assert not torch.equal(assert_as_flash_attention(impl, builder, MIXED, calls), with_sinks)
+
+
+def assert_as_flash_attention(impl: Any, builder: Any, batch: tuple[Row, ...], calls: list[Any]) -> torch.Tensor:
+    """A step, of which some goes to FlashAttention, gives what it would have given for all; returns that."""
+    calls.clear()
     common = make_common(*batch)
     metadata = builder.build(0, common)
     query, cache = make_step(common)
-    output = attend(impls[0], query, cache, metadata)
+    output = attend(impl, query, cache, metadata)
     assert calls == [of_run for _, of_run in metadata.minference.dense_runs]
     expected = torch.full_like(query, 7.0)
-    flash_attention(impls[0], None, query, None, None, cache, metadata, expected)
+    flash_attention(impl, None, query, None, None, cache, metadata, expected)
     torch.testing.assert_close(output, expected, rtol=1.6e-2, atol=1e-2)
     assert (output[common.num_actual_tokens :] == 7.0).all()
+    return output
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])

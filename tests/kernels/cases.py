@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random chunks over paged caches of every shape that the kernels promise to take."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import AttendBuffers, ScratchShape
 
+# Beside keys of about e^8 in all: less than they, hardly anything, all but everything, exactly nothing, more than they.
+SINKS = (6.0, -30.0, 30.0, -math.inf, 12.0)
 # Of FP8: nothing saturates, and a kernel that forgets one of them is far off.
 Q_SCALE, K_SCALE, V_SCALE = 0.03, 0.02, 0.05
 
@@ -22,7 +25,8 @@ Q_SCALE, K_SCALE, V_SCALE = 0.03, 0.02, 0.05
 class Case:
     """One chunk of one request; `layout` is the cache's memory order of tokens (N) and heads (H).
 
-    The cache may be in FP8, and the queries with it, with one scale each or, `per_head`, one a KV head.
+    The cache may be in FP8, and the queries with it, with one scale each or, `per_head`, one a KV head. Heads may have
+    sinks, of the model's dtype or of float32.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Case:
     has_fp8_kv: bool = False
     has_fp8_q: bool = False
     per_head: bool = False
+    has_sinks: bool = False
+    has_fp32_sinks: bool = False
 
     @property
     def seq_len(self) -> int:
@@ -50,11 +56,15 @@ class Case:
         return self.head_dim**-0.5
 
     @property
+    def sinks_dtype(self) -> torch.dtype | None:
+        return torch.float32 if self.has_fp32_sinks else self.dtype if self.has_sinks else None
+
+    @property
     def shape(self) -> ScratchShape:
         """Scratch for somewhat longer requests and chunks than this one."""
         heads = self.num_qo_heads, self.num_kv_heads, self.head_dim
         fp8 = self.has_fp8_kv, self.has_fp8_q
-        return ScratchShape(*heads, self.dtype, self.seq_len + 300, self.num_rows + 100, *fp8)
+        return ScratchShape(*heads, self.dtype, self.seq_len + 300, self.num_rows + 100, *fp8, self.sinks_dtype)
 
     def scale_of(self, one: float, device: torch.device) -> torch.Tensor:
         """[num_kv_heads] float32: `one` for every head, or another for each."""
@@ -114,6 +124,16 @@ FP8_CASES = [
         Case("queries in bf16", num_rows=30, context_len=127, num_kv_heads=1, dtype=torch.bfloat16),
         Case("head_dim 256", num_rows=20, context_len=131, num_qo_heads=2, head_dim=256, has_fp8_q=True),
         Case("1 row", num_rows=1, context_len=0, num_qo_heads=2, has_fp8_q=True, dtype=torch.bfloat16),
+    )
+]
+SINK_CASES = [
+    replace(case, name=f"sinks, {case.name}")
+    for case in (
+        Case("one tile", num_rows=128, context_len=0, has_sinks=True),
+        Case("head_dim 128", num_rows=60, context_len=211, head_dim=128, has_sinks=True, dtype=torch.bfloat16),
+        Case("in float32", num_rows=40, context_len=127, num_qo_heads=6, num_kv_heads=1, has_fp32_sinks=True),
+        Case("1 row, HND", num_rows=1, context_len=200, layout="HND", num_qo_heads=5, num_kv_heads=1, has_sinks=True),
+        Case("FP8", num_rows=30, context_len=131, has_fp8_kv=True, has_fp8_q=True, has_sinks=True),
     )
 ]
 GPU_CASES = [
@@ -178,12 +198,21 @@ def make_queries(case: Case, device: torch.device, seed: int = 1) -> torch.Tenso
     return qkv.to(device, case.dtype)[:, : case.num_qo_heads]
 
 
+def make_sinks(case: Case, device: torch.device) -> torch.Tensor | None:
+    """[num_qo_heads], where a kernel must not count on any alignment."""
+    if case.sinks_dtype is None:
+        return None
+    given = [math.nan, *itertools.islice(itertools.cycle(SINKS), case.num_qo_heads)]
+    return torch.tensor(given, dtype=case.sinks_dtype, device=device)[1:]
+
+
 def make_chunk(case: Case, device: torch.device, seed: int = 0) -> Chunk:
     """The case's rows over its cache; the output is NaN."""
     q = make_queries(case, device, seed + 1)
     out = torch.full_like(q, torch.nan, dtype=case.dtype)
     q_scale = case.scale_of(Q_SCALE, device) if case.has_fp8_q else None
-    return Chunk(q, out, make_cache(case, device, seed), case.context_len, case.scale, q_scale)
+    kv, sinks = make_cache(case, device, seed), make_sinks(case, device)
+    return Chunk(q, out, kv, case.context_len, case.scale, q_scale, sinks)
 
 
 def make_state(case: Case, method: VerticalSlash, device: torch.device) -> LayerState:

@@ -21,7 +21,7 @@ from minference_vllm.ops import Kernel
 from minference_vllm.runtime import Runtime
 from tests.kernels.cases import Case
 
-CASE = Case("", head_dim=128, dtype=torch.bfloat16, has_fp8_kv=True, has_fp8_q=True)
+CASE = Case("", head_dim=128, dtype=torch.bfloat16, has_fp8_kv=True, has_fp8_q=True, has_sinks=True)
 METHODS: list[dict[str, object]] = [{"name": "block", "score_dtype": "fp8"}, {"name": "vertical_slash"}]
 PRODUCT = re.compile(r"wgmma\.mma_async\S*\.f32\.(\w+)\.(\w+)")
 NOT_INTERPRETED = {"UPCAST": False, "INTERPRETED": False}

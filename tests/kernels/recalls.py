@@ -55,7 +55,7 @@ def check_recall(kernel: Kernel, case: Case, device: torch.device) -> None:
 
 def check_heads(kernel: Kernel, case: Case, device: torch.device) -> None:
     whole = make_chunk(case, device)
-    dense(whole.q, whole.kv, case.context_len, case.scale, whole.out, whole.q_scale)
+    dense(whole.q, whole.kv, case.context_len, case.scale, whole.out, whole.q_scale, whole.sinks)
     everyone = list(range(case.num_qo_heads))
     for listed in ([], everyone[::-1], everyone[-1:], everyone[1::2]):
         chunk = make_chunk(case, device)

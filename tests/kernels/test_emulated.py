@@ -22,7 +22,7 @@ from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import AttendBuffers, ProbeBuffers
 from tests.conftest import ON_CI
 from tests.emulator.build import Build, can_leave_out
-from tests.kernels.cases import CASES, Case, make_chunk, make_rising_cache
+from tests.kernels.cases import CASES, SINK_CASES, Case, make_chunk, make_rising_cache
 from tests.kernels.checks import check_attend, relative_error
 from tests.kernels.indexes import (
     NOTHING,
@@ -45,6 +45,7 @@ CPU = torch.device("cpu")
 SEEDS = 2
 DTYPES = (torch.float16, torch.bfloat16)
 SUPPORTED = [case for case in CASES if case.dtype != torch.float32 and case.head_dim in (64, 128)]
+WITH_SINKS = [case for case in SINK_CASES if not case.has_fp8_kv]
 
 PROBE_CASES = [
     *SUPPORTED,
@@ -62,6 +63,7 @@ TILE_CASES = [
     Case("no context", num_rows=333, context_len=0, num_qo_heads=2, num_kv_heads=1, head_dim=128),
     Case("1 row", num_rows=1, context_len=699, num_qo_heads=8, num_kv_heads=1, page_size=32),
     Case("group of seven", num_rows=70, context_len=440, num_qo_heads=7, num_kv_heads=1, layout="HND", head_dim=128),
+    Case("sinks", num_rows=130, context_len=450, num_qo_heads=5, num_kv_heads=1, has_sinks=True),
 ]
 
 # Statements without which a kernel is wrong.
@@ -172,7 +174,7 @@ def chosen_index(case: Case, chunk: Chunk) -> BandIndex:
     return method.choose(chunk, method.budgets(case.num_qo_heads, CPU), method.scratch(case.shape, CPU))
 
 
-@pytest.mark.parametrize("case", named(SUPPORTED))
+@pytest.mark.parametrize("case", named([*SUPPORTED, *WITH_SINKS]))
 def test_attend_matches_the_reference(emulated: Emulated, case: Case) -> None:
     chunk = make_chunk(case, CPU)
     index = chosen_index(case, chunk)

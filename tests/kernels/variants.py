@@ -37,6 +37,8 @@ REQUESTS = [
     Case("FP8, one scale", num_rows=1025, context_len=20_001, has_fp8_kv=True, has_fp8_q=True),
     Case("FP8, a scale a head", num_rows=2048, context_len=32_768, has_fp8_kv=True, has_fp8_q=True, per_head=True),
     Case("FP8 under other queries", num_rows=2000, context_len=17, has_fp8_kv=True),
+    Case("sinks", num_rows=1025, context_len=20_001, has_sinks=True),
+    Case("sinks in float32, FP8", num_rows=2048, context_len=32_768, has_fp32_sinks=True, has_fp8_kv=True),
 ]
 
 

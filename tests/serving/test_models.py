@@ -116,3 +116,24 @@ def test_a_cache_of_another_type_is_refused_at_the_start(job: str, outcomes: Out
     assert outcomes[job].error is not None
     assert outcomes[job].error.startswith(sentence)
     assert outcomes[job].counted == {}
+
+
+def test_a_model_with_learned_sinks_answers_as_with_the_stock_backend(outcomes: Outcomes) -> None:
+    ours = outcomes["gpt-oss"]
+    assert_same_answers(ours, outcomes["gpt-oss stock"])
+    assert said_of_layers(ours) == [
+        "MInference: 2 of 4 attention layers may run sparse; 2 always run dense (sliding_window 2)."
+    ]
+    assert ours.counted == outcomes["gemma3"].counted
+
+
+def test_an_encoder_runs_dense_and_makes_the_same_of_its_prompts_as_with_the_stock_backend(outcomes: Outcomes) -> None:
+    # Its attention is not causal, and its prompts pass the gate.
+    ours, stock = served(outcomes["modernbert"]), served(outcomes["modernbert stock"])
+    for vector, expected in zip(ours.vectors, stock.vectors, strict=True):
+        assert vector == pytest.approx(expected, abs=ROUNDING)
+    assert said_of_layers(ours) == [
+        "MInference: 0 of 4 attention layers may run sparse; 4 always run dense (not_decoder 4)."
+    ]
+    lengths = [len(prompt["prompt_token_ids"]) for prompt in gemma3_prompts()]
+    assert ours.counted == {"dense not_decoder": sum(lengths)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of a few layers with random weights, and a program that runs vLLM's real engine on them.
+"""A program that runs vLLM's real engine on the models of tiny_makers.
 
 `python -m tests.serving.tiny_models FOLDER` writes what came of every job to FOLDER/outcomes.json. All jobs share one
 process, for most of a start is imports.
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tests.serving.tiny_makers import MAKERS, SAMPLING_RATE, SECONDS_OF_AUDIO
+
 STOCK, OURS = "CPU_ATTN", "minference"
 CHUNK = 512
-GLOBAL_LAYER = 2  # not the last: what every row of the prompt gets from it counts
 NUM_GENERATED = 8
-START_OF_TRANSCRIPT = "<|startoftranscript|>"
-SECONDS_OF_AUDIO, SAMPLING_RATE = 2, 16_000
 
 # The gate is low and the budget larger than any prompt: sparse attention keeps every key.
 FULL_BUDGET = {
@@ -55,6 +54,10 @@ class Job:
 JOBS = {
     "whisper stock": Job("whisper", STOCK),
     "whisper": Job("whisper", OURS, settings={"debug": True}),
+    "gpt-oss stock": Job("gpt-oss", STOCK),
+    "gpt-oss": Job("gpt-oss", OURS),
+    "modernbert stock": Job("modernbert", STOCK),
+    "modernbert": Job("modernbert", OURS),
     "gemma3 stock": Job("gemma3", STOCK),
     "gemma3": Job("gemma3", OURS),
     "gemma3, fp8 cache, stock": Job("gemma3", STOCK, "fp8"),
@@ -73,6 +76,7 @@ class Outcome:
 
     Attributes:
         tokens, logprobs: what followed each prompt.
+        vectors: what an encoder made of each.
         counted: prefill tokens by path and reason, "sparse gate_open" for one, as our runtime counted them.
         log: the messages of vLLM's loggers.
         error: type and text of the exception that ended it, if one did.
@@ -80,75 +84,10 @@ class Outcome:
 
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
+    vectors: list[list[float]] = field(default_factory=list)
     counted: dict[str, int] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     error: str | None = None
-
-
-def make_gemma3(folder: Path) -> None:
-    """A global layer among five with a sliding window. It has no tokenizer."""
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=6,
-        layer_types=["full_attention" if layer == GLOBAL_LAYER else "sliding_attention" for layer in range(6)],
-        sliding_window=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-        max_position_embeddings=4096,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        architectures=["Gemma3ForCausalLM"],
-    )
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-
-
-def make_whisper(folder: Path) -> None:
-    """An encoder and a decoder of two layers each, a tokenizer of single bytes, and what makes audio into features."""
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import (
-        WhisperConfig,
-        WhisperFeatureExtractor,
-        WhisperForConditionalGeneration,
-        WhisperProcessor,
-        WhisperTokenizer,
-    )
-
-    torch.manual_seed(0)
-    vocabulary = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = WhisperTokenizer(vocabulary, merges=[], additional_special_tokens=[START_OF_TRANSCRIPT])
-    features = WhisperFeatureExtractor(feature_size=16, chunk_length=SECONDS_OF_AUDIO, sampling_rate=SAMPLING_RATE)
-    config = WhisperConfig(
-        vocab_size=288,
-        num_mel_bins=16,
-        d_model=128,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=128,
-        decoder_ffn_dim=128,
-        max_source_positions=50 * SECONDS_OF_AUDIO,
-        max_target_positions=512,
-        init_std=0.2,
-        pad_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.convert_tokens_to_ids(START_OF_TRANSCRIPT),
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-        architectures=["WhisperForConditionalGeneration"],
-    )
-    WhisperForConditionalGeneration(config).save_pretrained(folder)
-    WhisperProcessor(features, tokenizer).save_pretrained(folder)
 
 
 def token_ids(length: int) -> list[int]:
@@ -175,12 +114,13 @@ def whisper_prompts() -> list[Any]:
     return prompts
 
 
-MAKERS = {"gemma3": make_gemma3, "whisper": make_whisper}
-PROMPTS = {"gemma3": gemma3_prompts, "whisper": whisper_prompts}
+PROMPTS = dict.fromkeys(MAKERS, gemma3_prompts) | {"whisper": whisper_prompts}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3": {"max_model_len": 2_048, "max_num_batched_tokens": CHUNK, "skip_tokenizer_init": True},
     "whisper": {"max_model_len": 512},  # vLLM reads its prompts in one step each
+    "modernbert": {"runner": "pooling", "max_model_len": 2_048},  # and these
 }
+OPTIONS["gpt-oss"] = OPTIONS["gemma3"]
 
 
 @contextmanager
@@ -208,10 +148,13 @@ def engine(job: Job, folder: Path) -> Iterator[Any]:
 
 
 def answer(job: Job, folder: Path) -> Outcome:
-    """Greedy tokens after every prompt of the job's model, all in one batch, and their logprobs."""
+    """What the model makes of all its prompts in one batch: an encoder vectors, others greedy tokens with logprobs."""
     from vllm import SamplingParams
 
     with engine(job, folder) as llm:
+        if llm.model_config.runner_type == "pooling":
+            outputs = llm.embed(PROMPTS[job.model](), use_tqdm=False)
+            return Outcome(vectors=[output.outputs.embedding for output in outputs])
         sampling = SamplingParams(
             temperature=0, max_tokens=NUM_GENERATED, logprobs=0, ignore_eos=True, detokenize=False
         )

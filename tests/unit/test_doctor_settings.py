@@ -143,7 +143,6 @@ def engine(cache_dtype: str = "auto", head_size: int = 128, **text: Any) -> Any:
         pytest.param({"layer_types": ["indexed_attention"] * 4}, [OTHER] * 4, id="an attention of its own"),
         pytest.param({"kv_lora_rank": 512}, [OTHER] * 4, id="latent attention"),
         pytest.param({"attn_logit_softcapping": 50.0}, [Reason.SOFT_CAP] * 4, id="soft cap"),
-        pytest.param({"model_type": "gpt_oss"}, [Reason.ATTENTION_SINKS] * 4, id="sinks"),
         pytest.param({"alibi": True}, [Reason.ALIBI] * 4, id="alibi"),
         pytest.param({"num_kv_shared_layers": 1}, [SPARSE] * 3 + [Reason.KV_SHARING], id="shared keys"),
         pytest.param({"attn_type": "encoder_only"}, [Reason.NOT_DECODER] * 4, id="encoder"),

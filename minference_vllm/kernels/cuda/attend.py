@@ -16,11 +16,11 @@ class _Chunk(ctypes.Structure):
     """Mirrors MInferenceAttendChunk in csrc/attend.cu."""
 
     _fields_ = library.arguments_of(
-        ("q", "k", "v", "out", "lse", "kept_pairs", "tile_counter", "block_table"),
+        ("q", "k", "v", "out", "lse", "kept_pairs", "tile_counter", "block_table", "sinks"),
         ("q_row", "q_head", "out_row", "out_head", "page", "kv_head", "token", "lse"),
         (
             "num_rows", "context_len", "num_qo_heads", "num_kv_heads", "head_dim", "page_size", "num_pages", "is_bf16",
-            "num_programs",
+            "num_programs", "sinks_are_fp32",
         ),
     )  # fmt: skip
 
@@ -54,10 +54,11 @@ class _Heads(ctypes.Structure):
 
 
 def supports(chunk: Chunk) -> bool:
-    """Whether the kernel is made for this head size and type, and for tensors that lie like these."""
+    """Whether the kernel is made for this head size and these types, and for tensors that lie like these."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
     strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv))
-    return kv.k.dtype == q.dtype and library.takes(q, (q, kv.k, kv.v, out), strides)
+    reads_sinks = chunk.sinks is None or chunk.sinks.dtype in (torch.float32, out.dtype)
+    return kv.k.dtype == q.dtype and reads_sinks and library.takes(q, (q, kv.k, kv.v, out), strides)
 
 
 def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
@@ -73,16 +74,18 @@ def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
 
 
 def _describe(chunk: Chunk, buffers: AttendBuffers) -> _Chunk:
-    q, out, kv, lse = chunk.q, chunk.out, chunk.kv, buffers.lse
+    q, out, kv, lse, sinks = chunk.q, chunk.out, chunk.kv, buffers.lse, chunk.sinks
     num_pages, num_kv_heads, page_size, head_dim = kv.k.shape
     page, kv_head, token = kv_strides(kv)
     return _Chunk(
         q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), out.data_ptr(), lse.data_ptr(), buffers.kept_pairs.data_ptr(),
         buffers.tile_counter.data_ptr(), kv.block_table[kv.row].data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), page, kv_head or token, token, lse.stride(0),
         chunk.num_rows, chunk.context_len, chunk.num_qo_heads, num_kv_heads, head_dim, page_size, num_pages,
         q.dtype == torch.bfloat16,
         library.num_multiprocessors(q.device),  # the kernel is persistent
+        sinks is not None and sinks.dtype == torch.float32,
         chunk.scale * LOG2_E,
     )  # fmt: skip
 

@@ -28,6 +28,8 @@ from minference_vllm.scratch import AttendBuffers
 
 # Run-time integers whose value or alignment must not select another compiled variant.
 PLAIN = ["num_rows", "context_len", "table_row", "stride_table", *SCALE_STRIDES]
+# Nor where these lie: they are found on the device, each layer's in a place of its own.
+ANYWHERE = [*SCALES, "sinks_ptr"]
 
 
 @triton.jit
@@ -92,20 +94,26 @@ def _attend_to_own_tile(
 
 @triton.jit
 def _store_rows(
-    out_ptr, lse_ptr, acc, row_max, row_sum, rows, in_chunk, stride_ot, HEAD_DIM: tl.constexpr, LOG2_E: tl.constexpr
-):
-    """Write the rows' outputs and natural log-sum-exps; both pointers are at the head."""
-    b_o = acc / row_sum[:, None]
+    out_ptr, lse_ptr, sinks_ptr, i_h, acc, row_max, row_sum, rows, in_chunk, stride_ot,
+    HEAD_DIM: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    """Write the rows' outputs, and their natural log-sum-exps over keys; the first two pointers are at head i_h."""
+    total = row_sum
+    if sinks_ptr is not None:
+        # A sink has no value: all it does is take its share of the row's attention from the keys. If that is all of
+        # it, the exponential is infinite and the row is zero.
+        total += tl.exp2(tl.load(sinks_ptr + i_h).to(tl.float32) * LOG2_E - row_max)
+    b_o = acc / total[:, None]
     p_o = out_ptr + rows[:, None] * stride_ot + tl.arange(0, HEAD_DIM)[None, :]
     tl.store(p_o, b_o.to(out_ptr.dtype.element_ty), mask=in_chunk[:, None])
     tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) / LOG2_E, mask=in_chunk)
 
 
-@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr,
     bands_ptr, bands_indptr_ptr, band_halves_ptr, columns_ptr, columns_indptr_ptr,
-    q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale,
+    q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale, sinks_ptr,
     num_rows, context_len, table_row, scale_log2,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse,
     stride_bands, stride_bands_kind, stride_bands_indptr, stride_bands_indptr_kind, stride_band_halves,
@@ -197,7 +205,7 @@ def _attend_kernel(
 
     acc = scaled(acc, v_scale_ptr, stride_v_scale, i_kv)
     _store_rows(
-        out_ptr + i_h * stride_oh, lse_ptr + i_h.to(tl.int64) * stride_lse,
+        out_ptr + i_h * stride_oh, lse_ptr + i_h.to(tl.int64) * stride_lse, sinks_ptr, i_h,
         acc, row_max, row_sum, rows, in_chunk, stride_ot, HEAD_DIM, LOG2_E,
     )  # fmt: skip
     first_keys = (num_shared + num_first) * BAND + tl.sum(first_columns, 0)
@@ -214,7 +222,7 @@ def attend(chunk: Chunk, index: BandIndex, buffers: AttendBuffers) -> None:
     _attend_kernel[(chunk.num_tiles * chunk.num_qo_heads,)](
         q, kv.k, kv.v, kv.block_table, out, buffers.lse, buffers.kept_pairs,
         index.bands, index.bands_indptr, index.band_halves, index.columns, index.columns_indptr,
-        *all_scales(chunk),
+        *all_scales(chunk), chunk.sinks,
         chunk.num_rows, chunk.context_len, kv.row, chunk.scale * LOG2_E,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv), kv.block_table.stride(0),
         buffers.lse.stride(0), index.bands.stride(0), index.bands.stride(1),

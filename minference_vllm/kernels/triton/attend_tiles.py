@@ -11,15 +11,22 @@ import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, TILE, TileIndex
-from minference_vllm.kernels.triton.attend import PLAIN, _attend_to, _attend_to_own_tile, _launch_shape, _store_rows
-from minference_vllm.kernels.triton.launch import LOG2_E, SCALES, all_scales, kv_strides, scaled, scaled_scores
+from minference_vllm.kernels.triton.attend import (
+    ANYWHERE,
+    PLAIN,
+    _attend_to,
+    _attend_to_own_tile,
+    _launch_shape,
+    _store_rows,
+)
+from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides, scaled, scaled_scores
 from minference_vllm.scratch import AttendBuffers
 
 
-@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
 def _attend_tiles_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr, groups_ptr, counts_ptr,
-    q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale,
+    q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale, sinks_ptr,
     num_rows, context_len, table_row, scale_log2,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse,
     stride_groups, stride_groups_tile, stride_counts,
@@ -90,7 +97,7 @@ def _attend_tiles_kernel(
 
     acc = scaled(acc, v_scale_ptr, stride_v_scale, i_kv)
     _store_rows(
-        out_ptr + i_h * stride_oh, lse_ptr + i_h.to(tl.int64) * stride_lse,
+        out_ptr + i_h * stride_oh, lse_ptr + i_h.to(tl.int64) * stride_lse, sinks_ptr, i_h,
         acc, row_max, row_sum, rows, in_chunk, stride_ot, HEAD_DIM, LOG2_E,
     )  # fmt: skip
     kept = (num_shared + tl.where(row_half == 1, num_first, num_second)) * GROUP + o_m - start_m + 1
@@ -104,7 +111,7 @@ def attend_tiles(chunk: Chunk, index: TileIndex, buffers: AttendBuffers) -> None
     block_n, num_warps, num_stages = _launch_shape(chunk.head_dim, q.device)
     _attend_tiles_kernel[(chunk.num_tiles * chunk.num_qo_heads,)](
         q, kv.k, kv.v, kv.block_table, out, buffers.lse, buffers.kept_pairs, index.groups, index.counts,
-        *all_scales(chunk),
+        *all_scales(chunk), chunk.sinks,
         chunk.num_rows, chunk.context_len, kv.row, chunk.scale * LOG2_E,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv), kv.block_table.stride(0),
         buffers.lse.stride(0), index.groups.stride(0), index.groups.stride(1), index.counts.stride(0),
