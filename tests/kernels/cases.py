@@ -98,6 +98,7 @@ IRREGULAR = [
     Case("63 rows", num_rows=63, context_len=0),
     Case("prime lengths", num_rows=211, context_len=307),
     Case("unaligned context", num_rows=129, context_len=127),
+    Case("page 528", num_rows=70, context_len=490, page_size=528, num_kv_heads=1),
     Case("group of seven", num_qo_heads=14, num_kv_heads=2, num_rows=100, context_len=151),
     Case("no grouping", num_qo_heads=3, num_kv_heads=3, num_rows=90, context_len=77),
     Case("HND cache", layout="HND"),

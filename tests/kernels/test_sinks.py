@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import ops, reference
+from minference_vllm import compat, ops, reference
 from minference_vllm.attention import Guard, LayerState, prefill
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HeadIndex
@@ -34,6 +34,7 @@ every_kernel = pytest.mark.parametrize(
         pytest.param(Kernel.CUDA, id="cuda", marks=[pytest.mark.gpu, pytest.mark.hopper]),
     ],
 )
+BF16 = torch.bfloat16
 PLAIN = Case("", num_rows=70, context_len=200, dtype=torch.float32, has_sinks=True)
 SMALL = Case("", num_rows=20, context_len=120, num_qo_heads=2, num_kv_heads=1, has_fp32_sinks=True)
 EXACT = dict(rtol=1e-4, atol=1e-5)  # of float32 beside float64
@@ -110,6 +111,26 @@ def test_dense_attention_takes_sinks_as_sparse_attention_does(device: torch.devi
     torch.testing.assert_close(chunk.out.double(), expected, **EXACT)
 
 
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("kernel", [Kernel.TRITON, Kernel.CUDA])
+def test_sinks_are_what_flash_attention_makes_of_them(kernel: Kernel, device: torch.device) -> None:
+    case = Case("", num_rows=900, context_len=1100, num_qo_heads=8, num_kv_heads=1, dtype=BF16, has_sinks=True)
+    chunk = make_chunk(case, device)
+    for of_cache in (chunk.kv.k, chunk.kv.v):  # FlashAttention may multiply what lies behind the last key
+        of_cache.nan_to_num_(0, 0, 0)
+    attended(chunk, kernel)
+    table = chunk.kv.block_table[chunk.kv.row][None].clamp(max=len(chunk.kv.k) - 1)
+    starts, length = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, case.num_rows], [case.seq_len]))
+    expected = torch.empty_like(chunk.out)
+    compat.flash_attention(case.head_dim)(
+        q=chunk.q, k=chunk.kv.k.transpose(1, 2), v=chunk.kv.v.transpose(1, 2), out=expected, cu_seqlens_q=starts,
+        max_seqlen_q=case.num_rows, seqused_k=length, max_seqlen_k=case.seq_len, softmax_scale=case.scale, causal=True,
+        block_table=table, s_aux=chunk.sinks.clone(),
+    )  # fmt: skip
+    assert_close(chunk.out, expected)
+
+
 # What sinks do to a row
 
 
@@ -171,11 +192,11 @@ def test_keys_and_recall_are_those_of_the_keys_alone(method: str, kernel: Kernel
 @pytest.mark.parametrize(
     ("dtype", "sinks_dtype", "takes"),
     [
-        (torch.bfloat16, torch.bfloat16, True),
+        (BF16, BF16, True),
         (torch.float16, torch.float16, True),
-        (torch.bfloat16, torch.float32, True),
-        (torch.bfloat16, torch.float16, False),
-        (torch.float16, torch.bfloat16, False),
+        (BF16, torch.float32, True),
+        (BF16, torch.float16, False),
+        (torch.float16, BF16, False),
     ],
 )
 def test_the_cuda_library_takes_sinks_of_the_outputs_type_and_float32(
@@ -198,7 +219,7 @@ def test_sinks_that_a_kernel_would_read_wrongly_are_refused(sinks: torch.Tensor)
 
 
 def test_what_the_cuda_library_does_not_take_triton_does(device: torch.device) -> None:
-    chunk = make_chunk(replace(SMALL, dtype=torch.bfloat16), device)
+    chunk = make_chunk(replace(SMALL, dtype=BF16), device)
     chunk = replace(chunk, sinks=chunk.sinks.half())
     attended(chunk, Kernel.CUDA)
     of_twin = replace(chunk, out=torch.empty_like(chunk.out))
