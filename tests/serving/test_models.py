@@ -127,6 +127,14 @@ def test_a_model_with_learned_sinks_answers_as_with_the_stock_backend(outcomes: 
     assert ours.counted == outcomes["gemma3"].counted
 
 
+def test_a_hybrid_model_with_pages_of_800_tokens_answers_as_with_the_stock_backend(outcomes: Outcomes) -> None:
+    ours = outcomes["lfm2"]
+    assert_same_answers(ours, outcomes["lfm2 stock"])
+    assert any("Setting attention block size to 800 tokens" in message for message in ours.log)
+    assert said_of_layers(ours) == ["MInference: 2 of 2 attention layers may run sparse."]
+    assert ours.counted == outcomes["gemma3"].counted
+
+
 def test_an_encoder_runs_dense_and_makes_the_same_of_its_prompts_as_with_the_stock_backend(outcomes: Outcomes) -> None:
     # Its attention is not causal, and its prompts pass the gate.
     ours, stock = served(outcomes["modernbert"]), served(outcomes["modernbert stock"])

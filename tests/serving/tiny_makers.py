@@ -60,6 +60,36 @@ def make_gpt_oss(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def make_lfm2(folder: Path) -> None:
+    """Attention in every other layer; the others are convolutions, whose state is as large as 799 tokens' keys."""
+    import torch
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        layer_types=["conv", "full_attention"] * 2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        conv_L_cache=800,
+        conv_dim=128,
+        conv_bias=False,
+        block_dim=128,
+        block_ff_dim=256,
+        block_multiple_of=16,
+        block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False,
+        norm_eps=1e-5,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        architectures=["Lfm2ForCausalLM"],
+    )
+    Lfm2ForCausalLM(config).save_pretrained(folder)
+
+
 def make_modernbert(folder: Path) -> None:
     """An encoder: every third layer has no window, and all look in both directions. vLLM wants some tokenizer."""
     import torch
@@ -131,4 +161,10 @@ def make_whisper(folder: Path) -> None:
     WhisperProcessor(features, tokenizer).save_pretrained(folder)
 
 
-MAKERS = {"gemma3": make_gemma3, "gpt-oss": make_gpt_oss, "modernbert": make_modernbert, "whisper": make_whisper}
+MAKERS = {
+    "gemma3": make_gemma3,
+    "gpt-oss": make_gpt_oss,
+    "lfm2": make_lfm2,
+    "modernbert": make_modernbert,
+    "whisper": make_whisper,
+}

@@ -56,6 +56,8 @@ JOBS = {
     "whisper": Job("whisper", OURS, settings={"debug": True}),
     "gpt-oss stock": Job("gpt-oss", STOCK),
     "gpt-oss": Job("gpt-oss", OURS),
+    "lfm2 stock": Job("lfm2", STOCK),
+    "lfm2": Job("lfm2", OURS),
     "modernbert stock": Job("modernbert", STOCK),
     "modernbert": Job("modernbert", OURS),
     "gemma3 stock": Job("gemma3", STOCK),
@@ -121,6 +123,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "modernbert": {"runner": "pooling", "max_model_len": 2_048},  # and these
 }
 OPTIONS["gpt-oss"] = OPTIONS["gemma3"]
+OPTIONS["lfm2"] = OPTIONS["gemma3"] | {"block_size": 32}  # of which vLLM makes 800
 
 
 @contextmanager
