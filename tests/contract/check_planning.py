@@ -9,8 +9,11 @@ from unittest.mock import Mock
 
 import pytest
 import vllm
+from vllm.model_executor.layers.attention.encoder_only_attention import create_encoder_only_attention_backend
+from vllm.v1.attention.backend import AttentionType
 
 from minference_vllm import compat
+from minference_vllm.backend import MInferenceBackend
 from minference_vllm.plan import ALL_DENSE
 from tests.contract.fakes import (
     DECODE,
@@ -20,6 +23,7 @@ from tests.contract.fakes import (
     SHORT,
     Row,
     counted,
+    has_plan,
     make_builder,
     make_common,
     make_config,
@@ -113,6 +117,17 @@ def test_short_chunks_beside_a_long_context_are_counted_by_why_they_run_dense() 
     assert counted(runtime) == expected
     builder.plan_step(make_common(short_chunk, SHORT, seq_lens_cpu_upper_bound=None), None)  # nobody knows which is why
     assert counted(runtime) == expected
+
+
+def test_an_encoders_builder_that_vllm_derives_from_ours_plans_nothing() -> None:
+    runtime = make_runtime()
+    impl = make_impl(runtime, attn_type=AttentionType.ENCODER_ONLY)
+    of_encoders = create_encoder_only_attention_backend(MInferenceBackend)
+    builder = make_builder({NAME.format(0): impl}, kind=of_encoders.get_builder_cls())
+    metadata = builder.build(0, make_common(LONG, SHORT))
+    assert not metadata.causal
+    assert not has_plan(metadata)
+    assert counted(runtime) == {("dense", "not_decoder"): LONG.rows + SHORT.rows}
 
 
 def test_a_plan_holds_plain_integers() -> None:
