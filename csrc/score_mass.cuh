@@ -28,7 +28,7 @@ struct Shifts {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const List list(p, min(first_list + l, p.num_lists - 1));
-            const int head = p.first_head + job.first_head + list.head;
+            const int head = job.first_head + list.head;
             const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
 #pragma unroll
             for (int row = 0; row < ROWS; ++row) {

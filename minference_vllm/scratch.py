@@ -54,8 +54,9 @@ HELD_OUT_ROWS = 64
 LIST_BYTES = 256 * 2**20
 """Lists of groups take no more than this. So in the longest prompts a tile may list less of them than it else might."""
 
-MASS_BYTES = 128 * 2**20
-"""Mass codes take no more than this: heads are worked on in turns where those of all do not fit."""
+MASS_BYTES = 136 * 2**20
+"""Mass codes take no more than this: heads choose in turns where those of all do not fit. With chunks of 16,384 rows
+and 32 heads they do up to 131,072 tokens."""
 
 
 @dataclass(frozen=True, slots=True)

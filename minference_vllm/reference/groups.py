@@ -74,7 +74,6 @@ def threshold(
 def select_groups(
     masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_groups: int,
@@ -90,28 +89,26 @@ def select_groups(
     before the tile always stay, and their mass counts. A half of which the chunk has no row keeps what the other keeps.
 
     Args:
-        masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
+        masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
             group_masses. By tile, what they are afterwards is not said.
         chunk: whose masses these are.
-        first_head: the query head that is `masses`' first.
         share: [num_qo_heads] float32, the share of each head; above 0. With 1 all that has mass is kept, above 1
             every group.
         rows_per_half: rows of a half whose masses are in `masses`, PART to a part.
         sink_groups, local_groups: how many first groups and groups before the tile are always kept.
         by_tile: whether both halves' rows choose together, and both keep the same.
-        index: lists and counts of these heads' tiles are written. A tile of which the halves together keep more groups
+        index: lists and counts of the chunk's tiles are written. A tile of which the halves together keep more groups
             than a list has room for keeps all: EVERY_GROUP.
         boxes: if not None, groups of other boxes have a mass of 0 in `masses`; what it was says `left_out`.
     """
     parts = rows_per_half // PART
-    for head in range(first_head, min(first_head + len(masses), chunk.num_qo_heads)):
-        i = head - first_head
+    for head in range(chunk.num_qo_heads):
         for tile in range(chunk.num_tiles):
             number = torch.arange((chunk.first_tile + tile) * GROUPS_PER_TILE, device=masses.device)
             free = (number >= sink_groups) & (number < len(number) - local_groups)
             first_parts = [(tile * HALVES + half) * parts for half in halves_that_choose(chunk, tile)]
-            codes = [add_parts(masses[i, first : first + parts, : len(number)]) for first in first_parts]
-            left_out = [boxes.left_out[i, first : first + parts].sum() if boxes else 0 for first in first_parts]
+            codes = [add_parts(masses[head, first : first + parts, : len(number)]) for first in first_parts]
+            left_out = [boxes.left_out[head, first : first + parts].sum() if boxes else 0 for first in first_parts]
             num_rows = rows_per_half
             if by_tile:
                 codes, left_out, num_rows = [add_codes(*codes)] * 2, [sum(left_out)] * 2, 2 * num_rows

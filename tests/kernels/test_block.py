@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The groups that `block` keeps, each kernel against its plain-torch twin, and what must hold of them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,16 +9,17 @@ from pydantic import ValidationError
 from torch.nn.functional import scaled_dot_product_attention
 
 from minference_vllm import reference
-from minference_vllm.chunk import Chunk
+from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.kernels import triton
 from minference_vllm.methods import block
 from minference_vllm.methods.block import Block, BlockSettings
+from minference_vllm.methods.block_scratch import Heads, Shapes
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.groups import ONE, add_codes, add_parts, weights, write_lists
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
 from minference_vllm.reference.pages import gather
-from minference_vllm.scratch import MASS_CODES, AttendBuffers, ScratchShape
+from minference_vllm.scratch import MASS_BYTES, MASS_CODES, AttendBuffers, ScratchShape
 from tests.kernels.blocks import (
     BF16,
     LOCAL,
@@ -71,8 +72,8 @@ def test_groups_that_hold_the_share(
     share = torch.tensor(SHARES, device=device)
     for max_kept in (masses.shape[2], 12):
         expected, actual = make_index(chunk, max_kept), make_index(chunk, max_kept)
-        reference.select_groups(masses, chunk, 0, share, rows_per_half, SINKS, LOCAL, by_tile, expected)
-        triton.select_groups(masses.clone(), chunk, 0, share, rows_per_half, SINKS, LOCAL, by_tile, actual)
+        reference.select_groups(masses, chunk, share, rows_per_half, SINKS, LOCAL, by_tile, expected)
+        triton.select_groups(masses.clone(), chunk, share, rows_per_half, SINKS, LOCAL, by_tile, actual)
         assert_same_lists(actual, expected)
         parts = masses.cpu()[:, : chunk.num_tiles * HALVES * rows_per_half // PART]
         of_halves = add_parts(parts.unflatten(1, (-1, rows_per_half // PART)).movedim(2, 0))
@@ -116,13 +117,13 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                     assert mass[~kept | lightest].sum() > allowed * (1 - 1e-6), "fewer would have done"
 
 
-def test_a_head_of_several_turns_gets_its_own_share(device: torch.device) -> None:
+def test_each_head_gets_its_own_share(device: torch.device) -> None:
     chunk = make_chunk(SPARSE, device)
-    masses = make_masses(chunk, 1)
+    masses = make_masses(chunk, 2)
     masses.copy_(all_codes("steep", masses.shape, torch.Generator().manual_seed(4)))
     index = make_index(chunk, masses.shape[2])
-    triton.select_groups(masses, chunk, 1, torch.tensor([1e-6, 1.0], device=device), 16, 0, 0, False, index)
-    assert (index.counts[0] == -7).all()
+    triton.select_groups(masses, chunk, torch.tensor([1e-6, 1.0], device=device), 16, 0, 0, False, index)
+    assert index.counts[0, :-1].sum() == 0
     assert index.counts[1, :-1].sum(1).tolist() == [16, 24]
 
 
@@ -140,7 +141,7 @@ def test_no_length_overflows(device: torch.device, monkeypatch: pytest.MonkeyPat
         torch.zeros(1, 1, groups, dtype=torch.int32, device=device),
         torch.zeros(1, 1, 3, dtype=torch.int32, device=device),
     )
-    triton.select_groups(masses, chunk, 0, torch.tensor([0.6], device=device), 16, 0, 0, False, index)
+    triton.select_groups(masses, chunk, torch.tensor([0.6], device=device), 16, 0, 0, False, index)
     assert index.counts[0, 0].tolist() == [groups // 4, 0, 0]
     assert torch.equal(index.groups[0, 0, : groups // 4].cpu(), torch.arange(groups // 4, dtype=torch.int32))
 
@@ -205,12 +206,11 @@ def choose(chunk: Chunk, kernel: Kernel, garbage: int = 0, **settings: object) -
     method = Block(BlockSettings.model_validate(settings), kernel)
     heads = chunk.num_qo_heads, chunk.kv.num_kv_heads, chunk.head_dim
     shape = ScratchShape(*heads, chunk.q.dtype, max_seq_len=chunk.seq_len + 200, max_chunk=chunk.num_rows + 90)
-    buffers = method.scratch(shape, chunk.q.device)
-    for tensor in (buffers.masses, buffers.index.groups, buffers.index.counts):
-        tensor.fill_(garbage)
-    for tensor in (buffers.means, buffers.row_lse):
-        tensor.fill_(torch.nan if garbage else 0)
-    return method.choose(chunk, method.budgets(chunk.num_qo_heads, chunk.q.device), buffers)
+    scratch = method.scratch(shape, chunk.q.device)
+    index, flat = scratch.index, [getattr(scratch, field.name) for field in fields(Shapes)]
+    for tensor in (index.groups, index.counts, *flat):
+        tensor.fill_(torch.nan if garbage and tensor.is_floating_point() else garbage)
+    return method.choose(chunk, method.budgets(chunk.num_qo_heads, chunk.q.device), scratch)
 
 
 def assert_same_choice(actual: TileIndex, expected: TileIndex, chunk: Chunk) -> None:
@@ -230,11 +230,15 @@ def test_a_choice_depends_on_nothing_left_in_scratch(kernel: Kernel, device: tor
     assert first.counts[:, :, 0].min() >= 3
 
 
-def test_heads_in_turns_choose_what_all_at_once_do(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = make_chunk(replace(SPARSE, num_qo_heads=4, num_kv_heads=2, num_rows=30), device)
-    settings = dict(sink_tokens=16, local_tokens=32, share=0.5, max_density=1.0)
+@pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 1), Heads(4, 1), Heads(8, 2)], ids=str)
+@pytest.mark.parametrize("coarse_from", [0, 10_000], ids=["coarse first", "fine only"])
+def test_heads_in_turns_choose_what_all_at_once_do(
+    heads: Heads, coarse_from: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = make_chunk(replace(SPARSE, num_qo_heads=12, num_kv_heads=3, num_rows=30), device)
+    settings = dict(sink_tokens=16, local_tokens=32, share=0.5, max_density=1.0, coarse_from=coarse_from)
     at_once = choose(chunk, Kernel.TRITON, **settings)
-    monkeypatch.setattr(block, "MASS_BYTES", 1)
+    monkeypatch.setattr(block, "turns", lambda *_: [heads])
     assert_same_choice(choose(chunk, Kernel.TRITON, **settings), at_once, chunk)
 
 
@@ -274,14 +278,45 @@ def test_the_whole_share_keeps_everything(kernel: Kernel, device: torch.device) 
     assert index.counts[0, :, 0].tolist() == every
 
 
-def test_heads_at_once_fill_the_bound() -> None:
-    mib = 2**20
-    assert block.heads_at_once(32, 4, 2 * mib) == 32
-    assert block.heads_at_once(32, 4, 17 * mib) == 4
-    assert block.heads_at_once(28, 7, 17 * mib) == 7
-    assert block.heads_at_once(32, 8, 17 * mib) == 4
-    assert block.heads_at_once(28, 7, 20 * mib) == 1
-    assert block.heads_at_once(8, 8, 1000 * mib) == 1
+def heads_at_once(num_qo_heads: int, num_kv_heads: int, max_len: int, seq_len: int, rows: int = 16_384) -> int:
+    """How many heads of a prompt choose at once on a server whose longest has max_len tokens."""
+    method, meta = Block(BlockSettings(), Kernel.TRITON), torch.device("meta")
+    shape = ScratchShape(num_qo_heads, num_kv_heads, 128, BF16, max_len, 16_384)
+    kv = PagedKV(*[torch.empty(9, num_kv_heads, 16, 128, dtype=BF16, device=meta)] * 2, torch.zeros(1, 1).int(), 0)
+    q = torch.empty(rows, num_qo_heads, 128, dtype=BF16, device=meta)
+    chunk = Chunk(q, torch.empty_like(q), kv, seq_len - rows, 1.0)
+    scratch = method.scratch(shape, meta)
+    assert scratch.masses.nbytes <= MASS_BYTES
+    return len(method.buffers(chunk, scratch).masses)
+
+
+MILLION = 2**20
+
+
+@pytest.mark.parametrize(
+    ("heads", "max_len", "seq_len", "rows", "at_once"),
+    [
+        ((32, 8), 131_072, 131_072, 16_384, 32),
+        ((32, 8), MILLION, MILLION, 16_384, 4),
+        ((32, 8), MILLION, MILLION // 2, 16_384, 8),
+        ((32, 8), MILLION, 131_072, 16_384, 32),
+        ((32, 8), MILLION, 30_000, 5_000, 32),
+        ((64, 8), MILLION, MILLION, 16_384, 4),
+        ((28, 4), MILLION, MILLION, 16_384, 1),
+        ((14, 2), 262_144, 262_144, 16_384, 14),
+        ((40, 10), 2 * 131_072, 2 * 131_072, 16_384, 16),
+    ],
+    ids=str,
+)
+def test_short_prompts_of_a_server_for_long_ones_choose_for_more_heads_at_once(
+    heads: tuple[int, int], max_len: int, seq_len: int, rows: int, at_once: int
+) -> None:
+    assert heads_at_once(*heads, max_len, seq_len, rows) == at_once
+
+
+def test_a_prompt_longer_than_scratch_was_made_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="no room for 16384 rows of a prompt of 131072 tokens"):
+        heads_at_once(8, 2, 65_536, 131_072)
 
 
 @pytest.mark.parametrize(

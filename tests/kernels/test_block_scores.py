@@ -170,7 +170,7 @@ def masses_of(chunk: Chunk, rows_per_half: int, kernel: Kernel, is_fp8: bool = F
     means, lse = make_means(chunk, is_fp8=is_fp8), make_lse(chunk, rows_per_half)
     masses = make_masses(chunk, chunk.num_qo_heads, rows_per_half)
     ops.row_normalisers(chunk, means, lse, kernel)
-    ops.group_masses(chunk, means, lse, 0, masses, kernel)
+    ops.group_masses(chunk, means, lse, masses, kernel)
     return masses
 
 
@@ -181,15 +181,7 @@ def test_masses_of_groups(case: Case, rows_per_half: int, is_fp8: bool, device: 
     chunk = make_chunk(case, device)
     means, lse = make_means(chunk, is_fp8=is_fp8), make_lse(chunk, rows_per_half)
     reference.row_normalisers(chunk, means, lse)
-    check_masses(chunk, means, lse, 0, case.num_qo_heads)
-
-
-@pytest.mark.parametrize(("first_head", "at_once"), [(3, 3), (4, 1), (0, 9)])
-def test_masses_of_some_heads(first_head: int, at_once: int, device: torch.device) -> None:
-    chunk = make_chunk(replace(SPARSE, num_qo_heads=6, num_kv_heads=2, num_rows=100), device)
-    means, lse = make_means(chunk), make_lse(chunk)
-    reference.row_normalisers(chunk, means, lse)
-    check_masses(chunk, means, lse, first_head, at_once)
+    check_masses(chunk, means, lse)
 
 
 @pytest.mark.parametrize(("rows_per_half", "mean"), [(64, 4), (32, 32), (16, 32)])
@@ -198,7 +190,7 @@ def test_masses_of_other_rows_and_means(rows_per_half: int, mean: int, device: t
     fine, lse = make_means(chunk), make_lse(chunk, rows_per_half)
     reference.row_normalisers(chunk, fine, lse)
     means = fine if mean == 4 else make_coarse(chunk, fine)
-    check_masses(chunk, means, lse, 0, chunk.num_qo_heads, mean)
+    check_masses(chunk, means, lse, mean)
 
 
 def test_masses_of_ranges_of_means(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,16 +198,14 @@ def test_masses_of_ranges_of_means(device: torch.device, monkeypatch: pytest.Mon
     chunk = make_chunk(SPARSE, device)
     means, lse = make_means(chunk), make_lse(chunk)
     reference.row_normalisers(chunk, means, lse)
-    check_masses(chunk, means, lse, 0, chunk.num_qo_heads)
+    check_masses(chunk, means, lse)
 
 
-def check_masses(
-    chunk: Chunk, means: torch.Tensor, lse: torch.Tensor, first_head: int, at_once: int, mean: int = 4
-) -> None:
+def check_masses(chunk: Chunk, means: torch.Tensor, lse: torch.Tensor, mean: int = 4) -> None:
     rows_per_half = lse.shape[2]
-    expected, actual = (make_masses(chunk, at_once, rows_per_half) for _ in range(2))
-    reference.group_masses(chunk, means, lse, first_head, expected, mean)
-    triton.group_masses(chunk, means, lse, first_head, actual, mean)
+    expected, actual = (make_masses(chunk, chunk.num_qo_heads, rows_per_half) for _ in range(2))
+    reference.group_masses(chunk, means, lse, expected, mean)
+    triton.group_masses(chunk, means, lse, actual, mean)
     differ = 0
     parts_per_tile = HALVES * rows_per_half // PART
     for part in range(chunk.num_tiles * parts_per_tile):
@@ -254,15 +244,17 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match="halves"):
         ops.row_normalisers(chunk, means, lse[:, :2], Kernel.TRITON)
     with pytest.raises(ValueError, match="groups"):
-        ops.group_masses(chunk, means, lse, 0, make_masses(chunk, 1)[:, :, :8], Kernel.TRITON)
+        ops.group_masses(chunk, means, lse, make_masses(chunk, 2)[:, :, :8], Kernel.TRITON)
     with pytest.raises(ValueError, match="parts"):
-        ops.group_masses(chunk, means, make_lse(chunk, 32), 0, make_masses(chunk, 1), Kernel.TRITON)
+        ops.group_masses(chunk, means, make_lse(chunk, 32), make_masses(chunk, 2), Kernel.TRITON)
     with pytest.raises(ValueError, match="parts"):
         ops.select_groups(
-            make_masses(chunk, 1), chunk, 0, lse, 32, 0, 0, True, make_index(chunk, 9), Kernel.TRITON
+            make_masses(chunk, 2), chunk, lse, 32, 0, 0, True, make_index(chunk, 9), Kernel.TRITON
         )  # fmt: skip
     with pytest.raises(ValueError, match="got 8"):
         ops.row_normalisers(chunk, means, make_lse(chunk, 8), Kernel.TRITON)
-    wide = make_chunk(replace(SPARSE, num_qo_heads=6, num_kv_heads=2), device)
-    with pytest.raises(ValueError, match="neither"):
-        ops.group_masses(wide, means, lse, 0, make_masses(wide, 2), Kernel.TRITON)
+    few = make_masses(chunk, 1)
+    with pytest.raises(ValueError, match="hold 2 heads"):
+        ops.group_masses(chunk, means, lse, few, Kernel.TRITON)
+    with pytest.raises(ValueError, match="hold 2 heads"):
+        ops.select_groups(few, chunk, lse, 16, 0, 0, True, make_index(chunk, 9), Kernel.TRITON)

@@ -31,7 +31,7 @@ BLOCK = 512
 EDGE = 16
 """Of the few boxes that are always kept, those that are weighed at once."""
 
-PLAIN = ["context_len", "first_head", "num_lists", "heads_each", "sink_boxes", "local_boxes", "max_boxes"]
+PLAIN = ["context_len", "num_lists", "group_size", "sink_boxes", "local_boxes", "max_boxes"]
 
 
 @triton.jit
@@ -47,19 +47,19 @@ def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr, CODES_PER_OCTAVE:
 
 @triton.jit
 def _place(
-    of_list, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr
+    of_list, i_s, context_len, group_size, sink_boxes, local_boxes, TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr
 ):
     """A list's head, its part, how many boxes lie before its tile, and from which to which they may be dropped."""
-    part = of_list // heads_each
+    part = of_list // group_size
     before = context_len // TILE + part // PARTS_PER_TILE
     sinks = tl.minimum(sink_boxes, before)
-    return i_s * heads_each + of_list % heads_each, part, before, sinks, tl.maximum(before - local_boxes, sinks)
+    return i_s * group_size + of_list % group_size, part, before, sinks, tl.maximum(before - local_boxes, sinks)
 
 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
 def _thresholds_kernel(
     box_masses_ptr, share_ptr, thresholds_ptr,
-    context_len, first_head, num_lists, heads_each, sink_boxes, local_boxes,
+    context_len, num_lists, group_size, sink_boxes, local_boxes,
     stride_bm, stride_bp, stride_thresholds,
     TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, PART_WEIGHT: tl.constexpr, PART_OF_DROPPED: tl.constexpr,
     FIRST_COUNTED: tl.constexpr, SPAN: tl.constexpr, EDGE: tl.constexpr,
@@ -68,7 +68,7 @@ def _thresholds_kernel(
     """The least code of a box that each list keeps: see reference.groups.threshold."""
     i_l, i_s = tl.program_id(0), tl.program_id(1)
     head, part, num_boxes, sinks, local = _place(
-        i_l, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
+        i_l, i_s, context_len, group_size, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
     )  # fmt: skip
     codes_ptr = box_masses_ptr + head.to(tl.int64) * stride_bm + part.to(tl.int64) * stride_bp
     b_count = tl.zeros([CODES], tl.int32)
@@ -82,7 +82,7 @@ def _thresholds_kernel(
     total += _weight_between(codes_ptr, FIRST_COUNTED, sinks, EDGE, CODES_PER_OCTAVE)
     total += _weight_between(codes_ptr, tl.maximum(local, FIRST_COUNTED), num_boxes, EDGE, CODES_PER_OCTAVE)
     # In 64 bits, the twin's very number.
-    drops = PART_OF_DROPPED * (1 - tl.load(share_ptr + first_head + head).to(tl.float64))
+    drops = PART_OF_DROPPED * (1 - tl.load(share_ptr + head).to(tl.float64))
     allowed = (drops * total.to(tl.float64)).to(tl.int64)
     threshold = tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
     tl.store(thresholds_ptr + head.to(tl.int64) * stride_thresholds + part, threshold)
@@ -112,7 +112,7 @@ def _cut(b_count, room, FORCED: tl.constexpr):
 @triton.jit(do_not_specialize=PLAIN)
 def _boxes_kernel(
     box_masses_ptr, thresholds_ptr, numbers_ptr, counts_ptr, left_out_ptr, masses_ptr,
-    context_len, num_lists, heads_each, sink_boxes, local_boxes, max_boxes,
+    context_len, num_lists, group_size, sink_boxes, local_boxes, max_boxes,
     stride_bm, stride_bp, stride_thresholds, stride_ns, stride_nb, stride_counts, stride_left, stride_mh, stride_mp,
     TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, FIRST_COUNTED: tl.constexpr, FORCED: tl.constexpr,
     LISTS: tl.constexpr, BLOCK: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
@@ -121,7 +121,7 @@ def _boxes_kernel(
     # [LISTS]; what stands for a list too many is the last one
     o_l = tl.minimum(i_b * LISTS + tl.arange(0, LISTS), num_lists - 1)
     i_h, part, b_before, b_sinks, b_local = _place(
-        o_l, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
+        o_l, i_s, context_len, group_size, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
     )  # fmt: skip
     p_codes = box_masses_ptr + i_h.to(tl.int64) * stride_bm + part.to(tl.int64) * stride_bp
     b_threshold = tl.load(thresholds_ptr + i_h.to(tl.int64) * stride_thresholds + part)
@@ -161,7 +161,6 @@ def _boxes_kernel(
 def select_boxes(
     box_masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_boxes: int,
@@ -175,21 +174,20 @@ def select_boxes(
     """
     words = masses.view(CODES_OF_A_BOX)
     numbers, counts, thresholds, left_out = boxes.numbers, boxes.counts, boxes.thresholds, boxes.left_out
-    num_heads = min(len(box_masses), chunk.num_qo_heads - first_head)
-    heads_each = min(num_heads, chunk.group_size)
+    group_size, sets = chunk.group_size, chunk.kv.num_kv_heads
     parts_per_tile = HALVES * rows_per_half // PART
-    num_lists = chunk.num_tiles * parts_per_tile * heads_each
-    sets, forced = num_heads // heads_each, (sink_boxes, local_boxes)
+    num_lists = chunk.num_tiles * parts_per_tile * group_size
+    forced = (sink_boxes, local_boxes)
     strides, shape = (box_masses.stride(0), box_masses.stride(1)), dict(TILE=TILE, PARTS_PER_TILE=parts_per_tile)
     _thresholds_kernel[(num_lists, sets)](
-        box_masses, share, thresholds, chunk.context_len, first_head, num_lists, heads_each, *forced,
+        box_masses, share, thresholds, chunk.context_len, num_lists, group_size, *forced,
         *strides, thresholds.stride(0),
         **shape, PART_WEIGHT=PART * ROW, PART_OF_DROPPED=PART_OF_DROPPED, FIRST_COUNTED=FIRST_COUNTED,
         SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, num_warps=4,
     )  # fmt: skip
     _boxes_kernel[(triton.cdiv(num_lists, LISTS), sets)](
         box_masses, thresholds, numbers, counts, left_out, words,
-        chunk.context_len, num_lists, heads_each, *forced, numbers.shape[2],
+        chunk.context_len, num_lists, group_size, *forced, numbers.shape[2],
         *strides, thresholds.stride(0), numbers.stride(0), numbers.stride(1), counts.stride(0), left_out.stride(0),
         words.stride(0), words.stride(1),
         **shape, FIRST_COUNTED=FIRST_COUNTED, FORCED=FORCED, LISTS=LISTS, BLOCK=BLOCK,

@@ -21,7 +21,7 @@ BLOCK = 1024
 EDGE = 64
 """Of the few groups that are always kept, those that are weighed at once."""
 
-PLAIN = ["num_rows", "context_len", "first_head", "rows_per_half", "sink_groups", "local_groups", "max_kept"]
+PLAIN = ["num_rows", "context_len", "rows_per_half", "sink_groups", "local_groups", "max_kept"]
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def _sum_of_parts(left_out_ptr, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
 def _groups_kernel(
     masses_ptr, left_out_ptr, share_ptr, groups_ptr, counts_ptr,
-    num_rows, context_len, first_head, rows_per_half, sink_groups, local_groups, max_kept,
+    num_rows, context_len, rows_per_half, sink_groups, local_groups, max_kept,
     stride_masses, stride_part, stride_left, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
@@ -167,8 +167,7 @@ def _groups_kernel(
     masses_ptr += i_h.to(tl.int64) * stride_masses
     first_ptr = masses_ptr + ((i_t * 2 + first_half) * PARTS).to(tl.int64) * stride_part
     second_ptr = masses_ptr + ((i_t * 2 + second_half) * PARTS).to(tl.int64) * stride_part
-    head = first_head + i_h
-    share = tl.load(share_ptr + head)
+    share = tl.load(share_ptr + i_h)
     rows_weight = rows_per_half.to(tl.int64) * (2 * ROW if BY_TILE else ROW)
     first_left = tl.zeros([], tl.int64)
     second_left = first_left
@@ -206,12 +205,12 @@ def _groups_kernel(
             b_second += second_only
         num_shared, num_first, num_second = tl.sum(b_shared, 0), tl.sum(b_first, 0), tl.sum(b_second, 0)
     fits = num_shared + num_first + num_second <= max_kept
-    p_counts = counts_ptr + head.to(tl.int64) * stride_counts + i_t * 3
+    p_counts = counts_ptr + i_h.to(tl.int64) * stride_counts + i_t * 3
     tl.store(p_counts, tl.where(fits, num_shared, EVERY_GROUP))
     tl.store(p_counts + 1, tl.where(fits, num_first, 0))
     tl.store(p_counts + 2, tl.where(fits, num_second, 0))
 
-    groups_ptr += head.to(tl.int64) * stride_groups + i_t.to(tl.int64) * stride_groups_tile
+    groups_ptr += i_h.to(tl.int64) * stride_groups + i_t.to(tl.int64) * stride_groups_tile
     next_shared = 0
     next_first = num_shared
     next_second = num_shared + num_first
@@ -234,7 +233,6 @@ def _groups_kernel(
 def select_groups(
     masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_groups: int,
@@ -246,10 +244,9 @@ def select_groups(
     """See minference_vllm.reference.select_groups. `share` and the last dimension of the others are contiguous."""
     groups, counts = index.groups, index.counts
     left_out = None if boxes is None else boxes.left_out
-    num_heads = min(len(masses), chunk.num_qo_heads - first_head)
-    _groups_kernel[(chunk.num_tiles, num_heads)](
+    _groups_kernel[(chunk.num_tiles, chunk.num_qo_heads)](
         masses, left_out, share, groups, counts,
-        chunk.num_rows, chunk.context_len, first_head, rows_per_half, sink_groups, local_groups, groups.shape[2],
+        chunk.num_rows, chunk.context_len, rows_per_half, sink_groups, local_groups, groups.shape[2],
         masses.stride(0), masses.stride(1), 0 if left_out is None else left_out.stride(0),
         groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,

@@ -25,16 +25,16 @@ from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_
 MEANS_EACH = 8192
 """Means that one program scores: enough to pay for loading its rows, few enough that programs fill the GPU."""
 
-PLAIN = ["num_rows", "context_len", "first_head", "num_lists", "heads_each", "means_each", *SCALE_STRIDES]
+PLAIN = ["num_rows", "context_len", "num_lists", "group_size", "means_each", *SCALE_STRIDES]
 
 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
 def _masses_kernel(
     q_ptr, means_ptr, lse_ptr, masses_ptr, boxes_ptr, box_counts_ptr,
     q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale,
-    num_rows, context_len, first_head, num_lists, heads_each, means_each, scale_log2,
+    num_rows, context_len, num_lists, group_size, means_each, scale_log2,
     stride_qt, stride_qh, stride_kh, stride_lse, stride_mh, stride_mt, stride_bs, stride_bb, stride_cs,
-    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr,
     EACH: tl.constexpr, GROUPS_PER_BOX: tl.constexpr, BLOCK_LISTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -51,17 +51,16 @@ def _masses_kernel(
     first_tile = context_len // TILE
     # The last list's tile has the most groups before it. What others' masses are from their tiles on, nobody reads.
     last_list = tl.minimum(i_l + LISTS, num_lists) - 1
-    num_means = (first_tile + last_list // heads_each // (HALVES * PARTS)) * (TILE // MEAN)
-    head = first_head + i_kv * heads_each
-    means_ptr += (head // GROUP_SIZE).to(tl.int64) * stride_kh
-    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, head // GROUP_SIZE)
+    num_means = (first_tile + last_list // group_size // (HALVES * PARTS)) * (TILE // MEAN)
+    means_ptr += i_kv.to(tl.int64) * stride_kh
+    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_kv)
 
     # [BLOCK_M], the list and the row in it: a thread holds column pairs that are 8 apart
     o_m = tl.arange(0, BLOCK_M)
     o_l = i_l + o_m // 2 % LISTS
     o_r = o_m // (2 * LISTS) * 2 + o_m % 2
-    part = o_l // heads_each
-    i_h = head + o_l % heads_each
+    part = o_l // group_size
+    i_h = i_kv * group_size + o_l % group_size
     listed = o_l < num_lists
     rows, _present = _sampled_rows(
         first_tile * HALVES + part // PARTS, part % PARTS * ROWS + o_r, num_rows, context_len,
@@ -78,8 +77,8 @@ def _masses_kernel(
     o_n = tl.arange(0, BLOCK_N)
     # [LISTS]
     o_out = i_l + tl.arange(0, LISTS)
-    out_head = i_kv * heads_each + o_out % heads_each
-    p_out = masses_ptr + out_head.to(tl.int64) * stride_mh + (o_out // heads_each).to(tl.int64) * stride_mt
+    out_head = i_kv * group_size + o_out % group_size
+    p_out = masses_ptr + out_head.to(tl.int64) * stride_mh + (o_out // group_size).to(tl.int64) * stride_mt
     end = num_means
     if boxes_ptr is not None:
         boxes_ptr += i_kv.to(tl.int64) * stride_bs + (i_l // BLOCK_LISTS).to(tl.int64) * stride_bb
@@ -114,16 +113,13 @@ def group_masses(
     chunk: Chunk,
     means: torch.Tensor,
     row_lse: torch.Tensor,
-    first_head: int,
     masses: torch.Tensor,
     mean: int = MEAN,
     boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.group_masses. Means follow each other without a gap, and so do rows."""
     q, rows_per_half = chunk.q, row_lse.shape[2]
-    num_heads = min(len(masses), chunk.num_qo_heads - first_head)
-    heads_each = min(num_heads, chunk.group_size)
-    num_lists = chunk.num_tiles * HALVES * rows_per_half // PART * heads_each
+    num_lists = chunk.num_tiles * HALVES * rows_per_half // PART * chunk.group_size
     num_means = (chunk.first_tile + chunk.num_tiles - 1) * TILE // mean
     if not num_means:
         return
@@ -134,14 +130,14 @@ def group_masses(
         num_means = min(num_means, numbers.shape[2] * GROUPS_PER_BOX * MEANS_PER_GROUP)
     block_m = 128 if chunk.head_dim <= 128 else 64
     num_blocks = triton.cdiv(num_lists * PART, block_m)
-    grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), num_heads // heads_each)
+    grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), chunk.kv.num_kv_heads)
     _masses_kernel[grid](
         q, means, row_lse, masses, numbers, counts, *score_scales(chunk),
-        chunk.num_rows, chunk.context_len, first_head, num_lists, heads_each, MEANS_EACH,
+        chunk.num_rows, chunk.context_len, num_lists, chunk.group_size, MEANS_EACH,
         chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0), masses.stride(0), masses.stride(1),
         *strides,
-        GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF,
+        HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF,
         ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1,
         EACH=MEANS_PER_GROUP, GROUPS_PER_BOX=GROUPS_PER_BOX, BLOCK_LISTS=LISTS,
         BLOCK_M=block_m, BLOCK_N=64,
