@@ -6,7 +6,8 @@ import torch
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES
-from minference_vllm.reference.groups import threshold, weights
+from minference_vllm.reference.codes import weights
+from minference_vllm.reference.groups import threshold
 from minference_vllm.reference.normalisers import PART
 
 FIRST_COUNTED = 1

@@ -8,16 +8,11 @@ import torch
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TILE
+from minference_vllm.reference.codes import encode
 from minference_vllm.reference.normalisers import PART, sampled_rows
 from minference_vllm.reference.operands import from_operand, query_rows
 from minference_vllm.reference.quantized import score_scales
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
-
-
-def encode(mass: torch.Tensor) -> torch.Tensor:
-    """Mass codes, uint8: see MASS_CODES."""
-    code = (CODES_PER_OCTAVE * (mass.log2() + OCTAVES_BELOW_ONE)).round()
-    return code.clamp(0, MASS_CODES - 1).to(torch.uint8)
+from minference_vllm.scratch import MEAN
 
 
 def group_masses(

@@ -9,17 +9,17 @@ from pydantic import ValidationError
 from torch.nn.functional import scaled_dot_product_attention
 
 from minference_vllm import reference
-from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.kernels import triton
-from minference_vllm.methods import block
 from minference_vllm.methods.block import Block, BlockSettings
-from minference_vllm.methods.block_scratch import Heads, Shapes
+from minference_vllm.methods.block_scratch import Shapes
 from minference_vllm.ops import Kernel
-from minference_vllm.reference.groups import ONE, add_codes, add_parts, weights, write_lists
+from minference_vllm.reference.codes import ONE, add, weights
+from minference_vllm.reference.groups import write_lists
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
 from minference_vllm.reference.pages import gather
-from minference_vllm.scratch import MASS_BYTES, MASS_CODES, AttendBuffers, ScratchShape
+from minference_vllm.scratch import MASS_CODES, AttendBuffers, ScratchShape
 from tests.kernels.blocks import (
     BF16,
     LOCAL,
@@ -76,16 +76,15 @@ def test_groups_that_hold_the_share(
         triton.select_groups(masses.clone(), chunk, share, rows_per_half, SINKS, LOCAL, by_tile, actual)
         assert_same_lists(actual, expected)
         parts = masses.cpu()[:, : chunk.num_tiles * HALVES * rows_per_half // PART]
-        of_halves = add_parts(parts.unflatten(1, (-1, rows_per_half // PART)).movedim(2, 0))
-        check_kept(of_halves, rows_per_half * (HALVES if by_tile else 1), chunk, by_tile, actual)
+        check_kept(parts, rows_per_half, chunk, by_tile, actual)
 
 
 def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, index: TileIndex) -> None:
     """Each half, or tile, keeps what is forced, its share, and not a group more than that needs.
 
     Args:
-        masses: [heads, halves, groups] uint8.
-        rows: how many choose together.
+        masses: [heads, parts, groups] uint8.
+        rows: of a half.
     """
     for head, share in enumerate(SHARES):
         for tile in range(chunk.num_tiles):
@@ -95,15 +94,15 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
             for half, kept in enumerate(kept_by_half(index, chunk, head, tile)):
                 begin = (chunk.first_tile + tile) * TILE + half * HALF
                 absent = begin + HALF <= chunk.context_len or begin >= chunk.seq_len
-                row = masses[head, tile * HALVES + (1 - half if absent else half), : len(number)]
+                choosing = [1 - half if absent else half]
                 if by_tile:
                     last = begin - half * HALF + HALF >= chunk.seq_len
                     first = begin - half * HALF + HALF <= chunk.context_len
-                    row = add_codes(
-                        *(masses[head, tile * HALVES + of, : len(number)] for of in (int(first), int(not last)))
-                    )
+                    choosing = [int(first), int(not last)]
+                of_halves = masses[head, :, : len(number)].unflatten(0, (-1, rows // PART))
+                row = add(of_halves[[tile * HALVES + of for of in choosing]].flatten(0, 1))
                 mass = weights(row) / ONE
-                allowed = (1 - share) * (rows / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum())
+                allowed = (1 - share) * (rows * len(choosing) / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum())
                 assert kept[forced].all()
                 assert mass[~kept].sum() <= max(allowed, 0) * (1 + 1e-6)
                 assert share <= 1 or kept.all()
@@ -230,18 +229,6 @@ def test_a_choice_depends_on_nothing_left_in_scratch(kernel: Kernel, device: tor
     assert first.counts[:, :, 0].min() >= 3
 
 
-@pytest.mark.parametrize("heads", [Heads(1, 1), Heads(2, 1), Heads(4, 1), Heads(8, 2)], ids=str)
-@pytest.mark.parametrize("coarse_from", [0, 10_000], ids=["coarse first", "fine only"])
-def test_heads_in_turns_choose_what_all_at_once_do(
-    heads: Heads, coarse_from: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chunk = make_chunk(replace(SPARSE, num_qo_heads=12, num_kv_heads=3, num_rows=30), device)
-    settings = dict(sink_tokens=16, local_tokens=32, share=0.5, max_density=1.0, coarse_from=coarse_from)
-    at_once = choose(chunk, Kernel.TRITON, **settings)
-    monkeypatch.setattr(block, "turns", lambda *_: [heads])
-    assert_same_choice(choose(chunk, Kernel.TRITON, **settings), at_once, chunk)
-
-
 @engines
 def test_keys_that_get_all_attention_are_kept(kernel: Kernel, device: torch.device) -> None:
     chunk = make_chunk(SPARSE, device)
@@ -276,47 +263,6 @@ def test_the_whole_share_keeps_everything(kernel: Kernel, device: torch.device) 
     index = choose(chunk, kernel, share=1.0, max_density=1.0)
     every = [(chunk.first_tile + tile) * GROUPS_PER_TILE for tile in range(chunk.num_tiles)]
     assert index.counts[0, :, 0].tolist() == every
-
-
-def heads_at_once(num_qo_heads: int, num_kv_heads: int, max_len: int, seq_len: int, rows: int = 16_384) -> int:
-    """How many heads of a prompt choose at once on a server whose longest has max_len tokens."""
-    method, meta = Block(BlockSettings(), Kernel.TRITON), torch.device("meta")
-    shape = ScratchShape(num_qo_heads, num_kv_heads, 128, BF16, max_len, 16_384)
-    kv = PagedKV(*[torch.empty(9, num_kv_heads, 16, 128, dtype=BF16, device=meta)] * 2, torch.zeros(1, 1).int(), 0)
-    q = torch.empty(rows, num_qo_heads, 128, dtype=BF16, device=meta)
-    chunk = Chunk(q, torch.empty_like(q), kv, seq_len - rows, 1.0)
-    scratch = method.scratch(shape, meta)
-    assert scratch.masses.nbytes <= MASS_BYTES
-    return len(method.buffers(chunk, scratch).masses)
-
-
-MILLION = 2**20
-
-
-@pytest.mark.parametrize(
-    ("heads", "max_len", "seq_len", "rows", "at_once"),
-    [
-        ((32, 8), 131_072, 131_072, 16_384, 32),
-        ((32, 8), MILLION, MILLION, 16_384, 4),
-        ((32, 8), MILLION, MILLION // 2, 16_384, 8),
-        ((32, 8), MILLION, 131_072, 16_384, 32),
-        ((32, 8), MILLION, 30_000, 5_000, 32),
-        ((64, 8), MILLION, MILLION, 16_384, 4),
-        ((28, 4), MILLION, MILLION, 16_384, 1),
-        ((14, 2), 262_144, 262_144, 16_384, 14),
-        ((40, 10), 2 * 131_072, 2 * 131_072, 16_384, 16),
-    ],
-    ids=str,
-)
-def test_short_prompts_of_a_server_for_long_ones_choose_for_more_heads_at_once(
-    heads: tuple[int, int], max_len: int, seq_len: int, rows: int, at_once: int
-) -> None:
-    assert heads_at_once(*heads, max_len, seq_len, rows) == at_once
-
-
-def test_a_prompt_longer_than_scratch_was_made_for_is_refused() -> None:
-    with pytest.raises(ValueError, match="no room for 16384 rows of a prompt of 131072 tokens"):
-        heads_at_once(8, 2, 65_536, 131_072)
 
 
 @pytest.mark.parametrize(

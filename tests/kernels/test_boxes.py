@@ -207,7 +207,7 @@ def test_long_prompts_are_scored_coarsely_first(kernel: Kernel, device: torch.de
     chunk.kv.k[table[keys // size], :, keys % size] = torch.where(looked_at[:, None], 0.5, -0.5).to(BF16)[:, None]
     index, boxes = choose(chunk, BlockSettings(coarse_from=4130, share=0.7), kernel)
     whole, none = choose(chunk, BlockSettings(coarse_from=4131, share=0.7), kernel)
-    assert not none.counts.any()
+    assert none is None
     # A block is a tile here: a group of four heads has 16 lists in it.
     for block, before in enumerate((31, 32)):
         for number in range(chunk.kv.num_kv_heads):
@@ -218,11 +218,10 @@ def test_long_prompts_are_scored_coarsely_first(kernel: Kernel, device: torch.de
             assert kept_by_half(index, chunk, head, tile)[:, 5 * GROUPS_PER_BOX : 6 * GROUPS_PER_BOX].all()
 
 
-def choose(chunk: Chunk, settings: BlockSettings, kernel: Kernel) -> tuple[TileIndex, Boxes]:
+def choose(chunk: Chunk, settings: BlockSettings, kernel: Kernel) -> tuple[TileIndex, Boxes | None]:
     method, device = Block(settings, kernel), chunk.q.device
     shape = ScratchShape(chunk.num_qo_heads, chunk.kv.num_kv_heads, chunk.head_dim, chunk.q.dtype, 6000, 300)
     scratch = method.scratch(shape, device)
     index = method.choose(chunk, method.budgets(chunk.num_qo_heads, device), scratch)
     coarse = method.buffers(chunk, scratch).coarse
-    assert coarse is not None
-    return index, coarse.boxes
+    return index, coarse and coarse.boxes

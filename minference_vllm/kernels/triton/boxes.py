@@ -13,11 +13,11 @@ import triton.language as tl
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TILE
-from minference_vllm.kernels.triton.groups import _weights
+from minference_vllm.kernels.triton.codes import weights
 from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, PART_OF_DROPPED
 from minference_vllm.reference.groups import ROW
 from minference_vllm.reference.normalisers import PART
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
+from minference_vllm.scratch import MASS_CODES
 
 CODES_OF_A_BOX = torch.int64
 assert CODES_OF_A_BOX.itemsize == GROUPS_PER_BOX
@@ -35,13 +35,13 @@ PLAIN = ["context_len", "num_lists", "group_size", "sink_boxes", "local_boxes", 
 
 
 @triton.jit
-def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr):
+def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr):
     """What a list's boxes from `first` to `end` weigh."""
     total = tl.zeros([], tl.int64)
     for start in range(first, end, EDGE):
         o_n = start + tl.arange(0, EDGE)
         b_code = tl.load(codes_ptr + o_n, mask=o_n < end, other=0).to(tl.int32)
-        total += tl.sum(_weights(b_code, CODES_PER_OCTAVE), 0)
+        total += tl.sum(weights(b_code), 0)
     return total
 
 
@@ -63,7 +63,7 @@ def _thresholds_kernel(
     stride_bm, stride_bp, stride_thresholds,
     TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, PART_WEIGHT: tl.constexpr, PART_OF_DROPPED: tl.constexpr,
     FIRST_COUNTED: tl.constexpr, SPAN: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    CODES: tl.constexpr,
 ):  # fmt: skip
     """The least code of a box that each list keeps: see reference.groups.threshold."""
     i_l, i_s = tl.program_id(0), tl.program_id(1)
@@ -77,10 +77,10 @@ def _thresholds_kernel(
         b_code = tl.load(codes_ptr + o_n, mask=o_n < num_boxes, other=0).to(tl.int32)
         b_count += tl.histogram(b_code, CODES, mask=(o_n >= sinks) & (o_n < local))
     # [CODES]; what is dropped if it is all boxes of this code and less
-    dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
+    dropped = tl.cumsum(b_count.to(tl.int64) * weights(tl.arange(0, CODES)), 0)
     total = PART_WEIGHT + tl.max(dropped, 0)
-    total += _weight_between(codes_ptr, FIRST_COUNTED, sinks, EDGE, CODES_PER_OCTAVE)
-    total += _weight_between(codes_ptr, tl.maximum(local, FIRST_COUNTED), num_boxes, EDGE, CODES_PER_OCTAVE)
+    total += _weight_between(codes_ptr, FIRST_COUNTED, sinks, EDGE)
+    total += _weight_between(codes_ptr, tl.maximum(local, FIRST_COUNTED), num_boxes, EDGE)
     # In 64 bits, the twin's very number.
     drops = PART_OF_DROPPED * (1 - tl.load(share_ptr + head).to(tl.float64))
     allowed = (drops * total.to(tl.float64)).to(tl.int64)
@@ -115,7 +115,7 @@ def _boxes_kernel(
     context_len, num_lists, group_size, sink_boxes, local_boxes, max_boxes,
     stride_bm, stride_bp, stride_thresholds, stride_ns, stride_nb, stride_counts, stride_left, stride_mh, stride_mp,
     TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, FIRST_COUNTED: tl.constexpr, FORCED: tl.constexpr,
-    LISTS: tl.constexpr, BLOCK: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    LISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0), tl.program_id(1)
     # [LISTS]; what stands for a list too many is the last one
@@ -152,7 +152,7 @@ def _boxes_kernel(
         count += tl.sum(kept, 0)
         dropped = (kept == 0)[None, :] & (o_n[None, :] < b_before[:, None])
         counted = dropped & (o_n >= FIRST_COUNTED)[None, :]
-        b_left += tl.sum(tl.where(counted, _weights(b_code, CODES_PER_OCTAVE), 0), 1)
+        b_left += tl.sum(tl.where(counted, weights(b_code), 0), 1)
         tl.store(p_boxes[:, None] + o_n[None, :], tl.zeros([LISTS, BLOCK], tl.int64), mask=dropped)
     tl.store(counts_ptr + i_s * stride_counts + i_b, count)
     tl.store(left_out_ptr + i_h.to(tl.int64) * stride_left + part, b_left)
@@ -183,7 +183,7 @@ def select_boxes(
         box_masses, share, thresholds, chunk.context_len, num_lists, group_size, *forced,
         *strides, thresholds.stride(0),
         **shape, PART_WEIGHT=PART * ROW, PART_OF_DROPPED=PART_OF_DROPPED, FIRST_COUNTED=FIRST_COUNTED,
-        SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, num_warps=4,
+        SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, num_warps=4,
     )  # fmt: skip
     _boxes_kernel[(triton.cdiv(num_lists, LISTS), sets)](
         box_masses, thresholds, numbers, counts, left_out, words,
@@ -191,5 +191,5 @@ def select_boxes(
         *strides, thresholds.stride(0), numbers.stride(0), numbers.stride(1), counts.stride(0), left_out.stride(0),
         words.stride(0), words.stride(1),
         **shape, FIRST_COUNTED=FIRST_COUNTED, FORCED=FORCED, LISTS=LISTS, BLOCK=BLOCK,
-        CODES_PER_OCTAVE=CODES_PER_OCTAVE, num_warps=8,
+        num_warps=8,
     )  # fmt: skip

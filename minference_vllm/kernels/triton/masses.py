@@ -15,12 +15,13 @@ import triton.language as tl
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALF, HALVES, TILE
+from minference_vllm.kernels.triton.codes import encode
 from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, scaled_scores, score_scales
 from minference_vllm.kernels.triton.normalisers import _sampled_rows
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.reference.operands import unit_of_products
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
+from minference_vllm.scratch import MEAN
 
 MEANS_EACH = 8192
 """Means that one program scores: enough to pay for loading its rows, few enough that programs fill the GPU."""
@@ -38,7 +39,6 @@ def _masses_kernel(
     ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr,
     EACH: tl.constexpr, GROUPS_PER_BOX: tl.constexpr, BLOCK_LISTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, OCTAVES: tl.constexpr,
     LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = TILE // HALF
@@ -103,8 +103,7 @@ def _masses_kernel(
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
         # [GROUPS, LISTS]
         b_mass = tl.sum(tl.reshape(b_mass, (GROUPS, EACH, LISTS)), 1)
-        b_code = tl.floor((tl.log2(b_mass) + OCTAVES) * CODES_PER_OCTAVE + 0.5)
-        b_code = tl.minimum(tl.maximum(b_code, 0.0), CODES - 1).to(tl.uint8)
+        b_code = encode(b_mass).to(tl.uint8)
         inside = (o_g < num_means // EACH)[:, None] & (o_out < num_lists)[None, :]
         tl.store(p_out[None, :] + o_g[:, None], b_code, mask=inside)
 
@@ -141,7 +140,7 @@ def group_masses(
         ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1,
         EACH=MEANS_PER_GROUP, GROUPS_PER_BOX=GROUPS_PER_BOX, BLOCK_LISTS=LISTS,
         BLOCK_M=block_m, BLOCK_N=64,
-        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, OCTAVES=OCTAVES_BELOW_ONE, LOG2_E=LOG2_E,
+        LOG2_E=LOG2_E,
         INTERPRETED=not q.is_cuda,
         num_warps=4, num_stages=2,
     )  # fmt: skip
