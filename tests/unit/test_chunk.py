@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chunk is refused before a kernel reads or writes it wrongly; and what it says of itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,3 +67,12 @@ def test_causal_pairs_are_what_dense_attention_computes(context_len: int) -> Non
     chunk = make()
     moved = Chunk(chunk.q, chunk.out, chunk.kv, context_len, 1.0)
     assert moved.causal_pairs == sum(context_len + row + 1 for row in range(5))
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 4), (2, 2), (1, 1)])
+def test_some_heads_of_a_chunk_have_their_own_sinks(first: int, count: int) -> None:
+    chunk = replace(make(), sinks=torch.arange(4.0))
+    sinks = chunk.of_heads(first, count).sinks
+    assert sinks is not None
+    assert sinks.tolist() == [*range(first, first + count)]
+    assert make().of_heads(first, count).sinks is None
