@@ -12,7 +12,7 @@ import torch
 from minference_vllm import plugin
 from minference_vllm.compat import engines
 from minference_vllm.errors import ConfigError
-from minference_vllm.patterns import Resolved
+from minference_vllm.patterns import TAKES, Resolved
 from minference_vllm.plots.capture import Capture
 from minference_vllm.reason import Reason
 from minference_vllm.recall import LayerRecall
@@ -132,7 +132,7 @@ def read_prompt(
 def described(resolved: Resolved) -> str:
     """A method in one line."""
     if resolved.pattern is not None:
-        return f"{resolved.settings.name}, sizes of {resolved.pattern.name}"
+        return f"{resolved.settings.name}, {TAKES[resolved.settings.name]} of {resolved.pattern.name}"
     settings = ", ".join(f"{name} {value}" for name, value in resolved.settings if name != "name")
     return f"{resolved.settings.name}: {settings}"
 
