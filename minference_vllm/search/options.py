@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From measurements to what is chosen from: each head's share of what a layer's candidates cost, and what they harm."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from minference_vllm.search.choice import LayerOptions, Option
+from minference_vllm.search.meter import LayerTrials
+
+Measured = Sequence[Mapping[int, LayerTrials]]
+"""Of each prompt, by the position of the layer; every contender ran sparse in every layer."""
+
+
+def weights(measured: Measured, kls: Sequence[Mapping[int, float]], rough: int) -> dict[int, float]:
+    """What a relative output error of a layer does to the next tokens: nats a unit of squared error.
+
+    Args:
+        kls: KL divergence of each prompt with the rough candidate in one layer alone, by the layer's position.
+        rough: number of that candidate.
+    """
+    return {
+        position: _mean([of[position] for of in kls]) / max(sum(_errors(measured, position, rough)), 1e-30)
+        for position in measured[0]
+    }
+
+
+def layer_options(measured: Measured, weight: Mapping[int, float], candidates: range) -> list[LayerOptions]:
+    """What each layer may get, in the order of their positions.
+
+    Args:
+        weight: see `weights`.
+        candidates: numbers of those of one method.
+    """
+    layers = []
+    for position in measured[0]:
+        costs = [_costs(measured, position, candidate, candidates) for candidate in candidates]
+        errors = [_errors(measured, position, candidate) for candidate in candidates]
+        heads = tuple(
+            tuple(Option(weight[position] * error[head], cost[head]) for error, cost in zip(errors, costs, strict=True))
+            for head in range(len(errors[0]))
+        )
+        layers.append(LayerOptions(heads, _mean([prompt[position].dense for prompt in measured])))
+    return layers
+
+
+def total_cost(layers: Mapping[int, LayerTrials], contender: int) -> float:
+    """What a contender costs in all layers, those that it keeps dense included."""
+    trials = ((layer, layer.trials[contender]) for layer in layers.values())
+    return sum(layer.dense if trial is None else trial.choosing + trial.attending for layer, trial in trials)
+
+
+def _costs(measured: Measured, position: int, candidate: int, alike: range) -> list[float]:
+    """Each head's part. Choosing costs the same whatever is kept, and each head alike; attending costs by pairs."""
+    shares = []
+    for prompt in measured:
+        trials = prompt[position].trials
+        chosen = [trial.choosing for at in alike if (trial := trials[at]) is not None]
+        if (trial := trials[candidate]) is None:
+            raise ValueError(f"candidate {candidate} did not run in layer {position}")
+        each = _mean(chosen) / len(trial.pairs)
+        shares.append([each + trial.attending * pairs / sum(trial.pairs) for pairs in trial.pairs])
+    return [_mean(head) for head in zip(*shares, strict=True)]
+
+
+def _errors(measured: Measured, position: int, candidate: int) -> list[float]:
+    """Each head's squared error, relative to the whole layer's output."""
+    shares = []
+    for prompt in measured:
+        layer = prompt[position]
+        if (trial := layer.trials[candidate]) is None:
+            raise ValueError(f"candidate {candidate} did not run in layer {position}")
+        shares.append([error / max(layer.norm, 1e-30) for error in trial.errors])
+    return [_mean(head) for head in zip(*shares, strict=True)]
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return statistics.fmean(numbers)
