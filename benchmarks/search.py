@@ -53,7 +53,7 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
 def search(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Have the command search; what is on record of it, and the file under "file", None if it wrote none."""
     data = [second_half(name, max(options.tokens), folder) for name in options.search_texts or options.texts]
-    out = folder / "pattern.json"
+    out = (options.keep or folder) / "pattern.json"
     command = [
         *(sys.executable, "-m", "minference_vllm.cli", "search", options.model, "--data", *map(str, data)),
         *("--out", str(out), *options.search_options.split()),
@@ -114,7 +114,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search-texts", nargs="+", help="files to search with; none given: those of --texts")
     parser.add_argument("--search-options", default="", help="more options of the search")
     parser.add_argument("--pattern", type=Path, help="compare this file, and do not search")
-    parser.add_argument("--keep", type=Path, help="where the file that was found stays")
+    parser.add_argument("--keep", type=Path, help="a folder in which the file and what was measured for it stay")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 28672], help="prompt lengths")
     parser.add_argument("--prompts", type=int, default=4, help="prompts a text and length")
     parser.add_argument("--kv-cache-dtype", default="auto")
@@ -136,9 +136,6 @@ def main() -> None:
         if file is not None:
             methods[SEARCHED] = {"name": "auto", "pattern_file": str(file.resolve())}
             record["provenance"] = read_pattern(file).provenance.model_dump()
-            if options.keep:
-                options.keep.parent.mkdir(parents=True, exist_ok=True)
-                options.keep.write_bytes(file.read_bytes())
         specs = make_specs(options, methods)
         settings = fidelity.describe(options, next(iter(specs.values())))
         settings["search"] = record

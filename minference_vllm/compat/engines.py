@@ -76,9 +76,8 @@ class States:
         """[rows, hidden size], of all steps since the last call."""
         import torch
 
-        states = torch.cat(self._steps)
-        self._steps.clear()
-        return states
+        steps, self._steps = self._steps, []
+        return torch.cat(steps) if steps else torch.empty(0, 0)
 
     def logits(self, states: Any) -> Any:
         """[rows, vocabulary]"""

@@ -57,7 +57,7 @@ class _Layer:
     """What has been measured so far; tensors are on the device."""
 
     norm: Any = 0.0
-    dense_pairs: float = 0.0
+    dense_pairs: Any = 0.0
     dense: list[list[Marks]] = field(default_factory=list)
     marks: list[list[list[Marks]]] = field(default_factory=list)
     pairs: list[Any] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Meter:
         exact, tried = (replace(chunk, out=torch.empty_like(chunk.out)) for _ in range(2))
         ops.attend(exact, everything, self._attend, method.kernel)
         found.norm = found.norm + exact.out.double().square().sum()
-        found.dense_pairs += chunk.num_qo_heads * chunk.causal_pairs
+        found.dense_pairs = found.dense_pairs + worked_pairs(everything, chunk).sum()
         if self._repeats:
             found.dense.append(self._time_dense(tried))
         for number, contender in enumerate(self._contenders):
@@ -155,7 +155,7 @@ class Meter:
         return {position: self._layer_trials(found) for position, found in sorted(self._layers.items())}
 
     def _layer_trials(self, found: _Layer) -> LayerTrials:
-        dense = _milliseconds(found.dense, 0) if self._repeats else found.dense_pairs
+        dense = _milliseconds(found.dense, 0) if self._repeats else float(found.dense_pairs)
         return LayerTrials(dense, float(found.norm), tuple(self._trial(found, at) for at in range(len(found.pairs))))
 
     def _trial(self, found: _Layer, number: int) -> Trial | None:
