@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from minference_vllm import __version__
-from minference_vllm.cli.arguments import count, count_to
+from minference_vllm.cli.arguments import count, count_to, json_object
 from minference_vllm.cli.status import FAILED, STOPPED
 from minference_vllm.errors import ConfigError
-from minference_vllm.files import parse_json, refuse_unwritable, write_file
+from minference_vllm.files import refuse_unwritable, write_file
 
 NOT_BETTER = 3
 MOST_PROMPTS, MOST_SEED = 1000, 2**31
@@ -105,9 +105,7 @@ def _origin(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of vllm.LLM."""
-    given = parse_json(options.engine, "--engine")
-    if not isinstance(given, dict):
-        raise ConfigError(f"--engine must be a JSON object, and is {type(given).__name__}.")
+    given = json_object("--engine", options.engine)
     return {
         "max_model_len": max(options.tokens) + 1, "max_num_batched_tokens": options.chunk, "max_num_seqs": 1,
         "gpu_memory_utilization": 0.7, **given,

@@ -5,10 +5,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from minference_vllm.search.choice import LayerOptions, Option
-from minference_vllm.search.meter import LayerTrials
+from minference_vllm.search.meter import LayerTrials, Trial
 
 Measured = Sequence[Mapping[int, LayerTrials]]
-"""Of each prompt, by the position of the layer; every contender ran sparse in every layer."""
+"""Of each prompt, by the position of the layer."""
+
+LEAST = 1e-30  # in place of zero, to divide by
 
 
 def weights(measured: Measured, kls: Sequence[Mapping[int, float]], rough: int) -> dict[int, float]:
@@ -19,7 +21,7 @@ def weights(measured: Measured, kls: Sequence[Mapping[int, float]], rough: int) 
         rough: number of that candidate.
     """
     return {
-        position: _mean([of[position] for of in kls]) / max(sum(_errors(measured, position, rough)), 1e-30)
+        position: _mean([of[position] for of in kls]) / max(sum(_errors(measured, position, rough)), LEAST)
         for position in measured[0]
     }
 
@@ -53,12 +55,9 @@ def _costs(measured: Measured, position: int, candidate: int, alike: range) -> l
     """Each head's part. Choosing costs the same whatever is kept, and each head alike; attending costs by pairs."""
     shares = []
     for prompt in measured:
-        trials = prompt[position].trials
-        chosen = [trial.choosing for at in alike if (trial := trials[at]) is not None]
-        if (trial := trials[candidate]) is None:
-            raise ValueError(f"candidate {candidate} did not run in layer {position}")
-        each = _mean(chosen) / len(trial.pairs)
-        shares.append([each + trial.attending * pairs / sum(trial.pairs) for pairs in trial.pairs])
+        trial = _trial(prompt, position, candidate)
+        choosing = _mean([_trial(prompt, position, other).choosing for other in alike]) / len(trial.pairs)
+        shares.append([choosing + trial.attending * pairs / sum(trial.pairs) for pairs in trial.pairs])
     return [_mean(head) for head in zip(*shares, strict=True)]
 
 
@@ -66,11 +65,15 @@ def _errors(measured: Measured, position: int, candidate: int) -> list[float]:
     """Each head's squared error, relative to the whole layer's output."""
     shares = []
     for prompt in measured:
-        layer = prompt[position]
-        if (trial := layer.trials[candidate]) is None:
-            raise ValueError(f"candidate {candidate} did not run in layer {position}")
-        shares.append([error / max(layer.norm, 1e-30) for error in trial.errors])
+        norm, trial = prompt[position].norm, _trial(prompt, position, candidate)
+        shares.append([error / max(norm, LEAST) for error in trial.errors])
     return [_mean(head) for head in zip(*shares, strict=True)]
+
+
+def _trial(prompt: Mapping[int, LayerTrials], position: int, candidate: int) -> Trial:
+    trial = prompt[position].trials[candidate]
+    assert trial is not None, "a candidate runs in every layer"
+    return trial
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -36,9 +36,7 @@ class Reader:
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if options.get(name, 1) != 1:
-                raise ConfigError(
-                    f"A search reads the model in one process, and {name} is {options[name]}: leave it out."
-                )
+                raise ConfigError(f"A search runs in one process, and {name} is {options[name]}: leave it out.")
         self._llm = start_engine(model, {**OPEN_GATE, "method": "block"}, options)
         layers = our_layers(self._llm, model)
         self.geometry: Geometry = served_model(self._llm.llm_engine.vllm_config, rank=0).geometry
