@@ -20,6 +20,9 @@ from minference_vllm.tuning.timing import dense_attention
 
 Marks = tuple[torch.cuda.Event, ...]
 
+HEAD_START = 1_000_000
+"""Cycles of the GPU's clock, about half a millisecond: as long as it takes to launch all kernels of a layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -140,6 +143,8 @@ class Meter:
                 event.record()
                 marks.append(event)
 
+            # The device waits, so that all of the run is in its queue before it begins: Python is not what is timed.
+            torch.cuda._sleep(HEAD_START)
             run(mark)
             spans.append(tuple(marks))
         return spans

@@ -76,7 +76,7 @@ class Search:
     def num_steps(self) -> int:
         """How often `say` is called."""
         layers, prompts = len(self._ground.indices), self._prompts
-        return len(prompts.searching) * (1 + layers) + len(self._methods) * FITS + len(prompts.checking)
+        return len(prompts.searching) * (1 + layers) + len(self._methods) + len(prompts.checking)
 
     def run(self, name: str, provenance: Provenance, journal: Journal, say: Say) -> Found:
         """Search, and check what was found.
@@ -152,15 +152,18 @@ class Search:
         """
         target = budget
         best: list[tuple[float, PatternFile]] = []
-        for attempt in range(FITS):
+        for _ in range(FITS):
             choice = choose(options, target)
-            if choice is not None:
-                file = write(candidates, choice)
-                ratio = self._cost_ratio(file)
-                if ratio <= MOST and (not best or choice.harm < best[0][0]):
-                    best = [(choice.harm, file)]
-                target *= 1 if LEAST <= ratio <= MOST else AIM / ratio
-            self._say(f"{candidates.name}, fit {attempt}")
+            if choice is None:
+                break
+            file = write(candidates, choice)
+            ratio = self._cost_ratio(file)
+            if ratio <= MOST and (not best or choice.harm < best[0][0]):
+                best = [(choice.harm, file)]
+            if LEAST <= ratio <= MOST:
+                break
+            target *= AIM / ratio
+        self._say(f"fit of {candidates.name}")
         return best
 
     def _cost_ratio(self, file: PatternFile) -> float:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a searched file is better than the default, on prompts that it was not searched with."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 SEVERAL = 2.0
-"""Standard errors on each side of a mean difference that are taken for noise."""
+"""Standard errors on each side of a mean that are taken for noise."""
 
 DEARER = 1.02
 """What a file may cost on other prompts, relative to the default: less is noise of the clock and of the texts."""
+
+LEAST = 1e-12  # in place of zero, to divide by
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +33,17 @@ class Verdict:
 
     @property
     def is_better(self) -> bool:
-        """Less divergence on every view that allows for noise, and no more cost."""
-        return self.interval[1] < 0 and self.cost_ratio <= DEARER
+        """Less divergence beyond noise, and no more cost."""
+        return self.interval[1] < 1 and self.cost_ratio <= DEARER
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the mean difference of a prompt's divergence, file less default."""
-        differences = [new - old for new, old in zip(self.file_kl, self.default_kl, strict=True)]
-        spread = SEVERAL * statistics.stdev(differences) / len(differences) ** 0.5
-        mean = statistics.fmean(differences)
-        return mean - spread, mean + spread
+        """Of the geometric mean of a prompt's divergence, file to default: prompts differ by factors."""
+        logs = [
+            math.log(max(new, LEAST) / max(old, LEAST)) for new, old in zip(self.file_kl, self.default_kl, strict=True)
+        ]
+        mean, spread = statistics.fmean(logs), SEVERAL * statistics.stdev(logs) / len(logs) ** 0.5
+        return math.exp(mean - spread), math.exp(mean + spread)
 
     @property
     def cost_ratio(self) -> float:
@@ -51,6 +55,6 @@ class Verdict:
         ours, default = statistics.fmean(self.file_kl), statistics.fmean(self.default_kl)
         return (
             f"On {len(self.file_kl)} other prompts KL to dense attention is {ours:.5f} with the file and {default:.5f} "
-            f"with the default, the difference {low:+.5f} to {high:+.5f}; attention costs {self.file_cost:.4g} and "
+            f"with the default, {low:.2f} to {high:.2f} times on a prompt; attention costs {self.file_cost:.4g} and "
             f"{self.default_cost:.4g} {self.unit}, {self.cost_ratio:.3f} times."
         )

@@ -50,9 +50,8 @@ def test_with_budget_for_everything_nothing_is_harmed() -> None:
 
 
 def test_of_equal_harm_the_cheapest_is_taken() -> None:
-    assert choose([layer([(1.0, 3.0), (1.0, 2.0), (1.0, 2.5)])], 100.0) == Choice((None,), 0.0, 1000.0) or True
-    choice = choose([layer([(0.0, 3.0), (0.0, 2.0), (0.0, 2.5)])], 100.0)
-    assert choice == Choice(((1,),), 0.0, 2.0)
+    assert choose([layer([(1.0, 3.0), (1.0, 2.0), (1.0, 2.5)])], 100.0) == Choice(((1,),), 1.0, 2.0)
+    assert choose([layer([(0.0, 3.0), (0.0, 2.0), (0.0, 2.5)])], 2000.0) == Choice(((1,),), 0.0, 2.0)
 
 
 def test_what_cannot_be_paid_is_no_choice() -> None:
@@ -78,7 +77,7 @@ def draw(lots: random.Random, convex: bool) -> list[LayerOptions]:
     return [layer(head(), head(), dense=lots.randint(7, 12)) for _ in range(2)]
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_of_ever_smaller_gains_of_equal_cost_the_best_choice_is_found(seed: int) -> None:
     lots = random.Random(seed)
     layers = [LayerOptions(each.heads, 1000.0) for each in draw(lots, convex=True)]
@@ -88,7 +87,7 @@ def test_of_ever_smaller_gains_of_equal_cost_the_best_choice_is_found(seed: int)
         assert choice.harm == pytest.approx(best(layers, budget))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_no_choice_costs_more_than_the_budget_or_harms_more_than_one_step_beside_the_best(seed: int) -> None:
     layers = draw(random.Random(seed), convex=False)
     largest = max(max(head[0].harm for head in each.heads) * len(each.heads) for each in layers)
