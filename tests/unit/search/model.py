@@ -16,8 +16,8 @@ from minference_vllm.search.prompts import Prompt
 from tests.kernels.cases import Case, make_cache
 
 CPU = torch.device("cpu")
-CASE = Case("searched", num_rows=1100, context_len=0, num_qo_heads=2, num_kv_heads=1, dtype=torch.float32)
-CHUNK = 640
+CASE = Case("searched", num_rows=900, context_len=0, num_qo_heads=2, num_kv_heads=1, dtype=torch.float32)
+CHUNK = 512
 INDICES = {0: 0, 2: 2}
 MATTERS = {0: 1.0, 2: 3.0}
 """How much an output of a layer changes what comes next, by the layer's position."""
