@@ -88,7 +88,7 @@ class Meter:
         found = self._layers.setdefault(layer.position, self._empty())
         exact, tried = (replace(chunk, out=torch.empty_like(chunk.out)) for _ in range(2))
         ops.attend(exact, everything, self._attend, method.kernel)
-        found.norm = found.norm + exact.out.double().square().sum()
+        found.norm = found.norm + exact.out.float().square().sum(dtype=torch.float64)
         found.dense_pairs = found.dense_pairs + worked_pairs(everything, chunk).sum()
         if self._repeats:
             found.dense.append(self._time_dense(tried))
