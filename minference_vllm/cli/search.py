@@ -126,11 +126,14 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--tokens", type=count, nargs="+", default=TOKENS, help=f"lengths; default: {' '.join(map(str, TOKENS))}"
     )
+    several = count_to(MOST_PROMPTS, least=2)
     command.add_argument(
-        "--prompts", type=count_to(MOST_PROMPTS, least=2), default=6, help="to search with, and as many to check with"
+        "--prompts", type=several, default=6, help="to search with, and as many to check with; default: 6"
     )
     command.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="to try; default: both")
-    command.add_argument("--cost", choices=["time", "pairs"], default="time", help="what must not exceed the default's")
+    command.add_argument(
+        "--cost", choices=["time", "pairs"], default="time", help="what may not be more; default: time"
+    )
     command.add_argument("--repeats", type=count_to(100), default=3, help="timed runs of each candidate; default: 3")
     command.add_argument("--seed", type=count_to(MOST_SEED, least=0), default=0, help="of all that is drawn")
     command.add_argument("--chunk", type=count, default=8192, help="the engine's max_num_batched_tokens")

@@ -80,12 +80,9 @@ class Ground:
 
     def _served(self, method: Method, budgets: Mapping[int, torch.Tensor]) -> Contender:
         buffers, attend = self._scratch(method)
-        heads = self.shape.num_qo_heads
-        recall, totals = (
-            RecallBuffers.allocate(heads, self.device),
-            RecallTotals.allocate(max(self.indices) + 1, heads, self.device),
-        )
-        guard = Guard(self.floors, recall, totals)
+        heads, num_layers = self.shape.num_qo_heads, max(self.indices) + 1
+        totals = RecallTotals.allocate(num_layers, heads, self.device)
+        guard = Guard(self.floors, RecallBuffers.allocate(heads, self.device), totals)
         return Contender(method, {at: LayerState(at, each, buffers, attend, guard) for at, each in budgets.items()})
 
     def _scratch(self, method: Method) -> tuple[Any, AttendBuffers]:

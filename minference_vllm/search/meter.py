@@ -21,7 +21,7 @@ from minference_vllm.tuning.timing import dense_attention
 Marks = tuple[torch.cuda.Event, ...]
 
 HEAD_START = 1_000_000
-"""Cycles of the GPU's clock, about half a millisecond: as long as it takes to launch all kernels of a layer."""
+"""Cycles of the GPU's clock, about half a millisecond: in that time all kernels of a layer are launched."""
 
 
 @dataclass(frozen=True, slots=True)

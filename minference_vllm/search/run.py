@@ -25,8 +25,7 @@ from minference_vllm.search.verdict import Verdict
 FITS = 4
 """Times that a choice is measured as a whole, and made anew for a budget that makes up for what it missed."""
 
-FITTING_PROMPTS = 2
-LEAST, AIM, MOST = 0.97, 0.99, 1.0
+LEAST, AIM, MOST = 0.97, 0.99, 1.01
 """A choice's cost, relative to the default's: between the outer two it is left as it is, else it is to be the inner."""
 
 Say = Callable[[str], None]
@@ -116,18 +115,20 @@ class Search:
 
     def _try_candidates(self, journal: Journal) -> Measured:
         """What came of all candidates in all layers, by prompt."""
-        for number, prompt in enumerate(self._prompts.searching):
-            if number not in journal.trials():
-                journal.add_trials(number, self._meter(prompt, self._contenders))
-            self._say(f"candidates, prompt {number}")
         known = journal.trials()
+        for number, prompt in enumerate(self._prompts.searching):
+            if number not in known:
+                known[number] = self._meter(prompt, self._contenders)
+                journal.add_trials(number, known[number])
+            self._say(f"candidates, prompt {number}")
         return [known[number] for number in range(len(self._prompts.searching))]
 
     def _weigh_layers(self, journal: Journal) -> list[dict[int, float]]:
         """What the rough candidate in one layer alone does to the next tokens, by prompt and position of the layer."""
-        rough, found = self._contenders[self._number(ROUGH)], []
+        rough, measured = self._contenders[self._number(ROUGH)], journal.kls()
+        found = []
         for number, prompt in enumerate(self._prompts.searching):
-            known = {at: kl for (of, at), kl in journal.kls().items() if of == number}
+            known = {at: kl for (of, at), kl in measured.items() if of == number}
             exact = None
             for position, layer in rough.layers.items():
                 if position not in known:
@@ -169,7 +170,7 @@ class Search:
     def _cost_ratio(self, file: PatternFile) -> float:
         """A file's cost relative to the default's."""
         pair = [self._ground.of_file(file), self._default]
-        costs = [self._costs(prompt, pair) for prompt in self._prompts.searching[:FITTING_PROMPTS]]
+        costs = [self._costs(prompt, pair) for prompt in self._prompts.searching]
         ours, default = (sum(cost[at] for cost in costs) for at in (0, 1))
         return ours / default
 
