@@ -12,7 +12,7 @@ SEVERAL = 2.0
 DEARER = 1.02
 """What a file may cost on other prompts, relative to the default: less is noise of the clock and of the texts."""
 
-LEAST = 1e-12  # in place of zero, to divide by
+LEAST = 1e-6  # nats: a divergence below this is rounding
 
 
 @dataclass(frozen=True, slots=True)
