@@ -30,6 +30,7 @@ from minference_vllm.index import EVERY_GROUP, TILE, TileIndex
 from minference_vllm.kernels import cuda
 from minference_vllm.methods import Block
 from minference_vllm.methods.block import COARSE_FROM, BlockSettings
+from minference_vllm.methods.block_scratch import BlockScratch
 from minference_vllm.ops import Kernel, choose_kernel
 from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
@@ -63,6 +64,7 @@ TINY = (Case(1024, 512, 0.3, 4, 2, 64),)
 SETTINGS = {
     "timing": "CUDA events, medians; see h100-attention.json",
     "choose_ms": "means of the keys, row normalisers, masses, selection: the whole choice; its parts beside",
+    "heads_at_once": "that choose in one turn; parts are timed for all turns together",
     "max_fine": "share of boxes scored finely, which real prompts of the length have (docs/methods.md)",
     "score_dtype": "of the means and of the rows that are scored against them; `--score-dtype model fp8` compares",
     "cache": "of keys and values; with fp8 queries are FP8 too, and both kernels write bf16",
@@ -113,25 +115,35 @@ def error_of(chunk: Chunk, index: TileIndex) -> float:
     return peers.worst(errors)
 
 
-def time_parts(method: Block, chunk: Chunk, buffers: Any, share: torch.Tensor) -> dict[str, float]:
+def time_parts(method: Block, chunk: Chunk, scratch: BlockScratch, share: torch.Tensor) -> dict[str, float]:
     """Milliseconds of the whole choice and of its parts."""
     ms, kernel, settings = partial(median, device=chunk.q.device), method.kernel, method.settings
 
-    coarse = buffers.coarse if chunk.seq_len >= settings.coarse_from else None
+    buffers = method.buffers(chunk, scratch)
+    coarse, num_heads = buffers.coarse, len(buffers.masses)
     boxes = coarse and coarse.boxes
+    turns = [chunk.of_heads(first, num_heads) for first in range(0, chunk.num_qo_heads, num_heads)]
+
+    def means() -> None:
+        for of_heads in turns:
+            ops.key_means(of_heads.kv, chunk.seq_len, buffers.means, kernel)
+
+    def normalise() -> None:
+        for of_heads in turns:
+            ops.row_normalisers(of_heads, buffers.means, buffers.row_lse, kernel)
 
     def masses() -> None:
-        for head in range(0, chunk.num_qo_heads, len(buffers.masses)):
-            ops.group_masses(chunk, buffers.means, buffers.row_lse, head, buffers.masses, kernel, boxes)
+        for of_heads in turns:
+            ops.group_masses(of_heads, buffers.means, buffers.row_lse, buffers.masses, kernel, boxes)
 
     def coarse_masses() -> None:
-        for head in range(0, chunk.num_qo_heads, len(buffers.masses)):
-            ops.box_masses(chunk, coarse.means, buffers.row_lse, head, coarse.masses, kernel)
+        for of_heads in turns:
+            ops.box_masses(of_heads, coarse.means, buffers.row_lse, coarse.masses, kernel)
 
-    normalise = partial(ops.row_normalisers, chunk, buffers.means, buffers.row_lse, kernel)
     return {
-        "choose_ms": ms(partial(method.choose, chunk, share, buffers)),
-        "means_ms": ms(partial(ops.key_means, chunk.kv, chunk.seq_len, buffers.means, kernel)),
+        "choose_ms": ms(partial(method.choose, chunk, share, scratch)),
+        "heads_at_once": num_heads,
+        "means_ms": ms(means),
         "normalise_ms": ms(normalise),
         "coarse_ms": ms(coarse_masses) if coarse else 0.0,
         "masses_ms": ms(masses),
@@ -171,7 +183,7 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block) -> dict[str
     heads = case.num_qo_heads, case.num_kv_heads, case.head_dim
     fp8 = chunk.is_quantized, chunk.is_quantized
     shape = ScratchShape(*heads, chunk.out.dtype, case.tokens, case.rows, *fp8)
-    buffers = method.scratch(shape, device)
+    scratch = method.scratch(shape, device)
     attend = AttendBuffers.allocate(case.num_qo_heads, case.rows, device)
     index = draw_groups(chunk, method.sink_groups, method.local_groups, 0, case.density)
     ops.attend(chunk, index, attend, kernel)
@@ -180,7 +192,7 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block) -> dict[str
     if not (error <= TOLERANCE and chunk.out.sum().isfinite()):
         raise SystemExit(f"{case}: our output is wrong, relative error {error:.1e}")
     share = torch.full((case.num_qo_heads,), case.density, device=device)
-    parts = time_parts(method, chunk, buffers, share)
+    parts = time_parts(method, chunk, scratch, share)
     attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)
     guard_ms = median(make_guard(chunk, attend, method), device)
     attends_with = Kernel.TRITON if kernel is Kernel.CUDA and cuda.library.why_not(shape) else kernel
@@ -191,7 +203,7 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block) -> dict[str
         "guard_ms": guard_ms,
         "dense_ms": dense.ms, "speedup": dense.ms and dense.ms / (parts["choose_ms"] + attend_ms + guard_ms),
         "choose_of_dense": dense.ms and parts["choose_ms"] / dense.ms,
-        "scratch_mib": (num_bytes(buffers) + num_bytes(attend)) / 2**20, "relative_error": error,
+        "scratch_mib": (num_bytes(scratch) + num_bytes(attend)) / 2**20, "relative_error": error,
         "dense_error": dense.error,
     }  # fmt: skip
     return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in found.items()}

@@ -35,7 +35,7 @@ from benchmarks import (
     results,
     sparse_work,
 )
-from benchmarks.processes import EngineProcess, serve_requests
+from benchmarks.processes import EngineProcess, is_first_rank, on_gpus, serve_requests
 
 SCORED_TEXT = 2048  # tokens of the text's end, beside all questions and answers
 ROWS_AT_ONCE = 512
@@ -86,7 +86,8 @@ def scorer(kind: str, llm: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         # The state before a token predicts it.
         states = states[request["scored"] - 1 : -1]
         if before is None:
-            torch.save(states.cpu(), request["file"])
+            if is_first_rank():
+                torch.save(states.cpu(), request["file"])
             return {}
         work = sparse_work().since(before)
         dense = torch.load(request["file"]).to(states.device)
@@ -177,6 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 28672], help="prompt lengths")
     parser.add_argument("--prompts", type=int, default=8, help="prompts a text and length")
     parser.add_argument("--kv-cache-dtype", default="auto", help="of both engines: fp8, for one")
+    parser.add_argument("--gpus", type=int, default=1, help="tensor-parallel GPUs of each engine")
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 2048], help="max_num_batched_tokens")
     parser.add_argument(
         "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
@@ -191,6 +193,7 @@ def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -
         "engine": {
             **engine_options(options.model, max(options.tokens), chunk),
             "kv_cache_dtype": options.kv_cache_dtype,
+            **on_gpus(options.gpus),
         },
         "dense_backend": options.dense_backend,
         "minference": {**gate, "method": method},
@@ -234,14 +237,14 @@ def main() -> None:
         requests = make_requests(options, directory)
         spec = make_spec(options, options.chunks[0], {})
         settings = describe(options, spec)
-        with EngineProcess("benchmarks.fidelity", DENSE, spec) as dense:
+        with EngineProcess("benchmarks.fidelity", DENSE, spec, options.gpus) as dense:
             for request in [request for some in requests.values() for request in some]:
                 dense.ask(request)
         for text in options.methods:
             for chunk in options.chunks:
                 spec = make_spec(options, chunk, parse_method(text))
                 settings["sparse"][f"{text}, chunks of {chunk}"] = resolved(spec["minference"])
-                with EngineProcess("benchmarks.fidelity", SPARSE, spec) as sparse:
+                with EngineProcess("benchmarks.fidelity", SPARSE, spec, options.gpus) as sparse:
                     for (tokens, name), some in requests.items():
                         of = {"tokens": tokens, "text": name, "method": text, "chunk": chunk}
                         rows.append(make_row(of, [sparse.ask(request) for request in some]))

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any, NoReturn
 
 from benchmarks import DENSE, SPARSE
+from minference_vllm.evals.serve import HOST, free_port
 
 # A worker must reach into its engine, and nothing of it may outlive the measurement.
 ENVIRON = {
@@ -28,42 +30,97 @@ Worker = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 class EngineProcess:
-    """A process that holds one engine, in a `with` statement.
+    """A process that holds one engine, in a `with` statement; or a process for each GPU of a tensor-parallel engine.
 
     Args:
         module: a benchmark whose main() begins with `serve_requests` or `serve_worker`.
         kind: which engine.
-        spec: what it is told, as JSON.
+        spec: what it is told, as JSON; of an engine on several GPUs, with what `on_gpus` adds to its options.
+        gpus: how many it runs on. Each process then reads every request, as vLLM wants of external launchers.
     """
 
-    def __init__(self, module: str, kind: str, spec: dict[str, Any]) -> None:
+    def __init__(self, module: str, kind: str, spec: dict[str, Any], gpus: int = 1) -> None:
         self.kind = kind
         self._module = module
-        self._connection, theirs = Pipe()
-        command = [sys.executable, "-m", module, "--serve", kind, "--connection", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, env={**os.environ, **ENVIRON}, pass_fds=[theirs.fileno()])
-        theirs.close()
+        port = str(free_port())
+        self._ranks = [_Rank(module, kind, _rank_environ(rank, gpus, port)) for rank in range(gpus)]
         self.ask(spec)
 
     def ask(self, request: Any) -> Any:
-        """What the engine answers.
+        """What the engine answers; the first process of several.
 
         Raises:
-            SystemExit: its process has ended.
+            SystemExit: a process has ended.
         """
-        try:
-            self._connection.send_bytes(json.dumps(request).encode())
-            return json.loads(self._connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            status = self._process.wait()
-            sys.exit(f"The {self.kind} engine of {self._module} ended with status {status}; its output above says why.")
+        message = json.dumps(request).encode()
+        for rank in self._ranks:
+            rank.send(message)
+        waiting, replies = {rank.connection: rank for rank in self._ranks}, {}
+        while waiting:
+            for connection in wait(list(waiting)):
+                rank = waiting.pop(connection)
+                replies[rank] = rank.receive()
+                if replies[rank] is None:
+                    self._end(rank)
+        return json.loads(replies[self._ranks[0]])
+
+    def _end(self, ended: "_Rank") -> NoReturn:
+        """One process is gone: end the others, which wait for it."""
+        status = ended.process.wait()
+        for rank in self._ranks:
+            rank.process.kill()
+        sys.exit(f"The {self.kind} engine of {self._module} ended with status {status}; its output above says why.")
 
     def __enter__(self) -> "EngineProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._process.wait()
+        for rank in self._ranks:
+            rank.connection.close()
+        for rank in self._ranks:
+            rank.process.wait()
+
+
+class _Rank:
+    """A process and the connection to it."""
+
+    def __init__(self, module: str, kind: str, environ: dict[str, str]) -> None:
+        self.connection, theirs = Pipe()
+        command = [sys.executable, "-m", module, "--serve", kind, "--connection", str(theirs.fileno())]
+        environ = {**os.environ, **ENVIRON, **environ}
+        self.process = subprocess.Popen(command, env=environ, pass_fds=[theirs.fileno()])
+        theirs.close()
+
+    def send(self, message: bytes) -> None:
+        with suppress(ConnectionError):  # `receive` tells
+            self.connection.send_bytes(message)
+
+    def receive(self) -> bytes | None:
+        """A reply, or None if the process has ended."""
+        try:
+            return self.connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            return None
+
+
+def _rank_environ(rank: int, gpus: int, port: str) -> dict[str, str]:
+    """What tells a process of several which it is, as torchrun does."""
+    if gpus == 1:
+        return {}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": gpus}
+    return {name: str(of) for name, of in numbers.items()} | {"MASTER_ADDR": HOST, "MASTER_PORT": port}
+
+
+def on_gpus(gpus: int) -> dict[str, Any]:
+    """Options of an engine that runs on so many GPUs, tensor-parallel, started by EngineProcess."""
+    if gpus == 1:
+        return {}
+    return {"tensor_parallel_size": gpus, "distributed_executor_backend": "external_launcher"}
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one whose answer counts: what it alone does is done once."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def serve_requests(start: Start) -> bool:

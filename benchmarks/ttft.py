@@ -14,7 +14,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from benchmarks import (
     synthetic,
 )
 from benchmarks.fidelity import load_text
-from benchmarks.processes import EngineProcess, serve_requests
+from benchmarks.processes import EngineProcess, on_gpus, serve_requests
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -53,15 +53,31 @@ TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16}
 USUAL = {"tokens": [8192, 32768, 131072], "layers": 32}
 TINY_USUAL = {"tokens": [600], "layers": 2}
 MEMORY_OF_EACH = 0.47  # of the GPU's: two engines are up at a time
+MEMORY_ALONE = 0.92
+WARM_UP = 32768
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
 MOST_FOR_SHORT = 16
 
 
+TTFT = (
+    "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in the caller's "
+    "process; the median of the timed requests"
+)
+SIDE_BY_SIDE = ", which the dense and the sparse engine, up side by side, take in turns after one each to warm up"
+IN_TURN = (
+    f" of the dense engine, after one of {WARM_UP} tokens to warm up, and then of the sparse one, after one of the "
+    "same length"
+)
+
 # Recall is measured as in service; but what is drawn holds little of it, and the guard would act.
 NO_FLOOR = {"recall_floor": 0.0, "row_recall_floor": 0.0}
 REAL = "the plugin chooses by itself, as in service: nothing is drawn"
 NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
+
+
+Found = tuple[str, int, dict[str, Any]]
+"""A method, a prompt length, and what was found of both engines."""
 
 
 def num_timed(tokens: int, repeats: int) -> int:
@@ -137,6 +153,20 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}}
 
 
+def time_in_turn(engine: EngineProcess, tokens: int, repeats: int, warm_up: int) -> tuple[list[float], dict[str, Any]]:
+    """The times of an engine that is up alone, and what ran sparse in the request before.
+
+    Args:
+        warm_up: tokens of that request.
+    """
+    found = engine.ask({"tokens": warm_up, "count": engine.kind == SPARSE})
+    seconds = [
+        round(engine.ask({"tokens": tokens, "count": False})["seconds"], 4) for _ in range(num_timed(tokens, repeats))
+    ]
+    print(f"    {tokens} tokens, {engine.kind}: {' '.join(f'{t:.3f}' for t in seconds)} s", flush=True)
+    return seconds, found
+
+
 def make_row(method: str, layers: int | None, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
     """A row of what time_side_by_side found."""
     dense_s, sparse_s = statistics.median(found[DENSE]), statistics.median(found[SPARSE])
@@ -162,7 +192,8 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
         "model": options.model or directory, "load_format": "auto" if options.model else "dummy",
         "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": max_len,
         "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
-        "enable_prefix_caching": False, "gpu_memory_utilization": MEMORY_OF_EACH, "disable_log_stats": True,
+        "enable_prefix_caching": False, "disable_log_stats": True,
+        "gpu_memory_utilization": MEMORY_ALONE if options.in_turn else MEMORY_OF_EACH, **on_gpus(options.gpus),
     }  # fmt: skip
     return {
         "engine": engine,
@@ -176,9 +207,8 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
     """The settings of a result file; each engine's come under "sparse" as it is started."""
     made_up = {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"}
     return {
-        "ttft": "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in "
-        "the caller's process; the median of the timed requests, which the dense and the sparse engine, up side by "
-        "side, take in turns after one each to warm up",
+        "ttft": TTFT + (IN_TURN if options.in_turn else SIDE_BY_SIDE),
+        "gpus": options.gpus,
         "model": "real weights" if options.model else made_up,
         "prompts": f"from {Path(options.text).name}" if options.text else "random token ids",
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
@@ -186,6 +216,40 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "sparse": {"attention_backend": SPARSE_BACKEND},
         "selection": REAL if options.text else NATURAL if options.natural else synthetic.DESCRIPTION,
     }
+
+
+def sparse_engine(
+    options: argparse.Namespace, spec: dict[str, Any], method: str, settings: dict[str, Any]
+) -> EngineProcess:
+    """An engine of the plugin; its settings go into those of the result file."""
+    minference: dict[str, Any] = {"method": parse_method(method), **({} if options.text else NO_FLOOR)}
+    minference |= TINY_SETTINGS if options.tiny else {}
+    settings["sparse"][method] = resolved(minference)
+    return EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}, options.gpus)
+
+
+def side_by_side(options: argparse.Namespace, spec: dict[str, Any], settings: dict[str, Any]) -> Iterator[Found]:
+    """What both engines find that are up at the same time."""
+    with EngineProcess("benchmarks.ttft", DENSE, spec, options.gpus) as dense:
+        for method in options.methods:
+            with sparse_engine(options, spec, method, settings) as sparse:
+                for tokens in options.tokens:
+                    yield method, tokens, time_side_by_side(dense, sparse, tokens, options.repeats)
+
+
+def in_turn(options: argparse.Namespace, spec: dict[str, Any], settings: dict[str, Any]) -> Iterator[Found]:
+    """What the engines find one after the other."""
+    warm_up = {**spec, "tokens": [*spec["tokens"], min(WARM_UP, *spec["tokens"])]}
+    with EngineProcess("benchmarks.ttft", DENSE, warm_up, options.gpus) as engine:
+        dense = {
+            tokens: time_in_turn(engine, tokens, options.repeats, min(WARM_UP, tokens))[0] for tokens in options.tokens
+        }
+    for method in options.methods:
+        with sparse_engine(options, spec, method, settings) as engine:
+            for tokens in options.tokens:
+                # What is drawn for a length is drawn while it is warmed up.
+                seconds, found = time_in_turn(engine, tokens, options.repeats, tokens)
+                yield method, tokens, {**found, DENSE: dense[tokens], SPARSE: seconds}
 
 
 def main() -> None:
@@ -204,6 +268,8 @@ def main() -> None:
     parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
     parser.add_argument("--model", help="a directory with real weights, in place of made-up ones; with --text")
     parser.add_argument("--text", help="a file, as for benchmarks.fidelity, that prompts are cut from")
+    parser.add_argument("--gpus", type=int, default=1, help="tensor-parallel GPUs of each engine")
+    parser.add_argument("--in-turn", action="store_true", help="one engine after the other: each gets all memory")
     options = parser.parse_args()
     if bool(options.model) != bool(options.text):
         parser.error("--model and --text go together")
@@ -215,18 +281,11 @@ def main() -> None:
         spec = make_spec(options, directory)
         settings = describe(options, spec)
         record = {"settings": settings, "seconds": seconds}
-        with EngineProcess("benchmarks.ttft", DENSE, spec) as dense:
-            for method in options.methods:
-                minference: dict[str, Any] = {"method": parse_method(method), **({} if options.text else NO_FLOOR)}
-                minference |= TINY_SETTINGS if options.tiny else {}
-                settings["sparse"][method] = resolved(minference)
-                with EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}) as sparse:
-                    for tokens in options.tokens:
-                        found = time_side_by_side(dense, sparse, tokens, options.repeats)
-                        seconds[f"{method}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
-                        rows.append(make_row(method, None if options.model else options.layers, tokens, found))
-                        # After each row: what a run that is cut off has measured stays.
-                        results.write(options.out, rows, options.tiny, **record)
+        for method, tokens, found in (in_turn if options.in_turn else side_by_side)(options, spec, settings):
+            seconds[f"{method}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
+            rows.append(make_row(method, None if options.model else options.layers, tokens, found))
+            # After each row: what a run that is cut off has measured stays.
+            results.write(options.out, rows, options.tiny, **record)
     print(results.table(rows))
 
 

@@ -15,7 +15,7 @@ namespace score {
 inline int choose_stages_each(const Params& p, int num_multiprocessors) {
     constexpr int START = 2, SHORTEST = 4;  // stages
     const int longest = p.num_stages(p.num_blocks - 1);
-    const int64_t programs = int64_t(p.num_blocks) * p.num_sets;
+    const int64_t programs = int64_t(p.num_blocks) * p.num_kv_heads;
     const int64_t total = programs * (longest + p.num_stages(0)) / 2;
     int best = longest;
     int64_t least = INT64_MAX;
@@ -43,7 +43,7 @@ cudaError_t launch(const Params& p, cudaStream_t stream) {
     const auto kernel = mass_kernel<T, Q, HEAD_DIM>;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (error != cudaSuccess) return error;
-    kernel<<<p.num_blocks * p.num_sets * ranges, THREADS, BYTES, stream>>>(p);
+    kernel<<<p.num_blocks * p.num_kv_heads * ranges, THREADS, BYTES, stream>>>(p);
     return cudaGetLastError();
 }
 
@@ -59,7 +59,6 @@ struct MInferenceScore {
     int32_t num_rows, context_len, rows_per_half, num_qo_heads, num_kv_heads, head_dim;
     int32_t is_bf16;                // queries, else fp16; and means, if they are not
     int32_t is_fp8;                 // E4M3
-    int32_t first_head, num_heads;  // that are worked on: all heads of some KV heads, or an even share of one's
     int32_t keys_per_mean;          // a power of two
     int32_t max_boxes;              // of a block, if `boxes` names them
     int32_t num_multiprocessors;
@@ -88,12 +87,10 @@ static score::Params make_params(const MInferenceScore& a) {
     p.num_rows = a.num_rows;
     p.context_len = a.context_len;
     p.row_stride = score::HALF / a.rows_per_half;
-    p.first_head = a.first_head;
     p.group_size = a.num_qo_heads / a.num_kv_heads;
-    p.heads_each = a.num_heads < p.group_size ? a.num_heads : p.group_size;
-    p.num_sets = a.num_heads / p.heads_each;
+    p.num_kv_heads = a.num_kv_heads;
     const int end_tile = (a.context_len + a.num_rows + score::TILE - 1) / score::TILE;
-    p.num_lists = (end_tile - p.first_tile()) * (score::TILE / (score::ROWS * p.row_stride)) * p.heads_each;
+    p.num_lists = (end_tile - p.first_tile()) * (score::TILE / (score::ROWS * p.row_stride)) * p.group_size;
     p.num_blocks = (p.num_lists + score::LISTS - 1) / score::LISTS;
     p.num_boxes = ((end_tile - 1) * p.groups_per_tile + score::BOX_GROUPS - 1) / score::BOX_GROUPS;
     p.scale_log2 = a.scale_log2;

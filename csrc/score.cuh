@@ -44,15 +44,15 @@ struct Params {
     const char* q;
     const float* row_lse;
     uint8_t* masses;
-    const int32_t *boxes, *box_counts;          // of each set and block; null: all boxes
+    const int32_t *boxes, *box_counts;          // of each KV head and block; null: all boxes
     int64_t stride_q_row, stride_q_head;        // bytes
     int64_t stride_lse;                         // elements
     int64_t stride_masses, stride_masses_part;  // bytes
     int64_t stride_boxes_set, stride_boxes, stride_box_counts;  // elements
-    int32_t num_rows, context_len, first_head;
+    int32_t num_rows, context_len;
     int32_t row_stride;                         // of sampled rows: 4, 2 or 1
-    int32_t heads_each, group_size;             // of a set: heads that share a KV head, all of its heads or some
-    int32_t num_sets, num_lists, num_blocks;    // lists of a set, blocks of LISTS that they make
+    int32_t num_kv_heads, group_size;           // query heads that share a KV head
+    int32_t num_lists, num_blocks;              // under a KV head, and blocks of LISTS that they make
     int32_t stages_each;                        // of a range of means
     int32_t max_stages;                         // of a block that `boxes` names
     int32_t num_boxes;                          // of means before the chunk's last tile
@@ -61,7 +61,7 @@ struct Params {
 
     __host__ __device__ __forceinline__ int first_tile() const { return context_len / TILE; }
     // Lists of a part are neighbours, so that those of a block see about the same means.
-    __host__ __device__ __forceinline__ int part(int list) const { return list / heads_each; }
+    __host__ __device__ __forceinline__ int part(int list) const { return list / group_size; }
     __host__ __device__ __forceinline__ int tile(int part) const {
         return first_tile() + part * ROWS * row_stride / TILE;
     }
@@ -81,29 +81,28 @@ struct Params {
 // Where a list lies.
 struct List {
     int part;  // of the chunk's, from its first tile on
-    int head;  // of a set's
+    int head;  // of the KV head's
 
     __device__ __forceinline__ List(const Params& p, int list)
-        : part(p.part(list)), head(list - part * p.heads_each) {}
+        : part(p.part(list)), head(list - part * p.group_size) {}
 };
 
 // One program's share. Those at work at the same time read the same range of means; long ones come first.
 struct Job {
-    int set, first_list, kv_head;
-    int first_head;  // of the set, among those at once
+    int first_list, kv_head;
+    int first_head;  // of the KV head's
     int first_stage, num_stages;  // of a range of means; no stages if it lies past what the lists see
     const int32_t* boxes;         // of the block
     int num_boxes;
 
     __device__ __forceinline__ explicit Job(const Params& p) {
         const int block = p.num_blocks - 1 - blockIdx.x % p.num_blocks;
-        set = blockIdx.x / p.num_blocks % p.num_sets;
+        kv_head = blockIdx.x / p.num_blocks % p.num_kv_heads;
         first_list = block * LISTS;
-        first_head = set * p.heads_each;
-        kv_head = (p.first_head + first_head) / p.group_size;
-        first_stage = blockIdx.x / p.num_blocks / p.num_sets * p.stages_each;
-        boxes = p.boxes ? p.boxes + set * p.stride_boxes_set + block * p.stride_boxes : nullptr;
-        num_boxes = boxes ? __ldg(p.box_counts + set * p.stride_box_counts + block) : 0;
+        first_head = kv_head * p.group_size;
+        first_stage = blockIdx.x / p.num_blocks / p.num_kv_heads * p.stages_each;
+        boxes = p.boxes ? p.boxes + kv_head * p.stride_boxes_set + block * p.stride_boxes : nullptr;
+        num_boxes = boxes ? __ldg(p.box_counts + kv_head * p.stride_box_counts + block) : 0;
         const int of_block = boxes ? (num_boxes + STAGE_BOXES - 1) / STAGE_BOXES : p.num_stages(block);
         num_stages = min(p.stages_each, of_block - first_stage);
     }

@@ -77,7 +77,7 @@ __device__ __forceinline__ void load_queries(const Params& p, char* queries, con
     for (int column = thread / PIECES; column < COLUMNS; column += AT_ONCE) {
         // What stands for a list too many is not stored.
         const List list(p, min(first_list + list_of(column), p.num_lists - 1));
-        const int row = sampled_row(p, list.part, row_of(column)), head = p.first_head + job.first_head + list.head;
+        const int row = sampled_row(p, list.part, row_of(column)), head = job.first_head + list.head;
         const char* source = p.q + row * p.stride_q_row + head * p.stride_q_head;
         const int swizzled = (piece ^ column) % PIECES_PER_BLOCK;
         *reinterpret_cast<int4*>(block + column * hopper::SWIZZLE_BYTES + swizzled * 16) =

@@ -28,7 +28,7 @@ struct Shifts {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const List list(p, min(first_list + l, p.num_lists - 1));
-            const int head = p.first_head + job.first_head + list.head;
+            const int head = job.first_head + list.head;
             const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
 #pragma unroll
             for (int row = 0; row < ROWS; ++row) {
@@ -39,16 +39,15 @@ struct Shifts {
     }
 };
 
-// See minference_vllm/scratch.py.
-constexpr float MASS_CODES = 256;
-constexpr float CODES_PER_OCTAVE = 8;
-constexpr float OCTAVES_BELOW_ONE = 26;
+// See minference_vllm/reference/codes.py.
+constexpr int MASS_CODES = 256;
+constexpr int OCTAVES_BELOW_ONE = 26;
+constexpr int DROPPED_BITS = 20;
 
-// In the low byte.
-__device__ __forceinline__ uint32_t encode(float mass) {
-    const float code = fmaf(CODES_PER_OCTAVE, hopper::log2_approx(mass), CODES_PER_OCTAVE * OCTAVES_BELOW_ONE);
-    // Rounded where the unit of a float is one.
-    return __float_as_uint(fminf(fmaxf(code, 0.0f), MASS_CODES - 1) + 0x1p23f);
+__device__ __forceinline__ int encode(float mass) {
+    constexpr int LEAST_BITS = (127 - OCTAVES_BELOW_ONE) << 23;
+    const int code = (__float_as_int(mass) - LEAST_BITS + (1 << (DROPPED_BITS - 1))) >> DROPPED_BITS;
+    return min(max(code, 0), MASS_CODES - 1);
 }
 
 // The mass of one of a thread's groups after the other, for both of its lists: it takes the scores of two of the group's
@@ -90,7 +89,7 @@ struct MassTaker {
     __device__ __forceinline__ void store(int group) {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
-            const uint32_t code = encode(mass[l]);
+            const int code = encode(mass[l]);
             if (group < num_groups[l]) codes[l][group] = uint8_t(code);
             mass[l] = 0.0f;
         }

@@ -24,7 +24,7 @@ COARSE_AT_ONCE = 32
 LISTS = 16
 """Lists (see reference.normalisers.PART) that share the boxes of a block.
 
-Lists are counted part by part, and within a part head by head, over a set of heads that share a KV head.
+Lists are counted part by part, and within a part head by head, over the heads that share a KV head.
 """
 
 
@@ -33,10 +33,10 @@ class Boxes:
     """Which boxes each block of lists looks at more closely.
 
     Attributes:
-        numbers: [max_sets, max_blocks, max_boxes] int32, ascending; valid up to the block's count.
-        counts: [max_sets, max_blocks] int32.
-        thresholds: [num_heads_at_once, max_parts] int32, scratch: the least code of a box that each part wants.
-        left_out: [num_heads_at_once, max_parts] int64: mass that each part gives to the other boxes, in the units of
+        numbers: [>= num_kv_heads, >= blocks, max_boxes] int32, ascending; valid up to the block's count.
+        counts: [>= num_kv_heads, >= blocks] int32.
+        thresholds: [>= num_qo_heads, >= parts] int32, scratch: the least code of a box that each part wants.
+        left_out: [>= num_qo_heads, >= parts] int64: mass that each part gives to the other boxes, in the units of
             reference.groups.weights.
     """
 

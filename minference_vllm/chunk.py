@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One request's rows of a step, and its keys and values as they lie in vLLM's cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,18 @@ class Chunk:
     def is_quantized(self) -> bool:
         """Whether keys and values are FP8, and perhaps queries."""
         return self.kv.k_scale is not None
+
+    def of_heads(self, first: int, count: int) -> "Chunk":
+        """The chunk under some of its query heads: all those of some KV heads, or some of one KV head's."""
+        if count == self.num_qo_heads:
+            return self
+        heads, kv = slice(first, first + count), self.kv
+        kv_heads = slice(first // self.group_size, -(-(first + count) // self.group_size))
+        k_scale, v_scale, q_scale = (
+            scale if scale is None else scale[kv_heads] for scale in (kv.k_scale, kv.v_scale, self.q_scale)
+        )
+        kv = kv._replace(k=kv.k[:, kv_heads], v=kv.v[:, kv_heads], k_scale=k_scale, v_scale=v_scale)
+        return replace(self, q=self.q[:, heads], out=self.out[:, heads], kv=kv, q_scale=q_scale)
 
     @property
     def num_rows(self) -> int:

@@ -14,7 +14,8 @@ from minference_vllm import ops
 from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.index import BANDS_PER_TILE, GROUPS_PER_TILE, HALVES, TILE, AnyIndex, HeadIndex
-from minference_vllm.methods.block import Block, BlockBuffers, BlockSettings
+from minference_vllm.methods.block import Block, BlockSettings
+from minference_vllm.methods.block_scratch import BlockBuffers
 from minference_vllm.methods.vertical_slash import VerticalSlash, VerticalSlashBuffers, VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.recall import Floors
@@ -135,11 +136,11 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
     method, device = Block(settings, Kernel.REFERENCE), chunk.q.device
     shape = scratch_shape(chunk)
     dtype = ops.means_dtype("auto", shape, kernel, device)
-    empty: BlockBuffers = method.scratch(shape, device)
-    coarse = empty.coarse and replace(empty.coarse, means=empty.coarse.means.to(dtype))
-    made = replace(empty, means=empty.means.to(dtype), coarse=coarse)
+    empty = method.scratch(shape, device)
+    scratch = replace(empty, means=empty.means.to(dtype), coarse_means=empty.coarse_means.to(dtype))
     budgets = method.budgets(chunk.num_qo_heads, device)
-    index = method.choose(chunk, budgets, made)
+    index = method.choose(chunk, budgets, scratch)
+    made = method.buffers(chunk, scratch)
     # Past a part's tile, codes are not said to be anything.
     is_before = torch.arange(made.masses.shape[2], device=device) < _tiles_before(chunk) * GROUPS_PER_TILE
 
@@ -155,12 +156,12 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
 
     def group_masses(kernel: Kernel) -> Results:
         masses = torch.zeros_like(made.masses)
-        ops.group_masses(chunk, made.means, made.row_lse, 0, masses, kernel)
+        ops.group_masses(chunk, made.means, made.row_lse, masses, kernel)
         return [(masses[:, : len(is_before)] * is_before, COUNTED)]
 
     def select_groups(kernel: Kernel) -> Results:
         lists = method.scratch(shape, device).index
-        ops.select_groups(made.masses.clone(), chunk, 0, budgets, ROWS_PER_HALF, 1, 1, False, lists, kernel)
+        ops.select_groups(made.masses.clone(), chunk, budgets, ROWS_PER_HALF, 1, 1, False, lists, kernel)
         return [(lists.counts, EXACT), (lists.groups, EXACT)]
 
     yield Trial("means of keys", False, key_means)
@@ -184,13 +185,13 @@ def _trials_of_boxes(chunk: Chunk, budgets: torch.Tensor, made: BlockBuffers) ->
 
     def box_masses(kernel: Kernel) -> Results:
         masses = torch.zeros_like(coarse.masses)
-        ops.box_masses(chunk, coarse.means, made.row_lse, 0, masses, kernel)
+        ops.box_masses(chunk, coarse.means, made.row_lse, masses, kernel)
         return [(masses[:, : len(is_before)] * is_before, COUNTED)]
 
     def select_boxes(kernel: Kernel) -> Results:
         boxes = Boxes(*(torch.zeros_like(getattr(coarse.boxes, field.name)) for field in fields(Boxes)))
         masses = torch.ones_like(made.masses)
-        ops.select_boxes(coarse.masses, chunk, 0, budgets, ROWS_PER_HALF, 1, 1, boxes, masses, kernel)
+        ops.select_boxes(coarse.masses, chunk, budgets, ROWS_PER_HALF, 1, 1, boxes, masses, kernel)
         return [(of, EXACT) for of in (boxes.numbers, boxes.counts, boxes.left_out, masses)]
 
     yield Trial("coarse means", False, coarse_means)

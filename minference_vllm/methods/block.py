@@ -8,20 +8,31 @@ holds the share; the first keys and those just before the tile always stay. In l
 first, and those of 4 only in boxes of 128 keys that may matter. docs/methods.md has what was measured.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
 from minference_vllm import ops
-from minference_vllm.boxes import BOX, BOX_MEAN, COARSE_AT_ONCE, LISTS, Boxes
+from minference_vllm.boxes import BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUP, GROUPS_PER_TILE, HALVES, TILE, TileIndex
+from minference_vllm.index import GROUP, GROUPS_PER_TILE, TILE, TileIndex
 from minference_vllm.methods.base import MAX_TOKENS, Method, MethodSettings
+from minference_vllm.methods.block_scratch import (
+    ALIKE,
+    BlockBuffers,
+    BlockScratch,
+    CoarseBuffers,
+    Heads,
+    Shapes,
+    allocate,
+    rounded,
+    shapes_of,
+    turns,
+)
 from minference_vllm.ops import Kernel
-from minference_vllm.reference.normalisers import PART
-from minference_vllm.scratch import LIST_BYTES, MASS_BYTES, MEAN, ScratchShape
+from minference_vllm.scratch import LIST_BYTES, ScratchShape
 
 COARSE_FROM = 131_072
 """Default of `coarse_from`."""
@@ -67,40 +78,6 @@ class BlockSettings(MethodSettings):
     take 256 MiB at the most, which with 32 heads and chunks of 16,384 is less than half from 524,288 tokens on."""
 
 
-@dataclass(frozen=True, slots=True)
-class CoarseBuffers:
-    """Scratch of `block` for prompts that are scored coarsely first.
-
-    Attributes:
-        means: [num_kv_heads, max_coarse_means, head_dim], see ops.coarse_means.
-        masses: [num_heads_at_once, max_parts, max_boxes] uint8, see ops.box_masses.
-        boxes: what is left to be scored finely, see ops.select_boxes.
-    """
-
-    means: torch.Tensor
-    masses: torch.Tensor
-    boxes: Boxes
-
-
-@dataclass(frozen=True, slots=True)
-class BlockBuffers:
-    """Scratch of `block`.
-
-    Attributes:
-        means: [num_kv_heads, max_means, head_dim] in the dtype of the scores, see ops.means_dtype and ops.key_means.
-        row_lse: [num_qo_heads, max_halves, rows_per_half] float32, see ops.row_normalisers.
-        masses: [num_heads_at_once, max_parts, max_groups] uint8, see ops.group_masses.
-        index: what `choose` returns a part of.
-        coarse: None if no prompt is long enough.
-    """
-
-    means: torch.Tensor
-    row_lse: torch.Tensor
-    masses: torch.Tensor
-    index: TileIndex
-    coarse: CoarseBuffers | None
-
-
 class Block(Method):
     """Groups of each half of a tile by the estimated attention mass of some of its rows, until a share is reached."""
 
@@ -113,83 +90,85 @@ class Block(Method):
         self.sink_boxes = max(1, -(-settings.sink_tokens // BOX))
         self.local_boxes = -(-settings.local_tokens // BOX)
 
-    def scratch(self, shape: ScratchShape, device: torch.device) -> BlockBuffers:
-        heads = shape.num_qo_heads
-        length = -(-shape.max_seq_len // TILE) * TILE
+    def scratch(self, shape: ScratchShape, device: torch.device) -> BlockScratch:
+        heads, groups = shape.num_qo_heads, -(-shape.max_seq_len // TILE) * GROUPS_PER_TILE
         # A chunk may begin with the last row of a tile.
-        tiles = min((shape.max_chunk + TILE - 2) // TILE + 1, length // TILE)
-        groups = length // GROUP
-        # Rows of codes start on multiples of 16 bytes, the widest load.
-        codes = -(-groups // 16) * 16
-        rows = self.settings.rows_per_half
-        parts = tiles * HALVES * rows // PART
-        group_size = heads // shape.num_kv_heads
-        at_once = heads_at_once(heads, group_size, parts * codes)
-        listed = max(1, min(self.max_kept(groups), LIST_BYTES // (4 * heads * tiles)))
+        tiles = min((shape.max_chunk + TILE - 2) // TILE + 1, groups // GROUPS_PER_TILE)
+        fits = LIST_BYTES // (4 * heads * tiles) // ALIKE * ALIKE
+        listed = max(ALIKE, min(rounded(self.max_kept(groups)), fits))
+        index = TileIndex(
+            groups=torch.zeros(heads, tiles, listed, dtype=torch.int32, device=device),
+            counts=torch.zeros(heads, rounded(tiles), 3, dtype=torch.int32, device=device),
+        )
         means_dtype = ops.means_dtype(self.settings.score_dtype, shape, self.kernel, device)
+        of_turns = [
+            self._shapes(turn, shape.head_dim, shape.max_seq_len, tiles) for turn in turns(heads, shape.num_kv_heads)
+        ]
+        return allocate(of_turns, means_dtype, index)
 
-        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
+    def _shapes(self, heads: Heads, head_dim: int, seq_len: int, tiles: int) -> Shapes:
+        """The buffers that choosing takes for some heads of a chunk."""
+        settings = self.settings
+        max_boxes = self.max_boxes(-(-seq_len // BOX)) if seq_len >= settings.coarse_from else 0
+        return shapes_of(heads, head_dim, settings.rows_per_half, seq_len, tiles, max_boxes)
 
-        def make_coarse() -> CoarseBuffers:
-            sets, blocks = -(-at_once * shape.num_kv_heads // heads), -(-parts * min(at_once, group_size) // LISTS)
-            numbers = zeros(sets, blocks, self.max_boxes(length // BOX))
-            left_out = zeros(at_once, parts, dtype=torch.int64)
-            boxes = Boxes(numbers, zeros(sets, blocks), zeros(at_once, parts), left_out)
-            num_means = -(-length // BOX_MEAN // COARSE_AT_ONCE) * COARSE_AT_ONCE
-            means = zeros(shape.num_kv_heads, num_means, shape.head_dim, dtype=means_dtype)
-            return CoarseBuffers(means, zeros(at_once, parts, -(-length // BOX // 16) * 16, dtype=torch.uint8), boxes)
-
-        return BlockBuffers(
-            means=zeros(shape.num_kv_heads, length // MEAN, shape.head_dim, dtype=means_dtype),
-            row_lse=zeros(heads, tiles * HALVES, rows, dtype=torch.float32),
-            masses=zeros(at_once, parts, codes, dtype=torch.uint8),
-            index=TileIndex(groups=zeros(heads, tiles, listed), counts=zeros(heads, tiles, 3)),
-            coarse=make_coarse() if shape.max_seq_len >= self.settings.coarse_from else None,
+    def buffers(self, chunk: Chunk, scratch: BlockScratch) -> BlockBuffers:
+        """What scratch gives a chunk, under as many of its heads as it has room for."""
+        for heads in turns(chunk.num_qo_heads, chunk.kv.num_kv_heads):
+            shapes = self._shapes(heads, chunk.head_dim, chunk.seq_len, chunk.num_tiles)
+            if scratch.has_room(shapes):
+                return scratch.divide(shapes)
+        raise ValueError(
+            f"scratch has no room for {chunk.num_rows} rows of a prompt of {chunk.seq_len} tokens: it was made for "
+            "shorter ones"
         )
 
     def budgets(self, num_qo_heads: int, device: torch.device) -> torch.Tensor:
         """[num_qo_heads] float32: the share of each head."""
         return torch.full((num_qo_heads,), self.settings.share, dtype=torch.float32, device=device)
 
-    def choose(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers) -> TileIndex:
+    def choose(self, chunk: Chunk, budgets: torch.Tensor, scratch: BlockScratch) -> TileIndex:
         """See Method.choose."""
-        settings, kernel, masses = self.settings, self.kernel, buffers.masses
-        forced, by_tile = (self.sink_groups, self.local_groups), settings.rows_per_list == TILE
         cap = self.max_kept((chunk.first_tile + chunk.num_tiles - 1) * GROUPS_PER_TILE)
         index = TileIndex(
-            groups=buffers.index.groups[:, : chunk.num_tiles, :cap], counts=buffers.index.counts[:, : chunk.num_tiles]
+            groups=scratch.index.groups[:, : chunk.num_tiles, :cap], counts=scratch.index.counts[:, : chunk.num_tiles]
         )
-        ops.key_means(chunk.kv, chunk.seq_len, buffers.means, kernel)
-        ops.row_normalisers(chunk, buffers.means, buffers.row_lse, kernel)
-        coarse = buffers.coarse if chunk.seq_len >= settings.coarse_from else None
-        if coarse is not None:
-            ops.coarse_means(buffers.means, chunk.seq_len, coarse.means, kernel)
-        for first_head in range(0, chunk.num_qo_heads, len(masses)):
-            boxes = None
-            if coarse is not None:
-                boxes = self._choose_boxes(chunk, budgets, first_head, buffers.row_lse, coarse, masses)
-            ops.group_masses(chunk, buffers.means, buffers.row_lse, first_head, masses, kernel, boxes)
-            ops.select_groups(
-                masses, chunk, first_head, budgets, settings.rows_per_half, *forced, by_tile, index, kernel, boxes
-            )
+        buffers = self.buffers(chunk, scratch)
+        num_heads = len(buffers.masses)
+        for first in range(0, chunk.num_qo_heads, num_heads):
+            heads = slice(first, first + num_heads)
+            of_heads = TileIndex(index.groups[heads], index.counts[heads])
+            # Heads in turns that share a KV head share its means too.
+            if first % chunk.group_size == 0:
+                self._average_keys(chunk.of_heads(first, num_heads), buffers)
+            self._choose_at_once(chunk.of_heads(first, num_heads), budgets[heads], buffers, of_heads)
         return index
 
+    def _average_keys(self, chunk: Chunk, buffers: BlockBuffers) -> None:
+        ops.key_means(chunk.kv, chunk.seq_len, buffers.means, self.kernel)
+        if buffers.coarse is not None:
+            ops.coarse_means(buffers.means, chunk.seq_len, buffers.coarse.means, self.kernel)
+
+    def _choose_at_once(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers, index: TileIndex) -> None:
+        """Write the lists of all heads of a chunk; their keys' means are there."""
+        settings, kernel, means, masses = self.settings, self.kernel, buffers.means, buffers.masses
+        forced, by_tile = (self.sink_groups, self.local_groups), settings.rows_per_list == TILE
+        ops.row_normalisers(chunk, means, buffers.row_lse, kernel)
+        boxes = None
+        if buffers.coarse is not None:
+            boxes = self._choose_boxes(chunk, budgets, buffers.row_lse, buffers.coarse, masses)
+        ops.group_masses(chunk, means, buffers.row_lse, masses, kernel, boxes)
+        ops.select_groups(masses, chunk, budgets, settings.rows_per_half, *forced, by_tile, index, kernel, boxes)
+
     def _choose_boxes(
-        self,
-        chunk: Chunk,
-        budgets: torch.Tensor,
-        first_head: int,
-        row_lse: torch.Tensor,
-        coarse: CoarseBuffers,
-        masses: torch.Tensor,
+        self, chunk: Chunk, budgets: torch.Tensor, row_lse: torch.Tensor, coarse: CoarseBuffers, masses: torch.Tensor
     ) -> Boxes:
-        """Boxes that the heads at once, from `first_head` on, score finely; codes of others are written to `masses`."""
-        ops.box_masses(chunk, coarse.means, row_lse, first_head, coarse.masses, self.kernel)
+        """Boxes that are scored finely; codes of others are written to `masses`."""
+        ops.box_masses(chunk, coarse.means, row_lse, coarse.masses, self.kernel)
         room = self.max_boxes(chunk.first_tile + chunk.num_tiles - 1)
         boxes = replace(coarse.boxes, numbers=coarse.boxes.numbers[:, :, :room])
         forced, rows = (self.sink_boxes, self.local_boxes), self.settings.rows_per_half
-        ops.select_boxes(coarse.masses, chunk, first_head, budgets, rows, *forced, boxes, masses, self.kernel)
+        ops.select_boxes(coarse.masses, chunk, budgets, rows, *forced, boxes, masses, self.kernel)
         return boxes
 
     def max_boxes(self, num_boxes: int) -> int:
@@ -208,11 +187,3 @@ class Block(Method):
         """Groups that a tile may list if up to this many lie before it: what is always kept has room."""
         wanted = max(int(num_groups * self.settings.max_density), self.sink_groups + self.local_groups)
         return max(1, min(wanted, num_groups))
-
-
-def heads_at_once(num_qo_heads: int, group_size: int, bytes_each: int) -> int:
-    """Heads whose masses MASS_BYTES hold: all of some KV heads, or an even share of one KV head's; one at the least."""
-    limit = max(1, MASS_BYTES // bytes_each)
-    if limit >= group_size:
-        return min(limit // group_size * group_size, num_qo_heads)
-    return max(count for count in range(1, limit + 1) if group_size % count == 0)

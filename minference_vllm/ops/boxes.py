@@ -15,7 +15,6 @@ from minference_vllm.reference.normalisers import PART
 def select_boxes(
     box_masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_boxes: int,
@@ -29,16 +28,14 @@ def select_boxes(
     Raises:
         ValueError: there is no room for the chunk's blocks of lists, or for what is always kept.
     """
-    heads = min(len(box_masses), chunk.num_qo_heads - first_head)
-    heads_each = min(heads, chunk.group_size)
-    blocks = -(-chunk.num_tiles * HALVES * rows_per_half // PART * heads_each // LISTS)
+    blocks = -(-chunk.num_tiles * HALVES * rows_per_half // PART * chunk.group_size // LISTS)
     # A block's tiles follow each other; before each lie boxes of its own that are kept.
     forced = sink_boxes + local_boxes + LISTS
     sets, room, columns = boxes.numbers.shape
-    if sets < heads // heads_each or room < blocks or columns < forced or masses.shape[2] % GROUPS_PER_BOX:
+    if sets < chunk.kv.num_kv_heads or room < blocks or columns < forced or masses.shape[2] % GROUPS_PER_BOX:
         raise ValueError(
-            f"boxes must hold {heads // heads_each} sets, {blocks} blocks and {forced} boxes, got {sets}, {room} and "
+            f"boxes must hold {chunk.kv.num_kv_heads} sets, {blocks} blocks and {forced} boxes, got {sets}, {room} and "
             f"{columns}; and rows of masses be multiples of {GROUPS_PER_BOX}, got {masses.shape[2]}"
         )
     run = reference.select_boxes if kernel is Kernel.REFERENCE else triton.select_boxes
-    run(box_masses, chunk, first_head, share, rows_per_half, sink_boxes, local_boxes, boxes, masses)
+    run(box_masses, chunk, share, rows_per_half, sink_boxes, local_boxes, boxes, masses)

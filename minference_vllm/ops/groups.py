@@ -15,7 +15,6 @@ from minference_vllm.reference.normalisers import PART
 def select_groups(
     masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_groups: int,
@@ -28,13 +27,13 @@ def select_groups(
     """See minference_vllm.reference.select_groups.
 
     Raises:
-        ValueError: `masses` does not have the parts of so many rows.
+        ValueError: `masses` does not have the heads, or the parts of so many rows.
     """
     parts = chunk.num_tiles * HALVES * rows_per_half // PART
-    if rows_per_half not in (16, 32, 64) or masses.shape[1] < parts:
+    if rows_per_half not in (16, 32, 64) or len(masses) < chunk.num_qo_heads or masses.shape[1] < parts:
         raise ValueError(
-            f"rows_per_half must be 16, 32 or 64 and masses hold all parts of the {chunk.num_tiles} tiles, "
-            f"got {rows_per_half} and {tuple(masses.shape)}"
+            f"rows_per_half must be 16, 32 or 64 and masses hold {chunk.num_qo_heads} heads and all parts of the "
+            f"{chunk.num_tiles} tiles, got {rows_per_half} and {tuple(masses.shape)}"
         )
     run = reference.select_groups if kernel is Kernel.REFERENCE else triton.select_groups
-    run(masses, chunk, first_head, share, rows_per_half, sink_groups, local_groups, by_tile, index, boxes)
+    run(masses, chunk, share, rows_per_half, sink_groups, local_groups, by_tile, index, boxes)

@@ -17,7 +17,6 @@ def group_masses(
     chunk: Chunk,
     means: torch.Tensor,
     row_lse: torch.Tensor,
-    first_head: int,
     masses: torch.Tensor,
     kernel: Kernel,
     boxes: Boxes | None = None,
@@ -25,23 +24,20 @@ def group_masses(
     """See minference_vllm.reference.group_masses.
 
     Raises:
-        ValueError: `masses` has no room for the chunk's parts and groups, or its heads straddle KV heads.
+        ValueError: `masses` has no room for the chunk's heads, parts and groups.
     """
-    _masses(chunk, means, row_lse, first_head, masses, MEAN, boxes, kernel)
+    _masses(chunk, means, row_lse, masses, MEAN, boxes, kernel)
 
 
-def box_masses(
-    chunk: Chunk, coarse: torch.Tensor, row_lse: torch.Tensor, first_head: int, masses: torch.Tensor, kernel: Kernel
-) -> None:
+def box_masses(chunk: Chunk, coarse: torch.Tensor, row_lse: torch.Tensor, masses: torch.Tensor, kernel: Kernel) -> None:
     """Masses of boxes in place of groups, from coarse means: see minference_vllm.reference.group_masses."""
-    _masses(chunk, coarse, row_lse, first_head, masses, BOX_MEAN, None, kernel)
+    _masses(chunk, coarse, row_lse, masses, BOX_MEAN, None, kernel)
 
 
 def _masses(
     chunk: Chunk,
     means: torch.Tensor,
     row_lse: torch.Tensor,
-    first_head: int,
     masses: torch.Tensor,
     mean: int,
     boxes: Boxes | None,
@@ -49,17 +45,12 @@ def _masses(
 ) -> None:
     parts = chunk.num_tiles * HALVES * row_lse.shape[2] // PART
     groups = (chunk.first_tile + chunk.num_tiles - 1) * TILE // (mean * MEANS_PER_GROUP)
-    if masses.shape[1] < parts or masses.shape[2] < groups:
-        raise ValueError(f"masses must hold {parts} parts and {groups} groups, got {tuple(masses.shape)}")
-    heads_each = min(len(masses), chunk.group_size)
-    if chunk.group_size % heads_each or len(masses) % heads_each or first_head % heads_each:
-        raise ValueError(
-            f"heads {first_head} .. {first_head + len(masses) - 1} are neither all heads of some KV heads nor an even "
-            f"share of the {chunk.group_size} of one"
-        )
+    if len(masses) < chunk.num_qo_heads or masses.shape[1] < parts or masses.shape[2] < groups:
+        wanted = f"{chunk.num_qo_heads} heads, {parts} parts and {groups} groups"
+        raise ValueError(f"masses must hold {wanted}, got {tuple(masses.shape)}")
     run = triton.group_masses
     if kernel is Kernel.REFERENCE:
         run = reference.group_masses
     elif kernel is Kernel.CUDA and cuda.masses.supports(chunk, means.dtype, row_lse.shape[2]):
         run = cuda.masses.group_masses
-    run(chunk, means, row_lse, first_head, masses, mean, boxes)
+    run(chunk, means, row_lse, masses, mean, boxes)

@@ -6,7 +6,8 @@ import torch
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES
-from minference_vllm.reference.groups import threshold, weights
+from minference_vllm.reference.codes import weights
+from minference_vllm.reference.groups import threshold
 from minference_vllm.reference.normalisers import PART
 
 FIRST_COUNTED = 1
@@ -22,7 +23,6 @@ FORCED = 256
 def select_boxes(
     box_masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_boxes: int,
@@ -37,30 +37,27 @@ def select_boxes(
     their code lies above the list's threshold; of equals, the first.
 
     Args:
-        box_masses: [num_heads_at_once, >= parts, >= boxes before the last tile] uint8, see group_masses.
+        box_masses: [>= num_qo_heads, >= parts, >= boxes before the last tile] uint8, see group_masses.
         chunk: whose masses these are.
-        first_head: the query head that is the masses' first.
         share: [num_qo_heads] float32, the share of mass that each head keeps.
         rows_per_half: rows of a half, PART to a part.
         sink_boxes, local_boxes: how many first boxes, at least one, and boxes before the tile are always kept.
         boxes: written; it has room for what is always kept.
-        masses: [num_heads_at_once, ..] uint8, see group_masses: the codes of groups in boxes before a part's tile that
+        masses: [>= num_qo_heads, ..] uint8, see group_masses: the codes of groups in boxes before a part's tile that
             its block drops are written: 0.
     """
-    num_heads = min(len(box_masses), chunk.num_qo_heads - first_head)
-    heads_each = min(num_heads, chunk.group_size)
     parts_per_tile = HALVES * rows_per_half // PART
-    num_lists = chunk.num_tiles * parts_per_tile * heads_each
-    for number in range(num_heads // heads_each):
+    num_lists = chunk.num_tiles * parts_per_tile * chunk.group_size
+    for number in range(chunk.kv.num_kv_heads):
         for block in range(-(-num_lists // LISTS)):
             lists = torch.arange(block * LISTS, min((block + 1) * LISTS, num_lists), device=masses.device)
-            parts, heads = lists // heads_each, number * heads_each + lists % heads_each
+            parts, heads = lists // chunk.group_size, number * chunk.group_size + lists % chunk.group_size
             before = chunk.first_tile + parts // parts_per_tile
             box = torch.arange(int(before[-1]), device=masses.device)
             codes = box_masses[heads, parts, : len(box)]
             seen = box < before[:, None]
             free = seen & (box >= sink_boxes) & (box < before[:, None] - local_boxes)
-            drops = PART_OF_DROPPED * (1 - share[first_head + heads].double())
+            drops = PART_OF_DROPPED * (1 - share[heads].double())
             kept = keep_most(margins(codes, seen, free, drops), boxes.numbers.shape[2])
             boxes.counts[number, block] = kept.sum()
             boxes.numbers[number, block, : kept.sum()] = kept.nonzero().flatten().int()

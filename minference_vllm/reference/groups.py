@@ -6,41 +6,12 @@ import torch
 from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
+from minference_vllm.reference.codes import ONE, add, weights
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, OCTAVES_BELOW_ONE
-
-ONE = 1024 << OCTAVES_BELOW_ONE
-"""The weight of a mass of 1."""
+from minference_vllm.scratch import MASS_CODES
 
 ROW = int(ONE / LIMIT)
 """The weight of all that a row's normaliser has seen."""
-
-
-def weights(codes: torch.Tensor) -> torch.Tensor:
-    """Masses that mass codes stand for, int64, as integers, 1 being ONE, so that their sums are exact in any order.
-
-    The largest are 2^42, and 2^24 tokens have 2^20 groups: sums stay below 2^63.
-    """
-    octave, step = codes.long() // CODES_PER_OCTAVE, codes % CODES_PER_OCTAVE
-    mantissa = ((step / CODES_PER_OCTAVE).exp2() * 1024 + 0.5).long()
-    return (mantissa << octave).where(codes > 0, 0)
-
-
-def add_codes(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Codes of the sums of two masses each, from their codes; to half a step, as all codes."""
-    larger, smaller = torch.maximum(first, second).int(), torch.minimum(first, second).int()
-    more = (CODES_PER_OCTAVE * (1 + ((smaller - larger) / CODES_PER_OCTAVE).exp2()).log2() + 0.5).int()
-    return (larger + more).clamp(max=MASS_CODES - 1).where(smaller > 0, larger).to(torch.uint8)
-
-
-def add_parts(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of the sums of several masses each, [parts, num_groups]: neighbours are added, then their sums, and so on.
-
-    The order matters, for each addition rounds. There are 1, 2 or 4 parts.
-    """
-    while len(codes) > 1:
-        codes = add_codes(codes[0::2], codes[1::2])
-    return codes[0]
 
 
 def threshold(
@@ -74,7 +45,6 @@ def threshold(
 def select_groups(
     masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_groups: int,
@@ -90,31 +60,29 @@ def select_groups(
     before the tile always stay, and their mass counts. A half of which the chunk has no row keeps what the other keeps.
 
     Args:
-        masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
+        masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
             group_masses. By tile, what they are afterwards is not said.
         chunk: whose masses these are.
-        first_head: the query head that is `masses`' first.
         share: [num_qo_heads] float32, the share of each head; above 0. With 1 all that has mass is kept, above 1
             every group.
         rows_per_half: rows of a half whose masses are in `masses`, PART to a part.
         sink_groups, local_groups: how many first groups and groups before the tile are always kept.
         by_tile: whether both halves' rows choose together, and both keep the same.
-        index: lists and counts of these heads' tiles are written. A tile of which the halves together keep more groups
+        index: lists and counts of the chunk's tiles are written. A tile of which the halves together keep more groups
             than a list has room for keeps all: EVERY_GROUP.
         boxes: if not None, groups of other boxes have a mass of 0 in `masses`; what it was says `left_out`.
     """
     parts = rows_per_half // PART
-    for head in range(first_head, min(first_head + len(masses), chunk.num_qo_heads)):
-        i = head - first_head
+    for head in range(chunk.num_qo_heads):
         for tile in range(chunk.num_tiles):
             number = torch.arange((chunk.first_tile + tile) * GROUPS_PER_TILE, device=masses.device)
             free = (number >= sink_groups) & (number < len(number) - local_groups)
             first_parts = [(tile * HALVES + half) * parts for half in halves_that_choose(chunk, tile)]
-            codes = [add_parts(masses[i, first : first + parts, : len(number)]) for first in first_parts]
-            left_out = [boxes.left_out[i, first : first + parts].sum() if boxes else 0 for first in first_parts]
-            num_rows = rows_per_half
+            of_halves = [masses[head, first : first + parts, : len(number)] for first in first_parts]
+            left_out = [boxes.left_out[head, first : first + parts].sum() if boxes else 0 for first in first_parts]
+            codes, num_rows = [add(of_half) for of_half in of_halves], rows_per_half
             if by_tile:
-                codes, left_out, num_rows = [add_codes(*codes)] * 2, [sum(left_out)] * 2, 2 * num_rows
+                codes, left_out, num_rows = [add(torch.cat(of_halves))] * 2, [sum(left_out)] * 2, 2 * num_rows
             kept = []
             for of_half, left in zip(codes, left_out, strict=True):
                 cut = threshold(of_half, free, 1 - share[head].double(), num_rows, left_out=left)

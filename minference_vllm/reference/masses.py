@@ -8,23 +8,17 @@ import torch
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TILE
+from minference_vllm.reference.codes import encode
 from minference_vllm.reference.normalisers import PART, sampled_rows
 from minference_vllm.reference.operands import from_operand, query_rows
 from minference_vllm.reference.quantized import score_scales
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
-
-
-def encode(mass: torch.Tensor) -> torch.Tensor:
-    """Mass codes, uint8: see MASS_CODES."""
-    code = (CODES_PER_OCTAVE * (mass.log2() + OCTAVES_BELOW_ONE)).round()
-    return code.clamp(0, MASS_CODES - 1).to(torch.uint8)
+from minference_vllm.scratch import MEAN
 
 
 def group_masses(
     chunk: Chunk,
     means: torch.Tensor,
     row_lse: torch.Tensor,
-    first_head: int,
     masses: torch.Tensor,
     mean: int = MEAN,
     boxes: Boxes | None = None,
@@ -42,11 +36,9 @@ def group_masses(
         means: [num_kv_heads, >= first key of the last tile / mean, head_dim], see key_means. Where they are FP8, rows
             are rounded to it too, as for their normalisers.
         row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, see row_normalisers.
-        first_head: the query head that is `masses`' first.
-        masses: [num_heads_at_once, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8,
+        masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8,
             written: codes of the groups before each part's tile; what they are from there on is not said. A half has
-            rows_per_half / PART parts. The heads at once are those of some KV heads, all of each, or an even share of
-            one KV head's.
+            rows_per_half / PART parts.
         mean: keys in a mean: MEAN, or BOX_MEAN for the masses of boxes in place of groups.
         boxes: if not None, only groups in the boxes of a part's block are looked at. Of others nothing is written.
     """
@@ -58,8 +50,7 @@ def group_masses(
         tile_start = (chunk.first_tile + part // parts_per_tile) * TILE
         # Of an absent half any row will do: its normaliser is infinite.
         q = query_rows(chunk.q[rows.clamp(min=chunk.context_len) - chunk.context_len], means) * scales
-        for i in range(min(len(masses), chunk.num_qo_heads - first_head)):
-            head = first_head + i
+        for head in range(chunk.num_qo_heads):
             scores = q[:, head] @ from_operand(means[head // chunk.group_size, : tile_start // mean]).T
             scores += math.log(mean)
             # [PART, means]
@@ -67,13 +58,13 @@ def group_masses(
             code = encode(mass.sum(0).unflatten(0, (-1, MEANS_PER_GROUP)).sum(1))
             looked_at: torch.Tensor | slice = slice(len(code))
             if boxes is not None:
-                looked_at = groups_in_boxes(boxes, part, i, min(len(masses), chunk.group_size), len(code))
-            masses[i, part, looked_at] = code[looked_at]
+                looked_at = groups_in_boxes(boxes, part, head, chunk.group_size, len(code))
+            masses[head, part, looked_at] = code[looked_at]
 
 
-def groups_in_boxes(boxes: Boxes, part: int, head: int, heads_each: int, num_groups: int) -> torch.Tensor:
-    """Groups before `num_groups` in the boxes of a part's block, int64. `head` is one of those at once."""
-    number, block = head // heads_each, (part * heads_each + head % heads_each) // LISTS
+def groups_in_boxes(boxes: Boxes, part: int, head: int, group_size: int, num_groups: int) -> torch.Tensor:
+    """Groups before `num_groups` in the boxes of a part's block, int64."""
+    number, block = head // group_size, (part * group_size + head % group_size) // LISTS
     listed = boxes.numbers[number, block, : boxes.counts[number, block]].long()
     groups = (listed[:, None] * GROUPS_PER_BOX + torch.arange(GROUPS_PER_BOX, device=listed.device)).flatten()
     return groups[groups < num_groups]

@@ -65,6 +65,12 @@ inline uint32_t atomicInc(uint32_t* address, uint32_t last) {
 
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 
+inline int __float_as_int(float x) {
+    int bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 inline uint32_t __float_as_uint(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);

@@ -68,12 +68,12 @@ def parts_of(chunk: Chunk, rows_per_half: int) -> int:
     return chunk.num_tiles * HALVES * rows_per_half // PART
 
 
-def make_boxes(chunk: Chunk, at_once: int, rows_per_half: int, room: int) -> Boxes:
+def make_boxes(chunk: Chunk, rows_per_half: int, room: int) -> Boxes:
     """Room for what is chosen, and a little more, poisoned."""
-    heads_each, parts = min(at_once, chunk.group_size), parts_of(chunk, rows_per_half)
-    blocks, device = -(-parts * heads_each // LISTS) + 1, chunk.q.device
-    numbers = torch.full((at_once // heads_each + 1, blocks, room), -7, dtype=torch.int32, device=device)
-    left_out = torch.full((at_once, parts + 2), -7, dtype=torch.int64, device=device)
+    parts = parts_of(chunk, rows_per_half)
+    blocks, device = -(-parts * chunk.group_size // LISTS) + 1, chunk.q.device
+    numbers = torch.full((chunk.kv.num_kv_heads + 1, blocks, room), -7, dtype=torch.int32, device=device)
+    left_out = torch.full((chunk.num_qo_heads, parts + 2), -7, dtype=torch.int64, device=device)
     counts, thresholds = (torch.full(of.shape[:2], -7, dtype=torch.int32, device=device) for of in (numbers, left_out))
     return Boxes(numbers, counts, thresholds, left_out)
 

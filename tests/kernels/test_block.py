@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The groups that `block` keeps, each kernel against its plain-torch twin, and what must hold of them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from minference_vllm import reference
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.kernels import triton
-from minference_vllm.methods import block
 from minference_vllm.methods.block import Block, BlockSettings
+from minference_vllm.methods.block_scratch import Shapes
 from minference_vllm.ops import Kernel
-from minference_vllm.reference.groups import ONE, add_codes, add_parts, weights, write_lists
+from minference_vllm.reference.codes import ONE, add, weights
+from minference_vllm.reference.groups import write_lists
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MASS_CODES, AttendBuffers, ScratchShape
@@ -71,20 +72,19 @@ def test_groups_that_hold_the_share(
     share = torch.tensor(SHARES, device=device)
     for max_kept in (masses.shape[2], 12):
         expected, actual = make_index(chunk, max_kept), make_index(chunk, max_kept)
-        reference.select_groups(masses, chunk, 0, share, rows_per_half, SINKS, LOCAL, by_tile, expected)
-        triton.select_groups(masses.clone(), chunk, 0, share, rows_per_half, SINKS, LOCAL, by_tile, actual)
+        reference.select_groups(masses, chunk, share, rows_per_half, SINKS, LOCAL, by_tile, expected)
+        triton.select_groups(masses.clone(), chunk, share, rows_per_half, SINKS, LOCAL, by_tile, actual)
         assert_same_lists(actual, expected)
         parts = masses.cpu()[:, : chunk.num_tiles * HALVES * rows_per_half // PART]
-        of_halves = add_parts(parts.unflatten(1, (-1, rows_per_half // PART)).movedim(2, 0))
-        check_kept(of_halves, rows_per_half * (HALVES if by_tile else 1), chunk, by_tile, actual)
+        check_kept(parts, rows_per_half, chunk, by_tile, actual)
 
 
 def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, index: TileIndex) -> None:
     """Each half, or tile, keeps what is forced, its share, and not a group more than that needs.
 
     Args:
-        masses: [heads, halves, groups] uint8.
-        rows: how many choose together.
+        masses: [heads, parts, groups] uint8.
+        rows: of a half.
     """
     for head, share in enumerate(SHARES):
         for tile in range(chunk.num_tiles):
@@ -94,15 +94,15 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
             for half, kept in enumerate(kept_by_half(index, chunk, head, tile)):
                 begin = (chunk.first_tile + tile) * TILE + half * HALF
                 absent = begin + HALF <= chunk.context_len or begin >= chunk.seq_len
-                row = masses[head, tile * HALVES + (1 - half if absent else half), : len(number)]
+                choosing = [1 - half if absent else half]
                 if by_tile:
                     last = begin - half * HALF + HALF >= chunk.seq_len
                     first = begin - half * HALF + HALF <= chunk.context_len
-                    row = add_codes(
-                        *(masses[head, tile * HALVES + of, : len(number)] for of in (int(first), int(not last)))
-                    )
+                    choosing = [int(first), int(not last)]
+                of_halves = masses[head, :, : len(number)].unflatten(0, (-1, rows // PART))
+                row = add(of_halves[[tile * HALVES + of for of in choosing]].flatten(0, 1))
                 mass = weights(row) / ONE
-                allowed = (1 - share) * (rows / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum())
+                allowed = (1 - share) * (rows * len(choosing) / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum())
                 assert kept[forced].all()
                 assert mass[~kept].sum() <= max(allowed, 0) * (1 + 1e-6)
                 assert share <= 1 or kept.all()
@@ -116,13 +116,13 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                     assert mass[~kept | lightest].sum() > allowed * (1 - 1e-6), "fewer would have done"
 
 
-def test_a_head_of_several_turns_gets_its_own_share(device: torch.device) -> None:
+def test_each_head_gets_its_own_share(device: torch.device) -> None:
     chunk = make_chunk(SPARSE, device)
-    masses = make_masses(chunk, 1)
+    masses = make_masses(chunk, 2)
     masses.copy_(all_codes("steep", masses.shape, torch.Generator().manual_seed(4)))
     index = make_index(chunk, masses.shape[2])
-    triton.select_groups(masses, chunk, 1, torch.tensor([1e-6, 1.0], device=device), 16, 0, 0, False, index)
-    assert (index.counts[0] == -7).all()
+    triton.select_groups(masses, chunk, torch.tensor([1e-6, 1.0], device=device), 16, 0, 0, False, index)
+    assert index.counts[0, :-1].sum() == 0
     assert index.counts[1, :-1].sum(1).tolist() == [16, 24]
 
 
@@ -140,7 +140,7 @@ def test_no_length_overflows(device: torch.device, monkeypatch: pytest.MonkeyPat
         torch.zeros(1, 1, groups, dtype=torch.int32, device=device),
         torch.zeros(1, 1, 3, dtype=torch.int32, device=device),
     )
-    triton.select_groups(masses, chunk, 0, torch.tensor([0.6], device=device), 16, 0, 0, False, index)
+    triton.select_groups(masses, chunk, torch.tensor([0.6], device=device), 16, 0, 0, False, index)
     assert index.counts[0, 0].tolist() == [groups // 4, 0, 0]
     assert torch.equal(index.groups[0, 0, : groups // 4].cpu(), torch.arange(groups // 4, dtype=torch.int32))
 
@@ -205,12 +205,11 @@ def choose(chunk: Chunk, kernel: Kernel, garbage: int = 0, **settings: object) -
     method = Block(BlockSettings.model_validate(settings), kernel)
     heads = chunk.num_qo_heads, chunk.kv.num_kv_heads, chunk.head_dim
     shape = ScratchShape(*heads, chunk.q.dtype, max_seq_len=chunk.seq_len + 200, max_chunk=chunk.num_rows + 90)
-    buffers = method.scratch(shape, chunk.q.device)
-    for tensor in (buffers.masses, buffers.index.groups, buffers.index.counts):
-        tensor.fill_(garbage)
-    for tensor in (buffers.means, buffers.row_lse):
-        tensor.fill_(torch.nan if garbage else 0)
-    return method.choose(chunk, method.budgets(chunk.num_qo_heads, chunk.q.device), buffers)
+    scratch = method.scratch(shape, chunk.q.device)
+    index, flat = scratch.index, [getattr(scratch, field.name) for field in fields(Shapes)]
+    for tensor in (index.groups, index.counts, *flat):
+        tensor.fill_(torch.nan if garbage and tensor.is_floating_point() else garbage)
+    return method.choose(chunk, method.budgets(chunk.num_qo_heads, chunk.q.device), scratch)
 
 
 def assert_same_choice(actual: TileIndex, expected: TileIndex, chunk: Chunk) -> None:
@@ -228,14 +227,6 @@ def test_a_choice_depends_on_nothing_left_in_scratch(kernel: Kernel, device: tor
     first, second = (choose(chunk, kernel, garbage, **settings) for garbage in (0, 93))
     assert_same_choice(first, second, chunk)
     assert first.counts[:, :, 0].min() >= 3
-
-
-def test_heads_in_turns_choose_what_all_at_once_do(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = make_chunk(replace(SPARSE, num_qo_heads=4, num_kv_heads=2, num_rows=30), device)
-    settings = dict(sink_tokens=16, local_tokens=32, share=0.5, max_density=1.0)
-    at_once = choose(chunk, Kernel.TRITON, **settings)
-    monkeypatch.setattr(block, "MASS_BYTES", 1)
-    assert_same_choice(choose(chunk, Kernel.TRITON, **settings), at_once, chunk)
 
 
 @engines
@@ -272,16 +263,6 @@ def test_the_whole_share_keeps_everything(kernel: Kernel, device: torch.device) 
     index = choose(chunk, kernel, share=1.0, max_density=1.0)
     every = [(chunk.first_tile + tile) * GROUPS_PER_TILE for tile in range(chunk.num_tiles)]
     assert index.counts[0, :, 0].tolist() == every
-
-
-def test_heads_at_once_fill_the_bound() -> None:
-    mib = 2**20
-    assert block.heads_at_once(32, 4, 2 * mib) == 32
-    assert block.heads_at_once(32, 4, 17 * mib) == 4
-    assert block.heads_at_once(28, 7, 17 * mib) == 7
-    assert block.heads_at_once(32, 8, 17 * mib) == 4
-    assert block.heads_at_once(28, 7, 20 * mib) == 1
-    assert block.heads_at_once(8, 8, 1000 * mib) == 1
 
 
 @pytest.mark.parametrize(

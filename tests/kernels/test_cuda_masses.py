@@ -38,9 +38,9 @@ def check(chunk: Chunk, is_fp8: bool, rows_per_half: int = 32) -> torch.Tensor:
     reference.row_normalisers(chunk, means, lse)
     assert cuda.masses.supports(chunk, means.dtype, rows_per_half)
     expected, actual, again = (make_masses(chunk, chunk.num_qo_heads, rows_per_half) for _ in range(3))
-    reference.group_masses(chunk, means, lse, 0, expected)
-    cuda.masses.group_masses(chunk, means, lse, 0, actual)
-    cuda.masses.group_masses(chunk, means, lse, 0, again)
+    reference.group_masses(chunk, means, lse, expected)
+    cuda.masses.group_masses(chunk, means, lse, actual)
+    cuda.masses.group_masses(chunk, means, lse, again)
     assert torch.equal(actual, again)
     parts_per_tile = HALVES * rows_per_half // PART
     tile = torch.arange(actual.shape[1], device=actual.device)[:, None] // parts_per_tile
@@ -72,16 +72,16 @@ def test_masses_of_boxes_and_in_boxes(case: Case, is_fp8: bool, device: torch.de
     reference.row_normalisers(chunk, means, lse)
     coarse, heads = make_coarse(chunk, means), chunk.num_qo_heads
     expected, actual = (make_masses(chunk, heads, 32) for _ in range(2))
-    reference.group_masses(chunk, coarse, lse, 0, expected, BOX_MEAN)
-    cuda.masses.group_masses(chunk, coarse, lse, 0, actual, BOX_MEAN)
+    reference.group_masses(chunk, coarse, lse, expected, BOX_MEAN)
+    cuda.masses.group_masses(chunk, coarse, lse, actual, BOX_MEAN)
     difference = (actual.int() - expected.int()).abs()
     assert difference.max() == 1 and (difference > 0).float().mean() < 0.03
-    boxes = make_boxes(chunk, heads, 32, 20)  # far fewer than all
+    boxes = make_boxes(chunk, 32, 20)  # far fewer than all
     share = torch.full((heads,), 0.2, device=device)
     whole, some = (make_masses(chunk, heads, 32) for _ in range(2))
-    triton.select_boxes(actual, chunk, 0, share, 32, 1, 1, boxes, some)
-    cuda.masses.group_masses(chunk, means, lse, 0, whole)
-    cuda.masses.group_masses(chunk, means, lse, 0, some, boxes=boxes)
+    triton.select_boxes(actual, chunk, share, 32, 1, 1, boxes, some)
+    cuda.masses.group_masses(chunk, means, lse, whole)
+    cuda.masses.group_masses(chunk, means, lse, some, boxes=boxes)
     # What no box holds is 0, by select_boxes: the rest is what it would be without boxes.
     assert ((some == whole) | (some == 0)).all()
     assert (boxes.left_out[:, : parts_of(chunk, 32)] > 0).any()

@@ -120,26 +120,24 @@ def has_rows(chunk: Chunk, num_parts: int, parts_per_half: int) -> torch.Tensor:
     return (start + HALF > chunk.context_len) & (start < chunk.seq_len)
 
 
-def run_masses(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, first_head: int, at_once: int) -> torch.Tensor:
+def run_masses(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor) -> torch.Tensor:
     """Masses of a kernel, in a buffer that is larger than they are."""
     groups = (chunk.first_tile + chunk.num_tiles) * GROUPS_PER_TILE
     parts = chunk.num_tiles * HALVES * row_lse.shape[2] // PART
-    masses = torch.full((at_once + 1, parts + 1, groups + 3), UNTOUCHED, dtype=torch.uint8)
-    group_masses(chunk, means, row_lse, first_head, masses[:at_once])
+    masses = torch.full((chunk.num_qo_heads + 1, parts + 1, groups + 3), UNTOUCHED, dtype=torch.uint8)
+    group_masses(chunk, means, row_lse, masses)
     return masses
 
 
-def check_masses(
-    case: Case, first_head: int, at_once: int, rows_per_half: int = 16, loudness: float = 1.0, is_fp8: bool = False
-) -> torch.Tensor:
+def check_masses(case: Case, rows_per_half: int = 16, loudness: float = 1.0, is_fp8: bool = False) -> torch.Tensor:
     chunk, means = make_inputs(case, is_fp8)
     chunk = replace(chunk, q=chunk.q * loudness)
     row_lse, parts_per_half = normalisers(chunk, means, rows_per_half), rows_per_half // PART
     assert supports(chunk, means.dtype, rows_per_half)
-    actual = run_masses(chunk, means, row_lse, first_head, at_once)
-    num_heads = min(at_once, case.num_qo_heads - first_head)
+    actual = run_masses(chunk, means, row_lse)
+    num_heads = case.num_qo_heads
     expected = torch.full_like(actual, UNTOUCHED)
-    reference.group_masses(chunk, means, row_lse, first_head, expected[:at_once])
+    reference.group_masses(chunk, means, row_lse, expected)
     is_written = written(chunk, actual, parts_per_half)
     counted = is_written & has_rows(chunk, actual.shape[1], parts_per_half)
     assert (actual[:num_heads, ~is_written] == UNTOUCHED).all()
@@ -163,7 +161,7 @@ in_fp8 = [(replace(case, head_dim=128), rows, True) for case, rows in zip(CASES,
 def test_masses_match_the_reference(emulated: Emulated, case: Case, rows_per_half: int, is_fp8: bool) -> None:
     results = []
     for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):
-        results.append(check_masses(case, 0, case.num_qo_heads, rows_per_half, is_fp8=is_fp8))
+        results.append(check_masses(case, rows_per_half, is_fp8=is_fp8))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -176,7 +174,7 @@ def codes_of(
     boxes: Boxes | None,
 ) -> torch.Tensor:
     codes = torch.full((chunk.num_qo_heads, chunk.num_tiles * HALVES * 2, 5000 // 16), UNTOUCHED, dtype=torch.uint8)
-    kernel(chunk, means, row_lse, 0, codes, mean, boxes)
+    kernel(chunk, means, row_lse, codes, mean, boxes)
     return codes
 
 
@@ -214,13 +212,6 @@ def check_codes(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.03
 
 
-@pytest.mark.parametrize(("first_head", "at_once"), [(3, 3), (4, 1), (0, 9)])
-def test_masses_of_some_heads(emulated: Emulated, first_head: int, at_once: int) -> None:
-    case = Case("", num_rows=100, context_len=366, num_qo_heads=6, num_kv_heads=2)
-    for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):
-        check_masses(case, first_head, at_once, 32)
-
-
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize(("head_dim", "is_fp8"), [(64, False), (128, False), (128, True)])
 def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(
@@ -228,7 +219,7 @@ def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(
 ) -> None:
     # Some keys outweigh all that a row's normaliser has seen by e^30 and far more.
     case = Case("", num_rows=256, context_len=1024, num_qo_heads=2, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
-    masses = check_masses(case, 0, case.num_qo_heads, 32, loudness=100.0, is_fp8=is_fp8)
+    masses = check_masses(case, 32, loudness=100.0, is_fp8=is_fp8)
     codes = masses[: case.num_qo_heads, :-1, : case.context_len // GROUP]
     # Each row gives some means 1 and next to all others nothing.
     assert 208 < codes.max() < 255
@@ -237,13 +228,13 @@ def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(
 
 def test_masses_of_rows_past_what_fp8_can_hold(emulated: Emulated) -> None:
     case = Case("", num_rows=200, context_len=512, num_qo_heads=2, num_kv_heads=1, head_dim=128, dtype=BF16)
-    check_masses(case, 0, case.num_qo_heads, 32, loudness=2000.0, is_fp8=True)
+    check_masses(case, 32, loudness=2000.0, is_fp8=True)
 
 
 @pytest.mark.parametrize("num_rows", [129, 131])
 def test_masses_of_rows_without_a_mean_in_their_tile(emulated: Emulated, num_rows: int) -> None:
     case = Case("", num_rows=num_rows, context_len=256, num_qo_heads=2, num_kv_heads=1)
-    check_masses(case, 0, case.num_qo_heads, 32)
+    check_masses(case, 32)
 
 
 def test_other_queries_are_not_supported() -> None:
@@ -259,4 +250,4 @@ def test_a_broken_kernel_is_noticed(emulated: Emulated, broken: str) -> None:
     emulated.left_out = list(BREAKS).index(broken)
     with pytest.raises((AssertionError, RuntimeError)):
         for emulated.seed in range(40):
-            check_masses(LONGEST, 0, LONGEST.num_qo_heads)
+            check_masses(LONGEST)

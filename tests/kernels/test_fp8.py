@@ -9,7 +9,8 @@ import torch
 from minference_vllm import ops, reference
 from minference_vllm.chunk import Chunk
 from minference_vllm.kernels import triton
-from minference_vllm.methods.block import Block, BlockBuffers, BlockSettings
+from minference_vllm.methods.block import Block, BlockSettings
+from minference_vllm.methods.block_scratch import BlockScratch
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.operands import from_operand, query_rows, to_operand
 from minference_vllm.scratch import FP8, FP8_MAX, FP8_UNIT, ScratchShape
@@ -85,7 +86,7 @@ def test_masses_of_rows_and_keys_of_any_size(loudness: float, dtype: torch.dtype
     for engine in (reference, triton):
         lse, masses = make_lse(chunk), make_masses(chunk, chunk.num_qo_heads)
         engine.row_normalisers(chunk, means, lse)
-        engine.group_masses(chunk, means, lse, 0, masses)
+        engine.group_masses(chunk, means, lse, masses)
         results.append((lse[:, : chunk.num_tiles * 2], masses[:, : chunk.num_tiles * 2, :16].int()))
     (expected_lse, expected), (lse, masses) = results
     torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
@@ -93,7 +94,7 @@ def test_masses_of_rows_and_keys_of_any_size(loudness: float, dtype: torch.dtype
     assert (masses - expected).abs().max() <= 1
 
 
-def scratch(kernel: Kernel, **settings: object) -> BlockBuffers:
+def scratch(kernel: Kernel, **settings: object) -> BlockScratch:
     method = Block(BlockSettings.model_validate(settings), kernel)
     return method.scratch(ScratchShape(4, 2, 128, BF16, max_seq_len=1000, max_chunk=100), torch.device("meta"))
 

@@ -88,7 +88,7 @@ def test_probe(case: Case, device: torch.device) -> None:
 def test_normalisers_and_masses(case: Case, is_fp8: bool, device: torch.device) -> None:
     chunk = make_chunk(case, device)
     lse = check_normalisers(chunk, is_fp8=is_fp8)
-    check_masses(chunk, make_means(chunk, is_fp8=is_fp8), lse, 0, case.num_qo_heads)
+    check_masses(chunk, make_means(chunk, is_fp8=is_fp8), lse)
 
 
 @every_case
@@ -139,7 +139,7 @@ def test_the_twins_choose_by_the_numbers_that_fp8_stands_for(case: Case, device:
         means, lse, masses = torch.empty_like(make_means(plain)), make_lse(plain), make_masses(plain, case.num_qo_heads)
         reference.key_means(of.kv, of.seq_len, means)
         reference.row_normalisers(of, means, lse)
-        group_masses(of, means, lse, 0, masses)
+        group_masses(of, means, lse, masses)
         scores.append((lse, masses))
     torch.testing.assert_close(probes[0].lse, probes[1].lse, rtol=1e-5, atol=1e-5)
     assert (probes[0].vertical - probes[1].vertical).abs().max() <= 2 * counts[0] + 2 * counts[1]

@@ -4,7 +4,7 @@
 import pytest
 
 from benchmarks import parse_method, resolved, results, ttft
-from benchmarks.processes import EngineProcess
+from benchmarks.processes import EngineProcess, on_gpus
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,41 @@ def test_engines_that_are_up_at_once_answer_in_turns(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
     with EngineProcess("toy", "dense", {"n": 10}) as dense, EngineProcess("toy", "sparse", {"n": 20}) as sparse:
         assert [dense.ask(1), sparse.ask(1), dense.ask(2)] == [["dense", 11], ["sparse", 21], ["dense", 12]]
+
+
+def test_engines_that_are_up_one_after_the_other_warm_up_first():
+    turns = []
+    dense, _ = ttft.time_in_turn(Taker("dense", 2.0, turns), 131072, 1, 32768)
+    sparse, found = ttft.time_in_turn(Taker("sparse", 1.0, turns), 131072, 1, 131072)
+    assert (dense, sparse, found["density"]) == ([2.0], [1.0], 0.5)
+    assert turns == [("dense", False), ("dense", False), ("sparse", True), ("sparse", False)]
+
+
+def test_an_engine_on_several_gpus_is_a_process_for_each(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(
+        "import os\n"
+        "from benchmarks.processes import serve_requests\n"
+        "told = [os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]\n"
+        "assert serve_requests(lambda kind, spec: lambda request: [*told, spec['n'] + request])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
+    with EngineProcess("toy", "dense", {"n": 10}, gpus=2) as engine:
+        assert engine.ask(1) == ["0", "0", "2", 11]
+    assert on_gpus(1) == {}
+    assert on_gpus(2)["tensor_parallel_size"] == 2
+
+
+def test_one_process_of_several_that_ends_ends_all(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(
+        "import os, sys, time\n"
+        "from benchmarks.processes import serve_requests\n"
+        "def answer(request):\n"
+        "    sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)\n"
+        "serve_requests(lambda kind, spec: answer)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{results.ROOT}")
+    with EngineProcess("toy", "dense", {}, gpus=2) as engine, pytest.raises(SystemExit, match="status 3"):
+        engine.ask(1)
 
 
 def test_an_engine_that_fails_stops_the_benchmark(tmp_path, monkeypatch):

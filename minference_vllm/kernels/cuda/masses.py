@@ -27,7 +27,7 @@ POINTERS = ("q", "means", "row_lse", "masses", "boxes", "box_counts")
 STRIDES = ("q_row", "q_head", "means", "lse", "masses", "masses_part", "boxes_set", "boxes", "box_counts")
 SIZES = (
     "num_rows", "context_len", "rows_per_half", "num_qo_heads", "num_kv_heads", "head_dim", "is_bf16",
-    "is_fp8", "first_head", "num_heads", "keys_per_mean", "max_boxes", "num_multiprocessors",
+    "is_fp8", "keys_per_mean", "max_boxes", "num_multiprocessors",
 )  # fmt: skip
 
 
@@ -57,7 +57,6 @@ def group_masses(
     chunk: Chunk,
     means: torch.Tensor,
     row_lse: torch.Tensor,
-    first_head: int,
     masses: torch.Tensor,
     mean: int = MEAN,
     boxes: Boxes | None = None,
@@ -82,12 +81,10 @@ def group_masses(
         context_len=chunk.context_len,
         rows_per_half=row_lse.shape[2],
         num_qo_heads=chunk.num_qo_heads,
-        num_kv_heads=len(means),
+        num_kv_heads=chunk.kv.num_kv_heads,
         head_dim=chunk.head_dim,
         is_bf16=q.dtype == torch.bfloat16,
         is_fp8=means.dtype == FP8,
-        first_head=first_head,
-        num_heads=min(len(masses), chunk.num_qo_heads - first_head),
         keys_per_mean=mean,
         num_multiprocessors=library.num_multiprocessors(q.device),
         scale_log2=chunk.scale * LOG2_E * unit_of_products(means),

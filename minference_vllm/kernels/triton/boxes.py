@@ -13,11 +13,11 @@ import triton.language as tl
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TILE
-from minference_vllm.kernels.triton.groups import _weights
+from minference_vllm.kernels.triton.codes import weights
 from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, PART_OF_DROPPED
 from minference_vllm.reference.groups import ROW
 from minference_vllm.reference.normalisers import PART
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
+from minference_vllm.scratch import MASS_CODES
 
 CODES_OF_A_BOX = torch.int64
 assert CODES_OF_A_BOX.itemsize == GROUPS_PER_BOX
@@ -31,44 +31,44 @@ BLOCK = 512
 EDGE = 16
 """Of the few boxes that are always kept, those that are weighed at once."""
 
-PLAIN = ["context_len", "first_head", "num_lists", "heads_each", "sink_boxes", "local_boxes", "max_boxes"]
+PLAIN = ["context_len", "num_lists", "group_size", "sink_boxes", "local_boxes", "max_boxes"]
 
 
 @triton.jit
-def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr):
+def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr):
     """What a list's boxes from `first` to `end` weigh."""
     total = tl.zeros([], tl.int64)
     for start in range(first, end, EDGE):
         o_n = start + tl.arange(0, EDGE)
         b_code = tl.load(codes_ptr + o_n, mask=o_n < end, other=0).to(tl.int32)
-        total += tl.sum(_weights(b_code, CODES_PER_OCTAVE), 0)
+        total += tl.sum(weights(b_code), 0)
     return total
 
 
 @triton.jit
 def _place(
-    of_list, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr
+    of_list, i_s, context_len, group_size, sink_boxes, local_boxes, TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr
 ):
     """A list's head, its part, how many boxes lie before its tile, and from which to which they may be dropped."""
-    part = of_list // heads_each
+    part = of_list // group_size
     before = context_len // TILE + part // PARTS_PER_TILE
     sinks = tl.minimum(sink_boxes, before)
-    return i_s * heads_each + of_list % heads_each, part, before, sinks, tl.maximum(before - local_boxes, sinks)
+    return i_s * group_size + of_list % group_size, part, before, sinks, tl.maximum(before - local_boxes, sinks)
 
 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
 def _thresholds_kernel(
     box_masses_ptr, share_ptr, thresholds_ptr,
-    context_len, first_head, num_lists, heads_each, sink_boxes, local_boxes,
+    context_len, num_lists, group_size, sink_boxes, local_boxes,
     stride_bm, stride_bp, stride_thresholds,
     TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, PART_WEIGHT: tl.constexpr, PART_OF_DROPPED: tl.constexpr,
     FIRST_COUNTED: tl.constexpr, SPAN: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    CODES: tl.constexpr,
 ):  # fmt: skip
     """The least code of a box that each list keeps: see reference.groups.threshold."""
     i_l, i_s = tl.program_id(0), tl.program_id(1)
     head, part, num_boxes, sinks, local = _place(
-        i_l, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
+        i_l, i_s, context_len, group_size, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
     )  # fmt: skip
     codes_ptr = box_masses_ptr + head.to(tl.int64) * stride_bm + part.to(tl.int64) * stride_bp
     b_count = tl.zeros([CODES], tl.int32)
@@ -77,12 +77,12 @@ def _thresholds_kernel(
         b_code = tl.load(codes_ptr + o_n, mask=o_n < num_boxes, other=0).to(tl.int32)
         b_count += tl.histogram(b_code, CODES, mask=(o_n >= sinks) & (o_n < local))
     # [CODES]; what is dropped if it is all boxes of this code and less
-    dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
+    dropped = tl.cumsum(b_count.to(tl.int64) * weights(tl.arange(0, CODES)), 0)
     total = PART_WEIGHT + tl.max(dropped, 0)
-    total += _weight_between(codes_ptr, FIRST_COUNTED, sinks, EDGE, CODES_PER_OCTAVE)
-    total += _weight_between(codes_ptr, tl.maximum(local, FIRST_COUNTED), num_boxes, EDGE, CODES_PER_OCTAVE)
+    total += _weight_between(codes_ptr, FIRST_COUNTED, sinks, EDGE)
+    total += _weight_between(codes_ptr, tl.maximum(local, FIRST_COUNTED), num_boxes, EDGE)
     # In 64 bits, the twin's very number.
-    drops = PART_OF_DROPPED * (1 - tl.load(share_ptr + first_head + head).to(tl.float64))
+    drops = PART_OF_DROPPED * (1 - tl.load(share_ptr + head).to(tl.float64))
     allowed = (drops * total.to(tl.float64)).to(tl.int64)
     threshold = tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
     tl.store(thresholds_ptr + head.to(tl.int64) * stride_thresholds + part, threshold)
@@ -112,16 +112,16 @@ def _cut(b_count, room, FORCED: tl.constexpr):
 @triton.jit(do_not_specialize=PLAIN)
 def _boxes_kernel(
     box_masses_ptr, thresholds_ptr, numbers_ptr, counts_ptr, left_out_ptr, masses_ptr,
-    context_len, num_lists, heads_each, sink_boxes, local_boxes, max_boxes,
+    context_len, num_lists, group_size, sink_boxes, local_boxes, max_boxes,
     stride_bm, stride_bp, stride_thresholds, stride_ns, stride_nb, stride_counts, stride_left, stride_mh, stride_mp,
     TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, FIRST_COUNTED: tl.constexpr, FORCED: tl.constexpr,
-    LISTS: tl.constexpr, BLOCK: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    LISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0), tl.program_id(1)
     # [LISTS]; what stands for a list too many is the last one
     o_l = tl.minimum(i_b * LISTS + tl.arange(0, LISTS), num_lists - 1)
     i_h, part, b_before, b_sinks, b_local = _place(
-        o_l, i_s, context_len, heads_each, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
+        o_l, i_s, context_len, group_size, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
     )  # fmt: skip
     p_codes = box_masses_ptr + i_h.to(tl.int64) * stride_bm + part.to(tl.int64) * stride_bp
     b_threshold = tl.load(thresholds_ptr + i_h.to(tl.int64) * stride_thresholds + part)
@@ -152,7 +152,7 @@ def _boxes_kernel(
         count += tl.sum(kept, 0)
         dropped = (kept == 0)[None, :] & (o_n[None, :] < b_before[:, None])
         counted = dropped & (o_n >= FIRST_COUNTED)[None, :]
-        b_left += tl.sum(tl.where(counted, _weights(b_code, CODES_PER_OCTAVE), 0), 1)
+        b_left += tl.sum(tl.where(counted, weights(b_code), 0), 1)
         tl.store(p_boxes[:, None] + o_n[None, :], tl.zeros([LISTS, BLOCK], tl.int64), mask=dropped)
     tl.store(counts_ptr + i_s * stride_counts + i_b, count)
     tl.store(left_out_ptr + i_h.to(tl.int64) * stride_left + part, b_left)
@@ -161,7 +161,6 @@ def _boxes_kernel(
 def select_boxes(
     box_masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_boxes: int,
@@ -175,23 +174,22 @@ def select_boxes(
     """
     words = masses.view(CODES_OF_A_BOX)
     numbers, counts, thresholds, left_out = boxes.numbers, boxes.counts, boxes.thresholds, boxes.left_out
-    num_heads = min(len(box_masses), chunk.num_qo_heads - first_head)
-    heads_each = min(num_heads, chunk.group_size)
+    group_size, sets = chunk.group_size, chunk.kv.num_kv_heads
     parts_per_tile = HALVES * rows_per_half // PART
-    num_lists = chunk.num_tiles * parts_per_tile * heads_each
-    sets, forced = num_heads // heads_each, (sink_boxes, local_boxes)
+    num_lists = chunk.num_tiles * parts_per_tile * group_size
+    forced = (sink_boxes, local_boxes)
     strides, shape = (box_masses.stride(0), box_masses.stride(1)), dict(TILE=TILE, PARTS_PER_TILE=parts_per_tile)
     _thresholds_kernel[(num_lists, sets)](
-        box_masses, share, thresholds, chunk.context_len, first_head, num_lists, heads_each, *forced,
+        box_masses, share, thresholds, chunk.context_len, num_lists, group_size, *forced,
         *strides, thresholds.stride(0),
         **shape, PART_WEIGHT=PART * ROW, PART_OF_DROPPED=PART_OF_DROPPED, FIRST_COUNTED=FIRST_COUNTED,
-        SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, num_warps=4,
+        SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, num_warps=4,
     )  # fmt: skip
     _boxes_kernel[(triton.cdiv(num_lists, LISTS), sets)](
         box_masses, thresholds, numbers, counts, left_out, words,
-        chunk.context_len, num_lists, heads_each, *forced, numbers.shape[2],
+        chunk.context_len, num_lists, group_size, *forced, numbers.shape[2],
         *strides, thresholds.stride(0), numbers.stride(0), numbers.stride(1), counts.stride(0), left_out.stride(0),
         words.stride(0), words.stride(1),
         **shape, FIRST_COUNTED=FIRST_COUNTED, FORCED=FORCED, LISTS=LISTS, BLOCK=BLOCK,
-        CODES_PER_OCTAVE=CODES_PER_OCTAVE, num_warps=8,
+        num_warps=8,
     )  # fmt: skip

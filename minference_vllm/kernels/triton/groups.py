@@ -12,55 +12,49 @@ import triton.language as tl
 from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
+from minference_vllm.kernels.triton.codes import decode, encode, weights
 from minference_vllm.reference.groups import ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
+from minference_vllm.scratch import MASS_CODES
 
 BLOCK = 1024
 
 EDGE = 64
 """Of the few groups that are always kept, those that are weighed at once."""
 
-PLAIN = ["num_rows", "context_len", "first_head", "rows_per_half", "sink_groups", "local_groups", "max_kept"]
+PLAIN = ["num_rows", "context_len", "rows_per_half", "sink_groups", "local_groups", "max_kept"]
 
 
 @triton.jit
-def _weights(code, CODES_PER_OCTAVE: tl.constexpr):
-    """Masses that codes stand for, int64: see reference.groups.weights."""
-    # No power of 2^(1/8) times 1024 lies so near a half that an approximate exp2 could round it otherwise.
-    mantissa = (tl.exp2((code % CODES_PER_OCTAVE).to(tl.float32) / CODES_PER_OCTAVE) * 1024 + 0.5).to(tl.int64)
-    return tl.where(code > 0, mantissa << (code // CODES_PER_OCTAVE).to(tl.int64), 0)
+def _mass(codes_ptr, part, stride, o_g, num_groups):
+    """Masses of a part."""
+    return decode(tl.load(codes_ptr + part * stride + o_g, mask=o_g < num_groups, other=0).to(tl.int32))
 
 
 @triton.jit
-def _add_codes(first, second, CODES_PER_OCTAVE: tl.constexpr):
-    """See reference.groups.add_codes."""
-    apart = tl.abs(first - second).to(tl.float32) / CODES_PER_OCTAVE
-    more = (CODES_PER_OCTAVE * tl.log2(1 + tl.exp2(-apart)) + 0.5).to(tl.int32)
-    larger = tl.maximum(first, second)
-    return tl.where((first > 0) & (second > 0), tl.minimum(larger + more, 255), larger)
-
-
-@triton.jit
-def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr):
-    """Codes of the sums of a half's parts' masses: see reference.groups.add_parts."""
-    inside = o_g < num_groups
-    b_code = tl.load(codes_ptr + o_g, mask=inside, other=0).to(tl.int32)
+def _half_masses(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr):
+    """Sums of the masses of a half's parts: see reference.codes.add."""
+    b_mass = _mass(codes_ptr, 0, stride, o_g, num_groups)
     if PARTS > 1:
-        b_second = tl.load(codes_ptr + stride + o_g, mask=inside, other=0).to(tl.int32)
-        b_code = _add_codes(b_code, b_second, CODES_PER_OCTAVE)
+        b_mass += _mass(codes_ptr, 1, stride, o_g, num_groups)
     if PARTS > 2:
-        b_third = tl.load(codes_ptr + 2 * stride + o_g, mask=inside, other=0).to(tl.int32)
-        b_fourth = tl.load(codes_ptr + 3 * stride + o_g, mask=inside, other=0).to(tl.int32)
-        b_code = _add_codes(b_code, _add_codes(b_third, b_fourth, CODES_PER_OCTAVE), CODES_PER_OCTAVE)
-    return b_code
+        b_mass += _mass(codes_ptr, 2, stride, o_g, num_groups) + _mass(codes_ptr, 3, stride, o_g, num_groups)
+    return b_mass
+
+
+@triton.jit
+def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr):
+    """Codes of these sums."""
+    if PARTS == 1:
+        return tl.load(codes_ptr + o_g, mask=o_g < num_groups, other=0).to(tl.int32)
+    return encode(_half_masses(codes_ptr, stride, o_g, num_groups, PARTS))
 
 
 @triton.jit
 def _threshold(
     codes_ptr, other_ptr, stride, share, rows_weight, left_out, num_groups, sinks, local,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr,
+    CODES: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """See reference.groups.threshold; and how many groups are dropped.
 
@@ -71,25 +65,26 @@ def _threshold(
     b_count = tl.zeros([CODES], tl.int32)
     for start in range(0, num_groups, BLOCK):
         o_g = start + tl.arange(0, BLOCK)
-        b_code = _half_codes(codes_ptr, stride, o_g, num_groups, PARTS, CODES_PER_OCTAVE)
         if BY_TILE:
-            b_other = _half_codes(other_ptr, stride, o_g, num_groups, PARTS, CODES_PER_OCTAVE)
-            b_code = _add_codes(b_code, b_other, CODES_PER_OCTAVE)
+            b_mass = _half_masses(codes_ptr, stride, o_g, num_groups, PARTS)
+            b_code = encode(b_mass + _half_masses(other_ptr, stride, o_g, num_groups, PARTS))
             tl.store(codes_ptr + o_g, b_code.to(tl.uint8), mask=o_g < num_groups)
+        else:
+            b_code = _half_codes(codes_ptr, stride, o_g, num_groups, PARTS)
         b_count += tl.histogram(b_code, CODES, mask=(o_g >= sinks) & (o_g < local))
     if BY_TILE:
         tl.debug_barrier()  # what one thread has written another may read
     # [CODES]; what is dropped if it is all groups of this code and less
-    dropped = tl.cumsum(b_count.to(tl.int64) * _weights(tl.arange(0, CODES), CODES_PER_OCTAVE), 0)
+    dropped = tl.cumsum(b_count.to(tl.int64) * weights(tl.arange(0, CODES)), 0)
     # Of all groups from COUNTED on: the free ones are counted, but those before COUNTED too, and few are not free.
     total = rows_weight + left_out + tl.max(dropped, 0)
     for start in range(tl.maximum(local, COUNTED), num_groups, EDGE):
-        total += _edge(codes_ptr, stride, start, num_groups, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
+        total += _edge(codes_ptr, stride, start, num_groups, num_groups, PARTS, BY_TILE, EDGE)
     for start in range(COUNTED, sinks, EDGE):
-        total += _edge(codes_ptr, stride, start, sinks, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
+        total += _edge(codes_ptr, stride, start, sinks, num_groups, PARTS, BY_TILE, EDGE)
     for start in range(sinks, tl.minimum(COUNTED, local), EDGE):
         end = tl.minimum(COUNTED, local)
-        total -= _edge(codes_ptr, stride, start, end, num_groups, PARTS, BY_TILE, EDGE, CODES_PER_OCTAVE)
+        total -= _edge(codes_ptr, stride, start, end, num_groups, PARTS, BY_TILE, EDGE)
     # In 64 bits, the twin's very number.
     allowed = ((1 - share.to(tl.float64)) * total.to(tl.float64)).to(tl.int64)
     allowed -= tl.minimum(tl.maximum(allowed, 0), left_out)
@@ -98,47 +93,41 @@ def _threshold(
 
 
 @triton.jit
-def _codes(
-    codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr
-):
+def _codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr, BY_TILE: tl.constexpr):
     """Codes of a half's masses or, by tile, what _threshold has left."""
-    return _half_codes(codes_ptr, stride, o_g, num_groups, 1 if BY_TILE else PARTS, CODES_PER_OCTAVE)
+    return _half_codes(codes_ptr, stride, o_g, num_groups, 1 if BY_TILE else PARTS)
 
 
 @triton.jit
 def _edge(
     codes_ptr, stride, start, end, num_groups,
-    PARTS: tl.constexpr, BY_TILE: tl.constexpr, EDGE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Weight of the groups from `start` on, EDGE at the most, before `end`."""
     o_g = start + tl.arange(0, EDGE)
-    b_code = _codes(codes_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
-    return tl.sum(tl.where(o_g < end, _weights(b_code, CODES_PER_OCTAVE), 0), 0)
+    b_code = _codes(codes_ptr, stride, o_g, num_groups, PARTS, BY_TILE)
+    return tl.sum(tl.where(o_g < end, weights(b_code), 0), 0)
 
 
 @triton.jit
 def _kept(
     codes_ptr, stride, o_g, num_groups, sinks, local, threshold,
-    PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr,
 ):  # fmt: skip
-    b_code = _codes(codes_ptr, stride, o_g, num_groups, PARTS, BY_TILE, CODES_PER_OCTAVE)
+    b_code = _codes(codes_ptr, stride, o_g, num_groups, PARTS, BY_TILE)
     return ((b_code >= threshold) | (o_g < sinks) | (o_g >= local)) & (o_g < num_groups)
 
 
 @triton.jit
 def _kept_by_halves(
     first_ptr, second_ptr, stride, o_g, num_groups, sinks, local, first_threshold, second_threshold,
-    PARTS: tl.constexpr, BY_TILE: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr,
+    PARTS: tl.constexpr, BY_TILE: tl.constexpr,
 ):  # fmt: skip
     """1 for the groups that both halves keep, only the first, only the second, int32. By tile both keep the same."""
-    first = _kept(
-        first_ptr, stride, o_g, num_groups, sinks, local, first_threshold, PARTS, BY_TILE, CODES_PER_OCTAVE
-    ).to(tl.int32)
+    first = _kept(first_ptr, stride, o_g, num_groups, sinks, local, first_threshold, PARTS, BY_TILE).to(tl.int32)
     second = first
     if not BY_TILE:
-        second = _kept(
-            second_ptr, stride, o_g, num_groups, sinks, local, second_threshold, PARTS, BY_TILE, CODES_PER_OCTAVE
-        ).to(tl.int32)
+        second = _kept(second_ptr, stride, o_g, num_groups, sinks, local, second_threshold, PARTS, BY_TILE).to(tl.int32)
     return first & second, first & ~second, second & ~first
 
 
@@ -150,11 +139,11 @@ def _sum_of_parts(left_out_ptr, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
 def _groups_kernel(
     masses_ptr, left_out_ptr, share_ptr, groups_ptr, counts_ptr,
-    num_rows, context_len, first_head, rows_per_half, sink_groups, local_groups, max_kept,
+    num_rows, context_len, rows_per_half, sink_groups, local_groups, max_kept,
     stride_masses, stride_part, stride_left, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr,
+    CODES: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     tile_start = (context_len // TILE + i_t) * TILE
@@ -167,8 +156,7 @@ def _groups_kernel(
     masses_ptr += i_h.to(tl.int64) * stride_masses
     first_ptr = masses_ptr + ((i_t * 2 + first_half) * PARTS).to(tl.int64) * stride_part
     second_ptr = masses_ptr + ((i_t * 2 + second_half) * PARTS).to(tl.int64) * stride_part
-    head = first_head + i_h
-    share = tl.load(share_ptr + head)
+    share = tl.load(share_ptr + i_h)
     rows_weight = rows_per_half.to(tl.int64) * (2 * ROW if BY_TILE else ROW)
     first_left = tl.zeros([], tl.int64)
     second_left = first_left
@@ -180,7 +168,7 @@ def _groups_kernel(
             first_left += second_left
     first, num_dropped = _threshold(
         first_ptr, second_ptr, stride_part, share, rows_weight, first_left, num_groups, sinks, local,
-        PARTS, BY_TILE, BLOCK, EDGE, CODES, CODES_PER_OCTAVE, COUNTED,
+        PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED,
     )  # fmt: skip
     second = first
     o_n = tl.arange(0, BLOCK)
@@ -190,7 +178,7 @@ def _groups_kernel(
     if not BY_TILE:
         second, _dropped = _threshold(
             second_ptr, first_ptr, stride_part, share, rows_weight, second_left, num_groups, sinks, local,
-            PARTS, BY_TILE, BLOCK, EDGE, CODES, CODES_PER_OCTAVE, COUNTED,
+            PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED,
         )  # fmt: skip
         b_shared = tl.zeros([BLOCK], tl.int32)
         b_first = tl.zeros([BLOCK], tl.int32)
@@ -199,26 +187,26 @@ def _groups_kernel(
             # [BLOCK]
             shared, first_only, second_only = _kept_by_halves(
                 first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first, second,
-                PARTS, BY_TILE, CODES_PER_OCTAVE,
+                PARTS, BY_TILE,
             )  # fmt: skip
             b_shared += shared
             b_first += first_only
             b_second += second_only
         num_shared, num_first, num_second = tl.sum(b_shared, 0), tl.sum(b_first, 0), tl.sum(b_second, 0)
     fits = num_shared + num_first + num_second <= max_kept
-    p_counts = counts_ptr + head.to(tl.int64) * stride_counts + i_t * 3
+    p_counts = counts_ptr + i_h.to(tl.int64) * stride_counts + i_t * 3
     tl.store(p_counts, tl.where(fits, num_shared, EVERY_GROUP))
     tl.store(p_counts + 1, tl.where(fits, num_first, 0))
     tl.store(p_counts + 2, tl.where(fits, num_second, 0))
 
-    groups_ptr += head.to(tl.int64) * stride_groups + i_t.to(tl.int64) * stride_groups_tile
+    groups_ptr += i_h.to(tl.int64) * stride_groups + i_t.to(tl.int64) * stride_groups_tile
     next_shared = 0
     next_first = num_shared
     next_second = num_shared + num_first
     for start in range(0, tl.where(fits, num_groups, 0), BLOCK):
         shared, first_only, second_only = _kept_by_halves(
             first_ptr, second_ptr, stride_part, start + o_n, num_groups, sinks, local, first, second,
-            PARTS, BY_TILE, CODES_PER_OCTAVE,
+            PARTS, BY_TILE,
         )  # fmt: skip
         place = tl.where(
             shared > 0,
@@ -234,7 +222,6 @@ def _groups_kernel(
 def select_groups(
     masses: torch.Tensor,
     chunk: Chunk,
-    first_head: int,
     share: torch.Tensor,
     rows_per_half: int,
     sink_groups: int,
@@ -246,14 +233,13 @@ def select_groups(
     """See minference_vllm.reference.select_groups. `share` and the last dimension of the others are contiguous."""
     groups, counts = index.groups, index.counts
     left_out = None if boxes is None else boxes.left_out
-    num_heads = min(len(masses), chunk.num_qo_heads - first_head)
-    _groups_kernel[(chunk.num_tiles, num_heads)](
+    _groups_kernel[(chunk.num_tiles, chunk.num_qo_heads)](
         masses, left_out, share, groups, counts,
-        chunk.num_rows, chunk.context_len, first_head, rows_per_half, sink_groups, local_groups, groups.shape[2],
+        chunk.num_rows, chunk.context_len, rows_per_half, sink_groups, local_groups, groups.shape[2],
         masses.stride(0), masses.stride(1), 0 if left_out is None else left_out.stride(0),
         groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
         PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK, EDGE=EDGE,
-        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW,
+        CODES=MASS_CODES, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW,
         num_warps=4,
     )  # fmt: skip

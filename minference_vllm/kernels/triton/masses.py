@@ -15,30 +15,30 @@ import triton.language as tl
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALF, HALVES, TILE
+from minference_vllm.kernels.triton.codes import encode
 from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, scaled_scores, score_scales
 from minference_vllm.kernels.triton.normalisers import _sampled_rows
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.reference.operands import unit_of_products
-from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
+from minference_vllm.scratch import MEAN
 
 MEANS_EACH = 8192
 """Means that one program scores: enough to pay for loading its rows, few enough that programs fill the GPU."""
 
-PLAIN = ["num_rows", "context_len", "first_head", "num_lists", "heads_each", "means_each", *SCALE_STRIDES]
+PLAIN = ["num_rows", "context_len", "num_lists", "group_size", "means_each", *SCALE_STRIDES]
 
 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
 def _masses_kernel(
     q_ptr, means_ptr, lse_ptr, masses_ptr, boxes_ptr, box_counts_ptr,
     q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale,
-    num_rows, context_len, first_head, num_lists, heads_each, means_each, scale_log2,
+    num_rows, context_len, num_lists, group_size, means_each, scale_log2,
     stride_qt, stride_qh, stride_kh, stride_lse, stride_mh, stride_mt, stride_bs, stride_bb, stride_cs,
-    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr,
     EACH: tl.constexpr, GROUPS_PER_BOX: tl.constexpr, BLOCK_LISTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CODES: tl.constexpr, CODES_PER_OCTAVE: tl.constexpr, OCTAVES: tl.constexpr,
     LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = TILE // HALF
@@ -51,17 +51,16 @@ def _masses_kernel(
     first_tile = context_len // TILE
     # The last list's tile has the most groups before it. What others' masses are from their tiles on, nobody reads.
     last_list = tl.minimum(i_l + LISTS, num_lists) - 1
-    num_means = (first_tile + last_list // heads_each // (HALVES * PARTS)) * (TILE // MEAN)
-    head = first_head + i_kv * heads_each
-    means_ptr += (head // GROUP_SIZE).to(tl.int64) * stride_kh
-    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, head // GROUP_SIZE)
+    num_means = (first_tile + last_list // group_size // (HALVES * PARTS)) * (TILE // MEAN)
+    means_ptr += i_kv.to(tl.int64) * stride_kh
+    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_kv)
 
     # [BLOCK_M], the list and the row in it: a thread holds column pairs that are 8 apart
     o_m = tl.arange(0, BLOCK_M)
     o_l = i_l + o_m // 2 % LISTS
     o_r = o_m // (2 * LISTS) * 2 + o_m % 2
-    part = o_l // heads_each
-    i_h = head + o_l % heads_each
+    part = o_l // group_size
+    i_h = i_kv * group_size + o_l % group_size
     listed = o_l < num_lists
     rows, _present = _sampled_rows(
         first_tile * HALVES + part // PARTS, part % PARTS * ROWS + o_r, num_rows, context_len,
@@ -78,8 +77,8 @@ def _masses_kernel(
     o_n = tl.arange(0, BLOCK_N)
     # [LISTS]
     o_out = i_l + tl.arange(0, LISTS)
-    out_head = i_kv * heads_each + o_out % heads_each
-    p_out = masses_ptr + out_head.to(tl.int64) * stride_mh + (o_out // heads_each).to(tl.int64) * stride_mt
+    out_head = i_kv * group_size + o_out % group_size
+    p_out = masses_ptr + out_head.to(tl.int64) * stride_mh + (o_out // group_size).to(tl.int64) * stride_mt
     end = num_means
     if boxes_ptr is not None:
         boxes_ptr += i_kv.to(tl.int64) * stride_bs + (i_l // BLOCK_LISTS).to(tl.int64) * stride_bb
@@ -104,8 +103,7 @@ def _masses_kernel(
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
         # [GROUPS, LISTS]
         b_mass = tl.sum(tl.reshape(b_mass, (GROUPS, EACH, LISTS)), 1)
-        b_code = tl.floor((tl.log2(b_mass) + OCTAVES) * CODES_PER_OCTAVE + 0.5)
-        b_code = tl.minimum(tl.maximum(b_code, 0.0), CODES - 1).to(tl.uint8)
+        b_code = encode(b_mass).to(tl.uint8)
         inside = (o_g < num_means // EACH)[:, None] & (o_out < num_lists)[None, :]
         tl.store(p_out[None, :] + o_g[:, None], b_code, mask=inside)
 
@@ -114,16 +112,13 @@ def group_masses(
     chunk: Chunk,
     means: torch.Tensor,
     row_lse: torch.Tensor,
-    first_head: int,
     masses: torch.Tensor,
     mean: int = MEAN,
     boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.group_masses. Means follow each other without a gap, and so do rows."""
     q, rows_per_half = chunk.q, row_lse.shape[2]
-    num_heads = min(len(masses), chunk.num_qo_heads - first_head)
-    heads_each = min(num_heads, chunk.group_size)
-    num_lists = chunk.num_tiles * HALVES * rows_per_half // PART * heads_each
+    num_lists = chunk.num_tiles * HALVES * rows_per_half // PART * chunk.group_size
     num_means = (chunk.first_tile + chunk.num_tiles - 1) * TILE // mean
     if not num_means:
         return
@@ -134,18 +129,18 @@ def group_masses(
         num_means = min(num_means, numbers.shape[2] * GROUPS_PER_BOX * MEANS_PER_GROUP)
     block_m = 128 if chunk.head_dim <= 128 else 64
     num_blocks = triton.cdiv(num_lists * PART, block_m)
-    grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), num_heads // heads_each)
+    grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), chunk.kv.num_kv_heads)
     _masses_kernel[grid](
         q, means, row_lse, masses, numbers, counts, *score_scales(chunk),
-        chunk.num_rows, chunk.context_len, first_head, num_lists, heads_each, MEANS_EACH,
+        chunk.num_rows, chunk.context_len, num_lists, chunk.group_size, MEANS_EACH,
         chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0), masses.stride(0), masses.stride(1),
         *strides,
-        GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF,
+        HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF,
         ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1,
         EACH=MEANS_PER_GROUP, GROUPS_PER_BOX=GROUPS_PER_BOX, BLOCK_LISTS=LISTS,
         BLOCK_M=block_m, BLOCK_N=64,
-        CODES=MASS_CODES, CODES_PER_OCTAVE=CODES_PER_OCTAVE, OCTAVES=OCTAVES_BELOW_ONE, LOG2_E=LOG2_E,
+        LOG2_E=LOG2_E,
         INTERPRETED=not q.is_cuda,
         num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS
 from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import MEAN
 
-PLAIN = ["num_rows", "context_len", "blocks_per_tile", *SCALE_STRIDES]
+PLAIN = ["num_rows", "context_len", "group_size", "blocks_per_tile", *SCALE_STRIDES]
 
 
 @triton.jit
@@ -33,9 +33,9 @@ def _sampled_rows(half, row, num_rows, context_len, HALF: tl.constexpr, HALVES: 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=SCALES)
 def _normalisers_kernel(
     q_ptr, means_ptr, lse_ptr, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale,
-    num_rows, context_len, blocks_per_tile, scale_log2,
+    num_rows, context_len, group_size, blocks_per_tile, scale_log2,
     stride_qt, stride_qh, stride_mh, stride_lse,
-    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, MEAN: tl.constexpr, LOG2_WEIGHT: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -51,10 +51,10 @@ def _normalisers_kernel(
     o_m = i_b % blocks_per_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, HEAD_DIM)
-    listed = o_m < HALVES * GROUP_SIZE * ROWS
-    o_l = tl.minimum(o_m // ROWS, HALVES * GROUP_SIZE - 1)
-    half = o_l // GROUP_SIZE
-    i_h = i_kv * GROUP_SIZE + o_l % GROUP_SIZE
+    listed = o_m < HALVES * group_size * ROWS
+    o_l = tl.minimum(o_m // ROWS, HALVES * group_size - 1)
+    half = o_l // group_size
+    i_h = i_kv * group_size + o_l % group_size
     rows, present = _sampled_rows(tile * HALVES + half, o_m % ROWS, num_rows, context_len, HALF, HALVES, HALF // ROWS)
     # [BLOCK_M, HEAD_DIM]
     p_q = q_ptr + (rows - context_len).to(tl.int64)[:, None] * stride_qt + i_h[:, None] * stride_qh + o_d[None, :]
@@ -85,10 +85,10 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
     block_m = min(128 if chunk.head_dim <= 128 else 64, triton.next_power_of_2(rows_per_tile))
     blocks_per_tile = triton.cdiv(rows_per_tile, block_m)
     _normalisers_kernel[(chunk.num_tiles * blocks_per_tile, chunk.kv.num_kv_heads)](
-        q, means, row_lse, *score_scales(chunk), chunk.num_rows, chunk.context_len, blocks_per_tile,
+        q, means, row_lse, *score_scales(chunk), chunk.num_rows, chunk.context_len, chunk.group_size, blocks_per_tile,
         chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0),
-        GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF, GROUP=GROUP,
+        HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF, GROUP=GROUP,
         ROWS=rows_per_half, MEAN=mean, LOG2_WEIGHT=math.log2(mean * LIMIT), FIRST=NORMALISER_KEYS // mean,
         BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2((TILE + NORMALISER_KEYS) // mean), LOG2_E=LOG2_E,
         INTERPRETED=not q.is_cuda,
