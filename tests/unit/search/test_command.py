@@ -102,6 +102,8 @@ def test_a_better_file_is_written_and_can_be_served(
     assert BETTER.sentence() in said
     assert f'"pattern_file": "{tmp_path / "out.json"}"' in said
     assert (tmp_path / "out.json.jsonl").exists()
+    assert main(["patterns", "show", str(tmp_path / "out.json")]) == 0
+    assert "2 layers, 1 of them dense; heads: 1 of share 0.5, 1 of share 0.75" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("worse", [replace(BETTER, file_kl=[0.2, 0.4]), replace(BETTER, file_cost=11.0)])

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a candidate is measured to do and to cost is what it does and costs."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from minference_vllm import ops
+from minference_vllm import compat, ops
 from minference_vllm.attention import LayerState, choose, prefill
 from minference_vllm.index import TILE
 from minference_vllm.methods import Block
@@ -15,6 +18,7 @@ from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.patterns.shared import SHARES, SIZES
 from minference_vllm.scratch import AttendBuffers
+from minference_vllm.search import meter as meter_module
 from minference_vllm.search.candidates import CANDIDATES, DEFAULT, ROUGH
 from minference_vllm.search.contender import Contender
 from minference_vllm.search.meter import Meter
@@ -121,3 +125,79 @@ def test_a_layer_that_a_contender_keeps_dense_is_no_trial() -> None:
     trials = meter.trials()
     assert trials[0].trials[0] is not None
     assert trials[2].trials == (None,)
+
+
+class Clock:
+    """In place of CUDA's events: each mark is later than the one before by as much as has been worked on since."""
+
+    now = 0.0
+    slept = 0
+    waited = False
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = -1.0
+
+    def record(self) -> None:
+        self.at = Clock.now
+
+    def elapsed_time(self, end: "Clock") -> float:
+        assert Clock.waited, "the device may not have come so far"
+        return end.at - self.at
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Clock]]:
+    """Choosing takes 1 ms the first time, and each time more; attending 10, FlashAttention 100."""
+    chosen = itertools.count(1)
+
+    def choosing(*arguments: Any) -> Any:
+        Clock.now += next(chosen)
+        return choose(*arguments)
+
+    def attending(*arguments: Any) -> None:
+        Clock.now += 10
+        attend_by_reference(*arguments)
+
+    def flash_attention(out: torch.Tensor, **_: Any) -> None:
+        Clock.now += 100
+
+    def wait() -> None:
+        Clock.waited = True
+
+    def sleep(cycles: int) -> None:
+        Clock.slept += 1
+        Clock.now += 10**6
+
+    attend_by_reference = ops.attend
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
+    monkeypatch.setattr(compat, "flash_attention", lambda head_dim: flash_attention)
+    monkeypatch.setattr(meter_module, "choose", choosing)
+    monkeypatch.setattr(ops, "attend", attending)
+    Clock.now, Clock.slept, Clock.waited = 0.0, 0, False
+    yield Clock
+
+
+def test_times_are_medians_of_each_step_without_the_warm_up(clock: type[Clock]) -> None:
+    contenders = ground().of_candidates(replace(CANDIDATES[SHARES], heads=(ROUGH, DEFAULT)))
+    meter = Meter(contenders, attend(), 3)
+    layer = LayerState(0, torch.empty(0), None, attend())
+    chunk = chunks((7,), 0)[0]
+    meter(BLOCK, chunk, layer)
+    found = meter.trials()[0]
+    assert found.dense == 100.0
+    first, second = found.trials
+    assert first is not None and second is not None
+    # Choosing was called for the 2nd to 4th time, then for the 6th to 8th: the 1st and the 5th warmed up.
+    assert (first.choosing, second.choosing) == (3.0, 7.0)
+    assert (first.attending, second.attending) == (10.0, 10.0)
+    assert clock.slept == 3 * 3
+    # What is tried leaves nothing in the prompt's own output, and its errors are the same with a clock as without.
+    untimed = Meter(contenders, attend(), 0)
+    untimed(BLOCK, chunk, layer)
+    without = untimed.trials()[0].trials[0]
+    assert without is not None
+    assert without.errors == first.errors
+    assert without.pairs == first.pairs
