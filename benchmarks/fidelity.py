@@ -55,14 +55,18 @@ def load_text(name: str) -> str:
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """An engine, and what scores a prompt with it: {"tokens", "scored", "text_end", "answers", "file"}.
+    """An engine, and what scores a prompt with it."""
+    return scorer(kind, load_engine(kind, spec))
+
+
+def scorer(kind: str, llm: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What scores a prompt with an engine: {"tokens", "scored", "text_end", "answers", "file"}.
 
     The dense engine leaves its hidden states in the file; a sparse one compares its own with them.
     """
     import torch
     from vllm import SamplingParams
 
-    llm = load_engine(kind, spec)
     model = llm.apply_model(lambda model: model)[0]
     one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     steps: list[torch.Tensor] = []

@@ -44,7 +44,7 @@ class MInferenceConfig(BaseModel):
         BlockSettings()
     )
     """How the kept keys are chosen: a method's name, or an object of its name and settings. "auto" is vertical_slash
-    with the sizes that a pattern file gives each head of the model, where there is one, and else block."""
+    or block with what a pattern file gives each head of the model, where there is one, and else block."""
 
     measure_recall: bool = True
     """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that it kept. Without

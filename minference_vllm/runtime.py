@@ -63,6 +63,7 @@ class Runtime:
         resolved: what the setting `method` comes to.
         dense_layers: layers of the whole model that always run dense, by the settings or a pattern file.
         chooser: who chooses the keys of each chunk; see attention.Chooser.
+        floors: of the guard.
         is_broken: whether the sparse path has failed so often that all runs dense until the next start.
         has_sparse_layers: whether any layer may run sparse.
     """
@@ -79,7 +80,7 @@ class Runtime:
         self.dense_layers = frozenset(range(config.dense_layers)) | self.resolved.dense_layers
         self.chooser: Chooser = choose
         self.counters = Counters(publish, config.log_every, self._tally_once, self._read)
-        self._floors = Floors(config.recall_floor, config.row_recall_floor)
+        self.floors = Floors(config.recall_floor, config.row_recall_floor)
         self.is_broken = False
         self.failed: set[int] = set()  # requests of this step whose sparse attention raised an exception
         self._faults = 0  # since a chunk last ran sparse
@@ -130,7 +131,7 @@ class Runtime:
             # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
             with torch.inference_mode(False):
                 buffers, attend, recall = self._claim(shape)
-                guard = Guard(self._floors, recall, self._totals(shape, num_layers)) if recall else None
+                guard = Guard(self.floors, recall, self._totals(shape, num_layers)) if recall else None
                 budgets = self._budgets(shape, index)
             self._layers[key] = LayerState(position, budgets, buffers, attend, guard)
         return self._layers[key]
@@ -269,5 +270,5 @@ class Runtime:
         budgets = self.method.budgets(shape.num_qo_heads, self.device)
         attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))
         totals = RecallTotals.allocate(1, shape.num_qo_heads, self.device)
-        guard = Guard(self._floors, recall, totals) if recall else None
+        guard = Guard(self.floors, recall, totals) if recall else None
         prefill(chunk, self.method, LayerState(0, budgets, buffers, attend, guard))

@@ -28,6 +28,7 @@ PATTERN = {
     "method": {"name": "vertical_slash", "probe_rows": "last", "sink_tokens": 30, "local_tokens": 100},
     "layers": [[[1000, 6096], [30, 800], ["a_shape", 100, 800]], "dense"],
 }
+SHARES = {**PATTERN, "method": {"name": "block", "rows_per_half": 32}, "layers": [[0.5, 0.84, 1], "dense"]}
 LIST = [
     {str(head): ["vertical_and_slash", 500, 700, 0.9] for head in range(GEOMETRY.num_qo_heads)},
     {"0": ["stream_llm", 100, 800, 1], "1": ["block_sparse", 8, 0, 1]},
@@ -79,7 +80,7 @@ def pattern_file(folder: Path, case: bytes) -> Trial:
     def act() -> object:
         read_pattern(file)
         resolved = resolve(AutoSettings(pattern_file=str(file)), MODEL)
-        return resolved.pattern and [resolved.pattern.budgets(0, GEOMETRY.num_qo_heads), resolved.pattern.settings]
+        return resolved.pattern and [resolved.pattern.budgets(0, GEOMETRY.num_qo_heads), resolved.settings]
 
     return act, [file]
 
@@ -109,6 +110,7 @@ TARGETS = (
     Target("settings of --additional-config", values | objects, inline),
     Target("settings file", documents(values | objects), settings_file),
     Target("pattern file", documents(mutated(PATTERN)), pattern_file),
+    Target("pattern file of shares", documents(mutated(SHARES)), pattern_file),
     Target("list of patterns", documents(LISTS.flatmap(mutated)), pattern_list),
     Target("release of lists", python, release),
 )

@@ -3,9 +3,10 @@
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from minference_vllm.errors import LONGEST_MESSAGE, printable, shortened
+from minference_vllm.errors import LONGEST_MESSAGE, ConfigError, printable, shortened
+from minference_vllm.files import parse_json
 from minference_vllm.methods.base import MAX_TOKENS
 
 
@@ -29,3 +30,11 @@ def count_to(most: int, least: int = 1) -> Callable[[str], int]:
 
 
 count = count_to(MAX_TOKENS)
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """What an option takes as a JSON object."""
+    value = parse_json(text, option)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option} must be a JSON object, and is {type(value).__name__}.")
+    return value

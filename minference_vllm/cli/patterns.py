@@ -81,7 +81,7 @@ def describe(file: Any) -> str:
     from minference_vllm.patterns.file import DENSE
 
     heads = Counter(head for layer in file.layers if layer != DENSE for head in layer)
-    kinds = [f"{count} of {' / '.join(map(str, head))}" for head, count in heads.most_common(5)]
+    kinds = [f"{count} of {_kind(head)}" for head, count in heads.most_common(5)]
     if others := len(heads) - len(kinds):
         kinds.append(f"and {others} other")
     dense = f", {len(file.dense_layers)} of them dense" if file.dense_layers else ""
@@ -92,6 +92,10 @@ def describe(file: Any) -> str:
         *(f"note: {note}" for note in file.provenance.notes),
     ]
     return "\n  ".join(lines)
+
+
+def _kind(head: Any) -> str:
+    return f"share {head:g}" if isinstance(head, float) else " / ".join(map(str, head))
 
 
 def add_parser(commands: Any) -> None:

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minference_vllm.cli.arguments import count, count_to
+from minference_vllm.cli.arguments import count, count_to, json_object
 from minference_vllm.cli.status import FAILED
 from minference_vllm.errors import ConfigError
-from minference_vllm.files import parse_json, read_file, write_file
+from minference_vllm.files import read_file, write_file
 
 if TYPE_CHECKING:
     from minference_vllm.plots.prompt import PromptChoice
@@ -32,7 +32,7 @@ def plot(options: argparse.Namespace) -> int:
     need_matplotlib()
     text = read_file(options.prompt, f"The prompt {options.prompt}").decode(errors="replace")
     settings = {} if options.method is None else {"method": _method(options.method)}
-    engine = {"max_num_batched_tokens": options.chunk, **_object("--engine", options.engine)}
+    engine = {"max_num_batched_tokens": options.chunk, **json_object("--engine", options.engine)}
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,14 +66,7 @@ def draw(choice: "PromptChoice", model: str, folder: Path) -> list[Path]:
 
 
 def _method(text: str) -> Any:
-    return _object("--method", text) if text.lstrip().startswith("{") else text
-
-
-def _object(option: str, text: str) -> dict[str, Any]:
-    value = parse_json(text, option)
-    if not isinstance(value, dict):
-        raise ConfigError(f"{option} must be a JSON object, and is {type(value).__name__}.")
-    return value
+    return json_object("--method", text) if text.lstrip().startswith("{") else text
 
 
 def add_parser(commands: Any) -> None:

@@ -54,3 +54,31 @@ def read_tokens(llm: Any, tokens: Sequence[int]) -> None:
 
     one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     llm.generate([{"prompt_token_ids": list(tokens)}], one, use_tqdm=False)
+
+
+class States:
+    """The hidden states that an engine of this process computes, after its last layer, and what they predict.
+
+    Args:
+        llm: the engine; what it reads from now on is kept until `take`.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        [self._model] = llm.apply_model(lambda model: model)
+        self._steps: list[Any] = []
+        self._model.register_forward_hook(self._keep)
+
+    def _keep(self, module: Any, arguments: Any, output: Any) -> None:
+        # A drafter has some models give states of other layers beside.
+        self._steps.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    def take(self) -> Any:
+        """[rows, hidden size], of all steps since the last call."""
+        import torch
+
+        steps, self._steps = self._steps, []
+        return torch.cat(steps) if steps else torch.empty(0, 0)
+
+    def logits(self, states: Any) -> Any:
+        """[rows, vocabulary]"""
+        return self._model.compute_logits(states)

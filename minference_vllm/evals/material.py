@@ -130,13 +130,17 @@ def check_room(task: str, tokens: int, room: int, least: int = 1) -> None:
         raise ConfigError(f"The task {task} does not fit into {tokens} tokens: ask for more by --tokens.")
 
 
-def load_text(path: Path, expected: str | None = None) -> str:
-    """A text file, plain or compressed by xz; `expected` is the fingerprint that it is to have.
+def load_text(path: Path, expected: str | None = None, option: str = "--text") -> str:
+    """A text file, plain or compressed by xz.
+
+    Args:
+        expected: the fingerprint that it is to have.
+        option: by which it was named.
 
     Raises:
         ConfigError: it cannot be read, is too large, or has changed.
     """
-    name = f"--text {path}"
+    name = f"{option} {path}"
     raw = _read(path, name, expected)
     try:
         if path.suffix == ".xz":

@@ -3,9 +3,11 @@
 
 from minference_vllm.patterns.auto import AutoSettings, Pattern, Resolved, ServedModel, resolve
 from minference_vllm.patterns.file import DENSE, Geometry, PatternFile, read_pattern
+from minference_vllm.patterns.shared import TAKES
 
 __all__ = [
     "DENSE",
+    "TAKES",
     "AutoSettings",
     "Geometry",
     "Pattern",

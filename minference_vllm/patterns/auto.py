@@ -3,16 +3,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from minference_vllm.errors import ConfigError
 from minference_vllm.methods import MethodSettings
 from minference_vllm.methods.block import BlockSettings
-from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.patterns import shipped
 from minference_vllm.patterns.file import DENSE, Geometry, PatternFile, read_pattern
+from minference_vllm.patterns.shared import TAKES
 
 OTHERWISE = 'Name another file as {"name": "auto", "pattern_file": PATH}, or choose the method block.'
 
@@ -54,14 +54,7 @@ class Pattern:
     def dense_layers(self) -> frozenset[int]:
         return self.file.dense_layers
 
-    @property
-    def settings(self) -> VerticalSlashSettings:
-        """The method's, with sizes that no head exceeds."""
-        columns, diagonals = self.file.largest
-        shared = self.file.method.model_dump()
-        return VerticalSlashSettings(**shared, vertical_size=columns, slash_size=diagonals)
-
-    def budgets(self, layer: int | None, num_qo_heads: int) -> list[tuple[int, int, int, int]]:
+    def budgets(self, layer: int | None, num_qo_heads: int) -> list[Any]:
         """Budgets of this rank's heads in a layer, counted in the whole model, of all pipeline stages.
 
         Raises:
@@ -124,5 +117,6 @@ def resolve(settings: MethodSettings, model: ServedModel | None) -> Resolved:
             f"The pattern file {name} does not fit {model.names[0]}: it is for {'; '.join(differences)}. {OTHERWISE}"
         )
     pattern = Pattern(file, name, model.rank)
-    why = f"the method is vertical_slash with the sizes of the pattern file {name} ({file.provenance.source})"
-    return Resolved(pattern.settings, pattern, why)
+    takes, settings = TAKES[file.method.name], file.settings
+    why = f"the method is {settings.name} with the {takes} of the pattern file {name} ({file.provenance.source})"
+    return Resolved(settings, pattern, why)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -22,12 +20,14 @@ from pydantic_core import PydanticCustomError
 from minference_vllm.errors import ConfigError, shortened
 from minference_vllm.files import parse_json, read_file
 from minference_vllm.methods import MAX_TOKENS
+from minference_vllm.methods.block import BlockSettings
+from minference_vllm.methods.vertical_slash import VerticalSlashSettings
+from minference_vllm.patterns.shared import TAKES, PatternMethod, PatternShares, PatternSizes, Strict
 
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_NAMES = 1000, 1024, 4096, 64
 MOST_FAULTS = 3  # that one message names
 
 DENSE: Literal["dense"] = "dense"
-A_SHAPE: Literal["a_shape"] = "a_shape"
 HEADS = "heads"
 
 Size = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -39,14 +39,16 @@ def _as_one_sentence(value: Any, handler: Any) -> Any:
     try:
         return handler(value)
     except ValidationError:
-        allowed = 'a head is [columns, diagonals] or ["a_shape", first keys, nearest keys], each 1 to {most}'
+        allowed = 'a head is [columns, diagonals] or ["a_shape", first keys, nearest keys], each 1 to {most}, '
+        allowed += "or a share above 0 and up to 1"
         raise PydanticCustomError("head", allowed, {"most": MAX_TOKENS}) from None
 
 
 # Not strict: a validator in Python sees JSON's arrays as lists. Their entries still are.
 Sizes = Annotated[tuple[Size, Size], Field(strict=False)]
 AShape = Annotated[tuple[Literal["a_shape"], Size, Size], Field(strict=False)]
-Head = Annotated[Sizes | AShape, WrapValidator(_as_one_sentence)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Head = Annotated[Sizes | AShape | Share, WrapValidator(_as_one_sentence)]
 Heads = Annotated[tuple[Head, ...], Field(min_length=1, max_length=MAX_HEADS)]
 Layer = Annotated[
     Annotated[Literal["dense"], Tag(DENSE)] | Annotated[Heads, Tag(HEADS)],
@@ -54,11 +56,7 @@ Layer = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class Geometry(_Strict):
+class Geometry(Strict):
     """What a model must be for a pattern file to fit it, whatever its name."""
 
     num_layers: int = Field(ge=1, le=MAX_LAYERS)
@@ -82,7 +80,7 @@ class Geometry(_Strict):
         ]
 
 
-class Provenance(_Strict):
+class Provenance(Strict):
     """Where the numbers are from."""
 
     source: Text
@@ -101,23 +99,7 @@ class Provenance(_Strict):
     """What was changed on the way here, and what the source means otherwise than this package."""
 
 
-class PatternMethod(_Strict):
-    """What all heads share: settings of vertical_slash, as there."""
-
-    name: Literal["vertical_slash"] = "vertical_slash"
-    """The one method that a pattern file can give sizes to."""
-
-    probe_rows: Literal["last", "spread", "both"] = "last"
-    """Which 64 query rows of a chunk estimate its pattern."""
-
-    sink_tokens: int = Field(default=30, ge=0, le=MAX_TOKENS)
-    """First key columns that are always kept; they count towards a head's columns."""
-
-    local_tokens: int = Field(default=100, ge=1, le=MAX_TOKENS)
-    """Diagonals nearest to the row that are always kept; they count towards a head's diagonals."""
-
-
-class PatternFile(_Strict):
+class PatternFile(Strict):
     """How much each head of a model keeps in sparse prefill."""
 
     version: Literal[1]
@@ -129,11 +111,12 @@ class PatternFile(_Strict):
 
     geometry: Geometry
     provenance: Provenance
-    method: PatternMethod = PatternMethod()
+    method: PatternMethod = PatternSizes()
 
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MAX_LAYERS)]
-    """Of the whole model, in order. A layer is "dense", or a list of its query heads. A head is [columns, diagonals],
-    how many of each it keeps, or ["a_shape", first keys, nearest keys]: these and nothing else."""
+    """Of the whole model, in order. A layer is "dense", or a list of its query heads. A head of vertical_slash is
+    [columns, diagonals], how many of each it keeps, or ["a_shape", first keys, nearest keys]: these and nothing else. A
+    head of block is the share of the attention that it keeps."""
 
     @model_validator(mode="after")
     def _holds_what_it_says(self) -> "PatternFile":
@@ -150,6 +133,11 @@ class PatternFile(_Strict):
         if geometry.num_qo_heads % geometry.num_kv_heads:
             given = {"qo": geometry.num_qo_heads, "kv": geometry.num_kv_heads}
             raise PydanticCustomError("heads", "{qo} query heads are no multiple of {kv} KV heads", given)
+        takes_shares, name = isinstance(self.method, PatternShares), self.method.name
+        for index, layer in enumerate(self.layers):
+            if layer != DENSE and any(isinstance(head, float) != takes_shares for head in layer):
+                of = {"name": name, "takes": TAKES[name], "index": index}
+                raise PydanticCustomError("heads", "heads of {name} are {takes}, and layer {index} has another", of)
         return self
 
     @property
@@ -157,16 +145,13 @@ class PatternFile(_Strict):
         return frozenset(index for index, layer in enumerate(self.layers) if layer == DENSE)
 
     @property
-    def largest(self) -> tuple[int, int]:
-        """The most columns and the most diagonals that a head keeps; 1 where all layers are dense."""
-        rows = [self.budget(head) for layer in self.layers if layer != DENSE for head in layer]
-        return max((row[0] for row in rows), default=1), max((row[1] for row in rows), default=1)
+    def settings(self) -> VerticalSlashSettings | BlockSettings:
+        """The method's, with what no head exceeds."""
+        return self.method.settings([head for layer in self.layers if layer != DENSE for head in layer])
 
-    def budget(self, head: Any) -> tuple[int, int, int, int]:
-        """A head's budget, see VerticalSlash.budgets: of the first keys and the nearest alone all is forced."""
-        if head[0] == A_SHAPE:
-            return head[1], head[2], head[1], head[2]
-        return head[0], head[1], self.method.sink_tokens, self.method.local_tokens
+    def budget(self, head: Any) -> Any:
+        """A row of a layer's budgets, see Method.budgets."""
+        return self.method.budget(head)
 
 
 def read_pattern(path: Path) -> PatternFile:
@@ -212,6 +197,7 @@ def _describe(fault: dict[str, Any]) -> str:
 
 
 def _path(loc: Sequence[int | str]) -> str:
-    """Where a fault lies, as in the file: pydantic puts the form of a layer between its number and its heads."""
-    is_in_layer = len(loc) > 2 and loc[0] == "layers"
-    return ".".join(shortened(part, str) for part in (*loc[:2], *loc[3 if is_in_layer else 2 :]))
+    """Where a fault lies, as in the file: pydantic adds the form of a layer, and the name of the method."""
+    added = {"layers": 2, "method": 1}.get(str(loc[0])) if loc else None
+    parts = [part for at, part in enumerate(loc) if at != added]
+    return ".".join(shortened(part, str) for part in parts)

@@ -14,7 +14,8 @@ from typing import Any
 
 from minference_vllm.errors import ConfigError, shortened
 from minference_vllm.files import parse_json
-from minference_vllm.patterns.file import A_SHAPE, Geometry, PatternFile, Provenance, parse_pattern
+from minference_vllm.patterns.file import Geometry, PatternFile, Provenance, parse_pattern
+from minference_vllm.patterns.shared import A_SHAPE
 
 VERTICAL_SLASH, STREAMING, BLOCK_SPARSE = "vertical_and_slash", "stream_llm", "block_sparse"
 

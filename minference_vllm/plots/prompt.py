@@ -1,26 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Has vLLM read one prompt in this process, and looks at what is chosen on the way."""
 
-import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from minference_vllm import plugin
 from minference_vllm.compat import engines
 from minference_vllm.errors import ConfigError
-from minference_vllm.patterns import Resolved
+from minference_vllm.offline import OPEN_GATE, our_layers, sound_snapshot, start_engine
+from minference_vllm.patterns import TAKES, Resolved
 from minference_vllm.plots.capture import Capture
-from minference_vllm.reason import Reason
 from minference_vllm.recall import LayerRecall
-
-logger = logging.getLogger("vllm.minference.plots")
-
-# Whatever a server's gate, all of the prompt goes sparse here but a last token that comes alone.
-OPEN_GATE = {"min_seq_len": 0, "min_chunk": 1, "measure_recall": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +93,9 @@ def read_prompt(
     Raises:
         ConfigError: nothing of the prompt ran sparse, or it has no such layer.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the chooser is put into this process
-    plugin.register()  # vLLM does so where the package is installed, not where it only lies in the path
-    options = {"max_model_len": len(tokens) + 1, "enforce_eager": True, "enable_prefix_caching": False, **engine}
-    try:
-        llm = engines.offline_engine(model, {**settings, **OPEN_GATE}, options)
-    except ConfigError:
-        raise
-    except Exception as error:  # vLLM has no one kind of exception for what it refuses
-        logger.debug("vLLM did not start", exc_info=True)
-        raise ConfigError(f"vLLM does not start {model!r} with these options: {error}") from None
-    ours = engines.our_layers(llm)
-    if not ours:
-        raise ConfigError(f"None of the attention layers of {model!r} is the plugin's: the log says why.")
+    options = {"max_model_len": len(tokens) + 1, **engine}
+    llm = start_engine(model, {**settings, **OPEN_GATE}, options)
+    ours = our_layers(llm, model)
     runtime, num_layers = ours[0].runtime, len(ours)
     before = runtime.counters.snapshot().recall
     capture = Capture(len(tokens), wanted(mapped, num_layers))
@@ -121,18 +103,14 @@ def read_prompt(
     engines.read_tokens(llm, tokens)
     if not capture.layers:
         raise ConfigError(f"Nothing of the {len(tokens)} tokens ran sparse: the log says how many layers may, and why.")
-    counted = runtime.counters.snapshot()
-    if any(reason == Reason.SPARSE_FAULT for _, reason in counted.tokens):
-        raise ConfigError(
-            "The sparse path raised an exception, and what it left is not drawn: the log has its traceback."
-        )
+    counted = sound_snapshot(runtime)
     return PromptChoice(described(runtime.resolved), num_layers, capture, (counted.recall - before).layers)
 
 
 def described(resolved: Resolved) -> str:
     """A method in one line."""
     if resolved.pattern is not None:
-        return f"{resolved.settings.name}, sizes of {resolved.pattern.name}"
+        return f"{resolved.settings.name}, {TAKES[resolved.settings.name]} of {resolved.pattern.name}"
     settings = ", ".join(f"{name} {value}" for name, value in resolved.settings if name != "name")
     return f"{resolved.settings.name}: {settings}"
 

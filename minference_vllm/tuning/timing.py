@@ -3,6 +3,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -81,31 +82,38 @@ class Layer:
         rows = min(self.chunk, tokens)
         random = self._random(rows, self.heads.num_qo_heads, self.heads.head_dim)
         q, out = random.to(self.dtype), torch.empty_like(random)
-        k, v, table = self.kv.k.transpose(1, 2), self.kv.v.transpose(1, 2), self.kv.block_table
-        starts = torch.tensor([0, rows], dtype=torch.int32, device=q.device)
-        seq_lens = torch.tensor([tokens], dtype=torch.int32, device=q.device)
         chunk = Chunk(q, out, self.kv, tokens - rows, self.scale, self.fp8_scale)
-        descales = {}
-        if self.fp8_scale is not None:
-            descales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), self.fp8_scale[None])
         chooser = drawn_choice(self.method, chunk, self.state, SEED)
-
-        def dense() -> torch.Tensor:
-            self.flash_attention(
-                q=q, k=k, v=v, out=out, cu_seqlens_q=starts, max_seqlen_q=rows, seqused_k=seq_lens,
-                max_seqlen_k=tokens, softmax_scale=self.scale, causal=True, block_table=table, **descales,
-            )  # fmt: skip
-            return out
 
         def sparse() -> torch.Tensor:
             prefill(chunk, self.method, self.state, chooser)
             return out
 
-        return dense, sparse
+        return dense_attention(chunk, self.flash_attention), sparse
 
     def _random(self, *shape: int) -> torch.Tensor:
         device = self.generator.device
         return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=self.generator)
+
+
+def dense_attention(chunk: Chunk, flash_attention: Callable[..., Any]) -> Run:
+    """FlashAttention of a chunk to all keys, as vLLM calls it."""
+    k, v, table = chunk.kv.k.transpose(1, 2), chunk.kv.v.transpose(1, 2), chunk.kv.block_table
+    row, device = chunk.kv.row, chunk.q.device
+    starts = torch.tensor([0, chunk.num_rows], dtype=torch.int32, device=device)
+    seq_lens = torch.tensor([chunk.seq_len], dtype=torch.int32, device=device)
+    scales = {"q_descale": chunk.q_scale, "k_descale": chunk.kv.k_scale, "v_descale": chunk.kv.v_scale}
+    descales = {name: scale[None] for name, scale in scales.items() if scale is not None}
+
+    def dense() -> torch.Tensor:
+        flash_attention(
+            q=chunk.q, k=k, v=v, out=chunk.out, cu_seqlens_q=starts, max_seqlen_q=chunk.num_rows, seqused_k=seq_lens,
+            max_seqlen_k=chunk.seq_len, softmax_scale=chunk.scale, causal=True, block_table=table[row : row + 1],
+            **descales,
+        )  # fmt: skip
+        return chunk.out
+
+    return dense
 
 
 def measure(

@@ -21,9 +21,11 @@ MAX_FUNCTION_LINES = 50
 LAYERS = (
     "cli",
     "doctor",
+    "search",
     "plots",
     "evals",
     "tuning",
+    "offline",
     "plugin",
     "backend",
     "cpu",

@@ -91,8 +91,8 @@ def test_without_a_model_it_is_refused() -> None:
 @pytest.mark.parametrize("name", shipped.shipped())
 def test_every_shipped_file_makes_settings(name: str) -> None:
     file = parse_pattern(shipped.shipped()[name], name)
-    settings = Pattern(file, name, 0).settings
-    assert (settings.vertical_size, settings.slash_size) == file.largest
+    settings = file.settings
+    assert isinstance(settings, VerticalSlashSettings)
     assert (settings.sink_tokens, settings.local_tokens) == (30, 100)  # MInference's
 
 
@@ -202,5 +202,5 @@ def test_the_served_model_is_read_from_vllm(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_largest_sizes_are_within_what_settings_allow() -> None:
-    most = pattern(layers=[[[MAX_TOKENS, MAX_TOKENS]] * 4, "dense"]).settings
+    most = pattern(layers=[[[MAX_TOKENS, MAX_TOKENS]] * 4, "dense"]).file.settings
     assert (most.vertical_size, most.slash_size) == (MAX_TOKENS, MAX_TOKENS)

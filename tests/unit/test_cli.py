@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minference_vllm import cli
+from minference_vllm import cli, offline
 from minference_vllm.cli import tune
 from minference_vllm.cli.status import FAILED, STOPPED
 from minference_vllm.compat import engines
@@ -88,9 +88,9 @@ def test_an_engine_that_vllm_does_not_start_is_no_traceback(monkeypatch: pytest.
     def refuse(*_: object) -> None:
         raise TypeError("unexpected argument 'no_such'")
 
-    monkeypatch.setattr(prompt.plugin, "register", lambda: None)
+    monkeypatch.setattr(offline.plugin, "register", lambda: None)
     monkeypatch.setattr(engines, "offline_engine", refuse)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read_prompt sets it
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # start_engine sets it
     with pytest.raises(ConfigError, match="vLLM does not start 'm' with these options: unexpected argument 'no_such'"):
         prompt.read_prompt("m", [1, 2], {}, {"no_such": 1}, None)
 

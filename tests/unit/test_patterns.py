@@ -10,8 +10,12 @@ import pytest
 from minference_vllm.config import MAX_TOKENS
 from minference_vllm.errors import ConfigError
 from minference_vllm.files import MAX_FILE_BYTES
+from minference_vllm.methods.block import BlockSettings
+from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.patterns import Geometry, read_pattern, shipped
 from minference_vllm.patterns.file import parse_pattern
+from minference_vllm.patterns.importer import write
+from minference_vllm.patterns.shared import PatternShares
 
 GEOMETRY = {"num_layers": 2, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 HEADS = [[1000, 6096], [30, 800], ["a_shape", 100, 800], [3500, 100]]
@@ -51,7 +55,7 @@ def test_a_file_says_what_each_head_keeps() -> None:
         (3500, 100, 30, 100),
     ]
     assert file.dense_layers == {1}
-    assert file.largest == (3500, 6096)
+    assert file.settings == VerticalSlashSettings(vertical_size=3500, slash_size=6096)
 
 
 def test_what_all_heads_share_are_settings_of_the_method() -> None:
@@ -64,7 +68,20 @@ def test_what_all_heads_share_are_settings_of_the_method() -> None:
 def test_a_file_may_keep_every_layer_dense() -> None:
     file = parse_pattern(json.dumps(content(layers=["dense", "dense"])), "some.json")
     assert file.dense_layers == {0, 1}
-    assert file.largest == (1, 1)
+    assert file.settings == VerticalSlashSettings(vertical_size=1, slash_size=1)
+
+
+def test_a_file_may_give_shares_of_block() -> None:
+    method = {"name": "block", "rows_per_half": 16, "local_tokens": 64}
+    file = parse_pattern(json.dumps(content(method=method, layers=[[0.5, 1, 0.84, 0.05], "dense"])), "some.json")
+    assert [file.budget(head) for head in file.layers[0]] == [0.5, 1.0, 0.84, 0.05]
+    assert file.settings == BlockSettings(share=1.0, rows_per_half=16, local_tokens=64)
+    assert parse_pattern(write(file), "written.json") == file
+
+
+def test_settings_of_block_are_those_of_its_files_but_the_share() -> None:
+    known = {name: field.default for name, field in BlockSettings.model_fields.items() if name not in ("name", "share")}
+    assert {name: field.default for name, field in PatternShares.model_fields.items() if name != "name"} == known
 
 
 def with_head(head: Any) -> dict[str, Any]:
@@ -109,7 +126,9 @@ def test_a_head_is_refused_by_its_place_and_what_is_allowed(head: Any) -> None:
         ({"models": ["x" * 1000]}, "models.0='xxx"),
         ({"models": ["x"] * 1000}, "models="),
         ({"provenance": {}}, "provenance.source is missing"),
-        ({"method": {"name": "block"}}, "method.name='block': "),
+        ({"method": {"name": "block"}}, "heads of block are shares, and layer 0 has another"),
+        ({"layers": [[0.5, 0.5, 0.5, 0.5], "dense"]}, "heads of vertical_slash are sizes, and layer 0 has another"),
+        ({"method": {"name": "tri_shape"}}, "it takes the name vertical_slash or the name block"),
         ({"method": {"share": 0.9}}, "method.share is no field"),
         ({"heads": 7}, "heads is no field of a pattern file"),
     ],

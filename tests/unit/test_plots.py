@@ -115,7 +115,7 @@ def test_a_layer_that_the_model_has_not_is_refused() -> None:
 def test_a_method_is_described_in_one_line() -> None:
     pattern = Pattern(parse_pattern(json.dumps(content()), "x"), "some.json", 0)
     assert described(Resolved(BlockSettings())).startswith("block: rows_per_half 32, share 0.84, ")
-    assert described(Resolved(pattern.settings, pattern)) == "vertical_slash, sizes of some.json"
+    assert described(Resolved(pattern.file.settings, pattern)) == "vertical_slash, sizes of some.json"
 
 
 # Figures

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a head may keep: the methods that a pattern file can be for, each with choices from little to much."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from minference_vllm.methods.block import BlockSettings
+from minference_vllm.patterns.shared import A_SHAPE, SHARES, SIZES, PatternShares, PatternSizes
+
+DEFAULT = BlockSettings().share
+"""Of the method that a server without a pattern file runs."""
+
+ROUGH = 0.5
+"""The share of block at which it is measured what an error of a layer does to the next tokens: little enough is kept
+for the effect of one layer alone to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """One method's.
+
+    Attributes:
+        shared: what all heads share.
+        heads: what one may keep, as a pattern file says it.
+    """
+
+    shared: PatternShares | PatternSizes
+    heads: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return self.shared.name
+
+    @property
+    def settings(self) -> Any:
+        """The method's, with room for each candidate."""
+        return self.shared.settings(self.heads)
+
+
+CANDIDATES = {
+    SHARES: Candidates(
+        # Of the least share little more is left than what is always kept: the first keys and the nearest.
+        PatternShares(name="block"),
+        (0.05, ROUGH, 0.65, 0.75, 0.8, DEFAULT, 0.88, 0.92, 0.96),
+    ),
+    SIZES: Candidates(
+        PatternSizes(),
+        ((A_SHAPE, 128, 1024), (30, 800), (500, 700), (1000, 1000), (3500, 100), (1000, 4096), (1000, 6096)),
+    ),
+}
+"""By the method's name. Most sizes are those that MInference's search tries (arXiv 2407.02490)."""

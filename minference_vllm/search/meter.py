@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tries contenders on every layer of a prompt, while the prompt itself is read with all keys."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from minference_vllm import compat, ops
+from minference_vllm.attention import LayerState, choose, watch
+from minference_vllm.chunk import Chunk
+from minference_vllm.index import SparseIndex
+from minference_vllm.methods import Method
+from minference_vllm.scratch import AttendBuffers
+from minference_vllm.search.contender import Contender
+from minference_vllm.search.pairs import every_key, worked_pairs
+from minference_vllm.tuning.timing import dense_attention
+
+Marks = tuple[torch.cuda.Event, ...]
+
+HEAD_START = 1_000_000
+"""Cycles of the GPU's clock, about half a millisecond: in that time all kernels of a layer are launched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of one contender in one layer.
+
+    Attributes:
+        choosing, attending: what it costs, in ms, or in worked-on pairs where no time is taken.
+        pairs: worked on by each head.
+        errors: squared difference of each head's output from dense attention's.
+    """
+
+    choosing: float
+    attending: float
+    pairs: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrials:
+    """What came of all contenders in one layer.
+
+    Attributes:
+        dense: what dense attention costs, as Trial's.
+        norm: square of dense attention's output, of all heads.
+        trials: in the contenders' order; None where a contender keeps the layer dense.
+    """
+
+    dense: float
+    norm: float
+    trials: tuple[Trial | None, ...]
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What has been measured so far; tensors are on the device."""
+
+    norm: Any = 0.0
+    dense_pairs: Any = 0.0
+    dense: list[list[Marks]] = field(default_factory=list)
+    marks: list[list[list[Marks]]] = field(default_factory=list)
+    pairs: list[Any] = field(default_factory=list)
+    errors: list[Any] = field(default_factory=list)
+
+
+class Meter:
+    """A chooser that keeps all keys, and beside that has every contender attend to the same chunk.
+
+    Args:
+        contenders: to try.
+        attend: what attending to all keys writes beside the output.
+        repeats: timed runs of each contender and chunk; 0 takes no times.
+    """
+
+    def __init__(self, contenders: Sequence[Contender], attend: AttendBuffers, repeats: int) -> None:
+        self._contenders = contenders
+        self._attend = attend
+        self._repeats = repeats
+        self._layers: dict[int, _Layer] = {}
+
+    def __call__(self, method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
+        """See attention.Chooser."""
+        everything = every_key(chunk)
+        found = self._layers.setdefault(layer.position, self._empty())
+        exact, tried = (replace(chunk, out=torch.empty_like(chunk.out)) for _ in range(2))
+        ops.attend(exact, everything, self._attend, method.kernel)
+        found.norm = found.norm + exact.out.float().square().sum(dtype=torch.float64)
+        found.dense_pairs = found.dense_pairs + worked_pairs(everything, chunk).sum()
+        if self._repeats:
+            found.dense.append(self._time_dense(tried))
+        for number, contender in enumerate(self._contenders):
+            ours = contender.layers.get(layer.position)
+            if ours is not None:
+                index, marks = self._try(contender, tried, ours)
+                found.marks[number].append(marks)
+                found.pairs[number] = found.pairs[number] + worked_pairs(index, chunk)
+                difference = (tried.out.float() - exact.out.float()).square().sum((0, 2))
+                found.errors[number] = found.errors[number] + difference.double()
+        return everything
+
+    def _time_dense(self, chunk: Chunk) -> list[Marks]:
+        """What a dense layer costs: vLLM's FlashAttention."""
+        dense = dense_attention(chunk, compat.flash_attention(chunk.head_dim))
+
+        def run(mark: Callable[[], None]) -> None:
+            mark()
+            dense()
+            mark()
+
+        return self._timed(run)
+
+    def _try(self, contender: Contender, chunk: Chunk, layer: LayerState) -> tuple[SparseIndex, list[Marks]]:
+        """Choose and attend as in service; `chunk.out` and the index are those of the last run."""
+        method, index = contender.method, None
+
+        def run(mark: Callable[[], None]) -> None:
+            nonlocal index
+            mark()
+            index = choose(method, chunk, layer)
+            mark()
+            ops.attend(chunk, index, layer.attend, method.kernel)
+            if layer.guard is not None:
+                watch(chunk, layer, layer.guard, method.kernel)
+            mark()
+
+        marks = self._timed(run)
+        assert index is not None
+        return index, marks
+
+    def _timed(self, run: Callable[[Callable[[], None]], Any]) -> list[Marks]:
+        """Run once to warm up, which is all if no time is taken, and then under the clock."""
+        run(lambda: None)
+        spans = []
+        for _ in range(self._repeats):
+            marks: list[torch.cuda.Event] = []
+
+            def mark(marks: list[torch.cuda.Event] = marks) -> None:
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                marks.append(event)
+
+            # The device waits, so that all of the run is in its queue before it begins: Python is not what is timed.
+            torch.cuda._sleep(HEAD_START)
+            run(mark)
+            spans.append(tuple(marks))
+        return spans
+
+    def _empty(self) -> _Layer:
+        count = len(self._contenders)
+        return _Layer(marks=[[] for _ in range(count)], pairs=[0.0] * count, errors=[0.0] * count)
+
+    def trials(self) -> dict[int, LayerTrials]:
+        """What was measured, by the layer's position; it waits for the device."""
+        if self._repeats:
+            torch.cuda.synchronize()
+        return {position: self._layer_trials(found) for position, found in sorted(self._layers.items())}
+
+    def _layer_trials(self, found: _Layer) -> LayerTrials:
+        dense = _milliseconds(found.dense, 0) if self._repeats else float(found.dense_pairs)
+        return LayerTrials(dense, float(found.norm), tuple(self._trial(found, at) for at in range(len(found.pairs))))
+
+    def _trial(self, found: _Layer, number: int) -> Trial | None:
+        if not found.marks[number]:
+            return None
+        pairs, errors = tuple(found.pairs[number].tolist()), tuple(found.errors[number].tolist())
+        if not self._repeats:
+            return Trial(0.0, sum(pairs), pairs, errors)
+        choosing, attending = (_milliseconds(found.marks[number], at) for at in (0, 1))
+        return Trial(choosing, attending, pairs, errors)
+
+
+def _milliseconds(chunks: Sequence[Sequence[Marks]], step: int) -> float:
+    """Of one step between two marks: the median of each chunk's runs, of all chunks together."""
+    return sum(statistics.median(marks[step].elapsed_time(marks[step + 1]) for marks in runs) for runs in chunks)

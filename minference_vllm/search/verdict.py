@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a searched file is better than the default, on prompts that it was not searched with."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SEVERAL = 2.0
+"""Standard errors on each side of a mean that are taken for noise."""
+
+DEARER = 1.02
+"""What a file may cost on other prompts, relative to the default: less is noise of the clock and of the texts."""
+
+LEAST = 1e-6  # nats: a divergence below this is rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Both on the same prompts.
+
+    Attributes:
+        default_kl, file_kl: divergence from dense attention's next tokens, of each prompt.
+        default_cost, file_cost: of all layers' attention, of all prompts.
+        unit: of the costs.
+    """
+
+    default_kl: Sequence[float]
+    file_kl: Sequence[float]
+    default_cost: float
+    file_cost: float
+    unit: str
+
+    @property
+    def is_better(self) -> bool:
+        """Less divergence beyond noise, and no more cost."""
+        return self.interval[1] < 1 and self.cost_ratio <= DEARER
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the geometric mean of a prompt's divergence, file to default: prompts differ by factors."""
+        logs = [
+            math.log(max(new, LEAST) / max(old, LEAST)) for new, old in zip(self.file_kl, self.default_kl, strict=True)
+        ]
+        mean, spread = statistics.fmean(logs), SEVERAL * statistics.stdev(logs) / len(logs) ** 0.5
+        return math.exp(mean - spread), math.exp(mean + spread)
+
+    @property
+    def cost_ratio(self) -> float:
+        return self.file_cost / self.default_cost
+
+    def sentence(self) -> str:
+        """The figures, before and after."""
+        low, high = self.interval
+        ours, default = statistics.fmean(self.file_kl), statistics.fmean(self.default_kl)
+        return (
+            f"On {len(self.file_kl)} other prompts KL to dense attention is {ours:.5f} with the file and {default:.5f} "
+            f"with the default, {low:.2f} to {high:.2f} times on a prompt; attention costs {self.file_cost:.4g} and "
+            f"{self.default_cost:.4g} {self.unit}, {self.cost_ratio:.3f} times."
+        )
