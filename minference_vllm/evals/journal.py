@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server's replies on disk, batch by batch, so that a run which was cut off goes on where it stopped."""
+"""A server's replies on disk, batch by batch."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +8,10 @@ from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
 from minference_vllm.errors import ConfigError
-from minference_vllm.evals.line import Line, read_line, refuse_other
+from minference_vllm.evals.book import Book
+from minference_vllm.evals.line import Line
 from minference_vllm.evals.sample import Count, Reply, Sample
 from minference_vllm.evals.work import COUNTS, Work
-from minference_vllm.files import read_lines, reason
 
 MOST_WORK = 2**63
 WHAT = "a file of replies of this version"
@@ -46,27 +45,16 @@ class Batch(Line):
         return work
 
 
-class Journal:
-    """A file of batches. Each is one line, written at once: the file never holds a reply without its work.
-
-    Args:
-        path: the file; it is made, or gone on with.
-        origin: what the replies are to belong to.
-
-    Raises:
-        ConfigError: the file belongs to something else.
-    """
+class Journal(Book[Batch]):
+    """A file of batches: it never holds a reply without its work. See Book."""
 
     def __init__(self, path: Path, origin: Origin) -> None:
+        super().__init__(path, origin, Batch, WHAT)
         self.origin = origin
-        self.batches: list[Batch] = []
-        self._path = path
-        if not os.path.lexists(path) or not self._take():
-            self._append(origin)
 
-    def add(self, batch: Batch) -> None:
-        self._append(batch)
-        self.batches.append(batch)
+    @property
+    def batches(self) -> list[Batch]:
+        return self.entries
 
     def replies(self) -> dict[str, Reply]:
         """The newest reply to each sample."""
@@ -93,33 +81,3 @@ class Journal:
         """What the sparse path did, for all samples or those of a task and length."""
         batches = (batch for batch in self.batches if group in (None, (batch.task, batch.tokens)))
         return sum((batch.work for batch in batches), start=Work())
-
-    def _append(self, line: Line) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(f"{line.model_dump_json()}\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self._path} cannot be written: {reason(error)}.") from None
-
-    def _take(self) -> bool:
-        """Read the file, whether it holds anything yet; what a run that was cut off left half written is dropped."""
-        whole = 0
-        for number, line in enumerate(read_lines(self._path, str(self._path)), start=1):
-            is_cut = not line.endswith(b"\n")
-            if is_cut and (number > 1 or self._first.startswith(line)):  # else it is a file of someone else's
-                os.truncate(self._path, whole)
-                break
-            whole += len(line)
-            where = f"{self._path}, line {number}"
-            if number > 1:
-                self.batches.append(read_line(Batch, line, where, WHAT))
-            else:
-                refuse_other(self._path, read_line(Origin, line, where, WHAT), self.origin)
-        return whole > 0
-
-    @property
-    def _first(self) -> bytes:
-        return f"{self.origin.model_dump_json()}\n".encode()
