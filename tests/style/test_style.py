@@ -22,6 +22,7 @@ LAYERS = (
     "cli",
     "doctor",
     "plots",
+    "bench",
     "evals",
     "tuning",
     "plugin",
