@@ -13,7 +13,7 @@ import torch
 from minference_vllm import layers, runtime
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import make_method
-from minference_vllm.metrics import snapshot as names
+from minference_vllm.metrics import families as names
 from minference_vllm.metrics.snapshot import Snapshot
 from minference_vllm.ops import Kernel, kernel
 from minference_vllm.reason import Reason
