@@ -9,6 +9,7 @@ from minference_vllm.metrics.snapshot import Snapshot
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
 """Values of a metric, each with those of its labels."""
+Gauge = Literal["", "mostrecent", "sum", "max"]
 
 
 class Family(NamedTuple):
@@ -27,94 +28,73 @@ class Family(NamedTuple):
     text: str
     read: Callable[[Snapshot], Samples]
     labels: tuple[str, ...] = ()
-    gauge: Literal["", "mostrecent", "sum", "max"] = ""
+    gauge: Gauge = ""
     is_by_head: bool = False
 
 
+def number(name: str, text: str, read: Callable[[Snapshot], float | None], gauge: Gauge = "") -> Family:
+    """A metric without labels; None is no value."""
+    return Family(name, text, lambda total: [] if (value := read(total)) is None else [((), value)], gauge=gauge)
+
+
+PATH, HEAD = ("path", "reason"), ("layer", "head")
 TOKENS = Family(
-    "minference_prefill_tokens",
-    "Prompt tokens by attention path, and why they took it.",
-    lambda total: total.tokens.items(),
-    ("path", "reason"),
-)
+    "minference_prefill_tokens", "Prompt tokens by attention path, and why they took it.",
+    lambda total: total.tokens.items(), PATH,
+)  # fmt: skip
 CHUNKS = Family(
-    "minference_prefill_chunks",
-    "Prefill chunks by attention path, and why they took it.",
-    lambda total: total.chunks.items(),
-    ("path", "reason"),
+    "minference_prefill_chunks", "Prefill chunks by attention path, and why they took it.",
+    lambda total: total.chunks.items(), PATH,
+)  # fmt: skip
+KEPT_PAIRS = number(
+    "minference_kept_pairs", "Query-key pairs that sparse attention computed.", lambda total: total.kept_pairs
 )
-KEPT_PAIRS = Family(
-    "minference_kept_pairs",
-    "Query-key pairs that sparse attention computed.",
-    lambda total: [((), total.kept_pairs)],
-)
-CAUSAL_PAIRS = Family(
-    "minference_causal_pairs",
-    "Query-key pairs that dense attention would have computed in their place.",
-    lambda total: [((), total.causal_pairs)],
-)
-DENSITY = Family(
-    "minference_density",
-    "Kept / causal pairs of all sparse attention since start, the guard's included.",
-    lambda total: [] if total.density is None else [((), total.density)],
-    # A ratio has no sum: that of the process that read its GPU last. Over all, it is the ratio of the pair counters.
-    gauge="mostrecent",
-)
-CHOOSE = Family(
-    "minference_choose_seconds",
-    "Time of choosing keys, in the layers of chunks that were timed.",
-    lambda total: [((), total.times.choose)],
-)
-ATTEND = Family(
+CAUSAL_PAIRS = number(
+    "minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.",
+    lambda total: total.causal_pairs,
+)  # fmt: skip
+# A ratio has no sum: that of the process that read its GPU last. Over all, it is the ratio of the pair counters.
+DENSITY = number(
+    "minference_density", "Kept / causal pairs of all sparse attention since start, the guard's included.",
+    lambda total: total.density, "mostrecent",
+)  # fmt: skip
+CHOOSE = number(
+    "minference_choose_seconds", "Time of choosing keys, in the layers of chunks that were timed.",
+    lambda total: total.times.choose,
+)  # fmt: skip
+ATTEND = number(
     "minference_attend_seconds",
     "Time of attending to the kept keys, the guard included, in the layers of chunks that were timed.",
-    lambda total: [((), total.times.attend)],
+    lambda total: total.times.attend,
 )
-TIMED = Family(
-    "minference_timed_layers",
-    "Layers of chunks that were timed, one of many.",
-    lambda total: [((), total.times.laps)],
+TIMED = number(
+    "minference_timed_layers", "Layers of chunks that were timed, one of many.", lambda total: total.times.laps
 )
+REDONE = number(
+    "minference_guard_heads", "Heads of chunks that the guard attended to again, to all keys.",
+    lambda total: total.recall.redone,
+)  # fmt: skip
 RECALL = Family(
-    "minference_recall_heads",
-    "Heads of measured chunks whose recall is at most le.",
-    lambda total: (((edge,), count) for edge, count in total.recall.cumulative()),
-    ("le",),
-)
-REDONE = Family(
-    "minference_guard_heads",
-    "Heads of chunks that the guard attended to again, to all keys.",
-    lambda total: [((), total.recall.redone)],
-)
+    "minference_recall_heads", "Heads of measured chunks whose recall is at most le.",
+    lambda total: (((edge,), count) for edge, count in total.recall.cumulative()), ("le",),
+)  # fmt: skip
 RECALL_MEAN = Family(
     "minference_recall_mean",
     "Mean recall since start by the plugin's layers and rank 0's heads, each from 0, over the engines of this server.",
-    lambda total: (((layer, head), mean) for layer, head, mean, _ in total.recall.heads()),
-    ("layer", "head"),
-    gauge="mostrecent",
-    is_by_head=True,
-)
+    lambda total: (((layer, head), mean) for layer, head, mean, _ in total.recall.heads()), HEAD, "mostrecent", True,
+)  # fmt: skip
 RECALL_WORST = Family(
-    "minference_recall_worst",
-    "Smallest recall of a chunk since start, as minference_recall_mean.",
-    lambda total: (((layer, head), worst) for layer, head, _, worst in total.recall.heads()),
-    ("layer", "head"),
-    gauge="mostrecent",
-    is_by_head=True,
-)
-SCRATCH = Family(
-    "minference_scratch_bytes",
-    "Scratch memory of each engine's rank 0, summed over the engines.",
-    lambda total: [((), total.scratch_bytes)],
-    gauge="sum",
-)
+    "minference_recall_worst", "Smallest recall of a chunk since start, as minference_recall_mean.",
+    lambda total: (((layer, head), worst) for layer, head, _, worst in total.recall.heads()), HEAD, "mostrecent", True,
+)  # fmt: skip
+SCRATCH = number(
+    "minference_scratch_bytes", "Scratch memory of each engine's rank 0, summed over the engines.",
+    lambda total: total.scratch_bytes, "sum",
+)  # fmt: skip
 INFO = Family(
-    "minference_info",
-    "1 for the method and the kernels that an engine runs, and the version of the plugin.",
-    lambda total: (((*engine, __version__), 1) for engine in total.engines),
-    ("method", "kernel", "version"),
-    gauge="max",
-)
+    "minference_info", "1 for the method and the kernels that an engine runs, and the version of the plugin.",
+    lambda total: (((*engine, __version__), 1) for engine in total.engines), ("method", "kernel", "version"), "max",
+)  # fmt: skip
 FAMILIES = (
     TOKENS, CHUNKS, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL, RECALL_MEAN, RECALL_WORST,
     SCRATCH, INFO,
