@@ -12,6 +12,7 @@ from pathlib import Path
 from minference_vllm.errors import ConfigError
 from minference_vllm.evals.line import Line
 from minference_vllm.evals.material import Material, Tokenizer, fingerprint, load_text
+from minference_vllm.evals.private import without_secrets
 from minference_vllm.evals.sample import Count
 from minference_vllm.files import write_file
 
@@ -143,7 +144,7 @@ def described(load: Load) -> dict[str, str | int | None]:
         "warmups": load.warmups,
         "seed": load.seed,
         "tokenizer": load.tokenizer,
-        "options": shlex.join(load.options),
+        "options": shlex.join(without_secrets(load.options)),
         "text": None if load.text is None else fingerprint(load.text),
     }
 

@@ -83,5 +83,5 @@ def _named(point: Point) -> str:
 
 def _refuse_hopeless(requests: Sequence[Request], url: str) -> None:
     """Stop where errors are all that comes: the server or its options are wrong, and a night would be lost."""
-    if all(request.error for request in requests):
+    if requests and all(request.error for request in requests):
         raise ServerError(f"{url} gave errors only, to {len(requests)} requests. The first: {requests[0].error}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 3  # of small figures side by side
 WIDTH, HEIGHT = 7.5, 2.4  # inches: of all of them, of one
+WORDS = {"input_len": "read", "output_len": "written"}
 COLORS = {"dense": DENSE_COLOR, "sparse": SPARSE_COLOR}
 MARKS = {
     "ttft": ("o", "time to first token"),
@@ -33,15 +34,12 @@ def draw(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _groups(rows: Sequence[dict[str, Any]], fixed: tuple[str, ...], varied: str) -> list[tuple[str, list[Any]]]:
     """Rows that differ in one thing, under the names of what they have in common; only where several do."""
 
-    def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(f"{row[name]:,} {WORDS[name]}" if name in WORDS else str(row[name]) for name in fixed if row[name])
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in fixed if row[name] is not None)
 
     known = sorted((row for row in rows if row[varied] is not None), key=key)
-    grouped = [(", ".join(names), list(group)) for names, group in itertools.groupby(known, key)]
-    return [(name, sorted(group, key=lambda row: row[varied])) for name, group in grouped if len(group) > 1]
-
-
-WORDS = {"input_len": "read", "output_len": "written"}
+    groups = [sorted(group, key=lambda row: row[varied]) for _, group in itertools.groupby(known, key)]
+    return [(_name({name: group[0][name] for name in fixed}), group) for group in groups if len(group) > 1]
 
 
 def _speedups(figure: "Figure", report: dict[str, Any]) -> None:
@@ -122,8 +120,9 @@ def _small(figure: "Figure", items: Sequence[Any]) -> Iterator[tuple["Axes", Any
 
 
 def _name(row: dict[str, Any]) -> str:
-    lengths = " + ".join(f"{row[name]:,}" for name in WORDS if row[name] is not None)
-    return ", ".join(filter(None, (lengths, row["load"])))
+    """Of a point, or of what several have in common."""
+    lengths = (f"{row[name]:,} {word}" for name, word in WORDS.items() if row.get(name) is not None)
+    return ", ".join(filter(None, (*lengths, row.get("load"))))
 
 
 FIGURES: tuple[Drawing, ...] = (

@@ -9,6 +9,7 @@ from minference_vllm.bench.compare import Latency, compare, values
 from minference_vllm.bench.load import Point
 from minference_vllm.bench.measure import Measurements
 from minference_vllm.bench.request import Measured, Request
+from minference_vllm.errors import ConfigError
 from minference_vllm.evals.report import rounded
 
 NOT_SPARSE = (
@@ -38,7 +39,11 @@ class Compared:
 
 
 def make_report(points: Sequence[Point], dense: Measurements, sparse: Measurements) -> dict[str, Any]:
-    """All figures, as JSON. Every point has been measured on both."""
+    """All figures, as JSON. Every point has been measured on both.
+
+    Raises:
+        ConfigError: they were not sent the same.
+    """
     seed = int(dense.origin.load["seed"] or 0)
     compared = [_pair(point, dense.of(point), sparse.of(point)) for point in points]
     latencies = [compare(one.pairs, seed) if one.pairs else [] for one in compared]
@@ -60,6 +65,12 @@ def make_report(points: Sequence[Point], dense: Measurements, sparse: Measuremen
 
 def _pair(point: Point, dense: Measured | None, sparse: Measured | None) -> Compared:
     assert dense is not None and sparse is not None
+    counts = len(dense.requests), len(sparse.requests)
+    if counts[0] != counts[1]:
+        raise ConfigError(
+            f"The dense server was sent {counts[0]} requests at {point.load}, the sparse one {counts[1]}: the data set "
+            "has changed. Take another folder."
+        )
     both = zip(dense.requests, sparse.requests, strict=True)
     return Compared(point, dense, sparse, tuple((one, other) for one, other in both if not (one.error or other.error)))
 

@@ -68,7 +68,8 @@ def _run(arguments: Sequence[str], url: str, log: Path, timeout_s: float) -> Non
             f"vllm bench serve had not ended after {timeout_s} s. {log} ends so:\n{serve.excerpt(log)}"
         ) from None
     finally:
-        serve.stop(process)
+        if process.returncode is None:
+            serve.stop(process)
     if status:
         raise ServerError(f"vllm bench serve ended with status {status}. {log} ends so:\n{serve.excerpt(log)}")
 

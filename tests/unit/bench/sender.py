@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
         parser.add_argument(f"--{option}")
     for option in ("seed", "num-prompts", "input-len", "output-len", "max-concurrency"):
         parser.add_argument(f"--{option}", type=int)
-    for option in ("result-filename", "extra-body", "temperature", "request-rate"):
+    for option in ("result-filename", "extra-body", "header", "temperature", "request-rate"):
         parser.add_argument(f"--{option}")
     for option in ("save-result", "save-detailed", "disable-tqdm", "skip-chat-template", "ignore-eos"):
         parser.add_argument(f"--{option}", action="store_true")

@@ -84,7 +84,7 @@ def test_a_point_that_nothing_is_known_of_is_shown_and_not_drawn() -> None:
 
 @pytest.mark.parametrize(
     ("row", "name"),
-    [(ONE, "8,192 + 128, 4 in flight"), (place(None, "2 a second"), "2 a second")],
+    [(ONE, "8,192 read, 128 written, 4 in flight"), (place(None, "2 a second"), "2 a second")],
 )
 def test_a_point_is_named_by_what_is_known_of_it(row: dict[str, Any], name: str) -> None:
     assert plots._name(row) == name

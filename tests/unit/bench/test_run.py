@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from minference_vllm.bench import measure, plots
+from minference_vllm.bench import load, sender
+from minference_vllm.bench.request import read_result
 from minference_vllm.cli.status import FAILED, INCOMPLETE, NOT_SPARSE
+from minference_vllm.errors import ConfigError
 from minference_vllm.evals import serve
+from minference_vllm.evals.extras import need
 from tests.unit.bench.conftest import REQUESTS, Bench
 from tests.unit.evals.fake_openai import DENSITY, RECALL, VERSION, fake_server
 
@@ -49,8 +52,6 @@ def test_each_length_is_warmed_up_once_a_server_and_not_measured(bench: Bench) -
 def test_prompts_are_cut_from_a_text(
     bench: Bench, pandas: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.bench import load
-
     class Letters:
         """A tokenizer of single letters."""
 
@@ -138,6 +139,28 @@ def test_answers_of_different_length_are_noted(bench: Bench, monkeypatch: pytest
     assert "answers of different length" in bench.report["notes"][0]
 
 
+def test_a_key_in_a_header_is_written_down_nowhere(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["--bench", "--header Authorization=a-key"]
+    monkeypatch.setattr("sys.argv", ["minference-vllm", "bench", *more])
+    assert bench.run(*ONE_POINT, *more) == 0
+    assert {each["header"] for each in bench.asked} == {"Authorization=a-key"}
+    assert "--header '***'" in bench.report["settings"]["options"]
+    assert all("a-key" not in file.read_text() for file in bench.out.iterdir())
+
+
+def test_a_data_set_that_changed_between_the_servers_is_refused(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.run(*ONE_POINT) == 0
+    file = bench.out / "sparse.jsonl"
+    origin, measured = file.read_text().splitlines()
+    fewer = json.loads(measured)
+    del fewer["requests"][0]
+    file.write_text(f"{origin}\n{json.dumps(fewer)}\n")
+    assert bench.run(*ONE_POINT) == FAILED
+    assert f"sent {REQUESTS} requests at 1 in flight, the sparse one {REQUESTS - 1}" in capsys.readouterr().err
+
+
 # Proof that the sparse path ran
 
 
@@ -192,9 +215,6 @@ def test_a_sender_that_hangs_is_stopped(
     ids=["empty", "nothing in it", "incomplete", "fewer answers than it says"],
 )  # fmt: skip
 def test_a_result_that_is_none_is_refused(result: str, tmp_path: Path) -> None:
-    from minference_vllm.bench.request import read_result
-    from minference_vllm.errors import ConfigError
-
     (tmp_path / "result.json").write_text(result)
     with pytest.raises(ConfigError, match=r"result\.json"):
         read_result(tmp_path / "result.json")
@@ -237,9 +257,6 @@ def test_without_vllm_nothing_is_begun(
 def test_what_vllm_reads_prompts_with_is_asked_for_first(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from minference_vllm.bench import sender
-
-    monkeypatch.setattr(sender, "need", lambda module, extra: measure.need(f"{module}_is_missing", extra))
+    monkeypatch.setattr(sender, "need", lambda module, extra: need(f"{module}_is_missing", extra))
     assert bench.run(*ONE_POINT, "--text", "novel.txt") == FAILED
     assert "pip install 'minference-vllm[bench]'" in capsys.readouterr().err
-    assert plots.FIGURES  # the module is the one that the command draws with
