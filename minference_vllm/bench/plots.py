@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 COLUMNS = 3  # of small figures side by side
 WIDTH, HEIGHT = 7.5, 2.4  # inches: of all of them, of one
 WORDS = {"input_len": "read", "output_len": "written"}
+WIDE = 8  # times as much: from there on a linear axis shows the largest ratios alone
 COLORS = {"dense": DENSE_COLOR, "sparse": SPARSE_COLOR}
 MARKS = {
     "ttft": ("o", "time to first token"),
@@ -56,6 +57,9 @@ def _speedups(figure: "Figure", report: dict[str, Any]) -> None:
                 axes.plot([row["low"], row["high"]], [place, place], color=SPARSE_COLOR, linewidth=1.5)
         axes.plot([row["speedup"] for row in medians], places, mark, color=SPARSE_COLOR, markersize=5, label=label)
     axes.axvline(1, color=DENSE_COLOR, linewidth=1)
+    left, right = axes.dataLim.intervalx
+    if right > WIDE * left > 0:
+        axes.set_xscale("log")
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("dense / sparse (right of the line, sparse is faster)")
