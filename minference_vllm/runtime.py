@@ -17,7 +17,8 @@ from minference_vllm.methods import make_method
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.density import DensityMeter
 from minference_vllm.metrics.recall_meter import RecallMeter
-from minference_vllm.metrics.snapshot import Counts
+from minference_vllm.metrics.snapshot import Counts, Times
+from minference_vllm.metrics.stopwatch import Stopwatch
 from minference_vllm.ops import choose_kernel, report_shape
 from minference_vllm.patterns import ServedModel, resolve
 from minference_vllm.recall import Floors, Recall
@@ -89,6 +90,7 @@ class Runtime:
         self.has_sparse_layers = False
         self._counted: set[str] = set()
         self._causal_pairs = self._scratch_bytes = 0
+        self._stopwatch = Stopwatch(device)
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
         self._recalls: dict[tuple[ScratchShape, int], tuple[RecallTotals, RecallMeter]] = {}
@@ -182,7 +184,10 @@ class Runtime:
         """
         try:
             chunk = Chunk(q, out, kv, context_len, scale, q_scale, sinks)
-            index = prefill(chunk, self.method, layer, self.chooser)
+            lap = self._stopwatch.begin() if self.publish else None
+            index = prefill(chunk, self.method, layer, lap.timing(self.chooser) if lap else self.chooser)
+            if lap:
+                self._stopwatch.end(lap)
             if self.config.debug:
                 debug.check(chunk, index, layer)
         except Exception:
@@ -217,6 +222,7 @@ class Runtime:
                 self._density.copy(self._causal_pairs)
             for _, meter in self._recalls.values():
                 meter.copy()
+            self._stopwatch.collect()
 
     def _tally_once(self, record: Record) -> Tally:
         """What to count of a step's prefill: all of it once, though every KV cache group plans it.
@@ -229,15 +235,15 @@ class Runtime:
         self._counted.add(record.group)
         return record.tally(self.config) if len(self._counted) == 1 else {}
 
-    def _read(self) -> tuple[int, int, Recall, int, Counts]:
+    def _read(self) -> tuple[int, int, Recall, int, Counts, Times]:
         """What a Snapshot holds beside tokens and chunks, of all sparse attention since start.
 
-        Pairs and recall are those whose copies have arrived.
+        Pairs and recall are those whose copies have arrived, times those that the GPU had told at the end of a step.
         """
         pairs = self._density.read() if self._density else (0, 0)
         recall = sum((meter.read() for _, meter in list(self._recalls.values())), start=Recall())
         engine = self.resolved.settings.name, self.method.kernel.value
-        return *pairs, recall, self._scratch_bytes, Counter({engine: 1})
+        return *pairs, recall, self._scratch_bytes, Counter({engine: 1}), self._stopwatch.total
 
     def warm_up(self, shape: ScratchShape, page_size: int) -> None:
         """Compile every kernel that layers of this shape will need, before the first request."""

@@ -6,12 +6,12 @@ import io
 import sys
 from collections.abc import Sequence
 
-from minference_vllm.cli import doctor, evaluate, patterns, plot, search, tune
+from minference_vllm.cli import bench, doctor, evaluate, patterns, plot, search, tune
 from minference_vllm.cli.arguments import Parser
 from minference_vllm.cli.status import FAILED, STOPPED
 from minference_vllm.errors import ConfigError
 
-COMMANDS = (tune, doctor, evaluate, patterns, search, plot)
+COMMANDS = (tune, doctor, evaluate, bench, patterns, search, plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,20 +2,15 @@
 """`minference-vllm eval`: asks a dense and a sparse server the same, and says what differs."""
 
 import argparse
-import datetime
-import shlex
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
+from minference_vllm.cli import servers
 from minference_vllm.cli.arguments import count, count_to
-from minference_vllm.cli.status import FAILED, STOPPED
+from minference_vllm.cli.status import FAILED, INCOMPLETE, NOT_SPARSE, STOPPED
 from minference_vllm.errors import ConfigError
 
-NOT_SPARSE = 3
-INCOMPLETE = 4
-MOST_IN_FLIGHT, MOST_SECONDS, MOST_SAMPLES, MOST_SEED = 1024, 10**6, 10**6, 2**63 - 1
+MOST_IN_FLIGHT, MOST_SAMPLES, MOST_SEED = 1024, 10**6, 2**63 - 1
 TOKENS, SAMPLES, SEED = (8192, 16384, 32768), 20, 0
 PREPARING = ("tasks", "tokens", "samples", "seed", "tokenizer", "chat", "text", "prompts")
 SHOWN = (
@@ -42,23 +37,11 @@ sparse; {INCOMPLETE} some samples have an error in place of an answer; {STOPPED}
 
 def evaluate(options: argparse.Namespace) -> int:
     """Prepare, ask, report; the exit status."""
-    from minference_vllm.evals.errors import ServerError  # none of this for --help
-
-    # On the way out, servers that were started here are stopped.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        return _evaluate(options)
-    except ServerError as error:
-        print(f"{error}\nThe same command goes on where it was.", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on where it was.", file=sys.stderr)
-        return STOPPED
+    return servers.run(_evaluate, options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from minference_vllm.evals import run
+    from minference_vllm.evals import document, run
 
     _check(options)
     if options.prepare:
@@ -66,12 +49,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         _say_left_out(prepared.header.left_out)
         print(f"{len(prepared.samples)} samples are in {options.prepare}: give it as --prepared.")
         return 0
-    wanted = _run(options)
-    run.check_servers(wanted)
+    wanted = run.Run(servers.pair(options), options.concurrency, servers.record())
+    wanted.servers.check()
     prepared = _prepare(options, options.out)
     _say_left_out(prepared.header.left_out)
     report = run.evaluate(wanted, prepared)
-    _say(report, options.out / run.HTML_REPORT)
+    _say(report, options.out / document.HTML_REPORT)
     if report["warnings"]:
         return NOT_SPARSE
     return INCOMPLETE if report["errors"] else 0
@@ -79,15 +62,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that contradict each other."""
-    urls, serves, prepares = bool(options.dense or options.sparse), options.serve is not None, bool(options.prepare)
-    if urls + serves + prepares != 1 or bool(options.dense) != bool(options.sparse):
-        raise ConfigError("Give --dense and --sparse, or --serve, or --prepare.")
-    if options.serve_sparse and not serves:
-        raise ConfigError("--serve-sparse adds to the options of --serve, which is not given.")
-    if not prepares and not options.out:
-        raise ConfigError("Give --out, the folder of replies and report.")
-    if not options.model and not (prepares and options.tokenizer):
-        raise ConfigError("Give --model, the name that the servers have for it, or what --serve is to serve.")
+    prepares = bool(options.prepare)
+    servers.check(options, prepares, ", or --prepare", needs_model=not (prepares and options.tokenizer))
     given = [f"--{name}" for name in PREPARING if getattr(options, name) is not None]
     if options.prepared and (prepares or given):
         raise ConfigError(f"--prepared takes samples as they were made: leave out {', '.join(given or ['--prepare'])}.")
@@ -111,43 +87,13 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Any:
     return prepare.prepare(request, folder)
 
 
-def _run(options: argparse.Namespace) -> Any:
-    from minference_vllm.evals import run, serve
-    from minference_vllm.evals.private import without_secrets
-
-    def server(is_dense: bool) -> run.Server:
-        if options.serve is None:
-            return run.Server(is_dense, url=(options.dense if is_dense else options.sparse).rstrip("/"))
-        more = options.serve if is_dense else f"{options.serve} {options.serve_sparse}"
-        return run.Server(is_dense, arguments=tuple(serve.arguments(options.model, more, is_dense)))
-
-    record = {
-        "command": shlex.join(["minference-vllm", *without_secrets(sys.argv[1:])]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    return run.Run(
-        dense=server(True),
-        sparse=server(False),
-        model=options.model,
-        folder=options.out,
-        concurrency=options.concurrency,
-        timeout_s=options.timeout,
-        record=record,
-    )
-
-
 def _say_left_out(left_out: dict[str, str]) -> None:
     for name, why in left_out.items():
         print(f"Left out: {name} ({why}).")
 
 
 def _say(report: dict[str, Any], page: Path) -> None:
-    from minference_vllm.evals.page import cell
-
-    lines = [list(SHOWN), *([cell(row[name]) for name in SHOWN] for row in report["rows"])]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    servers.say_rows(report["rows"], SHOWN)
     if report["errors"]:
         first = report["errors"][0]
         print(
@@ -162,17 +108,8 @@ def add_parser(commands: Any) -> None:
     """Add this command to those of an argparse parser."""
     command = commands.add_parser("eval", description=EVAL, help="compare a model's answers, dense and sparse")
     command.set_defaults(run=evaluate)
-    servers = command.add_argument_group("servers")
-    servers.add_argument("--dense", metavar="URL", help="of a server with another attention backend")
-    servers.add_argument("--sparse", metavar="URL", help="of a server with --attention-backend minference")
-    servers.add_argument("--serve", metavar="OPTIONS", help="start both here, with these options of vllm serve")
-    servers.add_argument("--serve-sparse", metavar="OPTIONS", default="", help="more options for the sparse one alone")
-    servers.add_argument("--model", help="as the servers name it, or what --serve is to serve")
-    servers.add_argument(
+    servers.add_options(command, 1800, "one answer").add_argument(
         "--concurrency", type=count_to(MOST_IN_FLIGHT), default=4, help="requests in flight; default: 4"
-    )
-    servers.add_argument(
-        "--timeout", type=count_to(MOST_SECONDS), default=1800, help="seconds for one answer; default: 1800"
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="folder of replies and report")
     prompts = command.add_argument_group("prompts")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from minference_vllm.doctor.check import Check, failed, ok, on_one_line, skipped
 from minference_vllm.metrics.exporter import DirectoryCollector, make_directory
+from minference_vllm.metrics.families import CAUSAL_PAIRS
 from minference_vllm.metrics.publisher import METRICS_DIR, NOWHERE, write
-from minference_vllm.metrics.snapshot import CAUSAL_PAIRS, Snapshot
+from minference_vllm.metrics.snapshot import Snapshot
 
 WRITTEN = 42
 
@@ -34,7 +35,7 @@ def check_metrics(environ: Mapping[str, str]) -> Iterator[Check]:
         return
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    if values.get(f"{CAUSAL_PAIRS[0]}_total") != WRITTEN:
+    if values.get(f"{CAUSAL_PAIRS.name}_total") != WRITTEN:
         yield failed("metrics folder", f"{directory} does not give back what was written", remedy)
     else:
         yield ok("metrics folder", f"{Path(directory).parent} can be written and read")

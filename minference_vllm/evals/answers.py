@@ -38,10 +38,10 @@ def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurre
         for batch in _batches(left, 1 if concurrency == 1 else concurrency * ROUNDS):
             task, tokens = batch[0].group
             progress.set_description(f"{'dense' if is_dense else 'sparse'}, {task}, {tokens} tokens")
-            before = _work(client, is_dense)
+            before = work_of(client, is_dense)
             replies = _ask(client, batch, pool, progress)
             read = [reply.prompt_tokens for reply in replies if not reply.error]
-            after = _work(client, is_dense) if is_dense else settled(client.work, before, sum(read), len(read))
+            after = work_of(client, is_dense) if is_dense else settled(client.work, before, sum(read), len(read))
             journal.add(Batch(task=task, tokens=tokens, vllm=vllm, replies=tuple(replies), work=after - before))
             _refuse_hopeless(journal, client.shown_url)
     finally:
@@ -65,7 +65,12 @@ def _refuse_hopeless(journal: Journal, url: str) -> None:
         raise ServerError(f"{url} gave errors only, to {len(replies)} prompts. The first: {replies[0].error}")
 
 
-def _work(client: Client, is_dense: bool) -> Work:
+def work_of(client: Client, is_dense: bool) -> Work:
+    """What the server's sparse path has done so far.
+
+    Raises:
+        ConfigError: it has done something, and the server is to be the dense one.
+    """
     work = client.work()
     if is_dense:
         work.refuse_sparse(client.shown_url)

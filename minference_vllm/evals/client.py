@@ -41,6 +41,7 @@ class Client:
     def __init__(self, url: str, model: str, timeout_s: float, or_the_only: bool = False) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.shown_url = of_url(self.url)
+        self.timeout_s = timeout_s
         openai = need("openai")
         self._errors = openai
         # A proxy that the environment names has another localhost.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server's replies on disk, batch by batch, so that a run which was cut off goes on where it stopped."""
+"""A server's replies on disk, batch by batch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,15 +45,7 @@ class Batch(Line):
 
 
 class Journal:
-    """A file of batches. Each is one line, written at once: the file never holds a reply without its work.
-
-    Args:
-        path: the file; it is made, or gone on with.
-        origin: what the replies are to belong to.
-
-    Raises:
-        ConfigError: the file belongs to something else.
-    """
+    """A file of batches: it never holds a reply without its work. See LineFile."""
 
     def __init__(self, path: Path, origin: Origin) -> None:
         self.origin = origin

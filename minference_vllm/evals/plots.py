@@ -16,14 +16,21 @@ TASK_COLORS = (
 )  # fmt: skip
 DENSE_COLOR, SPARSE_COLOR = "#5f6b7a", "#c2410c"
 Draw = Callable[["Figure", dict[str, Any]], None]
+Drawing = tuple[str, str, Draw]
+"""What a report must have something of, the caption, and who draws it."""
 
 
 def draw(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Caption and SVG of each figure of an evaluation."""
+    return draw_all(report, FIGURES)
+
+
+def draw_all(report: dict[str, Any], drawings: Sequence[Drawing]) -> Iterator[tuple[str, str]]:
     """What each figure shows, and the figure; only those that the report has something for."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    for key, caption, paint in FIGURES:
+    for key, caption, paint in drawings:
         if report[key]:
             figure, svg = Figure(layout="constrained"), io.StringIO()
             with rc_context({"svg.hashsalt": key + caption, "svg.fonttype": "none", "font.size": 9}):
@@ -45,7 +52,7 @@ def _losses(figure: "Figure", report: dict[str, Any]) -> None:
     axes.set_yticks(range(len(rows)), [f"{row['task']}, {row['tokens']:,}" for row in rows])
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xlabel("loss: dense less sparse score (right of the line, sparse is worse)")
-    _plain(axes)
+    plain(axes)
 
 
 def _densities(figure: "Figure", report: dict[str, Any]) -> None:
@@ -65,7 +72,7 @@ def _densities(figure: "Figure", report: dict[str, Any]) -> None:
     axes.set_ylabel("kept / causal pairs")
     if axes.lines:
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    _plain(axes)
+    plain(axes)
 
 
 def _depths(figure: "Figure", report: dict[str, Any]) -> None:
@@ -102,7 +109,7 @@ def _positions(figure: "Figure", report: dict[str, Any]) -> None:
     axes.set_xlabel("position in the prompt")
     axes.set_ylabel("nats a token, sparse less dense")
     axes.legend(fontsize=8, frameon=False)
-    _plain(axes)
+    plain(axes)
 
 
 def _band(depth: float) -> float:
@@ -116,11 +123,12 @@ def _mean(cells: Sequence[dict[str, Any]], length: int, band: float, server: str
     return sum(cell[server] * cell["samples"] for cell in here) / samples if samples else float("nan")
 
 
-def _plain(axes: "Axes") -> None:
+def plain(axes: "Axes") -> None:
+    """Without the lines that bound nothing."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
-FIGURES: tuple[tuple[str, str, Draw], ...] = (
+FIGURES: tuple[Drawing, ...] = (
     ("rows", "Loss by task and length, with its 95% interval", _losses),
     ("rows", "Density of what ran sparse", _densities),
     ("depths", "Score by length and depth", _depths),

@@ -4,8 +4,8 @@
 import re
 from collections.abc import Iterator, Sequence
 
-SECRET_OPTION = r"--(?:api[-_]k|hf[-_]t)[\w-]*"
-"""Of vllm serve, also where cut short; what follows up to the next option is secret."""
+SECRET_OPTION = r"--(?:api[-_]k|hf[-_]t|header)[\w-]*"
+"""Of vllm serve and vllm bench serve, also where cut short; what follows up to the next option is secret."""
 
 WITHHELD = "***"
 ALONE = re.compile(SECRET_OPTION)

@@ -86,7 +86,7 @@ def _row(group: tuple[str, int], compared: Sequence[Compared], sparse: Journal, 
         if compared[0].sample.kind is Kind.AGREEMENT:
             row["p_value"] = None  # nothing can be gained on what is right by definition
             row["kl"] = statistics.fmean(s.kl for s in scores if s.kl is not None)
-    return _rounded(row | _described(sparse.work(group)))
+    return rounded(row | _described(sparse.work(group)))
 
 
 def _described(work: Work) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _depths(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
             by_depth.setdefault((*one.sample.group, one.sample.depth), []).append(one.scores)
     for (task, tokens, depth), scores in by_depth.items():
         means = {name: statistics.fmean(getattr(s, name) for s in scores) for name in ("dense", "sparse")}
-        yield _rounded({"task": task, "tokens": tokens, "depth": depth, "samples": len(scores), **means})
+        yield rounded({"task": task, "tokens": tokens, "depth": depth, "samples": len(scores), **means})
 
 
 def _positions(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
@@ -123,7 +123,7 @@ def _positions(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
                 name: -statistics.fmean(getattr(one, name).logprobs[part] for one in members)
                 for name in ("dense", "sparse")
             }
-            yield _rounded({"task": task, "tokens": tokens, "up_to": round(tokens * (part + 1) / parts), **means})
+            yield rounded({"task": task, "tokens": tokens, "up_to": round(tokens * (part + 1) / parts), **means})
 
 
 def _prompts(compared: Sequence[Compared], sparse: Journal) -> Iterator[dict[str, Any]]:
@@ -131,7 +131,7 @@ def _prompts(compared: Sequence[Compared], sparse: Journal) -> Iterator[dict[str
     alone = {batch.replies[0].id: batch.work for batch in sparse.batches if len(batch.replies) == 1}
     for one in compared:
         work = alone.get(one.sample.id)
-        yield _rounded(
+        yield rounded(
             {
                 "id": one.sample.id,
                 "prompt_tokens": one.sparse.prompt_tokens,
@@ -155,5 +155,6 @@ def _described_server(journal: Journal) -> dict[str, Any]:
     return {**journal.origin.model_dump(exclude={"samples"}), "vllm": versions}
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with no more digits than mean something."""
     return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in row.items()}

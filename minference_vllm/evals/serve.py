@@ -79,7 +79,7 @@ def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | No
         ServerError: it did not come up.
     """
     port = free_port()
-    with _log_file(log) as output:
+    with log_file(log) as output:
         process = subprocess.Popen(
             [*VLLM, *arguments, "--host", HOST, "--port", str(port)],
             env=environ,
@@ -95,7 +95,8 @@ def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | No
         stop(process)
 
 
-def _log_file(path: Path) -> BinaryIO:
+def log_file(path: Path) -> BinaryIO:
+    """A file for the output of a process, which is added to what it holds."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("ab")
@@ -135,13 +136,24 @@ def stop(process: subprocess.Popen[bytes], timeout_s: float = STOP_TIMEOUT_S) ->
         process.wait()
 
 
+def has_vllm() -> bool:
+    """Whether vLLM is installed in this environment."""
+    return _vllm() is not None
+
+
 def _is_cpu_build() -> bool:
-    try:
-        return version("vllm").endswith("+cpu")
-    except PackageNotFoundError:
+    if (installed := _vllm()) is None:
         raise ConfigError(
             "--serve starts vLLM, which is not installed beside this command: install it, or give --dense and --sparse."
-        ) from None
+        )
+    return installed.endswith("+cpu")
+
+
+def _vllm() -> str | None:
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return None
 
 
 def free_port() -> int:

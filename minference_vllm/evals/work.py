@@ -9,7 +9,8 @@ from minference_vllm.errors import ConfigError, shortened
 from minference_vllm.evals.errors import ServerError
 from minference_vllm.evals.extras import need
 from minference_vllm.evals.line import Line
-from minference_vllm.metrics import snapshot as names
+from minference_vllm.metrics import families as names
+from minference_vllm.metrics.families import Family
 from minference_vllm.recall import RECALL_EDGES
 
 SPARSE = "sparse"
@@ -112,11 +113,11 @@ def _counted(text: str) -> Work:
     families = need("prometheus_client.parser").text_string_to_metric_families(text)
     samples = [sample for family in families for sample in family.samples]
 
-    def total(name: tuple[str, str], **labels: str) -> int:
-        found = f"{name[0]}_total"
+    def total(family: Family, **labels: str) -> int:
+        found = f"{family.name}_total"
         return int(sum(s.value for s in samples if s.name == found and labels.items() <= s.labels.items()))
 
-    means = [sample.value for sample in samples if sample.name == names.RECALL_MEAN[0]]
+    means = [sample.value for sample in samples if sample.name == names.RECALL_MEAN.name]
     tokens, sparse_tokens = total(names.TOKENS), total(names.TOKENS, path=SPARSE)
     edges = (*map(str, RECALL_EDGES), "+Inf")
     up_to = [total(names.RECALL, le=edge) for edge in edges]
@@ -132,7 +133,7 @@ def _counted(text: str) -> Work:
         recalls=measured * sum(means) / len(means) if means else 0.0,
         least_recalls=sum(map(operator.mul, buckets, (0.0, *RECALL_EDGES))),
         most_recalls=sum(map(operator.mul, buckets, (*RECALL_EDGES, 1.0))),
-        exported=any(sample.name == f"{names.KEPT_PAIRS[0]}_total" for sample in samples),
+        exported=any(sample.name == f"{names.KEPT_PAIRS.name}_total" for sample in samples),
     )
 
 

@@ -15,8 +15,7 @@ from multiprocessing.util import Finalize
 import prometheus_client as prometheus
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from minference_vllm import __version__
-from minference_vllm.metrics import snapshot as names
+from minference_vllm.metrics.families import FAMILIES
 from minference_vllm.metrics.publisher import METRICS_DIR, NOWHERE
 from minference_vllm.metrics.snapshot import Snapshot
 
@@ -69,30 +68,12 @@ class DirectoryCollector:
 
     def collect(self) -> Iterator[Metric]:
         total = sum(self._snapshots(), start=Snapshot())
-        for (name, text), counts in ((names.TOKENS, total.tokens), (names.CHUNKS, total.chunks)):
-            family = CounterMetricFamily(name, text, labels=names.LABELS)
-            for labels, count in counts.items():
-                family.add_metric(labels, count)
-            yield family
-        yield CounterMetricFamily(*names.KEPT_PAIRS, value=total.kept_pairs)
-        yield CounterMetricFamily(*names.CAUSAL_PAIRS, value=total.causal_pairs)
-        yield GaugeMetricFamily(*names.DENSITY, value=total.density)  # None: named, without a sample
-        yield CounterMetricFamily(*names.REDONE, value=total.recall.redone)
-        buckets = CounterMetricFamily(*names.RECALL, labels=names.RECALL_LABELS)
-        for edge, count in total.recall.cumulative():
-            buckets.add_metric([edge], count)
-        mean, worst = (
-            GaugeMetricFamily(*name, labels=names.HEAD_LABELS) for name in (names.RECALL_MEAN, names.RECALL_WORST)
-        )
-        for layer, head, mean_recall, worst_recall in total.recall.heads():
-            mean.add_metric([layer, head], mean_recall)
-            worst.add_metric([layer, head], worst_recall)
-        yield from (buckets, mean, worst)
-        yield GaugeMetricFamily(*names.SCRATCH, value=total.scratch_bytes)
-        info = GaugeMetricFamily(*names.INFO, labels=names.INFO_LABELS)
-        for labels in total.engines:
-            info.add_metric([*labels, __version__], 1)
-        yield info
+        for family in FAMILIES:
+            kind = GaugeMetricFamily if family.gauge else CounterMetricFamily
+            metric = kind(family.name, family.text, labels=family.labels)
+            for labels, value in family.read(total):
+                metric.add_metric(labels, value)
+            yield metric
 
     def _snapshots(self) -> Iterator[Snapshot]:
         for name in iglob("**/*.json", root_dir=self._directory, recursive=True):

@@ -7,11 +7,11 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import prometheus_client as prometheus
 
-from minference_vllm import __version__
-from minference_vllm.metrics import snapshot as names
+from minference_vllm.metrics.families import FAMILIES, Family
 from minference_vllm.metrics.snapshot import Snapshot
 
 METRICS_DIR = "MINFERENCE_METRICS_DIR"
@@ -50,47 +50,28 @@ class ProcessMetrics:
 
     def __init__(self) -> None:
         # registry=None: the API servers read the directory; this process serves nothing.
-        self._tokens, self._chunks = (
-            prometheus.Counter(*name, names.LABELS, registry=None) for name in (names.TOKENS, names.CHUNKS)
-        )
-        self._kept, self._causal = (
-            prometheus.Counter(*name, registry=None) for name in (names.KEPT_PAIRS, names.CAUSAL_PAIRS)
-        )
-        # A ratio has no sum, and prometheus_client no weighted mean: show the process that read its GPU last. Over all
-        # processes, density is the ratio of the two pair counters.
-        self._density = prometheus.Gauge(*names.DENSITY, registry=None, multiprocess_mode="mostrecent")
-        self._redone = prometheus.Counter(*names.REDONE, registry=None)
-        self._recall = prometheus.Counter(*names.RECALL, names.RECALL_LABELS, registry=None)
-        self._mean, self._worst = (
-            prometheus.Gauge(*name, names.HEAD_LABELS, registry=None, multiprocess_mode="mostrecent")
-            for name in (names.RECALL_MEAN, names.RECALL_WORST)
-        )
-        self._scratch = prometheus.Gauge(*names.SCRATCH, registry=None, multiprocess_mode="sum")
-        self._info = prometheus.Gauge(*names.INFO, names.INFO_LABELS, registry=None, multiprocess_mode="max")
+        self._metrics = [(family, _metric(family)) for family in FAMILIES]
         self._total = Snapshot()
         self._heads_due = 0.0
 
     def add(self, delta: Snapshot) -> None:
         self._total += delta
-        for family, counts in ((self._tokens, delta.tokens), (self._chunks, delta.chunks)):
-            for labels, count in counts.items():
-                family.labels(*labels).inc(count)
-        self._kept.inc(delta.kept_pairs)
-        self._causal.inc(delta.causal_pairs)
-        if self._total.density is not None:
-            self._density.set(self._total.density)
-        self._redone.inc(delta.recall.redone)
-        for edge, count in delta.recall.cumulative():
-            self._recall.labels(edge).inc(count)
-        self._scratch.set(self._total.scratch_bytes)
-        for labels in delta.engines:
-            self._info.labels(*labels, __version__).set(1)
         # Thousands of them, and the step's thread wants the interpreter too.
-        if delta.recall.layers and time.monotonic() >= self._heads_due:
+        is_due = bool(delta.recall.layers) and time.monotonic() >= self._heads_due
+        if is_due:
             self._heads_due = time.monotonic() + HEADS_SECONDS
-            for layer, head, mean, worst in self._total.recall.heads():
-                self._mean.labels(layer, head).set(mean)
-                self._worst.labels(layer, head).set(worst)
+        for family, metric in self._metrics:
+            if family.is_by_head and not is_due:
+                continue
+            for labels, value in family.read(self._total if family.gauge else delta):
+                child = metric.labels(*labels) if labels else metric
+                child.set(value) if family.gauge else child.inc(value)
+
+
+def _metric(family: Family) -> Any:
+    if family.gauge:
+        return prometheus.Gauge(family.name, family.text, family.labels, registry=None, multiprocess_mode=family.gauge)
+    return prometheus.Counter(family.name, family.text, family.labels, registry=None)
 
 
 _process_lock = threading.Lock()  # each engine has a thread that publishes

@@ -1,34 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted, and its names on /metrics."""
+"""What is counted."""
 
 import json
+import operator
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, field, fields
+from typing import Any
 
 from minference_vllm.recall import Recall
 
-# Name and help text; Prometheus appends _total to the name of a counter.
-TOKENS = ("minference_prefill_tokens", "Prompt tokens by attention path, and why they took it.")
-CHUNKS = ("minference_prefill_chunks", "Prefill chunks by attention path, and why they took it.")
-LABELS = ("path", "reason")
-KEPT_PAIRS = ("minference_kept_pairs", "Query-key pairs that sparse attention computed.")
-CAUSAL_PAIRS = ("minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.")
-DENSITY = ("minference_density", "Kept / causal pairs of all sparse attention since start, the guard's included.")
-RECALL = ("minference_recall_heads", "Heads of measured chunks whose recall is at most le.")
-RECALL_LABELS = ("le",)
-REDONE = ("minference_guard_heads", "Heads of chunks that the guard attended to again, to all keys.")
-RECALL_MEAN = (
-    "minference_recall_mean",
-    "Mean recall since start by the plugin's layers and rank 0's heads, each from 0, over the engines of this server.",
-)
-RECALL_WORST = ("minference_recall_worst", "Smallest recall of a chunk since start, as minference_recall_mean.")
-HEAD_LABELS = ("layer", "head")
-SCRATCH = ("minference_scratch_bytes", "Scratch memory of each engine's rank 0, summed over the engines.")
-INFO = ("minference_info", "1 for the method and the kernels that an engine runs, and the version of the plugin.")
-INFO_LABELS = ("method", "kernel", "version")
-
 Counts = Counter[tuple[str, str]]
 """By path and reason, or by other two words."""
+COUNTS = ("tokens", "chunks", "engines")
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of timed laps, a lap being one layer's attention of one chunk.
+
+    Attributes:
+        laps: how many.
+        choose: seconds of choosing keys in them.
+        attend: seconds of the rest: attending, and the guard.
+    """
+
+    laps: int = 0
+    choose: float = 0.0
+    attend: float = 0.0
+
+    def __add__(self, other: "Times") -> "Times":
+        return Times(self.laps + other.laps, self.choose + other.choose, self.attend + other.attend)
+
+    def __sub__(self, other: "Times") -> "Times":
+        return Times(self.laps - other.laps, self.choose - other.choose, self.attend - other.attend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class Snapshot:
         recall: of all sparse attention.
         scratch_bytes: claimed.
         engines: by method and kernel.
+        times: of the layers of chunks that were timed.
     """
 
     tokens: Counts = field(default_factory=Counter)
@@ -50,6 +56,7 @@ class Snapshot:
     recall: Recall = field(default_factory=Recall)
     scratch_bytes: int = 0
     engines: Counts = field(default_factory=Counter)
+    times: Times = field(default_factory=Times)
 
     @property
     def density(self) -> float | None:
@@ -57,33 +64,30 @@ class Snapshot:
         return self.kept_pairs / self.causal_pairs if self.causal_pairs else None
 
     def __add__(self, other: "Snapshot") -> "Snapshot":
-        pairs = self.kept_pairs + other.kept_pairs, self.causal_pairs + other.causal_pairs
-        counts = self.tokens + other.tokens, self.chunks + other.chunks
-        set_up = self.scratch_bytes + other.scratch_bytes, self.engines + other.engines
-        return Snapshot(*counts, *pairs, self.recall + other.recall, *set_up)
+        return self._with(other, operator.add)
 
     def __sub__(self, other: "Snapshot") -> "Snapshot":
-        pairs = self.kept_pairs - other.kept_pairs, self.causal_pairs - other.causal_pairs
-        counts = self.tokens - other.tokens, self.chunks - other.chunks
-        set_up = self.scratch_bytes - other.scratch_bytes, self.engines - other.engines
-        return Snapshot(*counts, *pairs, self.recall - other.recall, *set_up)
+        return self._with(other, operator.sub)
+
+    def _with(self, other: "Snapshot", operation: Callable[[Any, Any], Any]) -> "Snapshot":
+        return Snapshot(*map(operation, self._values(), other._values()))
+
+    def _values(self) -> list[Any]:
+        return [getattr(self, each.name) for each in fields(self)]
 
     def to_json(self) -> str:
-        prefill = [(*label, tokens, self.chunks[label]) for label, tokens in self.tokens.items()]
-        engines = [(*labels, count) for labels, count in self.engines.items()]
-        sizes = {
-            "kept_pairs": self.kept_pairs, "causal_pairs": self.causal_pairs, "scratch_bytes": self.scratch_bytes
-        }  # fmt: skip
-        return json.dumps({"prefill": prefill, **sizes, "engines": engines, "recall": self.recall.to_json()})
+        counts = {name: list(getattr(self, name).items()) for name in COUNTS}
+        numbers = {name: getattr(self, name) for name in ("kept_pairs", "causal_pairs", "scratch_bytes")}
+        return json.dumps({**counts, **numbers, "recall": self.recall.to_json(), "times": astuple(self.times)})
 
     @classmethod
     def from_json(cls, text: str) -> "Snapshot":
         totals = json.loads(text)
-        prefill, recall = totals.pop("prefill"), Recall.from_json(totals.pop("recall"))
-        tokens = Counter({(path, reason): tokens for path, reason, tokens, _ in prefill})
-        chunks = Counter({(path, reason): chunks for path, reason, _, chunks in prefill})
-        engines = Counter({(method, kernel): count for method, kernel, count in totals.pop("engines")})
-        return cls(tokens, chunks, **totals, engines=engines, recall=recall)
+        counts: dict[str, Any] = {
+            name: Counter({tuple(labels): count for labels, count in totals.pop(name)}) for name in COUNTS
+        }
+        recall, times = Recall.from_json(totals.pop("recall")), Times(*totals.pop("times"))
+        return cls(**counts, **totals, recall=recall, times=times)
 
     def summary(self, seconds: float) -> str:
         """The log line for what was counted in this many seconds."""

@@ -13,7 +13,7 @@ import torch
 from minference_vllm import layers, runtime
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import make_method
-from minference_vllm.metrics import snapshot as names
+from minference_vllm.metrics.families import FAMILIES
 from minference_vllm.metrics.snapshot import Snapshot
 from minference_vllm.ops import Kernel, kernel
 from minference_vllm.reason import Reason
@@ -23,8 +23,6 @@ from tests.deploy.manifests import KUBERNETES, OVERLAYS, ROOT, build
 QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
 DEPLOYMENT = (ROOT / "docs/deployment.md").read_text()
 PAGES = pytest.mark.parametrize("page", [QUICKSTART, DEPLOYMENT], ids=["quickstart", "deployment"])
-COUNTERS = (names.TOKENS, names.CHUNKS, names.KEPT_PAIRS, names.CAUSAL_PAIRS, names.RECALL, names.REDONE)
-GAUGES = (names.DENSITY, names.RECALL_MEAN, names.RECALL_WORST)
 
 
 @pytest.fixture
@@ -82,7 +80,7 @@ def test_the_line_about_prompts() -> None:
 
 @PAGES
 def test_metrics_exist(page: str) -> None:
-    known = {f"{name}_total" for name, _ in COUNTERS} | {name for name, _ in GAUGES}
+    known = {family.name if family.gauge else f"{family.name}_total" for family in FAMILIES}
     named = set(re.findall(r"\bminference_(?!vllm)\w+", page))
     assert named
     assert named <= known

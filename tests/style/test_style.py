@@ -23,6 +23,7 @@ LAYERS = (
     "doctor",
     "search",
     "plots",
+    "bench",
     "evals",
     "tuning",
     "offline",

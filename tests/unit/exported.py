@@ -8,7 +8,7 @@ from typing import Any
 
 from minference_vllm.metrics.exporter import DirectoryCollector
 from minference_vllm.metrics.publisher import write
-from minference_vllm.metrics.snapshot import Snapshot
+from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.recall import LayerRecall, Recall
 
 PREFIX = "minference_"
@@ -20,7 +20,10 @@ def exported(folder: Path) -> dict[str, tuple[str, set[str]]]:
     """Type and labels by name, of a server on which everything has happened."""
     counts = Counter({("sparse", "gate_open"): 1})
     recall = Recall(tuple(range(10)), 3, {0: LayerRecall(9, (8.25,), (0.5,))})
-    write(folder / "worker.json", Snapshot(counts, counts, 2, 3, recall, 4, Counter({("block", "cuda"): 1})))
+    write(
+        folder / "worker.json",
+        Snapshot(counts, counts, 2, 3, recall, 4, Counter({("block", "cuda"): 1}), Times(1, 0.1, 0.2)),
+    )
     return {
         sample.name: (family.type, set(sample.labels))
         for family in DirectoryCollector(str(folder)).collect()

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics.counters import Counters
-from minference_vllm.metrics.snapshot import Snapshot
+from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.recall import LayerRecall, Recall
 
 
@@ -77,7 +77,7 @@ def test_snapshot_survives_json_and_arithmetic():
         tuple(range(10)), 3, {0: LayerRecall(9, (8.25, 7.5), (0.5, 0.25)), 4: LayerRecall(9, (9.0,), (1.0,))}
     )
     tokens, chunks = Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1})
-    one = Snapshot(tokens, chunks, 2**63, 2**65, recall, 2**35, Counter({("block", "cuda"): 1}))
+    one = Snapshot(tokens, chunks, 2**63, 2**65, recall, 2**35, Counter({("block", "cuda"): 1}), Times(3, 0.5, 0.25))
     assert Snapshot.from_json(one.to_json()) == one
     assert one + one - one == one
     assert one - one == Snapshot()

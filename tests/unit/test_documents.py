@@ -68,7 +68,7 @@ def test_a_command_that_is_shown_is_taken(words: list[str], monkeypatch: pytest.
 
 def test_commands_of_both_kinds_are_found() -> None:
     found = {tuple(parameter.values[0][:3]) for parameter in commands([*PAGES, *BENCHMARKS])}
-    assert {words[1] for words in found} == {"doctor", "tune", "eval", "plot", "patterns", "search", "-m"}
+    assert {words[1] for words in found} == {"doctor", "tune", "eval", "bench", "plot", "patterns", "search", "-m"}
     assert ("python", "-m", "benchmarks.fidelity") in found
 
 

@@ -19,19 +19,21 @@ import sys
 from collections import Counter
 from minference_vllm.metrics import publisher
 from minference_vllm.metrics.counters import Counters
+from minference_vllm.metrics.snapshot import Times
 from minference_vllm.recall import LayerRecall, Recall
 publisher.HEADS_SECONDS = 0  # else only the first of the two steps shows
 for kept_pairs in map(int, sys.argv[1:]):
     pairs = 0, 0
-    recall = Recall()
+    recall, times = Recall(), Times()
     engine = Counter({("block", "cuda"): 1})
-    counters = Counters(publish=True, log_every=0, tally=dict, read=lambda: (*pairs, recall, 1000, engine))
+    counters = Counters(publish=True, log_every=0, tally=dict, read=lambda: (*pairs, recall, 1000, engine, times))
     for step in (1, 2):
         counters.defer({("sparse", "gate_open"): (50, 1)})
         counters.flush()
         pairs = step * kept_pairs // 2, step * 50 * (kept_pairs > 0)
         layer = LayerRecall(3 * step, (0.0, 2.0 * step), (1.0, kept_pairs / 100))
         recall = Recall((step, *[0] * 8, 2 * step), step, {0: layer})
+        times = Times(step, 0.25 * step, 0.5 * step)
         counters.flush()
 """
 
@@ -66,6 +68,9 @@ def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path)
     assert "minference_guard_heads_total 6.0" in text
     assert 'minference_recall_worst{head="1",layer="0"} 0.1' in text
     assert "minference_scratch_bytes 3000.0" in text
+    assert "minference_timed_layers_total 6.0" in text
+    assert "minference_choose_seconds_total 1.5" in text
+    assert "minference_attend_seconds_total 3.0" in text
     assert f'minference_info{{kernel="cuda",method="block",version="{__version__}"}} 1.0' in text
 
     run_engines("30", directory=tmp_path / "missing")  # and nothing is raised

@@ -10,6 +10,8 @@ import torch
 from minference_vllm import runtime
 from minference_vllm.chunk import PagedKV
 from minference_vllm.config import MInferenceConfig
+from minference_vllm.metrics import stopwatch
+from minference_vllm.metrics.snapshot import Times
 from minference_vllm.ops import Kernel
 from minference_vllm.record import StepRecord
 from minference_vllm.scratch import ScratchShape, num_bytes
@@ -62,7 +64,7 @@ def test_nothing_is_claimed_on_the_device_before_the_scratch() -> None:
 
 def test_what_is_claimed_and_run_is_told_to_the_metrics() -> None:
     worker = make_runtime()
-    assert worker._read()[3:] == (0, {("block", "reference"): 1})
+    assert worker._read()[3:] == (0, {("block", "reference"): 1}, Times())
     state = worker.layer_state(SHAPE, 0, 2)
     worker.layer_state(SHAPE, 1, 2)
     claimed = num_bytes(state.buffers) + num_bytes(state.attend) + num_bytes(state.guard.buffers)
@@ -115,6 +117,19 @@ def test_what_ran_sparse_is_published_once_the_step_has_run(publish: bool) -> No
     counted = worker.counters.snapshot()
     assert counted.causal_pairs == (2 * ROWS * (ROWS + 1) // 2 if publish else 0)
     assert (0 < counted.kept_pairs <= counted.causal_pairs) == publish
+
+
+@pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
+def test_one_layer_of_many_is_timed(publish: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "PERIOD", 3)
+    worker = make_runtime(publish)
+    for _ in range(7):
+        run_one_chunk(worker)
+    assert worker.counters.snapshot().times == Times()  # the step has not ended
+    worker.finish_step(StepRecord("a group", [0, ROWS], [ROWS], [True]))
+    times = worker.counters.snapshot().times
+    assert times.laps == (2 if publish else 0)
+    assert (times.choose > 0 and times.attend > 0) == publish
 
 
 # A gate that can never open

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from minference_vllm.evals import page, plots
+from minference_vllm.evals import document, plots
 from minference_vllm.evals.page import make_page
 
 SERVER = {"model": "a/model", "server": "http://here", "vllm": ["0.33.0"]}
@@ -98,7 +98,7 @@ def test_figures_are_drawn_of_what_there_is() -> None:
 
 
 def test_without_matplotlib_the_page_says_what_brings_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(document.importlib.util, "find_spec", lambda name: None)
     text = make_page(make_report())
     assert "<svg" not in text
     assert "pip install 'minference-vllm[plot]'" in read(text).text

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands that compare a dense and a sparse server have in common: their options, and how they end."""
+
+import argparse
+import datetime
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from minference_vllm.cli.arguments import count_to
+from minference_vllm.cli.status import FAILED, STOPPED
+from minference_vllm.errors import ConfigError
+
+MOST_SECONDS = 10**6
+
+
+def add_options(command: Any, timeout_s: int, timed: str) -> Any:
+    """Add those that name the servers.
+
+    Args:
+        timeout_s, timed: default of --timeout, and what has so long.
+
+    Returns:
+        Their group, for more.
+    """
+    servers = command.add_argument_group("servers")
+    servers.add_argument("--dense", metavar="URL", help="of a server with another attention backend")
+    servers.add_argument("--sparse", metavar="URL", help="of a server with --attention-backend minference")
+    servers.add_argument("--serve", metavar="OPTIONS", help="start both here, with these options of vllm serve")
+    servers.add_argument("--serve-sparse", metavar="OPTIONS", default="", help="more options for the sparse one alone")
+    servers.add_argument("--model", help="as the servers name it, or what --serve is to serve")
+    servers.add_argument(
+        "--timeout", type=count_to(MOST_SECONDS), default=timeout_s, help=f"seconds for {timed}; default: {timeout_s}"
+    )
+    return servers
+
+
+def check(options: argparse.Namespace, without: bool = False, alternative: str = "", needs_model: bool = True) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        without: no server is wanted.
+        alternative: how that is said.
+        needs_model: whether the model must be named.
+
+    Raises:
+        ConfigError: they do.
+    """
+    urls, serves = bool(options.dense or options.sparse), options.serve is not None
+    if urls + serves + without != 1 or bool(options.dense) != bool(options.sparse):
+        raise ConfigError(f"Give --dense and --sparse, or --serve{alternative}.")
+    if options.serve_sparse and not serves:
+        raise ConfigError("--serve-sparse adds to the options of --serve, which is not given.")
+    if not without and not options.out:
+        raise ConfigError("Give --out, the folder of replies and report.")
+    if needs_model and not options.model:
+        raise ConfigError("Give --model, the name that the servers have for it, or what --serve is to serve.")
+
+
+def pair(options: argparse.Namespace) -> Any:
+    """The servers that the options name."""
+    from minference_vllm.evals import serve
+    from minference_vllm.evals.servers import Pair, Server
+
+    def server(is_dense: bool) -> Server:
+        if options.serve is None:
+            return Server(is_dense, url=(options.dense if is_dense else options.sparse).rstrip("/"))
+        more = options.serve if is_dense else f"{options.serve} {options.serve_sparse}"
+        return Server(is_dense, arguments=tuple(serve.arguments(options.model, more, is_dense)))
+
+    return Pair(server(True), server(False), options.model, options.timeout, options.out)
+
+
+def record() -> dict[str, str]:
+    """What a report says of the command that made it."""
+    from minference_vllm.evals.private import without_secrets
+
+    return {
+        "command": shlex.join(["minference-vllm", *without_secrets(sys.argv[1:])]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def run(work: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """The exit status of a command. On the way out, servers that were started here are stopped."""
+    from minference_vllm.evals.errors import ServerError  # none of this for --help
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return work(options)
+    except ServerError as error:
+        print(f"{error}\nThe same command goes on where it was.", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on where it was.", file=sys.stderr)
+        return STOPPED
+
+
+def say_rows(rows: list[dict[str, Any]], shown: tuple[str, ...]) -> None:
+    """Print what is shown of a report's rows as a table."""
+    from minference_vllm.evals.document import cell
+
+    lines = [list(shown), *([cell(row[name]) for name in shown] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))

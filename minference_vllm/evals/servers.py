@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense and the sparse server that are compared: there already, or started here when they are needed."""
+
+import contextlib
+import logging
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from minference_vllm.errors import ConfigError
+from minference_vllm.evals import serve
+from minference_vllm.evals.client import Client
+from minference_vllm.evals.private import of_url, without_secrets
+
+logger = logging.getLogger("vllm.minference.evals")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One of the two servers.
+
+    Attributes:
+        is_dense: else sparse.
+        url: where it is; empty if it is to be started.
+        arguments: what follows `vllm` to start it; empty if it is there.
+    """
+
+    is_dense: bool
+    url: str = ""
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "dense" if self.is_dense else "sparse"
+
+    @property
+    def origin(self) -> str:
+        return of_url(self.url) or shlex.join(["vllm", *without_secrets(self.arguments)])
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both servers.
+
+    Attributes:
+        model: as servers that are there name it, or what is to be served.
+        timeout_s: for one answer.
+        folder: of the logs of servers that are started here.
+    """
+
+    dense: Server
+    sparse: Server
+    model: str
+    timeout_s: float
+    folder: Path
+
+    @property
+    def both(self) -> tuple[Server, Server]:
+        return self.dense, self.sparse
+
+    @contextlib.contextmanager
+    def client(self, server: Server) -> Iterator[Client]:
+        """One of them, for as long as the `with` block lasts; it is started if need be.
+
+        Raises:
+            ConfigError: it does not serve the model.
+            ServerError: it did not come up.
+        """
+        with contextlib.ExitStack() as stack:
+            url = server.url or stack.enter_context(serve.running(server.arguments, self.folder / f"{server.name}.log"))
+            # Options of vllm serve may give the model another name.
+            client = Client(url, self.model, self.timeout_s, or_the_only=not server.url)
+            stack.callback(client.close)
+            yield client
+
+    def check(self) -> None:
+        """Before the first prompt: servers that are there answer, serve the model, and are what they are to be.
+
+        Raises:
+            ConfigError: they do not, or are not.
+        """
+        if self.dense.url and self.dense.url == self.sparse.url:
+            raise ConfigError(f"--dense and --sparse are both {of_url(self.dense.url)}: name two servers.")
+        for server in self.both:
+            if server.url:
+                with self.client(server) as client:
+                    work = client.work()
+                    if server.is_dense:
+                        work.refuse_sparse(client.shown_url)
+                    elif not work.exported:
+                        logger.warning(
+                            "%s has no metrics of minference_vllm: is it the sparse server?", client.shown_url
+                        )

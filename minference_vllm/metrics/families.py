@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics: names on /metrics, what they say there, and where their values come from."""
+
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from minference_vllm import __version__
+from minference_vllm.metrics.snapshot import Snapshot
+
+Samples = Iterable[tuple[tuple[str, ...], float]]
+"""Values of a metric, each with those of its labels."""
+Gauge = Literal["", "mostrecent", "sum", "max"]
+
+
+class Family(NamedTuple):
+    """A metric.
+
+    Attributes:
+        name: without the _total that Prometheus appends to a counter's.
+        text: of its HELP.
+        read: its values in a snapshot.
+        labels: their names.
+        gauge: how prometheus_client merges a gauge of several processes; empty for a counter, which is summed.
+        is_by_head: whether there is one value for each head of each layer.
+    """
+
+    name: str
+    text: str
+    read: Callable[[Snapshot], Samples]
+    labels: tuple[str, ...] = ()
+    gauge: Gauge = ""
+    is_by_head: bool = False
+
+
+def number(name: str, text: str, read: Callable[[Snapshot], float | None], gauge: Gauge = "") -> Family:
+    """A metric without labels; None is no value."""
+    return Family(name, text, lambda total: [] if (value := read(total)) is None else [((), value)], gauge=gauge)
+
+
+PATH, HEAD = ("path", "reason"), ("layer", "head")
+TOKENS = Family(
+    "minference_prefill_tokens", "Prompt tokens by attention path, and why they took it.",
+    lambda total: total.tokens.items(), PATH,
+)  # fmt: skip
+CHUNKS = Family(
+    "minference_prefill_chunks", "Prefill chunks by attention path, and why they took it.",
+    lambda total: total.chunks.items(), PATH,
+)  # fmt: skip
+KEPT_PAIRS = number(
+    "minference_kept_pairs", "Query-key pairs that sparse attention computed.", lambda total: total.kept_pairs
+)
+CAUSAL_PAIRS = number(
+    "minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.",
+    lambda total: total.causal_pairs,
+)  # fmt: skip
+# A ratio has no sum: that of the process that read its GPU last. Over all, it is the ratio of the pair counters.
+DENSITY = number(
+    "minference_density", "Kept / causal pairs of all sparse attention since start, the guard's included.",
+    lambda total: total.density, "mostrecent",
+)  # fmt: skip
+CHOOSE = number(
+    "minference_choose_seconds", "Time of choosing keys, in the layers of chunks that were timed.",
+    lambda total: total.times.choose,
+)  # fmt: skip
+ATTEND = number(
+    "minference_attend_seconds",
+    "Time of attending to the kept keys, the guard included, in the layers of chunks that were timed.",
+    lambda total: total.times.attend,
+)
+TIMED = number(
+    "minference_timed_layers", "Layers of chunks that were timed, one of many.", lambda total: total.times.laps
+)
+REDONE = number(
+    "minference_guard_heads", "Heads of chunks that the guard attended to again, to all keys.",
+    lambda total: total.recall.redone,
+)  # fmt: skip
+RECALL = Family(
+    "minference_recall_heads", "Heads of measured chunks whose recall is at most le.",
+    lambda total: (((edge,), count) for edge, count in total.recall.cumulative()), ("le",),
+)  # fmt: skip
+RECALL_MEAN = Family(
+    "minference_recall_mean",
+    "Mean recall since start by the plugin's layers and rank 0's heads, each from 0, over the engines of this server.",
+    lambda total: (((layer, head), mean) for layer, head, mean, _ in total.recall.heads()), HEAD, "mostrecent", True,
+)  # fmt: skip
+RECALL_WORST = Family(
+    "minference_recall_worst", "Smallest recall of a chunk since start, as minference_recall_mean.",
+    lambda total: (((layer, head), worst) for layer, head, _, worst in total.recall.heads()), HEAD, "mostrecent", True,
+)  # fmt: skip
+SCRATCH = number(
+    "minference_scratch_bytes", "Scratch memory of each engine's rank 0, summed over the engines.",
+    lambda total: total.scratch_bytes, "sum",
+)  # fmt: skip
+INFO = Family(
+    "minference_info", "1 for the method and the kernels that an engine runs, and the version of the plugin.",
+    lambda total: (((*engine, __version__), 1) for engine in total.engines), ("method", "kernel", "version"), "max",
+)  # fmt: skip
+FAMILIES = (
+    TOKENS, CHUNKS, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL, RECALL_MEAN, RECALL_WORST,
+    SCRATCH, INFO,
+)  # fmt: skip
