@@ -101,7 +101,7 @@ static probe::Params make_params(const MInferenceProbe& a) {
 }
 
 static cudaError_t run(const MInferenceProbe& a, probe::Params& p, cudaStream_t stream) {
-    const cudaError_t error = hopper::make_cache_map(&p.k_map, a.k, a, probe::BAND);
+    const cudaError_t error = hopper::make_cache_map(&p.k_map, hopper::sixteen_bits(a.is_bf16), a.k, a, probe::BAND);
     if (error != cudaSuccess) return error;
     if (a.head_dim == 128) {
         return a.is_bf16 ? probe::run<__nv_bfloat16, 128>(p, stream) : probe::run<__half, 128>(p, stream);

@@ -41,12 +41,19 @@ def _open() -> ctypes.CDLL | str:
 
 
 def why_not(shape: ScratchShape) -> str:
-    """Why the kernels cannot attend for layers of this shape; empty if they can."""
-    if shape.has_fp8_kv:
-        return "the CUDA kernels are made for caches in bf16 and fp16, and this one is in FP8"
+    """Why the kernels cannot choose groups and attend for layers of this shape; empty if they can."""
+    if shape.has_fp8_kv and not shape.has_fp8_q:
+        return f"the CUDA kernels read a cache in FP8 under queries in FP8, and these are in {shape.dtype}"
     if shape.head_dim not in SUPPORTED_HEAD_DIMS:
         return f"the CUDA kernels are made for heads of 64 and 128, and these have {shape.head_dim}"
     return ""
+
+
+def why_not_probe(shape: ScratchShape) -> str:
+    """Why the kernels cannot probe for layers of this shape; empty if they can."""
+    if shape.has_fp8_kv:
+        return "the CUDA probe is made for caches in bf16 and fp16, and this one is in FP8"
+    return why_not(shape)
 
 
 def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> None:
@@ -90,20 +97,32 @@ def arguments_of(pointers: Sequence[str], strides: Sequence[str], sizes: Sequenc
     ]
 
 
-def takes(q: torch.Tensor, tensors: Iterable[torch.Tensor], strides: Iterable[int]) -> bool:
+def is_made_for(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels know heads of this size, in a model of this type."""
+    return head_dim in SUPPORTED_HEAD_DIMS and dtype in SUPPORTED_DTYPES
+
+
+def is_aligned(tensors: Sequence[torch.Tensor], strides: Iterable[int]) -> bool:
+    """Whether kernels can read or write these tensors, of one type, in pieces of ALIGNMENT_BYTES.
+
+    Args:
+        strides: theirs, in elements.
+    """
+    size = tensors[0].element_size()
+    return all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors) and all(
+        stride * size % ALIGNMENT_BYTES == 0 for stride in strides
+    )
+
+
+def takes(q: torch.Tensor, tensors: Sequence[torch.Tensor], strides: Iterable[int]) -> bool:
     """Whether the kernels are made for this head size and type, and can read tensors that lie like these.
 
     Args:
         q: [num_rows, num_qo_heads, head_dim].
-        tensors: all that a kernel reads or writes in pieces of ALIGNMENT_BYTES.
+        tensors: all that a kernel reads or writes in pieces of ALIGNMENT_BYTES, of q's type.
         strides: theirs, in elements.
     """
-    is_made_for = q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in SUPPORTED_DTYPES
-    return (
-        is_made_for
-        and all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors)
-        and all(stride * q.element_size() % ALIGNMENT_BYTES == 0 for stride in strides)
-    )
+    return is_made_for(q.shape[2], q.dtype) and is_aligned(tensors, strides)
 
 
 @functools.cache
