@@ -193,7 +193,8 @@ def test_the_cuda_library_takes_a_cache_in_fp8_but_to_probe(case: Case) -> None:
     chunk = make_chunk(case, torch.device("cpu"))
     promised = case.has_fp8_q and case.head_dim in cuda.library.SUPPORTED_HEAD_DIMS
     assert cuda.attend.supports(chunk) is promised
-    assert not cuda.masses.supports(chunk, FP8, 16)
+    assert cuda.masses.supports(chunk, case.dtype, 16) is promised
+    assert cuda.masses.supports(chunk, FP8, 16) is (promised and case.head_dim == 128)
     assert not cuda.probe.supports(chunk, 64, 0)
     assert not cuda.probe.supports_held_out(chunk)
 
@@ -204,6 +205,7 @@ def test_rows_in_fp8_that_cannot_be_copied_in_pieces_go_to_triton(elements: int,
     q = chunk.q.view(torch.uint8)
     wider = torch.cat([q, q[..., :elements]], dim=-1).view(FP8)[..., : chunk.head_dim]
     assert cuda.attend.supports(replace(chunk, q=wider)) is is_taken
+    assert cuda.masses.supports(replace(chunk, q=wider), FP8, 16) is is_taken
 
 
 def test_a_cache_in_fp8_under_other_queries_is_left_to_triton(
