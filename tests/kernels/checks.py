@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from minference_vllm import reference
+from minference_vllm import ops, reference
 from minference_vllm.chunk import FP8, Chunk
 from minference_vllm.index import SparseIndex
-from minference_vllm.kernels import triton
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import MASS_UNIT, AttendBuffers, ProbeBuffers
 from tests.kernels.cases import Case, make_chunk
@@ -58,14 +57,14 @@ def check_attend(attend: Attend, chunk: Chunk, index: SparseIndex) -> None:
     assert buffers.tile_counter.item() == 0, "the next launch would count on from there"
 
 
-def check_probe(case: Case, device: torch.device) -> None:
-    """Triton's against the reference: the mass of columns and of diagonals."""
+def check_probe(case: Case, device: torch.device, kernel: Kernel = Kernel.TRITON) -> None:
+    """Against the reference: the mass of columns and of diagonals."""
     chunk, counts = make_chunk(case, device), case.vertical_slash(Kernel.TRITON).settings.probe_counts
     results = []
-    for probe in (reference.probe, triton.probe):
+    for which in (Kernel.REFERENCE, kernel):
         buffers = ProbeBuffers.allocate(case.num_qo_heads, sum(counts), case.shape.max_seq_len, device)
         buffers.slash.fill_(7)  # left over from another request
-        probe(chunk, *counts, buffers)
+        ops.probe(chunk, *counts, buffers, which)
         results.append(buffers)
     expected, actual = results
     # On the matrix units a float32 product keeps ten bits of its operands.

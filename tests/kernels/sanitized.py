@@ -18,7 +18,7 @@ from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import ProbeBuffers
 from tests.kernels.cases import ADVERSARIAL, IRREGULAR, Case, make_chunk
-from tests.kernels.checks import check_attend, relative_error
+from tests.kernels.checks import check_attend, check_probe, relative_error
 from tests.kernels.indexes import random_tile_index
 from tests.kernels.recalls import check_heads, check_recall
 from tests.kernels.test_random import random_index
@@ -75,7 +75,12 @@ def main() -> None:
         check_recall(Kernel.CUDA, case, device)
         attend(case, chunk, generator)
     for case in FP8_CASES:
-        attend(case, make_chunk(case, device), generator)
+        chunk = make_chunk(case, device)
+        if cuda.probe.supports_held_out(chunk):
+            check_probe(case, device, Kernel.CUDA)
+        choose_groups(case, chunk)
+        check_recall(Kernel.CUDA, case, device)
+        attend(case, chunk, generator)
 
 
 if __name__ == "__main__":

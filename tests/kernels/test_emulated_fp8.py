@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernel that attends, over a cache in FP8, on the CPU: see test_emulated.py."""
+"""The CUDA kernels that attend and probe, over a cache in FP8, on the CPU: see test_emulated.py."""
 
 from dataclasses import replace
 
@@ -17,8 +17,8 @@ from tests.kernels.cases import Case, make_chunk, make_rising_cache
 from tests.kernels.checks import check_attend
 from tests.kernels.emulated import Emulated
 from tests.kernels.indexes import index_of, random_tile_index, tile_index_of, tiles_in_turn
-from tests.kernels.recalls import check_heads
-from tests.kernels.test_emulated import CPU, HAND_WRITTEN, LATE, SEEDS, chosen_index, one_thread
+from tests.kernels.recalls import check_heads, check_recall
+from tests.kernels.test_emulated import CPU, HAND_WRITTEN, LATE, SEEDS, check_probe, chosen_index, one_thread
 
 __all__ = ["one_thread"]  # a fixture
 pytestmark = test_emulated.pytestmark
@@ -73,9 +73,17 @@ def test_attend_to_bands_and_columns(emulated: Emulated, case: Case) -> None:
 
 
 @every_case
-def test_attend_for_the_heads_of_the_guard(emulated: Emulated, case: Case) -> None:
+def test_the_guard_matches_the_reference(emulated: Emulated, case: Case) -> None:
     for emulated.seed in range(SEEDS):
         check_heads(Kernel.CUDA, case, CPU)
+        check_recall(Kernel.CUDA, case, CPU)
+
+
+@pytest.mark.parametrize("probe_rows", ["last", "both"])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if case.head_dim == 128])
+def test_probe_matches_the_reference(emulated: Emulated, case: Case, probe_rows: str) -> None:
+    for emulated.seed in range(SEEDS):
+        check_probe(replace(case, probe_rows=probe_rows))
 
 
 @every_head_dim

@@ -78,13 +78,15 @@ def test_attend_for_the_heads_of_the_guard(case: Case, kernel: Kernel, device: t
 
 
 @every_case
-def test_recall(case: Case, device: torch.device) -> None:
-    check_recall(Kernel.TRITON, case, device)
+@every_kernel
+def test_recall(case: Case, kernel: Kernel, device: torch.device) -> None:
+    check_recall(kernel, case, device)
 
 
 @every_case
-def test_probe(case: Case, device: torch.device) -> None:
-    check_probe(case, device)
+@every_kernel
+def test_probe(case: Case, kernel: Kernel, device: torch.device) -> None:
+    check_probe(case, device, kernel)
 
 
 @every_case
@@ -189,14 +191,14 @@ def test_what_the_cache_cannot_hold_ends_at_its_largest_number() -> None:
 
 
 @every_case
-def test_the_cuda_library_takes_a_cache_in_fp8_but_to_probe(case: Case) -> None:
+def test_the_cuda_library_takes_what_it_promises_in_fp8(case: Case) -> None:
     chunk = make_chunk(case, torch.device("cpu"))
     promised = case.has_fp8_q and case.head_dim in cuda.library.SUPPORTED_HEAD_DIMS
     assert cuda.attend.supports(chunk) is promised
     assert cuda.masses.supports(chunk, case.dtype, 16) is promised
     assert cuda.masses.supports(chunk, FP8, 16) is (promised and case.head_dim == 128)
-    assert not cuda.probe.supports(chunk, 64, 0)
-    assert not cuda.probe.supports_held_out(chunk)
+    assert cuda.probe.supports(chunk, 64, 0) is (promised and case.head_dim == 128)
+    assert cuda.probe.supports_held_out(chunk) is (promised and case.head_dim == 128)
 
 
 @pytest.mark.parametrize(("elements", "is_taken"), [(16, True), (8, False)])
@@ -206,6 +208,7 @@ def test_rows_in_fp8_that_cannot_be_copied_in_pieces_go_to_triton(elements: int,
     wider = torch.cat([q, q[..., :elements]], dim=-1).view(FP8)[..., : chunk.head_dim]
     assert cuda.attend.supports(replace(chunk, q=wider)) is is_taken
     assert cuda.masses.supports(replace(chunk, q=wider), FP8, 16) is is_taken
+    assert cuda.probe.supports_held_out(replace(chunk, q=wider)) is is_taken
 
 
 def test_a_cache_in_fp8_under_other_queries_is_left_to_triton(

@@ -134,12 +134,12 @@ def shape_of(head_dim: int, dtype: torch.dtype = torch.bfloat16, **fp8: bool) ->
 @pytest.mark.parametrize(
     ("shape", "what", "why"),
     [
-        (shape_of(128, has_fp8_kv=True, has_fp8_q=True), "for the probe of", "this one is in FP8"),
+        (shape_of(64, has_fp8_kv=True, has_fp8_q=True), "for the probe of", "these have 64"),
         (shape_of(64, has_fp8_kv=True), "for", "these are in torch.bfloat16"),
         (shape_of(256), "for", "these have 256"),
         (shape_of(256, has_fp8_kv=True, has_fp8_q=True), "for", "these have 256"),
     ],
-    ids=["FP8 cache", "FP8 cache under other queries", "head_dim 256", "head_dim 256, FP8"],
+    ids=["FP8 cache of 64", "FP8 cache under other queries", "head_dim 256", "head_dim 256, FP8"],
 )
 @pytest.mark.parametrize(("asked", "level"), [("auto", "INFO"), ("cuda", "WARNING")])
 def test_layers_that_the_cuda_kernels_are_not_made_for_are_named(
@@ -153,6 +153,7 @@ def test_layers_that_the_cuda_kernels_are_not_made_for_are_named(
 
 def test_nothing_is_said_of_layers_that_run_as_chosen(log_lines: list[str]) -> None:
     report_shape(Kernel.CUDA, "cuda", shape_of(128))
+    report_shape(Kernel.CUDA, "cuda", shape_of(128, has_fp8_kv=True, has_fp8_q=True))
     for kind in (Kernel.TRITON, Kernel.REFERENCE):
         report_shape(kind, kind.value, shape_of(256, has_fp8_kv=True))
     assert log_lines == []

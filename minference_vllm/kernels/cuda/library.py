@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from minference_vllm.chunk import Chunk
 from minference_vllm.scratch import ScratchShape
 
 PATH = Path(__file__).parents[2] / "_hopper.so"
 SUPPORTED_HEAD_DIMS = (64, 128)
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
+FP8_PROBE_HEAD_DIM = 128  # rows of smaller heads are shorter than what the probe copies at once
 # The bulk copy engine wants addresses and strides that are multiples of this.
 ALIGNMENT_BYTES = 16
 
@@ -51,8 +53,8 @@ def why_not(shape: ScratchShape) -> str:
 
 def why_not_probe(shape: ScratchShape) -> str:
     """Why the kernels cannot probe for layers of this shape; empty if they can."""
-    if shape.has_fp8_kv:
-        return "the CUDA probe is made for caches in bf16 and fp16, and this one is in FP8"
+    if shape.has_fp8_kv and shape.head_dim != FP8_PROBE_HEAD_DIM:
+        return f"over a cache in FP8 the CUDA probe is made for heads of 128, and these have {shape.head_dim}"
     return why_not(shape)
 
 
@@ -114,15 +116,16 @@ def is_aligned(tensors: Sequence[torch.Tensor], strides: Iterable[int]) -> bool:
     )
 
 
-def takes(q: torch.Tensor, tensors: Sequence[torch.Tensor], strides: Iterable[int]) -> bool:
-    """Whether the kernels are made for this head size and type, and can read tensors that lie like these.
-
-    Args:
-        q: [num_rows, num_qo_heads, head_dim].
-        tensors: all that a kernel reads or writes in pieces of ALIGNMENT_BYTES, of q's type.
-        strides: theirs, in elements.
-    """
-    return is_made_for(q.shape[2], q.dtype) and is_aligned(tensors, strides)
+def score_scales(chunk: Chunk) -> dict[str, int]:
+    """The arguments that name the scales of queries and keys; none where the queries have no scale."""
+    if chunk.q_scale is None or chunk.kv.k_scale is None:
+        return {}
+    return {
+        "q_scale": chunk.q_scale.data_ptr(),
+        "k_scale": chunk.kv.k_scale.data_ptr(),
+        "stride_q_scale": chunk.q_scale.stride(0),
+        "stride_k_scale": chunk.kv.k_scale.stride(0),
+    }
 
 
 @functools.cache

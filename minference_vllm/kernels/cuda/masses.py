@@ -100,7 +100,7 @@ def group_masses(
         num_multiprocessors=library.num_multiprocessors(q.device),
         scale_log2=chunk.scale * LOG2_E * unit_of_products(means),
         **({} if boxes is None else _of_boxes(boxes)),
-        **_of_scales(chunk.q_scale, chunk.kv.k_scale),
+        **library.score_scales(chunk),
     )
     library.launch("minference_group_masses", arguments, q.device)
 
@@ -114,16 +114,4 @@ def _of_boxes(boxes: Boxes) -> dict[str, int]:
         "stride_boxes": boxes.numbers.stride(1),
         "stride_box_counts": boxes.counts.stride(0),
         "max_boxes": boxes.numbers.shape[2],
-    }
-
-
-def _of_scales(q_scale: torch.Tensor | None, k_scale: torch.Tensor | None) -> dict[str, int]:
-    """The arguments that name them."""
-    if q_scale is None or k_scale is None:
-        return {}
-    return {
-        "q_scale": q_scale.data_ptr(),
-        "k_scale": k_scale.data_ptr(),
-        "stride_q_scale": q_scale.stride(0),
-        "stride_k_scale": k_scale.stride(0),
     }
