@@ -49,7 +49,8 @@ void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, C
 inline void prefetch_box(const CUtensorMap*, int, int, int) {}
 inline void prefetch_map(const CUtensorMap*) {}
 
-// For the warp: lanes that are still to come meet the others at the wgmma. For what this thread has written itself.
+// After it the warp's wgmma see what cp.async has written: lanes that are still to come meet the others there. And all
+// wgmma see what this thread has written itself.
 inline void fence_async_proxy() {
     emulator::own_warp().fenced = emulator::now + 1;
     emulator::fence_own_stores();
@@ -136,7 +137,8 @@ void pin(float (&)[COUNT]) {}
 
 template <int ROW_BYTES = SWIZZLE_BYTES>
 uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = 8 * ROW_BYTES) {
-    return uint64_t(SWIZZLE_BYTES / ROW_BYTES) << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
+    const uint64_t mode = SWIZZLE_BYTES / ROW_BYTES;
+    return mode << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
 // D has 64 rows over 128 threads: twice as many columns as a thread has registers.
