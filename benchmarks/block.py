@@ -2,7 +2,7 @@
 """The method `block` in one layer: choosing and attending, beside FlashAttention-3 on the same chunk.
 
     python -m benchmarks.block --out benchmarks/results/h100-block.json
-    python -m benchmarks.block --cache fp8 --out benchmarks/results/h100-block-fp8.json
+    python -m benchmarks.block --cache fp8 --kernel cuda triton --out benchmarks/results/h100-block-fp8.json
 
 Queries and keys are random, so what is attended to is drawn: groups at a density. Choosing does all its work, which
 does not depend on the data but for the length of the lists: its share is set so that they have the drawn ones' length.
@@ -68,6 +68,7 @@ SETTINGS = {
     "max_fine": "share of boxes scored finely, which real prompts of the length have (docs/methods.md)",
     "score_dtype": "of the means and of the rows that are scored against them; `--score-dtype model fp8` compares",
     "cache": "of keys and values; with fp8 queries are FP8 too, and both kernels write bf16",
+    "kernel": "that attends; `--kernel cuda triton` compares",
     "attend_ms": "drawn groups, the same for both halves of a tile; of one tile's groups the next keeps "
     "minference_vllm.tuning.groups.STAYS; pages of 16 in random order",
     "density": "kept / causal pairs of the chunk, as the kernel counts them; attend_tflops counts kept pairs alone",
@@ -195,7 +196,7 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block) -> dict[str
     parts = time_parts(method, chunk, scratch, share)
     attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)
     guard_ms = median(make_guard(chunk, attend, method), device)
-    attends_with = Kernel.TRITON if kernel is Kernel.CUDA and cuda.library.why_not(shape) else kernel
+    attends_with = Kernel.TRITON if kernel is Kernel.CUDA and not cuda.attend.supports(chunk) else kernel
     found = {
         **case._asdict(), "cache": "fp8" if chunk.is_quantized else "bf16", "kernel": attends_with.value,
         "density": pairs / (case.num_qo_heads * chunk.causal_pairs),
@@ -234,14 +235,15 @@ def main() -> None:
         "--coarse-from", type=int, nargs="+", default=[COARSE_FROM], help="prompt lengths, a row for each"
     )
     parser.add_argument("--cache", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="a row for each")
+    parser.add_argument("--kernel", nargs="+", choices=["auto", *Kernel], default=["auto"], help="a row for each")
     parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these lengths")
     options = parser.parse_args()
     results.describe_run(options.tiny)
     device = torch.device("cpu" if options.tiny else "cuda", None if options.tiny else torch.cuda.current_device())
-    kernel = choose_kernel("auto", device)
+    kernels = [choose_kernel(asked, device) for asked in options.kernel]
     methods = [
         Block(BlockSettings(score_dtype=asked, coarse_from=length), kernel)
-        for asked, length in itertools.product(options.score_dtype, options.coarse_from)
+        for kernel, asked, length in itertools.product(kernels, options.score_dtype, options.coarse_from)
     ]
     settings: dict[str, Any] = {**SETTINGS, "method": BlockSettings().model_dump()}
     settings["bf16_matmul_tflops"] = None if options.tiny else bf16_matmul_tflops(device)

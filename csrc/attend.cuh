@@ -8,6 +8,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "scale.cuh"
 
 namespace attend {
 
@@ -20,6 +21,8 @@ constexpr int GROUPS_PER_STAGE = TILE / GROUP;
 // Kinds of groups and of stages: SHARED by both halves, or private to one (1 + half).
 constexpr int SHARED = 0;
 constexpr int KINDS = 3;
+
+constexpr int NO_MORE = -1;  // in place of a kind, where no stage follows
 
 constexpr int KEYS = 0;
 constexpr int VALUES = 1;
@@ -45,31 +48,45 @@ struct Params {
     int32_t tiles_per_wave;  // that run at the same time, each for all heads of a group
     int32_t sinks_are_fp32;  // else they are of the output's type
     float scale_log2;
-};
-
-template <int HEAD_DIM>
-struct Shape {
-    static constexpr int BLOCKS = HEAD_DIM / hopper::BOX_ELEMENTS;
-    static constexpr int STAGES = HEAD_DIM == 128 ? 3 : 5;  // as many as fit in shared memory
-    static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
-    static constexpr int QUERY_BLOCK_BYTES = HALF * hopper::SWIZZLE_BYTES;
-    static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
-    static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;  // of one half
+    fp8::Scale q_scale, k_scale, v_scale;
 };
 
 constexpr int THREADS = 3 * hopper::WARPGROUP;
+constexpr int LAUNCH_REGISTERS = (1 << 16) / THREADS / 8 * 8;  // per thread
 
-// Registers per thread. The consumers can only have more than at launch if the producer gives up as many.
-constexpr int LAUNCH_REGISTERS = (1 << 16) / THREADS / 8 * 8;
-constexpr int CONSUMER_REGISTERS = 200;
-constexpr int PRODUCER_REGISTERS = 104;
-static_assert(2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * LAUNCH_REGISTERS);
+// For queries, keys and values that are stored as `Stored`, HEAD_DIM of them in a row.
+//
+// Values are multiplied in 16 bits. FP8's are copied as they are, and converted into a ring of their own.
+template <typename Stored, int HEAD_DIM>
+struct Shape {
+    static constexpr bool CONVERTS = std::is_same_v<Stored, hopper::E4M3>;
+    static constexpr int ROW_BYTES = HEAD_DIM * sizeof(Stored);
+    static constexpr int SWIZZLE_BYTES = ROW_BYTES < hopper::SWIZZLE_BYTES ? ROW_BYTES : hopper::SWIZZLE_BYTES;
+    static constexpr int BLOCKS = ROW_BYTES / SWIZZLE_BYTES;
+    static constexpr int BOX_ELEMENTS = SWIZZLE_BYTES / sizeof(Stored);
+    static constexpr int STAGES = HEAD_DIM == 128 ? 3 : 5;  // as many as fit in shared memory
+    static constexpr int KEY_BLOCK_BYTES = TILE * SWIZZLE_BYTES;
+    static constexpr int QUERY_BLOCK_BYTES = HALF * SWIZZLE_BYTES;
+    static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
+    static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;  // of one half
+    static constexpr int VALUE_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
+    static constexpr int VALUE_BYTES = TILE * HEAD_DIM * 2;
 
-// Half of the producer warpgroup copies keys, the other half values.
-constexpr int COPYING_THREADS = hopper::WARPGROUP / 2;
-constexpr int COPYING_WARPS = COPYING_THREADS / hopper::WARP;
-// A stage is full when every copying thread has arrived, and once more each of their warps, after writing the mask.
-constexpr int FULL_ARRIVALS = COPYING_THREADS + COPYING_WARPS;
+    // Half of the producer warpgroup copies keys, the other half values. FP8's are half as many bytes: a quarter each
+    // copies them, and the other half converts values.
+    static constexpr int COPYING_THREADS = hopper::WARPGROUP / (CONVERTS ? 4 : 2);
+    static constexpr int COPYING_WARPS = COPYING_THREADS / hopper::WARP;
+    // A stage is full when every copying thread has arrived, and once more each of their warps, after writing the mask.
+    static constexpr int FULL_ARRIVALS = COPYING_THREADS + COPYING_WARPS;
+    // Each arrives when it has read a slot of stored values, and when it has filled one of converted values.
+    static constexpr int CONVERTING_WARPS = hopper::WARPGROUP / hopper::WARP - 2 * COPYING_WARPS;
+
+    // Registers per thread. The consumers can only have more than at launch if the producer gives up as many.
+    static constexpr int CONSUMER_REGISTERS = CONVERTS ? 192 : 200;
+    static constexpr int PRODUCER_REGISTERS = CONVERTS ? 120 : 104;
+    static_assert(2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * LAUNCH_REGISTERS);
+};
+
 // A slot is empty when every consumer warp has arrived. For a half that skips the stage the producer arrives.
 constexpr int WARPS_PER_HALF = hopper::WARPGROUP / hopper::WARP;
 constexpr int EMPTY_ARRIVALS = 2 * WARPS_PER_HALF;
@@ -92,15 +109,27 @@ struct Work {
     }
 };
 
-template <int HEAD_DIM>
-struct alignas(1024) Storage {
-    using S = Shape<HEAD_DIM>;
-    char q[2][S::QUERY_BYTES];
-    char ring[2][S::STAGES][S::KEY_BYTES];  // of KEYS and of VALUES
+// Values that are converted before they are multiplied.
+template <typename Stored, int HEAD_DIM>
+struct Converted {
+    using S = Shape<Stored, HEAD_DIM>;
+    char converted[S::STAGES][S::VALUE_BYTES];
+    int kinds[S::STAGES];  // of the stages whose values are to be converted, or NO_MORE
+    uint64_t converted_full[S::STAGES][KINDS], converted_empty[S::STAGES];
+};
+struct Nothing {};
+
+template <typename Stored, int HEAD_DIM>
+struct alignas(1024) Storage
+    : std::conditional_t<Shape<Stored, HEAD_DIM>::CONVERTS, Converted<Stored, HEAD_DIM>, Nothing> {
+    using S = Shape<Stored, HEAD_DIM>;
+    alignas(1024) char q[2][S::QUERY_BYTES];
+    char ring[2][S::STAGES][S::KEY_BYTES];  // of KEYS and of VALUES, as they are stored
     // For a stage of columns one bit per key and half. It is not set if a group has brought the half this key already.
     int32_t fresh[S::STAGES][2][TILE / 32];
     // A barrier for each kind of stage. A half skips the other's private stages, and with one barrier for all kinds it
-    // would miss phases: by their parity alone it could not tell which of them has come.
+    // would miss phases: by their parity alone it could not tell which of them has come. Who converts values skips none,
+    // and waits for SHARED's.
     uint64_t full[2][S::STAGES][KINDS];
     uint64_t empty[2][S::STAGES];
     uint64_t q_full, q_empty;
@@ -108,6 +137,20 @@ struct alignas(1024) Storage {
     int is_over;           // whether that tile is past the last, which tells the consumers to stop
     int drawn[MAX_DRAWN];  // tile numbers, for the threads that copy
     uint64_t drawn_full[MAX_DRAWN], drawn_empty[MAX_DRAWN];
+
+    // Values as they are multiplied.
+    __device__ __forceinline__ char* values(int slot) {
+        if constexpr (S::CONVERTS) return this->converted[slot];
+        else return ring[VALUES][slot];
+    }
+    __device__ __forceinline__ uint64_t* values_full(int slot, int kind) {
+        if constexpr (S::CONVERTS) return &this->converted_full[slot][kind];
+        else return &full[VALUES][slot][kind];
+    }
+    __device__ __forceinline__ uint64_t* values_empty(int slot) {
+        if constexpr (S::CONVERTS) return &this->converted_empty[slot];
+        else return &empty[VALUES][slot];
+    }
 };
 
 // Lane 0 reads for its warp, because it is also lane 0 that arrives at the barrier to say that the warp has read.

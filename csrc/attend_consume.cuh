@@ -19,13 +19,14 @@ struct Scored {
     bool by_rows;  // whether cp.async copies them
 };
 
-template <typename T, int HEAD_DIM, typename Index>
+template <typename Stored, int HEAD_DIM, typename Index>
 struct Consumer {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<Stored, HEAD_DIM>;
+    using Value = std::conditional_t<S::CONVERTS, __half, Stored>;  // as it is multiplied
     static constexpr int OUTPUTS = HALF * HEAD_DIM / hopper::WARPGROUP;  // per thread
 
     const Params& p;
-    Storage<HEAD_DIM>& shared;
+    Storage<Stored, HEAD_DIM>& shared;
     const int half;
     const int thread;  // of the warpgroup
     const int lane = thread % hopper::WARP;
@@ -42,10 +43,11 @@ struct Consumer {
 
     float first_scores[SCORES];  // of the next tile's first stage
     float acc[OUTPUTS];
-    Softmax<T> softmax;
+    Softmax<Value> softmax;
+    float fp8_scale_log2;  // of the tile's scores in FP8
     Probabilities probabilities;  // of the scored stage
 
-    __device__ __forceinline__ Consumer(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread)
+    __device__ __forceinline__ Consumer(const Params& p, Storage<Stored, HEAD_DIM>& shared, int half, int thread)
         : p(p), shared(shared), half(half), thread(thread) {}
 
     // One arrival per warp, for the other warps of the group may still be reading.
@@ -54,6 +56,8 @@ struct Consumer {
     }
 
     __device__ __forceinline__ int read(const int& word) const { return read_for_warp(word, lane); }
+
+    __device__ __forceinline__ float scale_log2() const { return S::CONVERTS ? fp8_scale_log2 : p.scale_log2; }
 
     // The halves take turns to start products. Without turns the tensor cores would work on both halves' products at
     // the same time, and then idle while both halves compute exponentials (FlashAttention-3, section 3.1).
@@ -65,16 +69,19 @@ struct Consumer {
     __device__ __forceinline__ void start_scores(float (&scores)[COUNT]) {
         const uint32_t q = hopper::shared_address(shared.q[half]);
         const uint32_t k = hopper::shared_address(shared.ring[KEYS][slot]);
-        const uint64_t first_a = hopper::descriptor(q, 16), first_b = hopper::descriptor(k, 16);
+        const uint64_t first_a = hopper::descriptor<S::SWIZZLE_BYTES>(q, 16);
+        const uint64_t first_b = hopper::descriptor<S::SWIZZLE_BYTES>(k, 16);
+        constexpr int IN_BLOCK = S::SWIZZLE_BYTES / hopper::MMA_BYTES;
         hopper::mma_fence();
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 16; ++i) {
-            const uint64_t a = hopper::advance(first_a, i / 4 * S::QUERY_BLOCK_BYTES + i % 4 * 32);
-            const uint64_t b = hopper::advance(first_b, i / 4 * S::KEY_BLOCK_BYTES + i % 4 * 32);
+        for (int i = 0; i < S::BLOCKS * IN_BLOCK; ++i) {
+            const int block = i / IN_BLOCK, inside = i % IN_BLOCK * hopper::MMA_BYTES;
+            const uint64_t a = hopper::advance(first_a, block * S::QUERY_BLOCK_BYTES + inside);
+            const uint64_t b = hopper::advance(first_b, block * S::KEY_BLOCK_BYTES + inside);
             if (i == 0) {
-                hopper::mma<T, false>(scores, a, b);
+                hopper::mma<Stored, false>(scores, a, b);
             } else {
-                hopper::mma<T, true>(scores, a, b);
+                hopper::mma<Stored, true>(scores, a, b);
             }
         }
         hopper::mma_commit();
@@ -82,13 +89,13 @@ struct Consumer {
 
     // Start to add the scored stage's values.
     __device__ __forceinline__ void start_values(int its_slot) {
-        const uint32_t v = hopper::shared_address(shared.ring[VALUES][its_slot]);
-        const uint64_t first_b = hopper::descriptor(v, S::KEY_BLOCK_BYTES);
+        const uint32_t v = hopper::shared_address(shared.values(its_slot));
+        const uint64_t first_b = hopper::descriptor(v, S::VALUE_BLOCK_BYTES);
         hopper::mma_fence();
 #pragma unroll
         for (int i = 0; i < TILE / 16; ++i) {
             const uint64_t b = hopper::advance(first_b, i * 16 * hopper::SWIZZLE_BYTES);
-            hopper::mma_add<T>(acc, probabilities[i], b);
+            hopper::mma_add<Value>(acc, probabilities[i], b);
         }
         hopper::mma_commit();
     }
@@ -96,7 +103,7 @@ struct Consumer {
     __device__ __forceinline__ void finish_values(int its_slot) {
         hopper::mma_wait<0>();
         hopper::pin(acc);
-        release(&shared.empty[VALUES][its_slot]);
+        release(shared.values_empty(its_slot));
     }
 
     // Wait for the next stage's keys, and note where its values will be.
@@ -109,8 +116,9 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void wait_for_values(const Scored& its) {
-        hopper::wait(&shared.full[VALUES][its.slot][its.kind], its.phase);
-        if (its.by_rows) hopper::fence_async_proxy();
+        hopper::wait(shared.values_full(its.slot, its.kind), its.phase);
+        // Who has converted them has fenced them.
+        if (!S::CONVERTS && its.by_rows) hopper::fence_async_proxy();
     }
 
     __device__ __forceinline__ void advance() {
@@ -149,7 +157,7 @@ struct Consumer {
             const bool future = column(lane, i) > half * HALF + row + i / 2 % 2 * 8;
             first_scores[i] = future ? -INFINITY : first_scores[i];
         }
-        softmax.begin(first_scores, p.scale_log2, probabilities);
+        softmax.begin(first_scores, scale_log2(), probabilities);
 #pragma unroll
         for (int i = 0; i < OUTPUTS; ++i) acc[i] = 0.f;
         advance();
@@ -174,7 +182,7 @@ struct Consumer {
         if (--steps_left == 0) release(&shared.q_empty);
         // Exponentials could be computed before this wait, but to release the slot early is worth more.
         finish_values(before.slot);
-        softmax.add(scores, p.scale_log2, probabilities, acc);
+        softmax.add(scores, scale_log2(), probabilities, acc);
         advance();
     }
 
@@ -253,6 +261,9 @@ struct Consumer {
 
     __device__ __forceinline__ void attend_to(const Work& work) {
         const Stages stages(work, Index::HAS_COLUMNS);
+        if constexpr (S::CONVERTS) {
+            fp8_scale_log2 = p.scale_log2 * p.q_scale[work.kv_head] * p.k_scale[work.kv_head];
+        }
         steps_left = stages.shared + (half == 0 ? stages.own[0] : stages.own[1]) + (work.num_columns + TILE - 1) / TILE;
         begin();
         attend_to_groups(stages);
@@ -277,9 +288,11 @@ struct Consumer {
     }
 };
 
-template <typename T, int HEAD_DIM, typename Index>
-__device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shared, int half, int thread) {
-    Consumer<T, HEAD_DIM, Index> consumer(p, shared, half, thread);
+//   T: of the output.
+template <typename T, typename Stored, int HEAD_DIM, typename Index>
+__device__ __forceinline__ void consume(const Params& p, Storage<Stored, HEAD_DIM>& shared, int half, int thread) {
+    constexpr bool HAS_SCALES = Shape<Stored, HEAD_DIM>::CONVERTS;
+    Consumer<Stored, HEAD_DIM, Index> consumer(p, shared, half, thread);
     Work work, next;
     if (half == 1) consumer.pass_turn();
     bool is_over = consumer.next_tile(work);
@@ -287,7 +300,8 @@ __device__ __forceinline__ void consume(const Params& p, Storage<HEAD_DIM>& shar
     while (!is_over) {
         consumer.attend_to(work);
         is_over = consumer.next_tile(next);
-        write<T, HEAD_DIM>(p, work, consumer.lane, half * HALF + consumer.row, consumer.acc, consumer.softmax);
+        const float scale = HAS_SCALES ? p.v_scale[work.kv_head] : 1.f;
+        write<T, HEAD_DIM>(p, work, consumer.lane, half * HALF + consumer.row, consumer.acc, consumer.softmax, scale);
         consumer.finish_first_scores();
         work = next;
     }

@@ -12,10 +12,6 @@
 
 namespace attend {
 
-constexpr int GROUPS_PER_WARP = GROUPS_PER_STAGE / COPYING_WARPS;  // of a stage
-constexpr int STAGES_LOOKED_UP = hopper::WARP / GROUPS_PER_WARP;
-constexpr int ROWS_PER_THREAD = TILE / COPYING_THREADS;
-
 constexpr int NOWHERE = -1;
 
 // Where a group begins, and the kind of its stage.
@@ -23,25 +19,38 @@ struct Place {
     int page, token, kind;
 };
 
-// A thread's keys of a stage, NOWHERE where it has none.
-struct Keys {
-    int key[ROWS_PER_THREAD];
-};
-
-// Where they are, and which halves keep them in groups anyway; bit h is set for half h.
-struct Rows {
-    Keys keys;
-    int page[ROWS_PER_THREAD];
-    uint32_t halves[ROWS_PER_THREAD];
-};
-
 // The keys' or the values' half of the ring, and where they come from.
-template <int HEAD_DIM, typename Index>
+template <typename Stored, int HEAD_DIM, typename Index>
 struct Stream {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<Stored, HEAD_DIM>;
+    static constexpr bool HAS_COLUMNS = Index::HAS_COLUMNS;
+    static constexpr int COPYING_THREADS = S::COPYING_THREADS, COPYING_WARPS = S::COPYING_WARPS;
+    static constexpr int GROUPS_PER_WARP = GROUPS_PER_STAGE / COPYING_WARPS;  // of a stage
+    static constexpr int STAGES_LOOKED_UP = hopper::WARP / GROUPS_PER_WARP;
+    static constexpr int ROWS_PER_THREAD = TILE / COPYING_THREADS;
+
+    // A thread's keys of a stage, NOWHERE where it has none.
+    struct Keys {
+        int key[ROWS_PER_THREAD];
+    };
+
+    // Where they are, and which halves keep them in groups anyway; bit h is set for half h.
+    struct Rows {
+        Keys keys;
+        int page[ROWS_PER_THREAD];
+        uint32_t halves[ROWS_PER_THREAD];
+    };
+
+    // What is looked up before a tile begins.
+    struct Ahead {
+        Place groups;
+        Rows columns;
+        Keys more_columns;
+    };
+
     const Params& p;
     const Index& index;
-    Storage<HEAD_DIM>& shared;
+    Storage<Stored, HEAD_DIM>& shared;
     const int which;   // KEYS or VALUES
     const int thread;  // of COPYING_THREADS
     const int warp = thread / hopper::WARP, lane = thread % hopper::WARP;
@@ -51,7 +60,7 @@ struct Stream {
     uint32_t phase = 0;  // of the barriers in `empty`
 
     __device__ __forceinline__ Stream(
-        const Params& p, const Index& index, Storage<HEAD_DIM>& shared, int which, int thread
+        const Params& p, const Index& index, Storage<Stored, HEAD_DIM>& shared, int which, int thread
     )
         : p(p),
           index(index),
@@ -69,6 +78,21 @@ struct Stream {
             slot = 0;
             phase ^= 1;
         }
+    }
+
+    // Tell those who convert values what kind the next stage of them has.
+    __device__ __forceinline__ void note_kind(int kind) {
+        if constexpr (S::CONVERTS) {
+            if (which == VALUES && thread == 0) shared.kinds[slot] = kind;
+        }
+    }
+
+    // No stage follows.
+    __device__ __forceinline__ void end() {
+        wait_for_slot();
+        __syncwarp();
+        note_kind(NO_MORE);
+        if (thread == 0) hopper::arrive(&shared.full[which][slot][SHARED], S::FULL_ARRIVALS);
     }
 
     // Look up this warp's groups of STAGES_LOOKED_UP stages from `first` on, one per lane. Stage -1 is the tile's own
@@ -92,18 +116,20 @@ struct Stream {
 
     // Copy this warp's groups of the stage that comes `ahead` stages after the first one looked up.
     __device__ __forceinline__ void load_groups(const Work& work, Place looked_up, int ahead) {
-        constexpr int GROUP_BYTES = GROUP * HEAD_DIM * 2;
+        constexpr int GROUP_BYTES = GROUP * S::ROW_BYTES;
         wait_for_slot();
         // The ballot also holds lane 0 back until all lanes have seen this phase of the barrier. Lane 0 could otherwise
         // get two phases ahead, where the parity is the same, and a lane that still waits would wait for ever.
         const uint32_t found = __ballot_sync(0xFFFFFFFF, looked_up.page != NOWHERE) >> (ahead * GROUPS_PER_WARP);
         const int num_groups = __popc(found & ((1 << GROUPS_PER_WARP) - 1));
         const int kind = __shfl_sync(0xFFFFFFFF, looked_up.kind, ahead * GROUPS_PER_WARP);
-        uint64_t* barrier = &shared.full[which][slot][kind];
+        note_kind(kind);
+        const int taken_by = S::CONVERTS && which == VALUES ? SHARED : kind;  // those who convert skip no stage
+        uint64_t* barrier = &shared.full[which][slot][taken_by];
         if (lane == 0) hopper::arrive_expecting(barrier, num_groups * GROUP_BYTES);
-        if (thread == 0) hopper::arrive(barrier, FULL_ARRIVALS - COPYING_WARPS);
-        if (thread == 0 && kind != SHARED) hopper::arrive(&shared.empty[which][slot], WARPS_PER_HALF);
-        const uint32_t target = address() + warp * GROUPS_PER_WARP * GROUP * hopper::SWIZZLE_BYTES;
+        if (thread == 0) hopper::arrive(barrier, S::FULL_ARRIVALS - COPYING_WARPS);
+        if (thread == 0 && taken_by != SHARED) hopper::arrive(&shared.empty[which][slot], WARPS_PER_HALF);
+        const uint32_t target = address() + warp * GROUPS_PER_WARP * GROUP * S::SWIZZLE_BYTES;
 #pragma unroll
         for (int group = 0; group < GROUPS_PER_WARP; ++group) {
             const int from = ahead * GROUPS_PER_WARP + group;
@@ -112,8 +138,8 @@ struct Stream {
             if (lane != 0 || group >= num_groups) continue;
 #pragma unroll
             for (int block = 0; block < S::BLOCKS; ++block) {
-                const uint32_t box = target + block * S::KEY_BLOCK_BYTES + group * GROUP * hopper::SWIZZLE_BYTES;
-                hopper::copy_box(box, map, barrier, block * hopper::BOX_ELEMENTS, token, work.kv_head, page);
+                const uint32_t box = target + block * S::KEY_BLOCK_BYTES + group * GROUP * S::SWIZZLE_BYTES;
+                hopper::copy_box(box, map, barrier, block * S::BOX_ELEMENTS, token, work.kv_head, page);
             }
         }
         advance();
@@ -137,8 +163,12 @@ struct Stream {
 
     __device__ __forceinline__ Keys own_keys(const Work& work) const {
         const int last_key = p.context_len + p.num_rows - 1;
-        const int first = work.start_row() + thread;
-        return {min(first, last_key), min(first + COPYING_THREADS, last_key)};
+        Keys keys;
+#pragma unroll
+        for (int part = 0; part < ROWS_PER_THREAD; ++part) {
+            keys.key[part] = min(work.start_row() + thread + part * COPYING_THREADS, last_key);
+        }
+        return keys;
     }
 
     __device__ __forceinline__ Keys columns(const Work& work, int start) const {
@@ -155,29 +185,32 @@ struct Stream {
     // Copy this warp's rows of a stage, those that its lanes have looked up. Returns which of this thread's rows are
     // new to which half: bit 2 * part + half.
     __device__ __forceinline__ uint32_t load_rows(const Work& work, const Rows& rows) {
-        constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, per row
+        constexpr int CHUNKS = S::ROW_BYTES / 16, CHUNKS_PER_BLOCK = S::SWIZZLE_BYTES / 16;
         constexpr int ROWS_AT_ONCE = hopper::WARP / CHUNKS;
         // From one atom of eight rows to the next a lane's targets are the same.
         constexpr int TIMES_PER_ATOM = 8 / ROWS_AT_ONCE;
+        // What a chunk's number is swizzled with changes every 128 bytes.
+        constexpr int ROWS_ALIKE = hopper::SWIZZLE_BYTES / S::SWIZZLE_BYTES;
         const int chunk = lane % CHUNKS, in_rows = lane / CHUNKS;
-        const int swizzled = (chunk % 8) ^ in_rows;
+        const int swizzled = (chunk % CHUNKS_PER_BLOCK) ^ (in_rows / ROWS_ALIKE);
         uint32_t fresh = 0;
         wait_for_slot();
+        note_kind(SHARED);
 #pragma unroll
         for (int part = 0; part < ROWS_PER_THREAD; ++part) {
             const int lane_row = part * COPYING_THREADS + warp * hopper::WARP + in_rows;
-            uint32_t atom = address() + chunk / 8 * S::KEY_BLOCK_BYTES + lane_row * hopper::SWIZZLE_BYTES;
+            uint32_t atom = address() + chunk / CHUNKS_PER_BLOCK * S::KEY_BLOCK_BYTES + lane_row * S::SWIZZLE_BYTES;
             const int key = rows.keys.key[part];
             const int64_t in_cache = rows.page[part] * p.stride_page + key % p.page_size * p.stride_token;
             const int64_t offset = key == NOWHERE ? NOWHERE : in_cache + work.kv_head * p.stride_kv_head;
             if (key != NOWHERE) fresh |= (rows.halves[part] ^ 3) << (2 * part);
 #pragma unroll 1
-            for (int eight = 0; eight < hopper::WARP; eight += 8, atom += hopper::ATOM_BYTES) {
+            for (int eight = 0; eight < hopper::WARP; eight += 8, atom += 8 * S::SWIZZLE_BYTES) {
 #pragma unroll
                 for (int i = 0; i < TIMES_PER_ATOM; ++i) {
                     const int row = i * ROWS_AT_ONCE;  // of the eight
                     const int64_t row_offset = __shfl_sync(0xFFFFFFFF, offset, eight + row + in_rows);
-                    const uint32_t target = atom + row * hopper::SWIZZLE_BYTES + (swizzled ^ row) * 16;
+                    const uint32_t target = atom + row * S::SWIZZLE_BYTES + (swizzled ^ row / ROWS_ALIKE) * 16;
                     if (row_offset >= 0) hopper::copy_16_bytes(target, source + row_offset + chunk * 16);
                 }
             }
@@ -201,21 +234,14 @@ struct Stream {
     }
 };
 
-// What is looked up before a tile begins.
-struct Ahead {
-    Place groups;
-    Rows columns;
-    Keys more_columns;
-};
-
-template <int HEAD_DIM, typename Index>
-__device__ __forceinline__ Ahead look_ahead(const Stream<HEAD_DIM, Index>& stream, const Work& work) {
-    Ahead ahead;
-    Keys columns;
-    if constexpr (Index::HAS_COLUMNS) columns = stream.columns(work, 0);
-    const Stages stages(work, Index::HAS_COLUMNS);
+template <typename ThisStream>
+__device__ __forceinline__ auto look_ahead(const ThisStream& stream, const Work& work) {
+    typename ThisStream::Ahead ahead;
+    typename ThisStream::Keys columns;
+    if constexpr (ThisStream::HAS_COLUMNS) columns = stream.columns(work, 0);
+    const Stages stages(work, ThisStream::HAS_COLUMNS);
     ahead.groups = stream.look_up_groups(work, stages, work.is_cut_short(stream.p) ? 0 : -1);
-    if constexpr (Index::HAS_COLUMNS) {
+    if constexpr (ThisStream::HAS_COLUMNS) {
         ahead.columns = stream.template look_up_rows<true>(work, columns);
         ahead.more_columns = stream.columns(work, TILE);
     }
@@ -223,9 +249,9 @@ __device__ __forceinline__ Ahead look_ahead(const Stream<HEAD_DIM, Index>& strea
 }
 
 // Load a tile's first stage, its own keys, and its queries.
-template <int HEAD_DIM, typename Index>
+template <typename ThisStream>
 __device__ __forceinline__ void begin_tile(
-    Stream<HEAD_DIM, Index>& stream, const Work& work, const Ahead& ahead, bool is_over, uint32_t q_phase
+    ThisStream& stream, const Work& work, const typename ThisStream::Ahead& ahead, bool is_over, uint32_t q_phase
 ) {
     if (work.is_cut_short(stream.p)) {
         stream.load_rows(work, stream.template look_up_rows<false>(work, stream.own_keys(work)));
@@ -236,9 +262,10 @@ __device__ __forceinline__ void begin_tile(
     __syncwarp();
 }
 
-template <int HEAD_DIM, typename Index>
-__device__ __forceinline__ void produce_groups(Stream<HEAD_DIM, Index>& stream, const Work& work, Place groups) {
-    const Stages stages(work, Index::HAS_COLUMNS);
+template <typename ThisStream>
+__device__ __forceinline__ void produce_groups(ThisStream& stream, const Work& work, Place groups) {
+    constexpr int STAGES_LOOKED_UP = ThisStream::STAGES_LOOKED_UP;
+    const Stages stages(work, ThisStream::HAS_COLUMNS);
     int base = work.is_cut_short(stream.p) ? 0 : -1;  // the first stage looked up
     Place next_groups = stream.look_up_groups(work, stages, base + STAGES_LOOKED_UP);
 #pragma unroll 1
@@ -253,32 +280,35 @@ __device__ __forceinline__ void produce_groups(Stream<HEAD_DIM, Index>& stream, 
 }
 
 //   fresh: receives how many columns this thread has copied for each half.
-template <int HEAD_DIM, typename Index>
+template <typename ThisStream>
 __device__ __forceinline__ void produce_columns(
-    Stream<HEAD_DIM, Index>& stream, const Work& work, Rows next_rows, Keys next_columns, int (&fresh)[2]
+    ThisStream& stream, const Work& work, typename ThisStream::Rows next_rows, typename ThisStream::Keys next_columns,
+    int (&fresh)[2]
 ) {
+    constexpr uint32_t FIRST_HALF = ((1 << 2 * ThisStream::ROWS_PER_THREAD) - 1) / 3;  // every other bit
 #pragma unroll 1
     for (int start = 0; start < work.num_columns; start += TILE) {
-        const Rows rows = next_rows;
+        const auto rows = next_rows;
         next_rows = stream.template look_up_rows<true>(work, next_columns);
         next_columns = stream.columns(work, start + 2 * TILE);
         const uint32_t bits = stream.load_rows(work, rows);
-        fresh[0] += __popc(bits & 0b0101);
-        fresh[1] += __popc(bits & 0b1010);
+        fresh[0] += __popc(bits & FIRST_HALF);
+        fresh[1] += __popc(bits & FIRST_HALF << 1);
     }
 }
 
-template <int HEAD_DIM, typename Index>
+template <typename Stored, int HEAD_DIM, typename Index>
 __device__ __forceinline__ void produce(
-    const Params& p, const Index& index, Storage<HEAD_DIM>& shared, int which, int thread
+    const Params& p, const Index& index, Storage<Stored, HEAD_DIM>& shared, int which, int thread
 ) {
-    Stream<HEAD_DIM, Index> stream(p, index, shared, which, thread);
+    using S = Shape<Stored, HEAD_DIM>;
+    Stream<Stored, HEAD_DIM, Index> stream(p, index, shared, which, thread);
     const Order order(p, index);
     long long pairs = 0;
     const int last = order.size() - 1;
     int id = blockIdx.x;
     Work work = order.at(p, index, min(id, last));
-    Ahead ahead = look_ahead(stream, work);
+    auto ahead = look_ahead(stream, work);
 #pragma unroll 1
     for (int turn = 0;; ++turn) {
         // The consumers begin the next tile before they end this one, so that after the last there must be one more.
@@ -290,14 +320,15 @@ __device__ __forceinline__ void produce(
         produce_groups(stream, work, ahead.groups);
         id = drawn_tile(shared, turn, stream.lane);
         const Work next = order.at(p, index, min(id, last));
-        if (which == KEYS) prefetch_queries<HEAD_DIM>(p, next, thread);
-        const Ahead now = ahead;
+        if (which == KEYS) prefetch_queries<S>(p, next, thread);
+        const auto now = ahead;
         ahead = look_ahead(stream, next);
         int fresh[2] = {0, 0};
         if constexpr (Index::HAS_COLUMNS) produce_columns(stream, work, now.columns, now.more_columns, fresh);
         pairs += count_pairs(p, work, fresh, thread == 0);
         work = next;
     }
+    if (S::CONVERTS && which == VALUES) stream.end();
     if (which == KEYS && pairs) atomicAdd(p.kept_pairs, (unsigned long long)pairs);
 }
 

@@ -9,15 +9,15 @@ namespace attend {
 // Draw the number of the tile after this one from a counter. Programs differ in speed, and with a fixed share for each
 // the fast ones would wait for the slow ones at the end. Every program draws one number past the last, so there are as
 // many draws as tiles, and the last draw sets the counter back to zero for the next launch.
-template <int HEAD_DIM>
-__device__ __forceinline__ void draw_tile(const Params& p, Storage<HEAD_DIM>& shared, int last, int turn) {
+template <typename Stored, int HEAD_DIM>
+__device__ __forceinline__ void draw_tile(const Params& p, Storage<Stored, HEAD_DIM>& shared, int last, int turn) {
     hopper::wait(&shared.drawn_empty[turn % MAX_DRAWN], (turn / MAX_DRAWN & 1) ^ 1);
     shared.drawn[turn % MAX_DRAWN] = gridDim.x + atomicInc(p.tile_counter, last);
     hopper::arrive(&shared.drawn_full[turn % MAX_DRAWN]);
 }
 
-template <int HEAD_DIM>
-__device__ __forceinline__ int drawn_tile(Storage<HEAD_DIM>& shared, int turn, int lane) {
+template <typename Stored, int HEAD_DIM>
+__device__ __forceinline__ int drawn_tile(Storage<Stored, HEAD_DIM>& shared, int turn, int lane) {
     hopper::wait(&shared.drawn_full[turn % MAX_DRAWN], turn / MAX_DRAWN & 1);
     // The shuffle holds lane 0 back until all lanes have seen this phase. Otherwise the phase after the next could
     // begin while a slow lane still waits, and as its parity is the same, that lane would wait for ever.
@@ -27,21 +27,23 @@ __device__ __forceinline__ int drawn_tile(Storage<HEAD_DIM>& shared, int turn, i
 }
 
 // Nothing has read a tile's query rows before, so that they would have to come from memory when they are needed.
-template <int HEAD_DIM>
+template <typename Shape>
 __device__ __forceinline__ void prefetch_queries(const Params& p, const Work& work, int thread) {
     if (thread >= 2) return;
     const int row = work.start_row() + thread * HALF - p.context_len;
 #pragma unroll 1
-    for (int i = 0; i < HEAD_DIM; i += hopper::BOX_ELEMENTS) hopper::prefetch_box(&p.q_map, i, work.head, row);
+    for (int block = 0; block < Shape::BLOCKS; ++block) {
+        hopper::prefetch_box(&p.q_map, block * Shape::BOX_ELEMENTS, work.head, row);
+    }
 }
 
 // Pass a tile and its query rows to the consumers, when they have finished with the rows of the tile before. Nothing
 // will read the rows again, so L2 may drop them first.
-template <int HEAD_DIM>
+template <typename Stored, int HEAD_DIM>
 __device__ __forceinline__ void load_queries(
-    const Params& p, Storage<HEAD_DIM>& shared, const Work& work, bool is_over, uint32_t phase
+    const Params& p, Storage<Stored, HEAD_DIM>& shared, const Work& work, bool is_over, uint32_t phase
 ) {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<Stored, HEAD_DIM>;
     hopper::wait(&shared.q_empty, phase ^ 1);
     shared.work = work;
     shared.is_over = is_over;
@@ -50,7 +52,7 @@ __device__ __forceinline__ void load_queries(
         const int half = i / S::BLOCKS, block = i % S::BLOCKS;
         const uint32_t target = hopper::shared_address(shared.q[half] + block * S::QUERY_BLOCK_BYTES);
         // Rows outside the chunk come as zeros.
-        const int row = work.start_row() + half * HALF - p.context_len, element = block * hopper::BOX_ELEMENTS;
+        const int row = work.start_row() + half * HALF - p.context_len, element = block * S::BOX_ELEMENTS;
         hopper::copy_box(
             target, &p.q_map, &shared.q_full, hopper::CacheHint::EVICT_FIRST, element, work.head, row
         );

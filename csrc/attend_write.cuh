@@ -20,9 +20,11 @@ __device__ __forceinline__ float sink_log2(const Params& p, int head) {
 // Rows are stored in pieces of 16 bytes. Each of a row's four lanes holds 4 bytes of a piece, so they exchange these
 // until each lane has whole pieces.
 //   first_row: the first of the thread's two rows, counted from the tile's first.
-template <typename T, int HEAD_DIM, int OUTPUTS>
+//   scale: of the values.
+template <typename T, int HEAD_DIM, int OUTPUTS, typename S>
 __device__ __forceinline__ void write(
-    const Params& p, const Work& work, int lane, int first_row, const float (&acc)[OUTPUTS], const Softmax<T>& softmax
+    const Params& p, const Work& work, int lane, int first_row, const float (&acc)[OUTPUTS], const Softmax<S>& softmax,
+    float scale
 ) {
     const float sink = sink_log2<T>(p, work.head);
 #pragma unroll
@@ -30,7 +32,7 @@ __device__ __forceinline__ void write(
         const float total = row_total(softmax.sum[r]);
         // A sink has no value: all it does is take its share of the row's attention from the keys. If that is all of
         // it, the exponential is infinite and the row is zero.
-        const float inverse = 1.f / (total + hopper::exp2_approx(sink - softmax.reference[r]));
+        const float factor = scale / (total + hopper::exp2_approx(sink - softmax.reference[r]));
         const int in_chunk = work.start_row() + first_row + r * 8 - p.context_len;
         const bool is_in_chunk = in_chunk >= 0 && in_chunk < p.num_rows;
         T* out = static_cast<T*>(p.out) + in_chunk * p.stride_out_row + work.head * p.stride_out_head;
@@ -40,7 +42,7 @@ __device__ __forceinline__ void write(
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float* both = &acc[4 * (first + i) + 2 * r];
-                piece[i] = hopper::pack<T>(both[0] * inverse, both[1] * inverse);
+                piece[i] = hopper::pack<T>(both[0] * factor, both[1] * factor);
             }
             transpose_in_quad(lane, piece);
             if (is_in_chunk) {

@@ -102,8 +102,22 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Makes visible to wgmma what cp.async has written: they access shared memory through different proxies.
+// Makes visible to wgmma what cp.async or this thread has written: they access shared memory through different proxies.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- shared memory ---------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint4 load_16_bytes(uint32_t source) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(source)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_16_bytes(uint32_t destination, const uint4& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(destination), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
 
 // ---- registers, arithmetic ------------------------------------------------------------------------------------
 
@@ -166,6 +180,13 @@ __device__ __forceinline__ uint32_t pack_e4m3(float2 first, float2 second) {
     return low | uint32_t(high) << 16;
 }
 
+// The lower or the upper two of four E4M3 numbers, side by side in fp16, which holds each of them.
+__device__ __forceinline__ uint32_t e4m3_to_fp16(uint32_t packed, bool upper) {
+    uint32_t wide;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"(uint16_t(upper ? packed >> 16 : packed)));
+    return wide;
+}
+
 // ---- wgmma -----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -187,12 +208,14 @@ __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Descriptor of a matrix in swizzled shared memory. `leading` is the distance in bytes between blocks of 64 elements
-// along the contiguous dimension, which counts only if that is not the dimension summed over; `stride` is the distance
-// between groups of 8 rows.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = ATOM_BYTES) {
-    constexpr uint64_t SWIZZLE_128 = 1ull << 62;
-    return SWIZZLE_128 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
+// Descriptor of a matrix in shared memory that is swizzled in rows of ROW_BYTES. `leading` is the distance in bytes
+// between blocks of 64 elements along the contiguous dimension, which counts only if that is not the dimension summed
+// over; `stride` is the distance between groups of 8 rows.
+template <int ROW_BYTES = SWIZZLE_BYTES>
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = 8 * ROW_BYTES) {
+    static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
+    constexpr uint64_t MODE = ROW_BYTES == 128 ? 1 : 2;
+    return MODE << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
 #define HOPPER_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -254,18 +277,20 @@ __device__ __forceinline__ void mma_add(float (&d)[32], const uint32_t (&a)[4], 
 #undef HOPPER_MMA
 }
 
-// D (+)= A B for 64 x 64 x 16, A and B in shared memory, both contiguous along the 16.
+// D (+)= A B for 64 x 64 x 16, or x 32 of E4M3, A and B in shared memory, both contiguous along the 16 or 32.
 template <typename T, bool ACCUMULATE>
 __device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
-#define HOPPER_MMA(TYPE)                                                                                          \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." \
-                 TYPE " {" HOPPER_NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                     \
-                 : HOPPER_16(d, 0), HOPPER_16(d, 16)                                                              \
+#define HOPPER_MMA(DEPTH, TYPE, ORDER)                                                                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64" DEPTH \
+                 ".f32." TYPE "." TYPE " {" HOPPER_NAMES_32 "}, %32, %33, p, 1, 1" ORDER ";\n}\n"       \
+                 : HOPPER_16(d, 0), HOPPER_16(d, 16)                                                    \
                  : "l"(a), "l"(b), "n"(int(ACCUMULATE)))
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        HOPPER_MMA("bf16");
+    if constexpr (std::is_same_v<T, E4M3>) {
+        HOPPER_MMA("k32", "e4m3", "");
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        HOPPER_MMA("k16", "bf16", ", 0, 0");
     } else {
-        HOPPER_MMA("f16");
+        HOPPER_MMA("k16", "f16", ", 0, 0");
     }
 #undef HOPPER_MMA
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of 64 probe rows per head over all keys, summed by column and by diagonal, for Hopper (sm_90a): bf16 and
-// fp16, head_dim 64 and 128. Two passes over the keys, an exact softmax. Its twin: minference_vllm/reference/probe.py.
+// fp16, head_dim 64 and 128, and FP8, head_dim 128. Two passes over the keys, an exact softmax. Its twin:
+// minference_vllm/reference/probe.py.
 //
 // A pass reads keys once for all heads that share them. Masses are integers, so that atomics give the same sums in any
 // order.
@@ -29,9 +30,9 @@ inline int choose_splits(int programs_a_split, int num_tiles, int max_splits, in
     return best;
 }
 
-template <int HEAD_DIM>
+template <int ROW_BYTES>
 cudaError_t launch(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
-    const int bytes = shared_bytes<HEAD_DIM>(p.batch_size, p.stages) + hopper::ATOM_BYTES;
+    const int bytes = shared_bytes<ROW_BYTES>(p.batch_size, p.stages) + hopper::ATOM_BYTES;
     constexpr auto LIMIT = cudaFuncAttributeMaxDynamicSharedMemorySize;
     const cudaError_t error = cudaFuncSetAttribute(kernel, LIMIT, MAX_SHARED_BYTES);
     if (error != cudaSuccess) return error;
@@ -39,27 +40,30 @@ cudaError_t launch(void (*kernel)(Params), const Params& p, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, int ROW_BYTES>
 cudaError_t run(Params& p, cudaStream_t stream) {
     p.stages = MAX_STAGES;
-    while (shared_bytes<HEAD_DIM>(p.batch_size, p.stages) + hopper::ATOM_BYTES > MAX_SHARED_BYTES) --p.stages;
-    const cudaError_t error = launch<HEAD_DIM>(lse_kernel<T, HEAD_DIM>, p, stream);
+    while (shared_bytes<ROW_BYTES>(p.batch_size, p.stages) + hopper::ATOM_BYTES > MAX_SHARED_BYTES) --p.stages;
+    const cudaError_t error = launch<ROW_BYTES>(lse_kernel<T, ROW_BYTES>, p, stream);
     if (error != cudaSuccess || p.which == Which::HELD_OUT) return error;
-    const auto kernel = p.which == Which::SPREAD ? mass_kernel<T, HEAD_DIM, true> : mass_kernel<T, HEAD_DIM, false>;
-    return launch<HEAD_DIM>(kernel, p, stream);
+    const auto kernel = p.which == Which::SPREAD ? mass_kernel<T, ROW_BYTES, true> : mass_kernel<T, ROW_BYTES, false>;
+    return launch<ROW_BYTES>(kernel, p, stream);
 }
 
 // Even with the most heads that a program can have there is room for two stages, the fewest that overlap.
-static_assert(shared_bytes<128>(MAX_HEADS, 2) + hopper::ATOM_BYTES <= MAX_SHARED_BYTES);
+static_assert(shared_bytes<256>(MAX_HEADS, 2) + hopper::ATOM_BYTES <= MAX_SHARED_BYTES);
 
 }  // namespace probe
 
 // See minference_vllm/kernels/cuda/probe.py, which mirrors it. Strides are in elements.
 struct MInferenceProbe {
     const void *q, *k, *block_table;
+    const void *q_scale, *k_scale;  // of FP8
     void *partial_max, *partial_sum, *lse, *vertical, *slash;
     int64_t stride_q_row, stride_q_head, stride_page, stride_kv_head, stride_token, stride_lse, stride_mass;
+    int64_t stride_q_scale, stride_k_scale;
     int32_t num_rows, context_len, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, is_bf16;
+    int32_t is_fp8;      // else bf16 or fp16
     int32_t max_splits;  // that the partial sums have room for
     int32_t num_multiprocessors;
     int32_t which;       // rows: see probe::Which
@@ -68,8 +72,12 @@ struct MInferenceProbe {
     float scale_log2;
 };
 
+static hopper::Element element_of(const MInferenceProbe& a) {
+    return a.is_fp8 ? hopper::Element::E4M3 : hopper::sixteen_bits(a.is_bf16);
+}
+
 static probe::Params make_params(const MInferenceProbe& a) {
-    constexpr int ELEMENT = 2;  // bytes
+    const int bytes = hopper::bytes_of(element_of(a));
     probe::Params p{};
     p.q = static_cast<const char*>(a.q);
     p.block_table = static_cast<const int32_t*>(a.block_table);
@@ -78,8 +86,8 @@ static probe::Params make_params(const MInferenceProbe& a) {
     p.lse = static_cast<float*>(a.lse);
     p.vertical = static_cast<int32_t*>(a.vertical);
     p.slash = static_cast<int32_t*>(a.slash);
-    p.stride_q_row = a.stride_q_row * ELEMENT;
-    p.stride_q_head = a.stride_q_head * ELEMENT;
+    p.stride_q_row = a.stride_q_row * bytes;
+    p.stride_q_head = a.stride_q_head * bytes;
     p.stride_lse = a.stride_lse;
     p.stride_mass = a.stride_mass;
     p.num_rows = a.num_rows;
@@ -97,17 +105,20 @@ static probe::Params make_params(const MInferenceProbe& a) {
     p.which = static_cast<probe::Which>(a.which);
     p.accumulate = a.accumulate;
     p.scale_log2 = a.scale_log2;
+    p.q_scale = fp8::make_scale(a.q_scale, a.stride_q_scale);
+    p.k_scale = fp8::make_scale(a.k_scale, a.stride_k_scale);
     return p;
 }
 
 static cudaError_t run(const MInferenceProbe& a, probe::Params& p, cudaStream_t stream) {
-    const cudaError_t error = hopper::make_cache_map(&p.k_map, a.k, a, probe::BAND);
+    const cudaError_t error = hopper::make_cache_map(&p.k_map, element_of(a), a.k, a, probe::BAND);
     if (error != cudaSuccess) return error;
+    if (a.is_fp8) return a.head_dim == 128 ? probe::run<hopper::E4M3, 128>(p, stream) : cudaErrorInvalidValue;
     if (a.head_dim == 128) {
-        return a.is_bf16 ? probe::run<__nv_bfloat16, 128>(p, stream) : probe::run<__half, 128>(p, stream);
+        return a.is_bf16 ? probe::run<__nv_bfloat16, 256>(p, stream) : probe::run<__half, 256>(p, stream);
     }
     if (a.head_dim == 64) {
-        return a.is_bf16 ? probe::run<__nv_bfloat16, 64>(p, stream) : probe::run<__half, 64>(p, stream);
+        return a.is_bf16 ? probe::run<__nv_bfloat16, 128>(p, stream) : probe::run<__half, 128>(p, stream);
     }
     return cudaErrorInvalidValue;
 }

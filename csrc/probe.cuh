@@ -7,6 +7,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "scale.cuh"
 
 namespace probe {
 
@@ -53,6 +54,7 @@ struct Params {
     int32_t accumulate;
     Which which;
     float scale_log2;
+    fp8::Scale q_scale, k_scale;
 
     __device__ __forceinline__ int seq_len() const { return context_len + num_rows; }
 };
@@ -72,6 +74,16 @@ struct Job {
         num_tiles = min(p.tiles_each, p.num_tiles - first_tile);
     }
 };
+
+// Of products of queries and keys of type T.
+template <typename T>
+__device__ __forceinline__ float scale_log2_of(const Params& p, const Job& job) {
+    if constexpr (std::is_same_v<T, hopper::E4M3>) {
+        return p.scale_log2 * p.q_scale[job.kv_head] * p.k_scale[job.kv_head];
+    } else {
+        return p.scale_log2;
+    }
+}
 
 // The rows that are probed: the chunk's last ones, as many spread evenly over it, or those that measure recall, which
 // minference_vllm/reference/recall.py describes.
@@ -100,14 +112,15 @@ struct Rows {
 // is in one thread.
 __device__ __forceinline__ int probe_at(int place) { return (place & ~7) | (place & 1) << 2 | (place >> 1 & 3); }
 
-template <int HEAD_DIM>
+// A row of queries or keys has ROW_BYTES.
+template <int ROW_BYTES>
 struct Shape {
-    static constexpr int BLOCKS = HEAD_DIM * 2 / hopper::SWIZZLE_BYTES;  // whose rows have 128 bytes
+    static constexpr int BLOCKS = ROW_BYTES / hopper::SWIZZLE_BYTES;  // whose rows have 128 bytes
     static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
     static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
     static constexpr int QUERY_BLOCK_BYTES = NUM_PROBES * hopper::SWIZZLE_BYTES;
     static constexpr int QUERY_BYTES = BLOCKS * QUERY_BLOCK_BYTES;
-    static constexpr int STEPS_PER_BLOCK = hopper::SWIZZLE_BYTES / 32;  // of 16 elements
+    static constexpr int STEPS_PER_BLOCK = hopper::SWIZZLE_BYTES / hopper::MMA_BYTES;
 };
 
 struct Barriers {
@@ -117,15 +130,15 @@ struct Barriers {
 // Bytes that a pass keeps for each head: the first four floats per thread, the second log-sum-exps.
 constexpr int HEAD_BYTES = hopper::WARPGROUP * 4 * sizeof(float);
 
-template <int HEAD_DIM>
+template <int ROW_BYTES>
 __host__ __device__ constexpr int shared_bytes(int heads, int stages) {
-    return stages * Shape<HEAD_DIM>::KEY_BYTES + heads * (Shape<HEAD_DIM>::QUERY_BYTES + HEAD_BYTES) + sizeof(Barriers);
+    return stages * Shape<ROW_BYTES>::KEY_BYTES + heads * (Shape<ROW_BYTES>::QUERY_BYTES + HEAD_BYTES) + sizeof(Barriers);
 }
 
 // The parts of dynamic shared memory. Their sizes depend on the number of heads and stages.
-template <int HEAD_DIM>
+template <int ROW_BYTES>
 struct Shared {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<ROW_BYTES>;
     char *keys, *queries, *heads;
     Barriers* barriers;
 

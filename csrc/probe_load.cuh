@@ -7,8 +7,8 @@
 namespace probe {
 
 // Set up barriers, before producer and consumers go different ways.
-template <int HEAD_DIM>
-__device__ __forceinline__ void set_up(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
+template <int ROW_BYTES>
+__device__ __forceinline__ void set_up(const Params& p, const Shared<ROW_BYTES>& shared, const Job& job) {
     if (threadIdx.x == 0) {
         hopper::prefetch_map(&p.k_map);
         for (int i = 0; i < p.stages; ++i) {
@@ -35,9 +35,9 @@ struct Place {
 
 // Run by one warp: lane l copies box l of each tile, 128 bytes of each key of a band. The second pass goes BACKWARDS,
 // because the keys that the first pass has read last are still in L2.
-template <int HEAD_DIM, bool BACKWARDS>
-__device__ __forceinline__ void produce(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
-    using S = Shape<HEAD_DIM>;
+template <int ROW_BYTES, bool BACKWARDS>
+__device__ __forceinline__ void produce(const Params& p, const Shared<ROW_BYTES>& shared, const Job& job) {
+    using S = Shape<ROW_BYTES>;
     const int lane = threadIdx.x % hopper::WARP;
     const bool copies = lane < BANDS * S::BLOCKS;
     const int band = lane / S::BLOCKS % BANDS, block = lane % S::BLOCKS;
@@ -69,9 +69,9 @@ __device__ __forceinline__ void produce(const Params& p, const Shared<HEAD_DIM>&
 
 // Run by all consumers: load the probe rows of every head, swizzled as the tensor cores read them. Rows that the chunk
 // does not have are zeros.
-template <int HEAD_DIM>
-__device__ __forceinline__ void load_queries(const Params& p, const Shared<HEAD_DIM>& shared, const Job& job) {
-    using S = Shape<HEAD_DIM>;
+template <int ROW_BYTES>
+__device__ __forceinline__ void load_queries(const Params& p, const Shared<ROW_BYTES>& shared, const Job& job) {
+    using S = Shape<ROW_BYTES>;
     constexpr int CHUNKS_PER_BLOCK = hopper::SWIZZLE_BYTES / 16;
     constexpr int CHUNKS = S::BLOCKS * CHUNKS_PER_BLOCK;
     const Rows rows(p);
@@ -117,16 +117,16 @@ struct Turns {
 };
 
 // One program of a pass: the last warpgroup produces, the others consume.
-template <int HEAD_DIM, bool BACKWARDS, typename Consume>
+template <int ROW_BYTES, bool BACKWARDS, typename Consume>
 __device__ __forceinline__ void run_program(const Params& p, char* raw, Consume consume) {
-    const Shared<HEAD_DIM> shared(raw, p);
+    const Shared<ROW_BYTES> shared(raw, p);
     const Job job(p);
     set_up(p, shared, job);
     // Read from lane 0, which tells the compiler that all lanes of a warp go the same way.
     const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
     if (warpgroup == CONSUMERS) {
         hopper::fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < CONSUMER_THREADS + hopper::WARP) produce<HEAD_DIM, BACKWARDS>(p, shared, job);
+        if (threadIdx.x < CONSUMER_THREADS + hopper::WARP) produce<ROW_BYTES, BACKWARDS>(p, shared, job);
     } else {
         hopper::more_registers<CONSUMER_REGISTERS>();
         consume(p, shared, job, warpgroup);

@@ -17,13 +17,13 @@ __device__ __forceinline__ int probe_of(int thread, int f) {
 }
 
 // S = Q K^T for 64 rows and a tile.
-template <typename T, int HEAD_DIM>
+template <typename T, int ROW_BYTES>
 __device__ __forceinline__ void issue_scores(float (&scores)[64], uint32_t queries, uint32_t keys) {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<ROW_BYTES>;
     hopper::mma_fence();
 #pragma unroll
     for (int step = 0; step < S::BLOCKS * S::STEPS_PER_BLOCK; ++step) {
-        const int block = step / S::STEPS_PER_BLOCK, inside = step % S::STEPS_PER_BLOCK * 32;
+        const int block = step / S::STEPS_PER_BLOCK, inside = step % S::STEPS_PER_BLOCK * hopper::MMA_BYTES;
         const uint64_t a = hopper::advance(hopper::descriptor(queries, 0), block * S::QUERY_BLOCK_BYTES + inside);
         const uint64_t b = hopper::advance(hopper::descriptor(keys, 0), block * S::KEY_BLOCK_BYTES + inside);
         if (step == 0) {
@@ -66,29 +66,29 @@ __device__ __forceinline__ void add_tile(Running& running, const float (&scores)
 
 // Combine the parts of the four threads that share a row.
 __device__ __forceinline__ void store_partial(
-    const Params& p, const Job& job, int head, const Running& running, int thread
+    const Params& p, const Job& job, int head, const Running& running, int thread, float scale_log2
 ) {
     const Rows rows(p);
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
         float max = running.max[f];
         for (int lanes = 1; lanes < 4; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFF, max, lanes));
-        float sum = running.sum[f] * hopper::exp2_approx((running.max[f] - max) * p.scale_log2);
+        float sum = running.sum[f] * hopper::exp2_approx((running.max[f] - max) * scale_log2);
         for (int lanes = 1; lanes < 4; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, lanes);
         if (thread % 4) continue;
         const int probe = probe_of(thread, f);
         const bool is_present = rows.row(probe) >= 0;
         const int64_t at = (int64_t(job.first_head + head) * p.splits + job.split) * NUM_PROBES + probe;
-        p.partial_max[at] = is_present ? max * p.scale_log2 : NO_MAX;
+        p.partial_max[at] = is_present ? max * scale_log2 : NO_MAX;
         p.partial_sum[at] = is_present ? sum : 0.0f;
     }
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, int ROW_BYTES>
 __device__ __forceinline__ void consume_lse(
-    const Params& p, const Shared<HEAD_DIM>& shared, const Job& job, int warpgroup
+    const Params& p, const Shared<ROW_BYTES>& shared, const Job& job, int warpgroup
 ) {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<ROW_BYTES>;
     const int thread = threadIdx.x % hopper::WARPGROUP;
     load_queries(p, shared, job);
     hopper::wait_named(ALL_CONSUMERS, CONSUMER_THREADS);
@@ -99,6 +99,7 @@ __device__ __forceinline__ void consume_lse(
     for (int head = warpgroup; head < job.num_heads; head += CONSUMERS) {
         running[head * hopper::WARPGROUP] = {{NO_MAX, NO_MAX}, {0.0f, 0.0f}};
     }
+    const float scale_log2 = scale_log2_of<T>(p, job);
     const Rows rows(p);
     const int first_key = thread % 4 * 2;
     int last_keys[2];
@@ -111,7 +112,7 @@ __device__ __forceinline__ void consume_lse(
         for (int head = warpgroup; head < job.num_heads; head += CONSUMERS) {
             float scores[64];
             turns.wait();
-            issue_scores<T, HEAD_DIM>(scores, hopper::shared_address(shared.queries) + head * S::QUERY_BYTES, keys);
+            issue_scores<T, ROW_BYTES>(scores, hopper::shared_address(shared.queries) + head * S::QUERY_BYTES, keys);
             Running state = running[head * hopper::WARPGROUP];
             hopper::mma_wait<0>();
             hopper::pin(scores);
@@ -121,21 +122,21 @@ __device__ __forceinline__ void consume_lse(
             if (tile * TILE + TILE - 1 > rows.first_position()) {
                 hide(scores, {last_keys[0] - tile * TILE, last_keys[1] - tile * TILE});
             }
-            add_tile(state, scores, p.scale_log2);
+            add_tile(state, scores, scale_log2);
             running[head * hopper::WARPGROUP] = state;
         }
         ring.advance(p.stages);
     }
     turns.finish();
     for (int head = warpgroup; head < job.num_heads; head += CONSUMERS) {
-        store_partial(p, job, head, running[head * hopper::WARPGROUP], thread);
+        store_partial(p, job, head, running[head * hopper::WARPGROUP], thread, scale_log2);
     }
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, int ROW_BYTES>
 __global__ void __launch_bounds__(THREADS, 1) lse_kernel(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
-    run_program<HEAD_DIM, false>(p, raw, consume_lse<T, HEAD_DIM>);
+    run_program<ROW_BYTES, false>(p, raw, consume_lse<T, ROW_BYTES>);
 }
 
 }  // namespace probe

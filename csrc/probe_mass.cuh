@@ -54,13 +54,13 @@ __device__ __forceinline__ void load_lse(const Params& p, const Job& job, float*
 }
 
 // S^T = K Q^T for a tile and 64 rows. A warp gets 32 consecutive keys; scores[h] has the h-th eight of each 16.
-template <typename T, int HEAD_DIM>
+template <typename T, int ROW_BYTES>
 __device__ __forceinline__ void issue_transposed(float (&scores)[2][32], uint32_t queries, uint32_t keys) {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<ROW_BYTES>;
     hopper::mma_fence();
 #pragma unroll
     for (int step = 0; step < S::BLOCKS * S::STEPS_PER_BLOCK; ++step) {
-        const int block = step / S::STEPS_PER_BLOCK, inside = step % S::STEPS_PER_BLOCK * 32;
+        const int block = step / S::STEPS_PER_BLOCK, inside = step % S::STEPS_PER_BLOCK * hopper::MMA_BYTES;
         const uint64_t b = hopper::advance(hopper::descriptor(queries, 0), block * S::QUERY_BLOCK_BYTES + inside);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void add_entries(const Masses& mass, const Corner<tru
 template <bool SPREAD, bool MASKED>
 __device__ __forceinline__ void add_tile(
     const Params& p, int head, int tile, int first_position, const float* shared_lse, const float* positions,
-    const Diagonals& diagonals, const float (&scores)[2][32]
+    const Diagonals& diagonals, const float (&scores)[2][32], float scale_log2
 ) {
     const int lane = threadIdx.x % hopper::WARP;
     const int warp_key = tile * TILE + threadIdx.x % hopper::WARPGROUP / hopper::WARP * KEYS_PER_WARP;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void add_tile(
         *reinterpret_cast<float4*>(lse + i) = *reinterpret_cast<const float4*>(shared_lse + t * LSE_PITCH + i);
     }
     Masses mass;
-    weigh<SPREAD, MASKED>(scores, lse, p.scale_log2, corner, mass);
+    weigh<SPREAD, MASKED>(scores, lse, scale_log2, corner, mass);
 
     const int column = sum_column(mass, lane);
     const int key = corner.first_key + 8 * t;
@@ -160,11 +160,11 @@ __device__ __forceinline__ void add_tile(
     }
 }
 
-template <typename T, int HEAD_DIM, bool SPREAD>
+template <typename T, int ROW_BYTES, bool SPREAD>
 __device__ __forceinline__ void consume_mass(
-    const Params& p, const Shared<HEAD_DIM>& shared, const Job& job, int warpgroup
+    const Params& p, const Shared<ROW_BYTES>& shared, const Job& job, int warpgroup
 ) {
-    using S = Shape<HEAD_DIM>;
+    using S = Shape<ROW_BYTES>;
     const auto lse = reinterpret_cast<float*>(shared.heads);
     load_queries(p, shared, job);
     load_lse(p, job, lse);
@@ -173,6 +173,7 @@ __device__ __forceinline__ void consume_mass(
 
     const float* positions = lse + job.num_heads * LSE_PER_HEAD;
     const int first = Rows(p).position(0), first_visible = Rows(p).first_position();
+    const float scale_log2 = scale_log2_of<T>(p, job);
     const Diagonals diagonals(threadIdx.x % hopper::WARP);
     const Turns turns(job.num_heads, warpgroup);
     Ring ring;
@@ -182,7 +183,7 @@ __device__ __forceinline__ void consume_mass(
         for (int head = warpgroup; head < job.num_heads; head += CONSUMERS) {
             float scores[2][32];
             turns.wait();
-            issue_transposed<T, HEAD_DIM>(scores, hopper::shared_address(shared.queries) + head * S::QUERY_BYTES, keys);
+            issue_transposed<T, ROW_BYTES>(scores, hopper::shared_address(shared.queries) + head * S::QUERY_BYTES, keys);
             hopper::mma_wait<0>();
             hopper::pin(scores[0]);
             hopper::pin(scores[1]);
@@ -192,9 +193,13 @@ __device__ __forceinline__ void consume_mass(
             }
             const float* head_lse = lse + head * LSE_PER_HEAD;
             if (tile * TILE + TILE - 1 > first_visible) {
-                add_tile<SPREAD, true>(p, job.first_head + head, tile, first, head_lse, positions, diagonals, scores);
+                add_tile<SPREAD, true>(
+                    p, job.first_head + head, tile, first, head_lse, positions, diagonals, scores, scale_log2
+                );
             } else {
-                add_tile<SPREAD, false>(p, job.first_head + head, tile, first, head_lse, positions, diagonals, scores);
+                add_tile<SPREAD, false>(
+                    p, job.first_head + head, tile, first, head_lse, positions, diagonals, scores, scale_log2
+                );
             }
         }
         ring.advance(p.stages);
@@ -202,10 +207,10 @@ __device__ __forceinline__ void consume_mass(
     turns.finish();
 }
 
-template <typename T, int HEAD_DIM, bool SPREAD>
+template <typename T, int ROW_BYTES, bool SPREAD>
 __global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
-    run_program<HEAD_DIM, true>(p, raw, consume_mass<T, HEAD_DIM, SPREAD>);
+    run_program<ROW_BYTES, true>(p, raw, consume_mass<T, ROW_BYTES, SPREAD>);
 }
 
 }  // namespace probe

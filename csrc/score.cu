@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sampled rows against means of keys, for Hopper (sm_90a): bf16 and fp16, head_dim 64 and 128, the latter also with
-// products in FP8. The attention mass that rows give to each group of four means before their tile. The twin:
-// minference_vllm/reference/masses.py.
+// products in FP8; queries in the same types or in FP8. The attention mass that rows give to each group of four means
+// before their tile. The twin: minference_vllm/reference/masses.py.
 
 #include <cmath>
 
@@ -54,11 +54,12 @@ struct MInferenceScore {
     const void *q, *means, *row_lse;
     void* masses;
     const void *boxes, *box_counts;  // int32, or null: see score.cuh
+    const void *q_scale, *k_scale;   // of queries in FP8, and of the keys
     int64_t stride_q_row, stride_q_head, stride_means, stride_lse, stride_masses, stride_masses_part;
-    int64_t stride_boxes_set, stride_boxes, stride_box_counts;
+    int64_t stride_boxes_set, stride_boxes, stride_box_counts, stride_q_scale, stride_k_scale;
     int32_t num_rows, context_len, rows_per_half, num_qo_heads, num_kv_heads, head_dim;
-    int32_t is_bf16;                // queries, else fp16; and means, if they are not
-    int32_t is_fp8;                 // E4M3
+    int32_t is_bf16;            // the model, else fp16: queries and means, if they are not in FP8
+    int32_t is_fp8, has_fp8_q;  // E4M3: means, queries
     int32_t keys_per_mean;          // a power of two
     int32_t max_boxes;              // of a block, if `boxes` names them
     int32_t num_multiprocessors;
@@ -66,7 +67,7 @@ struct MInferenceScore {
 };
 
 static score::Params make_params(const MInferenceScore& a) {
-    constexpr int ELEMENT = 2;  // bytes, of queries
+    const int bytes = a.has_fp8_q ? 1 : 2;  // of queries
     score::Params p{};
     p.q = static_cast<const char*>(a.q);
     p.row_lse = static_cast<const float*>(a.row_lse);
@@ -79,8 +80,8 @@ static score::Params make_params(const MInferenceScore& a) {
     p.max_stages = (a.max_boxes + score::STAGE_BOXES - 1) / score::STAGE_BOXES;
     p.groups_per_tile = score::TILE / (a.keys_per_mean * score::MEANS_PER_GROUP);
     p.log2_mean = std::log2(float(a.keys_per_mean));
-    p.stride_q_row = a.stride_q_row * ELEMENT;
-    p.stride_q_head = a.stride_q_head * ELEMENT;
+    p.stride_q_row = a.stride_q_row * bytes;
+    p.stride_q_head = a.stride_q_head * bytes;
     p.stride_lse = a.stride_lse;
     p.stride_masses = a.stride_masses;
     p.stride_masses_part = a.stride_masses_part;
@@ -94,16 +95,19 @@ static score::Params make_params(const MInferenceScore& a) {
     p.num_blocks = (p.num_lists + score::LISTS - 1) / score::LISTS;
     p.num_boxes = ((end_tile - 1) * p.groups_per_tile + score::BOX_GROUPS - 1) / score::BOX_GROUPS;
     p.scale_log2 = a.scale_log2;
+    p.q_scale = fp8::make_scale(a.q_scale, a.stride_q_scale);
+    p.k_scale = fp8::make_scale(a.k_scale, a.stride_k_scale);
     return p;
 }
 
-template <typename Q>
+// Products of means of type T, if they are not in FP8, and queries of type Q.
+template <typename T, typename Q>
 static cudaError_t run(const MInferenceScore& a, const score::Params& p, cudaStream_t stream) {
     if (a.is_fp8) {
         return a.head_dim == 128 ? score::launch<hopper::E4M3, Q, 128>(p, stream) : cudaErrorInvalidValue;
     }
-    if (a.head_dim == 128) return score::launch<Q, Q, 128>(p, stream);
-    if (a.head_dim == 64) return score::launch<Q, Q, 64>(p, stream);
+    if (a.head_dim == 128) return score::launch<T, Q, 128>(p, stream);
+    if (a.head_dim == 64) return score::launch<T, Q, 64>(p, stream);
     return cudaErrorInvalidValue;
 }
 
@@ -124,5 +128,7 @@ extern "C" int minference_group_masses(const MInferenceScore* args, cudaStream_t
         {box_elements, score::BOX_GROUPS, score::MEANS_PER_GROUP, 1}
     );
     if (error != cudaSuccess) return error;
-    return a.is_bf16 ? run<__nv_bfloat16>(a, p, stream) : run<__half>(a, p, stream);
+    using hopper::E4M3;
+    if (a.has_fp8_q) return a.is_bf16 ? run<__nv_bfloat16, E4M3>(a, p, stream) : run<__half, E4M3>(a, p, stream);
+    return a.is_bf16 ? run<__nv_bfloat16, __nv_bfloat16>(a, p, stream) : run<__half, __half>(a, p, stream);
 }

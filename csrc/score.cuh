@@ -11,6 +11,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "scale.cuh"
 
 namespace score {
 
@@ -58,6 +59,7 @@ struct Params {
     int32_t num_boxes;                          // of means before the chunk's last tile
     int32_t groups_per_tile;
     float scale_log2, log2_mean;                // the logarithm of a mean's keys
+    fp8::Scale q_scale, k_scale;                // of queries in FP8, and of the keys
 
     __host__ __device__ __forceinline__ int first_tile() const { return context_len / TILE; }
     // Lists of a part are neighbours, so that those of a block see about the same means.

@@ -46,10 +46,31 @@ __device__ __forceinline__ float2 in_units(int packed) {
     return make_float2(numbers.x / FP8_UNIT, numbers.y / FP8_UNIT);
 }
 
+// Four numbers in FP8: in its units, or as two pairs of a 16-bit type.
+__device__ __forceinline__ int in_units_of_fp8(int packed) {
+    return hopper::pack_e4m3(
+        in_units<__half>(hopper::e4m3_to_fp16(packed, false)), in_units<__half>(hopper::e4m3_to_fp16(packed, true))
+    );
+}
+template <typename T>
+__device__ __forceinline__ int2 widen(int packed) {
+    const float2 first = hopper::unpack<__half>(hopper::e4m3_to_fp16(packed, false));
+    const float2 second = hopper::unpack<__half>(hopper::e4m3_to_fp16(packed, true));
+    return make_int2(hopper::pack<T>(first.x, first.y), hopper::pack<T>(second.x, second.y));
+}
+
 // A row of type Q in global memory, made one of type T: its i-th 16 bytes.
 template <typename T, typename Q>
 __device__ __forceinline__ int4 load_piece(const char* row, int i) {
-    if constexpr (std::is_same_v<T, Q>) {
+    constexpr bool FROM_FP8 = std::is_same_v<Q, hopper::E4M3>;
+    if constexpr (FROM_FP8 && std::is_same_v<T, Q>) {
+        const int4 x = __ldg(reinterpret_cast<const int4*>(row) + i);
+        return make_int4(in_units_of_fp8(x.x), in_units_of_fp8(x.y), in_units_of_fp8(x.z), in_units_of_fp8(x.w));
+    } else if constexpr (FROM_FP8) {
+        const int2 x = __ldg(reinterpret_cast<const int2*>(row) + i);
+        const int2 first = widen<T>(x.x), second = widen<T>(x.y);
+        return make_int4(first.x, first.y, second.x, second.y);
+    } else if constexpr (std::is_same_v<T, Q>) {
         return __ldg(reinterpret_cast<const int4*>(row) + i);
     } else {
         const int4 first = __ldg(reinterpret_cast<const int4*>(row) + 2 * i);

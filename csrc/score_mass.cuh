@@ -59,8 +59,8 @@ struct MassTaker {
     uint8_t* codes[LISTS_PER_THREAD];
     int num_groups[LISTS_PER_THREAD];
 
-    __device__ __forceinline__ MassTaker(const Params& p, const Job& job, int first_list)
-        : scale_log2(p.scale_log2), shifts(p, job, first_list) {
+    __device__ __forceinline__ MassTaker(const Params& p, const Job& job, int first_list, float scale_log2)
+        : scale_log2(scale_log2), shifts(p, job, first_list) {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const List list(p, first_list + l);

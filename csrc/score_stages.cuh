@@ -45,7 +45,9 @@ __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& sha
     const int first_list = job.first_list + warpgroup * LISTS_PER_CONSUMER;
     const int num_groups = p.num_groups(min(first_list + LISTS_PER_CONSUMER, p.num_lists) - 1);  // of the last list
     load_queries<T, Q, ROW_BYTES>(p, shared.queries[warpgroup], job, first_list);
-    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD);
+    float scale_log2 = p.scale_log2;
+    if constexpr (std::is_same_v<Q, hopper::E4M3>) scale_log2 *= p.q_scale[job.kv_head] * p.k_scale[job.kv_head];
+    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, scale_log2);
     hopper::wait_named(1 + warpgroup, hopper::WARPGROUP);
 
     const uint32_t queries = hopper::shared_address(shared.queries[warpgroup]);

@@ -32,7 +32,7 @@ inline CUtensorMapDataType data_type(Element element) {
 // Describe a tensor whose first dimension is contiguous.
 //   sizes: in elements.
 //   strides: elements between neighbours along each dimension but the first.
-//   box: what one copy brings. Where it reaches beyond the tensor it brings zeros.
+//   box: what one copy brings, rows of 128 or 64 bytes, swizzled. Where it reaches beyond the tensor it brings zeros.
 template <int RANK>
 cudaError_t make_tensor_map(
     CUtensorMap* map, Element element, const void* base, const uint64_t (&sizes)[RANK],
@@ -44,10 +44,12 @@ cudaError_t make_tensor_map(
     cuuint32_t steps[RANK];
     for (int i = 0; i < RANK; ++i) steps[i] = 1;
     for (int i = 0; i + 1 < RANK; ++i) bytes[i] = uint64_t(strides[i]) * bytes_of(element);
+    const uint32_t row_bytes = box[0] * bytes_of(element);
+    if (row_bytes != SWIZZLE_BYTES && row_bytes != SWIZZLE_BYTES / 2) return cudaErrorInvalidValue;
+    const auto swizzle = row_bytes == SWIZZLE_BYTES ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
     const CUresult result = encode(
         map, data_type(element), RANK, const_cast<void*>(base), sizes, bytes, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
+        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
     );
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -140,5 +140,5 @@ def _errors(one: Compared) -> Iterator[dict[str, Any]]:
 
 
 def _described(measurements: Measurements) -> dict[str, Any]:
-    versions = sorted({entry.vllm for entry in measurements.entries})
+    versions = sorted({entry.vllm for entry in measurements.lines})
     return {**measurements.origin.model_dump(exclude={"load"}), "vllm": versions}

@@ -40,9 +40,11 @@ def choose_kernel(asked: str, device: torch.device) -> Kernel:
 
 def report_shape(kernel: Kernel, asked: str, shape: ScratchShape) -> None:
     """Say in the log if layers of this shape run in Triton, where the CUDA library serves others."""
-    if kernel is Kernel.CUDA and (obstacle := library.why_not(shape)):
-        say = logger.info if asked == AUTO else logger.warning
-        say("MInference: kernel %s instead of %s for %s: %s", Kernel.TRITON, kernel, shape, obstacle)
+    if kernel is not Kernel.CUDA or not (obstacle := library.why_not(shape) or library.why_not_probe(shape)):
+        return
+    say = logger.info if asked == AUTO else logger.warning
+    what = "" if library.why_not(shape) else "the probe of "
+    say("MInference: kernel %s instead of %s for %s%s: %s", Kernel.TRITON, kernel, what, shape, obstacle)
 
 
 def _choose(asked: str, device: torch.device) -> tuple[Kernel, str]:

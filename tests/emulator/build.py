@@ -70,7 +70,7 @@ class Build:
 
     Args:
         edits: what breaks the kernels.
-        only: the one source that is wanted, if it is not attend.cu and probe.cu.
+        only: the one source that is wanted, if it is not all that attend and probe.
     """
 
     def __init__(self, folder: Path, edits: Iterable[Edit] = (), only: str = "") -> None:

@@ -23,9 +23,6 @@ struct CUtensorMap {
 
 namespace emulator {
 
-constexpr int PIECES_A_ROW = 8;  // of a box
-constexpr int BOX_ROW_BYTES = PIECES_A_ROW * PIECE;
-
 // Tensors that this launch has described: cp.async reads from nowhere else.
 inline std::vector<CUtensorMap> described;
 // For each thread the turn in which the last of its copies lands.
@@ -60,13 +57,15 @@ struct Box {
     uint32_t target;
     int64_t corner[MAX_RANK];
 
+    int row_bytes() const { return map.box[0] * map.element_bytes; }
+
     int num_rows() const {
         int rows = 1;
         for (int i = 1; i < map.rank; ++i) rows *= map.box[i];
         return rows;
     }
 
-    uint32_t piece(int row, int i) const { return swizzle(target + row * BOX_ROW_BYTES + i * PIECE); }
+    uint32_t piece(int row, int i) const { return swizzle(target + row * row_bytes() + i * PIECE, row_bytes()); }
 
     // Null outside the tensor.
     const char* source_row(int row) const {
@@ -84,7 +83,7 @@ struct Box {
     void land() const {
         for (int row = 0; row < num_rows(); ++row) {
             const char* source = source_row(row);
-            for (int i = 0; i < PIECES_A_ROW; ++i) {
+            for (int i = 0; i < row_bytes() / PIECE; ++i) {
                 char* place = locate(piece(row, i));
                 writing_turn(piece(row, i)) = 0;
                 if (source != nullptr) {
@@ -99,18 +98,17 @@ struct Box {
 
 template <int RANK>
 void copy_box(uint32_t target, const CUtensorMap* map, int barrier, const int (&corner)[RANK]) {
-    EMULATOR_CHECK(map->rank == RANK && target % BOX_ROW_BYTES == 0, "box to %u", target);
-    EMULATOR_CHECK(map->box[0] * map->element_bytes == BOX_ROW_BYTES, "a row of a box has 128 bytes");
+    EMULATOR_CHECK(map->rank == RANK && target % 128 == 0, "box to %u", target);
     Box box{*map, target};
     std::copy(corner, corner + RANK, box.corner);
     for (int row = 0; row < box.num_rows(); ++row) {
         // Queries past the chunk come as zeros; keys are never to be sought outside the cache.
         EMULATOR_CHECK(RANK == 3 || box.source_row(row) != nullptr, "box outside the cache");
-        for (int i = 0; i < PIECES_A_ROW; ++i) fill_with_nan(box.piece(row, i));
+        for (int i = 0; i < box.row_bytes() / PIECE; ++i) fill_with_nan(box.piece(row, i));
     }
     at_turn(now + draw_latency(), [=] {
         box.land();
-        barriers[barrier].bytes -= box.num_rows() * BOX_ROW_BYTES;
+        barriers[barrier].bytes -= box.num_rows() * box.row_bytes();
         end_phase_if_complete(barrier);
     });
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stands for csrc/hopper.cuh: the same functions, emulated.
 //
-// Not modelled: programs side by side, how many registers there are, fences but the one between cp.async and wgmma, the
-// weak order of memory between threads, the hardware's rounding within a wgmma, bank conflicts, time.
+// Not modelled: programs side by side, how many registers there are, fences but the one between wgmma and what threads or
+// cp.async have written, the weak order of memory between threads, the hardware's rounding within a wgmma, bank
+// conflicts, time.
 #pragma once
 
 #include <type_traits>
@@ -48,8 +49,22 @@ void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, C
 inline void prefetch_box(const CUtensorMap*, int, int, int) {}
 inline void prefetch_map(const CUtensorMap*) {}
 
-// For the warp: lanes that are still to come meet the others at the wgmma.
-inline void fence_async_proxy() { emulator::own_warp().fenced = emulator::now + 1; }
+// After it the warp's wgmma see what cp.async has written: lanes that are still to come meet the others there. And all
+// wgmma see what this thread has written itself.
+inline void fence_async_proxy() {
+    emulator::own_warp().fenced = emulator::now + 1;
+    emulator::fence_own_stores();
+}
+
+// ---- shared memory ---------------------------------------------------------------------------------------------
+
+inline uint4 load_16_bytes(uint32_t source) {
+    uint4 x;
+    emulator::load_piece(source, &x);
+    return x;
+}
+
+inline void store_16_bytes(uint32_t destination, const uint4& x) { emulator::store_piece(destination, &x); }
 
 // ---- registers, arithmetic -------------------------------------------------------------------------------------
 
@@ -96,6 +111,15 @@ inline uint32_t pack_e4m3(float2 first, float2 second) {
     return packed;
 }
 
+inline uint32_t e4m3_to_fp16(uint32_t packed, bool upper) {
+    uint32_t wide = 0;
+    for (const int place : {1, 0}) {
+        const float x = emulator::widen_e4m3(packed >> (16 * upper + 8 * place));
+        wide = wide << 16 | emulator::narrow(x, false);
+    }
+    return wide;
+}
+
 // ---- wgmma -----------------------------------------------------------------------------------------------------
 
 inline void mma_fence() {}
@@ -111,8 +135,10 @@ inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (b
 template <int COUNT>
 void pin(float (&)[COUNT]) {}
 
-inline uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = ATOM_BYTES) {
-    return uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
+template <int ROW_BYTES = SWIZZLE_BYTES>
+uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = 8 * ROW_BYTES) {
+    const uint64_t mode = SWIZZLE_BYTES / ROW_BYTES;
+    return mode << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
 // D has 64 rows over 128 threads: twice as many columns as a thread has registers.

@@ -7,6 +7,7 @@
 extern "C" const char* minference_error(int error) { return cudaGetErrorString(error); }
 #else
 #include "attend.cu"
+#include "attend_fp8.cu"
 #include "probe.cu"
 #endif
 

@@ -67,7 +67,7 @@ inline bool all_done() {
 }
 
 inline void start_program(int threads, int bytes) {
-    clear_shared_memory(bytes);
+    clear_shared_memory(threads, bytes);
     start_fibres(threads);
     warps.assign(threads / LANES, {});
     order.resize(warps.size());

@@ -20,6 +20,8 @@ cudaError_t make_tensor_map(
     for (const int64_t stride : strides) {
         if (stride * bytes_of(element) % 16 != 0) return cudaErrorInvalidValue;
     }
+    const int row_bytes = box[0] * bytes_of(element);
+    if (row_bytes != 128 && row_bytes != 64) return cudaErrorInvalidValue;
     emulator::described.push_back(*map);
     return cudaSuccess;
 }

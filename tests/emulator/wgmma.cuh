@@ -55,27 +55,32 @@ inline uint16_t narrow(float x, bool is_bf16) {
 
 struct Matrix {
     uint32_t start, leading, stride;  // bytes
+    int row_bytes;                    // that are swizzled
 
     explicit Matrix(uint64_t descriptor)
-        : start(field(descriptor, 0)), leading(field(descriptor, 16)), stride(field(descriptor, 32)) {}
+        : start(field(descriptor, 0)),
+          leading(field(descriptor, 16)),
+          stride(field(descriptor, 32)),
+          row_bytes(256 >> (descriptor >> 62)) {}
 
     static uint32_t field(uint64_t descriptor, int bit) { return uint32_t(descriptor >> bit & 0x3FFF) << 4; }
 
+    uint32_t place(uint32_t offset) const { return swizzle(start + offset, row_bytes); }
+
     // 16 bytes of a matrix that is contiguous along the dimension summed over.
-    uint32_t along_depth(int row, int byte) const { return start + row / 8 * stride + row % 8 * 128 + byte; }
+    uint32_t along_depth(int row, int byte) const { return place(row / 8 * stride + row % 8 * row_bytes + byte); }
 
     // Eight elements, of 16 bits, of one that is contiguous along the other.
     uint32_t along_columns(int k, int column) const {
-        return start + column / 64 * leading + k / 8 * stride + k % 8 * 128 + column % 64 * 2;
+        return place(column / 64 * leading + k / 8 * stride + k % 8 * row_bytes + column % 64 * 2);
     }
 };
 
 // 16 bytes.
 inline void read_piece(uint32_t address, const Product& product, float* elements) {
-    address = swizzle(address);
     const uint64_t written = writing_turn(address);
     const bool is_visible = written == 0 || written < product.fenced;
-    EMULATOR_CHECK(is_visible, "wgmma reads what cp.async wrote to %u, with no proxy fence between", address);
+    EMULATOR_CHECK(is_visible, "wgmma reads what a thread or cp.async wrote to %u, with no proxy fence between", address);
     const char* piece = locate(address);
     const int bytes = hopper::bytes_of(product.element);
     for (int i = 0; i < PIECE / bytes; ++i) {

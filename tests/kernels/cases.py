@@ -179,10 +179,13 @@ def poison(shape: Sequence[int]) -> torch.Tensor:
 
 def make_rising_cache(case: Case, device: torch.device) -> PagedKV:
     """A cache whose keys grow with their distance: a kernel that goes from near to far finds ever higher scores."""
-    kv = make_cache(case, device)
+    kv, most = make_cache(case, device), 40.0
     pages = kv.block_table[kv.row, : -(-case.seq_len // case.page_size)].long()
-    growth = torch.linspace(40, 1, len(pages), device=device, dtype=case.dtype)
-    kv.k[pages] = kv.k[pages] * growth[:, None, None, None]
+    growth = torch.linspace(most, 1, len(pages), device=device)
+    if kv.k_scale is not None:  # past FP8's largest number keys grow by their scale alone
+        growth, kv = growth / most, kv._replace(k_scale=kv.k_scale * most)
+    for page, factor in zip(pages.tolist(), growth, strict=True):
+        kv.k[page] = (kv.k[page].float() * factor).to(kv.k.dtype)
     return kv
 
 

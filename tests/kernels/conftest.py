@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel tests without a GPU run under Triton's interpreter."""
+"""Kernel tests without a GPU run under Triton's interpreter, or on an emulated one."""
 
 import sys
 
@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from minference_vllm.kernels.triton import probe
+from tests.emulator.build import Build, can_leave_out
+from tests.kernels.breaks import BREAKS
+from tests.kernels.emulated import Emulated
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +17,15 @@ def few_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for each program, and runs none side by side: two key ranges stand for thirty-two."""
     if device.type == "cpu":
         monkeypatch.setattr(sys.modules[probe.__module__], "PROBE_SPLITS", 2)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The CUDA kernels that attend and probe, such that tests can break them."""
+    edits = [can_leave_out(number, *statements) for number, statements in enumerate(BREAKS)]
+    return Build(tmp_path_factory.mktemp("emulated"), edits)
+
+
+@pytest.fixture
+def emulated(build: Build, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    return Emulated(build.functions, monkeypatch)

@@ -18,7 +18,8 @@ from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import ProbeBuffers
 from tests.kernels.cases import ADVERSARIAL, IRREGULAR, Case, make_chunk
-from tests.kernels.checks import check_attend, relative_error
+from tests.kernels.checks import check_attend, check_probe, relative_error
+from tests.kernels.indexes import random_tile_index
 from tests.kernels.recalls import check_heads, check_recall
 from tests.kernels.test_random import random_index
 
@@ -31,6 +32,7 @@ CASES = [
     )
     if case.seq_len < 5000 and case.dtype != torch.float32
 ]
+FP8_CASES = [replace(case, has_fp8_kv=True, has_fp8_q=True, per_head=True) for case in CASES[::3]]
 
 
 def probe(case: Case, chunk: Chunk) -> None:
@@ -52,20 +54,33 @@ def choose_groups(case: Case, chunk: Chunk) -> None:
         method.choose(chunk, method.budgets(case.num_qo_heads, device), method.scratch(case.shape, device))
 
 
+def attend(case: Case, chunk: Chunk, generator: torch.Generator) -> None:
+    device, programs = chunk.q.device, library.num_multiprocessors
+    assert cuda.attend.supports(chunk)
+    check_heads(Kernel.CUDA, case, device)
+    # A tile a program, then many: what a program reads of one tile it overwrites for the next.
+    for few in (False, True):
+        library.num_multiprocessors = (lambda device: 2) if few else programs
+        for draw in (random_index, random_tile_index):
+            check_attend(cuda.attend.attend, chunk, draw(case, generator, device))
+    library.num_multiprocessors = programs
+
+
 def main() -> None:
-    device = torch.device("cuda")
-    programs = library.num_multiprocessors
-    generator = torch.Generator().manual_seed(0)
+    device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
     for case in CASES:
         chunk = make_chunk(case, device)
         probe(case, chunk)
         choose_groups(case, chunk)
         check_recall(Kernel.CUDA, case, device)
-        check_heads(Kernel.CUDA, case, device)
-        # A tile a program, then many: what a program reads of one tile it overwrites for the next.
-        for few in (False, True):
-            library.num_multiprocessors = (lambda device: 2) if few else programs
-            check_attend(cuda.attend.attend, chunk, random_index(case, generator, device))
+        attend(case, chunk, generator)
+    for case in FP8_CASES:
+        chunk = make_chunk(case, device)
+        if cuda.probe.supports_held_out(chunk):
+            check_probe(case, device, Kernel.CUDA)
+        choose_groups(case, chunk)
+        check_recall(Kernel.CUDA, case, device)
+        attend(case, chunk, generator)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,15 @@ def test_masses_of_heads_of_128(case: Case, dtype: torch.dtype, is_fp8: bool, de
     check(make_chunk(replace(case, dtype=dtype), device), is_fp8)
 
 
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in OF_64 + OF_128])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+@score_dtypes
+def test_masses_of_queries_in_fp8(case: Case, dtype: torch.dtype, is_fp8: bool, device: torch.device) -> None:
+    if is_fp8 and case.head_dim != cuda.masses.FP8_HEAD_DIM:
+        pytest.skip("means of these heads stay in the model's dtype")
+    check(make_chunk(replace(case, dtype=dtype, has_fp8_kv=True, has_fp8_q=True, per_head=True), device), is_fp8)
+
+
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in GPU_CASES])
 @score_dtypes
 def test_masses_of_boxes_and_in_boxes(case: Case, is_fp8: bool, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from minference_vllm.kernels.cuda.probe import probe, supports
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import MASS_UNIT, ProbeBuffers
 from tests.kernels.cases import CASES, GPU_CASES, Case, make_chunk
-from tests.kernels.checks import relative_error
+from tests.kernels.checks import check_probe, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
@@ -75,3 +75,10 @@ def test_ten_runs_give_the_same_bits(case: Case, device: torch.device) -> None:
         assert torch.equal(other.lse, first.lse)
         assert torch.equal(other.vertical, first.vertical)
         assert torch.equal(other.slash, first.slash)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in OWN_CASES if case.head_dim == 128])
+def test_masses_over_a_cache_in_fp8_are_those_of_the_reference(case: Case, device: torch.device) -> None:
+    in_fp8 = replace(case, has_fp8_kv=True, has_fp8_q=True, per_head=True)
+    assert supports(make_chunk(in_fp8, device), *case.vertical_slash(Kernel.CUDA).settings.probe_counts)
+    check_probe(in_fp8, device, Kernel.CUDA)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on the CPU, where tests/emulator stands for the GPU: copies and wgmma come late, in random order."""
 
-import ctypes
 import itertools
 import platform
 import shutil
@@ -14,16 +13,16 @@ import torch
 from minference_vllm import reference
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import BandIndex
-from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.cuda.attend import attend
 from minference_vllm.kernels.cuda.probe import probe
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import AttendBuffers, ProbeBuffers
 from tests.conftest import ON_CI
-from tests.emulator.build import Build, can_leave_out
+from tests.kernels.breaks import ATTEND_BREAKS, PROBE_BREAKS, TILES_BREAKS
 from tests.kernels.cases import CASES, SINK_CASES, Case, make_chunk, make_rising_cache
 from tests.kernels.checks import check_attend, relative_error
+from tests.kernels.emulated import Emulated
 from tests.kernels.indexes import (
     NOTHING,
     TILES,
@@ -45,8 +44,6 @@ CPU = torch.device("cpu")
 SEEDS = 2
 DTYPES = (torch.float16, torch.bfloat16)
 SUPPORTED = [case for case in CASES if case.dtype != torch.float32 and case.head_dim in (64, 128)]
-WITH_SINKS = [case for case in SINK_CASES if not case.has_fp8_kv]
-
 PROBE_CASES = [
     *SUPPORTED,
     # Few slots for keys, and warpgroups that take turns.
@@ -66,48 +63,6 @@ TILE_CASES = [
     Case("sinks", num_rows=130, context_len=450, num_qo_heads=5, num_kv_heads=1, has_sinks=True),
 ]
 
-# Statements without which a kernel is wrong.
-ATTEND_BREAKS = {
-    "the halves' stages are not evened out": ("attend.cuh", "own[0] = max(own[0], own[1] - 1);"),
-    "slots are released while values are added": (
-        "attend_consume.cuh",
-        "hopper::mma_wait<0>();\n        hopper::pin(acc);",
-    ),
-    "gathered keys are multiplied unfenced": ("attend_consume.cuh", "if (by_rows) hopper::fence_async_proxy();"),
-    "scores are not masked": ("attend_consume.cuh", "mask(scores);"),
-    "keys are copied over others in use": (
-        "attend_produce.cuh",
-        "hopper::wait(&shared.empty[which][slot], phase ^ 1);",
-    ),
-    "outputs do not follow the reference": ("attend_softmax.cuh", "acc[i] *= i / 2 % 2 ? shrink.y : shrink.x;"),
-    "the halves are out of turn": ("attend_consume.cuh", "if (half == 1) consumer.pass_turn();"),
-    "queries are never released": ("attend_consume.cuh", "if (--steps_left == 0) release(&shared.q_empty);"),
-}
-TILES_BREAKS = {
-    "the longer half waits for its turn": ("attend_consume.cuh", "sit_out();\n                advance();"),
-    "the slots of the longer half are not skipped": ("attend_consume.cuh", "if (half == 0 && is_others) advance();"),
-    "shared stages come again": ("attend_consume.cuh", "shared_at_end = round > 0 ? shared_at_end : 0;"),
-    "a tile that keeps every group keeps none": (
-        "attend_index.cuh",
-        "if (work.num_groups[SHARED] == EVERY_GROUP) work.num_groups[SHARED] = work.tile * GROUPS_PER_TILE;",
-    ),
-    "nobody arrives for the half that skips a stage": (
-        "attend_produce.cuh",
-        "if (thread == 0 && kind != SHARED) hopper::arrive(&shared.empty[which][slot], WARPS_PER_HALF);",
-    ),
-}
-PROBE_BREAKS = {
-    "keys are copied over others in use": (
-        "probe_load.cuh",
-        "hopper::wait(&shared.barriers->empty[ring.slot], ring.phase ^ 1);",
-    ),
-    "scores are read before they are there": (
-        "probe_mass.cuh",
-        "hopper::mma_wait<0>();\n            hopper::pin(scores[0]);",
-    ),
-}
-BREAKS = [*ATTEND_BREAKS.values(), *TILES_BREAKS.values(), *PROBE_BREAKS.values()]
-
 LATE = Case("", num_rows=200, context_len=1100, num_qo_heads=2, num_kv_heads=1, head_dim=128)
 # Private stages of one half against none or many of the other, which no method gives but the kernel promises to take.
 HAND_WRITTEN = {
@@ -122,26 +77,6 @@ HAND_WRITTEN = {
 }
 
 
-class Emulated:
-    """Stands for the library of CUDA kernels."""
-
-    def __init__(self, functions: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.functions = functions
-        self.seed = 0
-        self.left_out = -1
-        monkeypatch.setattr(library, "launch", self.launch)
-        # So few that a program goes through several tiles.
-        monkeypatch.setattr(library, "num_multiprocessors", lambda device: 1 + self.seed % 3)
-
-    def launch(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
-        self.functions.emulator_begin(self.seed, self.left_out)
-        if error := self.functions[function](ctypes.byref(arguments), None):
-            raise RuntimeError(f"{function}, seed {self.seed}: {self.functions.minference_error(error).decode()}")
-
-    def leave_out(self, statements: tuple[str, str]) -> None:
-        self.left_out = BREAKS.index(statements)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """What torch computes here is so small that its other threads would only spin."""
@@ -149,18 +84,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """The kernels, such that tests can break them."""
-    edits = [can_leave_out(number, *statements) for number, statements in enumerate(BREAKS)]
-    return Build(tmp_path_factory.mktemp("emulated"), edits)
-
-
-@pytest.fixture
-def emulated(build: Build, monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    return Emulated(build.functions, monkeypatch)
 
 
 def named(cases: list[Case]) -> list:
@@ -174,7 +97,7 @@ def chosen_index(case: Case, chunk: Chunk) -> BandIndex:
     return method.choose(chunk, method.budgets(case.num_qo_heads, CPU), method.scratch(case.shape, CPU))
 
 
-@pytest.mark.parametrize("case", named([*SUPPORTED, *WITH_SINKS]))
+@pytest.mark.parametrize("case", named([*SUPPORTED, *SINK_CASES]))
 def test_attend_matches_the_reference(emulated: Emulated, case: Case) -> None:
     chunk = make_chunk(case, CPU)
     index = chosen_index(case, chunk)

@@ -131,7 +131,8 @@ def run_masses(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor) -> torc
 
 def check_masses(case: Case, rows_per_half: int = 16, loudness: float = 1.0, is_fp8: bool = False) -> torch.Tensor:
     chunk, means = make_inputs(case, is_fp8)
-    chunk = replace(chunk, q=chunk.q * loudness)
+    if loudness != 1:
+        chunk = replace(chunk, q=chunk.q * loudness)
     row_lse, parts_per_half = normalisers(chunk, means, rows_per_half), rows_per_half // PART
     assert supports(chunk, means.dtype, rows_per_half)
     actual = run_masses(chunk, means, row_lse)
@@ -152,11 +153,16 @@ def check_masses(case: Case, rows_per_half: int = 16, loudness: float = 1.0, is_
 
 in_models_dtype = [(case, rows, False) for case in CASES for rows in (16, 32)] + [(CASES[1], 64, False)]
 in_fp8 = [(replace(case, head_dim=128), rows, True) for case, rows in zip(CASES, [16, 32] * 5, strict=True)]
+# Queries too, the cache with them.
+of_fp8 = [
+    (replace(case, name=f"FP8, {case.name}", has_fp8_kv=True, has_fp8_q=True, per_head=True), rows, is_fp8)
+    for case, rows, is_fp8 in [*in_models_dtype[:6], *in_fp8[::3]]
+]
 
 
 @pytest.mark.parametrize(
     ("case", "rows_per_half", "is_fp8"),
-    [pytest.param(*params, id=f"{params[0].name}, {params[1:]}") for params in in_models_dtype + in_fp8],
+    [pytest.param(*params, id=f"{params[0].name}, {params[1:]}") for params in in_models_dtype + in_fp8 + of_fp8],
 )
 def test_masses_match_the_reference(emulated: Emulated, case: Case, rows_per_half: int, is_fp8: bool) -> None:
     results = []

@@ -25,9 +25,10 @@ from minference_vllm.scratch import AttendBuffers, ProbeBuffers
 from tests.kernels.blocks import make_lse, make_masses, make_means, score_dtypes
 from tests.kernels.cases import FP8_CASES, K_SCALE, Case, make_chunk, make_state
 from tests.kernels.checks import assert_close, check_attend, check_probe
-from tests.kernels.indexes import tile_index_of, tiles_in_turn
+from tests.kernels.indexes import random_tile_index, tile_index_of, tiles_in_turn
 from tests.kernels.recalls import check_heads, check_recall
 from tests.kernels.test_block_scores import check_masses, check_normalisers
+from tests.kernels.test_kernels import every_kernel
 
 every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in FP8_CASES])
 WHOLE = FP8_CASES[0]
@@ -57,30 +58,35 @@ def groups_of(case: Case, device: torch.device) -> TileIndex:
 
 
 @every_case
-def test_attend_to_bands_and_columns(case: Case, device: torch.device) -> None:
+@every_kernel
+def test_attend_to_bands_and_columns(case: Case, kernel: Kernel, device: torch.device) -> None:
     chunk, method = make_chunk(case, device), case.vertical_slash(Kernel.REFERENCE)
     state = make_state(case, method, device)
-    check_attend(attend_with(Kernel.TRITON), chunk, method.choose(chunk, state.budgets, state.buffers))
+    check_attend(attend_with(kernel), chunk, method.choose(chunk, state.budgets, state.buffers))
 
 
 @every_case
-def test_attend_to_groups(case: Case, device: torch.device) -> None:
-    check_attend(attend_with(Kernel.TRITON), make_chunk(case, device), groups_of(case, device))
+@every_kernel
+def test_attend_to_groups(case: Case, kernel: Kernel, device: torch.device) -> None:
+    check_attend(attend_with(kernel), make_chunk(case, device), groups_of(case, device))
 
 
 @every_case
-def test_attend_for_the_heads_of_the_guard(case: Case, device: torch.device) -> None:
-    check_heads(Kernel.TRITON, case, device)
+@every_kernel
+def test_attend_for_the_heads_of_the_guard(case: Case, kernel: Kernel, device: torch.device) -> None:
+    check_heads(kernel, case, device)
 
 
 @every_case
-def test_recall(case: Case, device: torch.device) -> None:
-    check_recall(Kernel.TRITON, case, device)
+@every_kernel
+def test_recall(case: Case, kernel: Kernel, device: torch.device) -> None:
+    check_recall(kernel, case, device)
 
 
 @every_case
-def test_probe(case: Case, device: torch.device) -> None:
-    check_probe(case, device)
+@every_kernel
+def test_probe(case: Case, kernel: Kernel, device: torch.device) -> None:
+    check_probe(case, device, kernel)
 
 
 @every_case
@@ -106,6 +112,22 @@ def test_means_of_keys_are_those_of_the_stored_numbers(case: Case, is_fp8: bool,
         tolerance = dict(rtol=2**-4, atol=K_SCALE / 128) if is_fp8 else dict(rtol=2**-7, atol=1e-6)
         torch.testing.assert_close(numbers, exact[:, : case.seq_len // 4], **tolerance)
         assert (unwritten.float() == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_cuda_kernel_repeats_bit_for_bit(head_dim: int, device: torch.device) -> None:
+    case = replace(WHOLE, num_rows=3000, context_len=9001, num_qo_heads=8, head_dim=head_dim, dtype=torch.bfloat16)
+    chunk = make_chunk(case, device)
+    for index in (groups_of(case, device), random_tile_index(case, torch.Generator().manual_seed(0), device)):
+        outs = []
+        for _ in range(10):
+            buffers = AttendBuffers.allocate(case.num_qo_heads, case.num_rows, device)
+            cuda.attend.attend(chunk, index, buffers)
+            outs.append((chunk.out.clone(), buffers.lse))
+        assert outs[0][0].isfinite().all()
+        assert all(torch.equal(one, other) for out in outs[1:] for one, other in zip(out, outs[0], strict=True))
 
 
 # The twins
@@ -168,14 +190,32 @@ def test_what_the_cache_cannot_hold_ends_at_its_largest_number() -> None:
     assert to_stored(x, torch.tensor([2.0])).flatten().tolist() == [448.0, -448.0, 1.5, 0.0]
 
 
-@pytest.mark.parametrize("case", [FP8_CASES[1], FP8_CASES[4]], ids=["queries in FP8", "queries in bf16"])
-def test_the_cuda_library_leaves_a_cache_in_fp8_to_triton(
-    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@every_case
+def test_the_cuda_library_takes_what_it_promises_in_fp8(case: Case) -> None:
+    chunk = make_chunk(case, torch.device("cpu"))
+    promised = case.has_fp8_q and case.head_dim in cuda.library.SUPPORTED_HEAD_DIMS
+    assert cuda.attend.supports(chunk) is promised
+    assert cuda.masses.supports(chunk, case.dtype, 16) is promised
+    assert cuda.masses.supports(chunk, FP8, 16) is (promised and case.head_dim == 128)
+    assert cuda.probe.supports(chunk, 64, 0) is (promised and case.head_dim == 128)
+    assert cuda.probe.supports_held_out(chunk) is (promised and case.head_dim == 128)
+
+
+@pytest.mark.parametrize(("elements", "is_taken"), [(16, True), (8, False)])
+def test_rows_in_fp8_that_cannot_be_copied_in_pieces_go_to_triton(elements: int, is_taken: bool) -> None:
+    chunk = make_chunk(WHOLE, torch.device("cpu"))
+    q = chunk.q.view(torch.uint8)
+    wider = torch.cat([q, q[..., :elements]], dim=-1).view(FP8)[..., : chunk.head_dim]
+    assert cuda.attend.supports(replace(chunk, q=wider)) is is_taken
+    assert cuda.masses.supports(replace(chunk, q=wider), FP8, 16) is is_taken
+    assert cuda.probe.supports_held_out(replace(chunk, q=wider)) is is_taken
+
+
+def test_a_cache_in_fp8_under_other_queries_is_left_to_triton(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    case = next(case for case in FP8_CASES if not case.has_fp8_q)
     chunk = make_chunk(case, device)
-    assert not cuda.attend.supports(chunk)
-    assert not cuda.probe.supports(chunk, 64, 0)
-    assert not cuda.probe.supports_held_out(chunk)
     monkeypatch.setattr(cuda.library, "launch", None)
     state = make_state(case, case.vertical_slash(Kernel.CUDA), chunk.q.device)
     prefill(chunk, case.vertical_slash(Kernel.CUDA), state)

@@ -2,16 +2,19 @@
 """The attending kernels on shapes and indexes that nobody thought of."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minference_vllm import ops
 from minference_vllm.index import BandIndex
+from minference_vllm.kernels import cuda
 from minference_vllm.methods.vertical_slash import VerticalSlashBuffers
 from minference_vllm.ops import Kernel
 from tests.kernels.cases import Case, make_chunk
 from tests.kernels.checks import check_attend
+from tests.kernels.indexes import random_tile_index
 from tests.kernels.recalls import check_heads, check_recall
 
 NUM_GROUPS, SHAPES_PER_GROUP = 20, 25
@@ -55,6 +58,20 @@ def test_attend_matches_the_reference_on_random_shapes(kernel: Kernel, group: in
         case = random_case(rng)
         index = random_index(case, generator, device)
         check_attend(lambda *of: ops.attend(*of, kernel), make_chunk(case, device), index)
+
+
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("group", range(NUM_GROUPS // 2))
+def test_attend_over_a_cache_in_fp8_matches_the_reference_on_random_shapes(group: int, device: torch.device) -> None:
+    rng, generator = random.Random(group), torch.Generator().manual_seed(group)
+    for _ in range(SHAPES_PER_GROUP):
+        case = replace(random_case(rng), has_fp8_kv=True, has_fp8_q=True, per_head=rng.random() < 0.5)
+        chunk = make_chunk(case, device)
+        assert cuda.attend.supports(chunk)
+        for draw in (random_index, random_tile_index):
+            check_attend(cuda.attend.attend, chunk, draw(case, generator, device))
+        check_heads(Kernel.CUDA, case, device)
 
 
 @pytest.mark.gpu

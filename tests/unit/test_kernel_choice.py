@@ -127,27 +127,33 @@ def test_kernels_without_a_gpu_are_refused(asked: str) -> None:
     assert "Use 'auto' or 'reference'." in message
 
 
-def shape_of(head_dim: int, dtype: torch.dtype = torch.bfloat16, has_fp8_kv: bool = False) -> ScratchShape:
-    return ScratchShape(32, 8, head_dim, dtype, max_seq_len=4096, max_chunk=1024, has_fp8_kv=has_fp8_kv)
+def shape_of(head_dim: int, dtype: torch.dtype = torch.bfloat16, **fp8: bool) -> ScratchShape:
+    return ScratchShape(32, 8, head_dim, dtype, max_seq_len=4096, max_chunk=1024, **fp8)
 
 
 @pytest.mark.parametrize(
-    ("shape", "why"),
-    [(shape_of(128, has_fp8_kv=True), "this one is in FP8"), (shape_of(256), "these have 256")],
-    ids=["FP8 cache", "head_dim 256"],
+    ("shape", "what", "why"),
+    [
+        (shape_of(64, has_fp8_kv=True, has_fp8_q=True), "for the probe of", "these have 64"),
+        (shape_of(64, has_fp8_kv=True), "for", "these are in torch.bfloat16"),
+        (shape_of(256), "for", "these have 256"),
+        (shape_of(256, has_fp8_kv=True, has_fp8_q=True), "for", "these have 256"),
+    ],
+    ids=["FP8 cache of 64", "FP8 cache under other queries", "head_dim 256", "head_dim 256, FP8"],
 )
 @pytest.mark.parametrize(("asked", "level"), [("auto", "INFO"), ("cuda", "WARNING")])
 def test_layers_that_the_cuda_kernels_are_not_made_for_are_named(
-    shape: ScratchShape, why: str, asked: str, level: str, log_lines: list[str]
+    shape: ScratchShape, what: str, why: str, asked: str, level: str, log_lines: list[str]
 ) -> None:
     report_shape(Kernel.CUDA, asked, shape)
     (line,) = log_lines
-    assert line.startswith(f"{level} MInference: kernel triton instead of cuda for ScratchShape(")
+    assert line.startswith(f"{level} MInference: kernel triton instead of cuda {what} ScratchShape(")
     assert line.endswith(why)
 
 
 def test_nothing_is_said_of_layers_that_run_as_chosen(log_lines: list[str]) -> None:
     report_shape(Kernel.CUDA, "cuda", shape_of(128))
+    report_shape(Kernel.CUDA, "cuda", shape_of(128, has_fp8_kv=True, has_fp8_q=True))
     for kind in (Kernel.TRITON, Kernel.REFERENCE):
         report_shape(kind, kind.value, shape_of(256, has_fp8_kv=True))
     assert log_lines == []

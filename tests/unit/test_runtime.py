@@ -88,7 +88,7 @@ def test_where_other_kernels_serve_a_shape_is_said_once(said: list[str]) -> None
         worker.layer_state(SHAPE, position, 4)
         worker.layer_state(in_fp8, position + 2, 4)
     (line,) = [line for line in said if "instead of" in line]
-    assert line.startswith("info MInference: kernel triton instead of cuda for ScratchShape(")
+    assert line.startswith("info MInference: kernel triton instead of cuda for the probe of ScratchShape(")
 
 
 @pytest.mark.parametrize("has_fp8_q", [True, False])

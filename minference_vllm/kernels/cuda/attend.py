@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention kernel for Hopper, csrc/attend.cu: bf16 and fp16, head_dim 64 and 128."""
+"""The attention kernel for Hopper, csrc/attend.cu: bf16, fp16 and FP8, head_dim 64 and 128."""
 
 import ctypes
 
 import torch
 
-from minference_vllm.chunk import Chunk
+from minference_vllm.chunk import FP8, Chunk
 from minference_vllm.index import AnyIndex, BandIndex, HeadIndex, TileIndex
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
@@ -16,11 +16,17 @@ class _Chunk(ctypes.Structure):
     """Mirrors MInferenceAttendChunk in csrc/attend.cu."""
 
     _fields_ = library.arguments_of(
-        ("q", "k", "v", "out", "lse", "kept_pairs", "tile_counter", "block_table", "sinks"),
-        ("q_row", "q_head", "out_row", "out_head", "page", "kv_head", "token", "lse"),
+        (
+            "q", "k", "v", "out", "lse", "kept_pairs", "tile_counter", "block_table", "sinks",
+            "q_scale", "k_scale", "v_scale",
+        ),
+        (
+            "q_row", "q_head", "out_row", "out_head", "page", "kv_head", "token", "lse",
+            "q_scale", "k_scale", "v_scale",
+        ),
         (
             "num_rows", "context_len", "num_qo_heads", "num_kv_heads", "head_dim", "page_size", "num_pages", "is_bf16",
-            "num_programs", "sinks_are_fp32",
+            "is_fp8", "num_programs", "sinks_are_fp32",
         ),
     )  # fmt: skip
 
@@ -56,9 +62,11 @@ class _Heads(ctypes.Structure):
 def supports(chunk: Chunk) -> bool:
     """Whether the kernel is made for this head size and these types, and for tensors that lie like these."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
-    strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv))
+    stored = library.is_aligned((q, kv.k, kv.v), (q.stride(0), q.stride(1), *kv_strides(kv)))
+    written = library.is_aligned((out,), out.stride()[:2])
     reads_sinks = chunk.sinks is None or chunk.sinks.dtype in (torch.float32, out.dtype)
-    return kv.k.dtype == q.dtype and reads_sinks and library.takes(q, (q, kv.k, kv.v, out), strides)
+    is_made = kv.k.dtype == q.dtype and library.is_made_for(chunk.head_dim, out.dtype)
+    return is_made and stored and written and reads_sinks
 
 
 def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
@@ -77,13 +85,15 @@ def _describe(chunk: Chunk, buffers: AttendBuffers) -> _Chunk:
     q, out, kv, lse, sinks = chunk.q, chunk.out, chunk.kv, buffers.lse, chunk.sinks
     num_pages, num_kv_heads, page_size, head_dim = kv.k.shape
     page, kv_head, token = kv_strides(kv)
+    scales = chunk.q_scale, kv.k_scale, kv.v_scale
     return _Chunk(
         q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), out.data_ptr(), lse.data_ptr(), buffers.kept_pairs.data_ptr(),
         buffers.tile_counter.data_ptr(), kv.block_table[kv.row].data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (sinks, *scales)),
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), page, kv_head or token, token, lse.stride(0),
+        *(0 if scale is None else scale.stride(0) for scale in scales),
         chunk.num_rows, chunk.context_len, chunk.num_qo_heads, num_kv_heads, head_dim, page_size, num_pages,
-        q.dtype == torch.bfloat16,
+        out.dtype == torch.bfloat16, q.dtype == FP8,
         library.num_multiprocessors(q.device),  # the kernel is persistent
         sinks is not None and sinks.dtype == torch.float32,
         chunk.scale * LOG2_E,

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from minference_vllm.chunk import Chunk
 from minference_vllm.scratch import ScratchShape
 
 PATH = Path(__file__).parents[2] / "_hopper.so"
 SUPPORTED_HEAD_DIMS = (64, 128)
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
+FP8_PROBE_HEAD_DIM = 128  # rows of smaller heads are shorter than what the probe copies at once
 # The bulk copy engine wants addresses and strides that are multiples of this.
 ALIGNMENT_BYTES = 16
 
@@ -41,12 +43,19 @@ def _open() -> ctypes.CDLL | str:
 
 
 def why_not(shape: ScratchShape) -> str:
-    """Why the kernels cannot attend for layers of this shape; empty if they can."""
-    if shape.has_fp8_kv:
-        return "the CUDA kernels are made for caches in bf16 and fp16, and this one is in FP8"
+    """Why the kernels cannot choose groups and attend for layers of this shape; empty if they can."""
+    if shape.has_fp8_kv and not shape.has_fp8_q:
+        return f"the CUDA kernels read a cache in FP8 under queries in FP8, and these are in {shape.dtype}"
     if shape.head_dim not in SUPPORTED_HEAD_DIMS:
         return f"the CUDA kernels are made for heads of 64 and 128, and these have {shape.head_dim}"
     return ""
+
+
+def why_not_probe(shape: ScratchShape) -> str:
+    """Why the kernels cannot probe for layers of this shape; empty if they can."""
+    if shape.has_fp8_kv and shape.head_dim != FP8_PROBE_HEAD_DIM:
+        return f"over a cache in FP8 the CUDA probe is made for heads of 128, and these have {shape.head_dim}"
+    return why_not(shape)
 
 
 def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> None:
@@ -90,20 +99,33 @@ def arguments_of(pointers: Sequence[str], strides: Sequence[str], sizes: Sequenc
     ]
 
 
-def takes(q: torch.Tensor, tensors: Iterable[torch.Tensor], strides: Iterable[int]) -> bool:
-    """Whether the kernels are made for this head size and type, and can read tensors that lie like these.
+def is_made_for(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels know heads of this size, in a model of this type."""
+    return head_dim in SUPPORTED_HEAD_DIMS and dtype in SUPPORTED_DTYPES
+
+
+def is_aligned(tensors: Sequence[torch.Tensor], strides: Iterable[int]) -> bool:
+    """Whether kernels can read or write these tensors, of one type, in pieces of ALIGNMENT_BYTES.
 
     Args:
-        q: [num_rows, num_qo_heads, head_dim].
-        tensors: all that a kernel reads or writes in pieces of ALIGNMENT_BYTES.
         strides: theirs, in elements.
     """
-    is_made_for = q.shape[2] in SUPPORTED_HEAD_DIMS and q.dtype in SUPPORTED_DTYPES
-    return (
-        is_made_for
-        and all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors)
-        and all(stride * q.element_size() % ALIGNMENT_BYTES == 0 for stride in strides)
+    size = tensors[0].element_size()
+    return all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors) and all(
+        stride * size % ALIGNMENT_BYTES == 0 for stride in strides
     )
+
+
+def score_scales(chunk: Chunk) -> dict[str, int]:
+    """The arguments that name the scales of queries and keys; none where the queries have no scale."""
+    if chunk.q_scale is None or chunk.kv.k_scale is None:
+        return {}
+    return {
+        "q_scale": chunk.q_scale.data_ptr(),
+        "k_scale": chunk.kv.k_scale.data_ptr(),
+        "stride_q_scale": chunk.q_scale.stride(0),
+        "stride_k_scale": chunk.kv.k_scale.stride(0),
+    }
 
 
 @functools.cache

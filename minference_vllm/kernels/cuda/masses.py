@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masses of groups on Hopper, csrc/score.cu: bf16 and fp16, head_dim 64 and 128, and for 128 also in FP8."""
+"""The masses of groups on Hopper, csrc/score.cu: bf16 and fp16, head_dim 64 and 128, and for 128 also in FP8.
+
+Queries may be in FP8 whatever the means are in.
+"""
 
 import ctypes
 
@@ -23,11 +26,14 @@ ROWS_PER_HALF = (16, 32, 64)
 assert (TILE, HALF, PART, MEANS_PER_GROUP, LISTS) == (128, 64, 16, 4, 16)
 assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE, FP8_UNIT) == (256, 8, 26, 4)
 
-POINTERS = ("q", "means", "row_lse", "masses", "boxes", "box_counts")
-STRIDES = ("q_row", "q_head", "means", "lse", "masses", "masses_part", "boxes_set", "boxes", "box_counts")
+POINTERS = ("q", "means", "row_lse", "masses", "boxes", "box_counts", "q_scale", "k_scale")
+STRIDES = (
+    "q_row", "q_head", "means", "lse", "masses", "masses_part", "boxes_set", "boxes", "box_counts", "q_scale",
+    "k_scale",
+)  # fmt: skip
 SIZES = (
     "num_rows", "context_len", "rows_per_half", "num_qo_heads", "num_kv_heads", "head_dim", "is_bf16",
-    "is_fp8", "keys_per_mean", "max_boxes", "num_multiprocessors",
+    "is_fp8", "has_fp8_q", "keys_per_mean", "max_boxes", "num_multiprocessors",
 )  # fmt: skip
 
 
@@ -45,12 +51,13 @@ def is_faster_in_fp8(head_dim: int, dtype: torch.dtype) -> bool:
 def supports(chunk: Chunk, means_dtype: torch.dtype, rows_per_half: int) -> bool:
     """Whether the kernels are made for this head size and type, this many rows, and queries that lie like these.
 
-    They take no scales, which a cache in FP8 comes with.
+    Of a cache in FP8 they take scales with those of queries alone.
     """
-    q = chunk.q
-    takes_means = means_dtype == q.dtype or (means_dtype == FP8 and is_faster_in_fp8(chunk.head_dim, q.dtype))
-    takes_rows = rows_per_half in ROWS_PER_HALF and library.takes(q, (q,), (q.stride(0), q.stride(1)))
-    return takes_means and takes_rows and not chunk.is_quantized
+    q, dtype = chunk.q, chunk.out.dtype
+    takes_means = means_dtype == dtype or (means_dtype == FP8 and is_faster_in_fp8(chunk.head_dim, dtype))
+    takes_rows = rows_per_half in ROWS_PER_HALF and library.is_aligned((q,), (q.stride(0), q.stride(1)))
+    takes_scales = chunk.is_quantized == (chunk.q_scale is not None)
+    return takes_means and takes_rows and takes_scales and library.is_made_for(chunk.head_dim, dtype)
 
 
 def group_masses(
@@ -83,12 +90,14 @@ def group_masses(
         num_qo_heads=chunk.num_qo_heads,
         num_kv_heads=chunk.kv.num_kv_heads,
         head_dim=chunk.head_dim,
-        is_bf16=q.dtype == torch.bfloat16,
+        is_bf16=chunk.out.dtype == torch.bfloat16,
         is_fp8=means.dtype == FP8,
+        has_fp8_q=q.dtype == FP8,
         keys_per_mean=mean,
         num_multiprocessors=library.num_multiprocessors(q.device),
         scale_log2=chunk.scale * LOG2_E * unit_of_products(means),
         **({} if boxes is None else _of_boxes(boxes)),
+        **library.score_scales(chunk),
     )
     library.launch("minference_group_masses", arguments, q.device)
 

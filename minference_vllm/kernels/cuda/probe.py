@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probe for Hopper, csrc/probe.cu: bf16 and fp16, head_dim 64 and 128."""
+"""The probe for Hopper, csrc/probe.cu: bf16 and fp16, head_dim 64 and 128, and FP8, head_dim 128."""
 
 import ctypes
 
 import torch
 
-from minference_vllm.chunk import Chunk
+from minference_vllm.chunk import FP8, Chunk
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E, kv_strides
 from minference_vllm.scratch import HELD_OUT_ROWS, MASS_UNIT, ProbeBuffers, RecallBuffers
@@ -18,11 +18,11 @@ assert MASS_UNIT == 2.0**-23  # the kernel reads masses off the bits of 1 + p
 LAST, SPREAD, HELD_OUT = range(3)
 """Which rows: see probe::Which in csrc/probe.cuh."""
 
-POINTERS = ("q", "k", "block_table", "partial_max", "partial_sum", "lse", "vertical", "slash")
-STRIDES = ("q_row", "q_head", "page", "kv_head", "token", "lse", "mass")
+POINTERS = ("q", "k", "block_table", "q_scale", "k_scale", "partial_max", "partial_sum", "lse", "vertical", "slash")
+STRIDES = ("q_row", "q_head", "page", "kv_head", "token", "lse", "mass", "q_scale", "k_scale")
 SIZES = (
     "num_rows", "context_len", "num_qo_heads", "num_kv_heads", "head_dim", "page_size", "num_pages", "is_bf16",
-    "max_splits", "num_multiprocessors", "which", "accumulate", "splits",
+    "is_fp8", "max_splits", "num_multiprocessors", "which", "accumulate", "splits",
 )  # fmt: skip
 
 
@@ -39,8 +39,10 @@ def supports(chunk: Chunk, num_last: int, num_spread: int) -> bool:
 
 def supports_held_out(chunk: Chunk) -> bool:
     """Whether the first pass is made for this head size and type, and for tensors that lie like these."""
-    strides = (chunk.q.stride(0), chunk.q.stride(1), *kv_strides(chunk.kv))
-    return chunk.kv.k.dtype == chunk.q.dtype and library.takes(chunk.q, (chunk.q, chunk.kv.k), strides)
+    q, k = chunk.q, chunk.kv.k
+    is_long = q.dtype != FP8 or chunk.head_dim == library.FP8_PROBE_HEAD_DIM
+    is_made = is_long and library.is_made_for(chunk.head_dim, chunk.out.dtype)
+    return is_made and k.dtype == q.dtype and library.is_aligned((q, k), (*q.stride()[:2], *kv_strides(chunk.kv)))
 
 
 def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -> None:
@@ -91,9 +93,11 @@ def _describe(chunk: Chunk, buffers: ProbeBuffers | RecallBuffers, which: int) -
         head_dim=head_dim,
         page_size=page_size,
         num_pages=num_pages,
-        is_bf16=q.dtype == torch.bfloat16,
+        is_bf16=chunk.out.dtype == torch.bfloat16,
+        is_fp8=q.dtype == FP8,
         max_splits=buffers.partial_max.numel() // (chunk.num_qo_heads * GROUP),
         num_multiprocessors=library.num_multiprocessors(q.device),
         which=which,
         scale_log2=chunk.scale * LOG2_E,
+        **library.score_scales(chunk),
     )
