@@ -186,7 +186,7 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block) -> dict[str
     shape = ScratchShape(*heads, chunk.out.dtype, case.tokens, case.rows, *fp8)
     scratch = method.scratch(shape, device)
     attend = AttendBuffers.allocate(case.num_qo_heads, case.rows, device)
-    index = draw_groups(chunk, method.sink_groups, method.local_groups, 0, case.density)
+    index = draw_groups(chunk, method, 0, case.density)
     ops.attend(chunk, index, attend, kernel)
     pairs = int(attend.kept_pairs)
     error = error_of(chunk, index)

@@ -26,7 +26,7 @@ DESCRIPTION = (
 def make_chooser(seed: int) -> Chooser:
     """A chooser that keeps drawn sets."""
     sets = KeySets(seed)
-    drawn: dict[tuple[int, int], TileIndex] = {}
+    drawn: dict[tuple[int, int, bool], TileIndex] = {}
 
     def choose_bands(method: VerticalSlash, chunk: Chunk, layer: LayerState) -> BandIndex:
         probe = layer.buffers.probe
@@ -36,9 +36,9 @@ def make_chooser(seed: int) -> Chooser:
 
     def choose_groups(method: Block, chunk: Chunk, layer: LayerState) -> TileIndex:
         choose(method, chunk, layer)
-        ends = (chunk.context_len, chunk.seq_len)
+        ends = (chunk.context_len, chunk.seq_len, chunk.may_end_prompt)
         if ends not in drawn:
-            drawn[ends] = draw_groups(chunk, method.sink_groups, method.local_groups, seed)
+            drawn[ends] = draw_groups(chunk, method, seed)
         return drawn[ends]
 
     def choose_drawn(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:

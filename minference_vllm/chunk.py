@@ -56,6 +56,7 @@ class Chunk:
             None if q is in the model's dtype.
         sinks: [num_qo_heads], stride 1, a learned score of each query head that joins its rows' softmax and brings no
             value (gpt-oss); None if the layer has none. A method's sink tokens, the prompt's first, are another thing.
+        may_end_prompt: whether this may be all that was left of the request's prompt.
 
     Raises:
         ValueError: a kernel would read or write such tensors wrongly.
@@ -68,6 +69,7 @@ class Chunk:
     scale: float
     q_scale: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    may_end_prompt: bool = True
 
     def __post_init__(self) -> None:
         q, out, (k, v, table, row, _, _) = self.q, self.out, self.kv
@@ -123,6 +125,12 @@ class Chunk:
     def is_quantized(self) -> bool:
         """Whether keys and values are FP8, and perhaps queries."""
         return self.kv.k_scale is not None
+
+    def first_rows(self, count: int) -> "Chunk":
+        """The chunk without its later rows."""
+        if count == self.num_rows:
+            return self
+        return replace(self, q=self.q[:count], out=self.out[:count])
 
     def of_heads(self, first: int, count: int) -> "Chunk":
         """The chunk under some of its query heads: all those of some KV heads, or some of one KV head's."""

@@ -93,7 +93,15 @@ class SparseLayerMixin(SparseLayer):
             span = slice(rows.query_start, rows.query_start + rows.num_rows)
             kv = PagedKV(k, v, block_table, rows.request, k_scale, v_scale)
             ran = not self.runtime.is_broken and self.runtime.run(
-                query[span], output[span], kv, rows.context_len, self.scale, self.layer_state, q_scale, self.sinks
+                query[span],
+                output[span],
+                kv,
+                rows.context_len,
+                self.scale,
+                self.layer_state,
+                q_scale,
+                self.sinks,
+                rows.may_end_prompt,
             )
             if not ran:
                 failed.append(rows)

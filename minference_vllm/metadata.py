@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
-from minference_vllm.plan import ALL_DENSE, Plan, Requests, make_plan
+from minference_vllm.plan import ALL_DENSE, Budget, Plan, Requests, make_plan
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, UntoldStep
 from minference_vllm.step import Step
@@ -35,6 +35,7 @@ class PlanningMixin:
             impl.runtime.warm_up(impl.shape, kv_cache_spec.block_size)
         self._runtime = runtime = impls[0].runtime
         self._min_seq_len, self._min_chunk = runtime.config.min_seq_len, runtime.config.min_chunk
+        self._budget = Budget(vllm_config.scheduler_config.max_num_batched_tokens, compat.longest_chunk(vllm_config))
         self._group = layer_names[0]
         self._has_sparse_layers = bool(sparse)
         self._dense_reason = None if sparse else impls[0].dense_reason  # of the whole group
@@ -82,7 +83,7 @@ class PlanningMixin:
             if untold and self._counts:
                 self._defer(UntoldStep(self._group, common.num_actual_tokens, reason or Reason.NO_HOST_METADATA))
             return ALL_DENSE, None
-        plan = ALL_DENSE if reason else make_plan(requests, self._runtime.config)
+        plan = ALL_DENSE if reason else make_plan(requests, self._runtime.config, self._budget)
         record = StepRecord(self._group, *requests, reason)
         if plan.chunks:
             record.step_reason = compat.step_traits(common, metadata).dense_reason

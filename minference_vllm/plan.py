@@ -91,12 +91,14 @@ class SparseChunk(NamedTuple):
         query_start: its first row in the step's query tensor.
         num_rows: query rows.
         context_len: keys before the chunk.
+        may_end_prompt: whether this may be all that was left of the prompt.
     """
 
     request: int
     query_start: int
     num_rows: int
     context_len: int
+    may_end_prompt: bool = True
 
     @property
     def seq_len(self) -> int:
@@ -160,16 +162,32 @@ class Plan(NamedTuple):
 ALL_DENSE = Plan()
 
 
-def make_plan(requests: Requests, config: MInferenceConfig) -> Plan:
+class Budget(NamedTuple):
+    """By what the scheduler cuts prompts into chunks.
+
+    Attributes:
+        tokens: most of a step.
+        rows: most of one request in a step.
+    """
+
+    tokens: int
+    rows: int
+
+
+def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> Plan:
     """Split a step into sparse chunks and dense runs.
 
     Args:
         requests: of the step, with their lengths.
         config: the gate.
     """
+    prompts = list(requests.prompts())
+    # vLLM does not tell where a prompt ends, but what it cuts fills its budget. Of several prompts in a step only one
+    # is cut, and which cannot be seen.
+    is_full = requests.starts[len(requests.seq_lens)] >= budget.tokens and len(prompts) == 1
     chunks = tuple(
-        SparseChunk(request, requests.starts[request], rows, seq_len - rows)
-        for request, rows, seq_len in requests.prompts()
+        SparseChunk(request, requests.starts[request], rows, seq_len - rows, not (is_full or rows >= budget.rows))
+        for request, rows, seq_len in prompts
         if gate(rows, seq_len, config) is Reason.GATE_OPEN
     )
     return Plan(chunks, _dense_runs(chunks, requests)) if chunks else ALL_DENSE

@@ -176,6 +176,7 @@ class Runtime:
         layer: LayerState,
         q_scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        may_end_prompt: bool = True,
     ) -> bool:
         """Sparse attention of one layer for one chunk; arguments as Chunk's.
 
@@ -183,7 +184,7 @@ class Runtime:
             Whether it could be done; if not, `out` is undefined.
         """
         try:
-            chunk = Chunk(q, out, kv, context_len, scale, q_scale, sinks)
+            chunk = Chunk(q, out, kv, context_len, scale, q_scale, sinks, may_end_prompt)
             lap = self._stopwatch.begin() if self.publish else None
             index = prefill(chunk, self.method, layer, lap.timing(self.chooser) if lap else self.chooser)
             if lap:
@@ -271,7 +272,7 @@ class Runtime:
         sinks = None
         if shape.sinks_dtype is not None:
             sinks = torch.zeros(shape.num_qo_heads, dtype=shape.sinks_dtype, device=self.device)
-        chunk = Chunk(q, torch.empty_like(q, dtype=shape.dtype), kv, length - rows, 1.0, of_queries, sinks)
+        chunk = Chunk(q, torch.empty_like(q, dtype=shape.dtype), kv, length - rows, 1.0, of_queries, sinks, False)
         buffers, attend, recall = self._claim(shape)
         budgets = self.method.budgets(shape.num_qo_heads, self.device)
         attend = replace(attend, kept_pairs=torch.zeros_like(attend.kept_pairs))

@@ -60,6 +60,10 @@ class BlockSettings(MethodSettings):
     local_tokens: int = Field(default=128, ge=0, le=MAX_TOKENS)
     """Keys just before a tile that are always kept, beside the tile's own; rounded up to groups of 16."""
 
+    last_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
+    """Query rows at the end of a prompt that attend to all keys, with the other rows of their tiles of 128. A prompt's
+    question stands there, and the few rows of it that look one far key up weigh little in a tile's choice."""
+
     score_dtype: Literal["auto", "fp8", "model"] = "auto"
     """What means of keys and the rows that choose are rounded to: "model" is the model's dtype, "auto" FP8 (e4m3) where
     scores are faster in it, which is on H100 and H200 for heads of 128, and else the model's. "fp8" asked for elsewhere
@@ -133,16 +137,27 @@ class Block(Method):
         index = TileIndex(
             groups=scratch.index.groups[:, : chunk.num_tiles, :cap], counts=scratch.index.counts[:, : chunk.num_tiles]
         )
-        buffers = self.buffers(chunk, scratch)
+        choosing = self.num_choosing_tiles(chunk)
+        if choosing < chunk.num_tiles:
+            index.counts[:, choosing:] = scratch.every_group
+        if choosing:
+            rows = min((chunk.first_tile + choosing) * TILE - chunk.context_len, chunk.num_rows)
+            self._choose_in_turns(chunk.first_rows(rows), budgets, self.buffers(chunk, scratch), index)
+        return index
+
+    def num_choosing_tiles(self, chunk: Chunk) -> int:
+        """Tiles of a chunk that keep what they choose; those that follow keep all."""
+        last = self.settings.last_tokens if chunk.may_end_prompt else 0
+        return max((chunk.seq_len - last) // TILE - chunk.first_tile, 0) if last else chunk.num_tiles
+
+    def _choose_in_turns(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers, index: TileIndex) -> None:
         num_heads = len(buffers.masses)
         for first in range(0, chunk.num_qo_heads, num_heads):
-            heads = slice(first, first + num_heads)
-            of_heads = TileIndex(index.groups[heads], index.counts[heads])
+            heads, part = slice(first, first + num_heads), chunk.of_heads(first, num_heads)
             # Heads in turns that share a KV head share its means too.
             if first % chunk.group_size == 0:
-                self._average_keys(chunk.of_heads(first, num_heads), buffers)
-            self._choose_at_once(chunk.of_heads(first, num_heads), budgets[heads], buffers, of_heads)
-        return index
+                self._average_keys(part, buffers)
+            self._choose_at_once(part, budgets[heads], buffers, TileIndex(index.groups[heads], index.counts[heads]))
 
     def _average_keys(self, chunk: Chunk, buffers: BlockBuffers) -> None:
         ops.key_means(chunk.kv, chunk.seq_len, buffers.means, self.kernel)

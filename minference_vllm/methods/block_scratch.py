@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from minference_vllm.boxes import BOX, BOX_MEAN, COARSE_AT_ONCE, GROUPS_PER_BOX, LISTS, Boxes
-from minference_vllm.index import GROUP, HALVES, TILE, TileIndex
+from minference_vllm.index import EVERY_GROUP, GROUP, HALVES, TILE, TileIndex
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.scratch import MASS_BYTES, MEAN
 
@@ -82,10 +82,12 @@ class BlockScratch:
 
     Attributes:
         index: of all heads.
+        every_group: [3] int32, the counts of a tile that keeps all.
         means, .., box_left_out: what Shapes says, of those chunks and heads that they have room for.
     """
 
     index: TileIndex
+    every_group: torch.Tensor
     means: torch.Tensor
     row_lse: torch.Tensor
     masses: torch.Tensor
@@ -166,7 +168,8 @@ def allocate(of_turns: Sequence[Shapes], means_dtype: torch.dtype, index: TileIn
         name: torch.zeros(prod(getattr(shapes, name)), dtype=dtype, device=index.groups.device)
         for name, dtype in dtypes.items()
     }
-    return BlockScratch(index=index, **made)
+    every_group = torch.tensor([EVERY_GROUP, 0, 0], dtype=torch.int32, device=index.counts.device)
+    return BlockScratch(index=index, every_group=every_group, **made)
 
 
 def turns(num_qo_heads: int, num_kv_heads: int) -> Iterator[Heads]:

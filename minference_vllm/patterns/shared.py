@@ -71,6 +71,9 @@ class PatternShares(Strict):
     local_tokens: int = Field(default=128, ge=0, le=MAX_TOKENS)
     """Keys just before a tile that are always kept."""
 
+    last_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
+    """Query rows at the end of a prompt that attend to all keys."""
+
     score_dtype: Literal["auto", "fp8", "model"] = "auto"
     """What means of keys and the rows that choose are rounded to."""
 

@@ -44,7 +44,7 @@ def _drawn_bands(method: VerticalSlash, chunk: Chunk, layer: LayerState, seed: i
 
 def _drawn_groups(method: Block, chunk: Chunk, layer: LayerState, seed: int) -> Chooser:
     """The whole choice, with as many boxes scored finely as on a real prompt; nothing of it is used."""
-    index = draw_groups(chunk, method.sink_groups, method.local_groups, seed)
+    index = draw_groups(chunk, method, seed)
     chooser = as_on_real_prompts(method, chunk.seq_len)
 
     def choose_drawn(_: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:

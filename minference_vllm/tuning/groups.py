@@ -4,7 +4,7 @@
 import torch
 
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUPS_PER_TILE, TileIndex
+from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, TileIndex
 from minference_vllm.methods import Block
 
 # With the default settings a tile keeps this much of prompts of so many tokens, and less of longer ones: measured from
@@ -33,15 +33,16 @@ def as_on_real_prompts(method: Block, tokens: int) -> Block:
     return Block(method.settings.model_copy(update={"max_fine": most}), method.kernel)
 
 
-def draw_groups(
-    chunk: Chunk, sink_groups: int, local_groups: int, seed: int, density: float | None = None
-) -> TileIndex:
-    """First groups, groups before the tile and random ones for each tile of the chunk and each head.
+def draw_groups(chunk: Chunk, method: Block, seed: int, density: float | None = None) -> TileIndex:
+    """First groups, groups before the tile and random ones for each tile of the chunk and each head; and all groups for
+    tiles that keep all.
 
     Args:
+        method: says how many groups are always kept, and which tiles keep all.
         density: share of the groups before a tile that it keeps; None for that of real prompts of this length.
     """
     density = density_at(chunk.seq_len) if density is None else density
+    sink_groups, local_groups = method.sink_groups, method.local_groups
     heads, device = chunk.num_qo_heads, chunk.q.device
     generator = torch.Generator(device).manual_seed(seed + chunk.seq_len)
     last = (chunk.first_tile + chunk.num_tiles - 1) * GROUPS_PER_TILE
@@ -64,4 +65,5 @@ def draw_groups(
     for number, listed in enumerate(tiles):
         counts[:, number, 0] = listed.shape[1]
         groups[:, number, : listed.shape[1]] = listed
+    counts[:, method.num_choosing_tiles(chunk) :] = torch.tensor([EVERY_GROUP, 0, 0], device=device)
     return TileIndex(groups, counts)

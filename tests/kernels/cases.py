@@ -216,7 +216,7 @@ def make_chunk(case: Case, device: torch.device, seed: int = 0) -> Chunk:
     out = torch.full_like(q, torch.nan, dtype=case.dtype)
     q_scale = case.scale_of(Q_SCALE, device) if case.has_fp8_q else None
     kv, sinks = make_cache(case, device, seed), make_sinks(case, device)
-    return Chunk(q, out, kv, case.context_len, case.scale, q_scale, sinks)
+    return Chunk(q, out, kv, case.context_len, case.scale, q_scale, sinks, may_end_prompt=False)
 
 
 def make_state(case: Case, method: VerticalSlash, device: torch.device) -> LayerState:

@@ -35,7 +35,7 @@ def heads_at_once(num_qo_heads: int, num_kv_heads: int, max_len: int, seq_len: i
     shape = ScratchShape(num_qo_heads, num_kv_heads, 128, BF16, max_len, 16_384)
     kv = PagedKV(*[torch.empty(9, num_kv_heads, 16, 128, dtype=BF16, device=meta)] * 2, torch.zeros(1, 1).int(), 0)
     q = torch.empty(rows, num_qo_heads, 128, dtype=BF16, device=meta)
-    chunk = Chunk(q, torch.empty_like(q), kv, seq_len - rows, 1.0)
+    chunk = Chunk(q, torch.empty_like(q), kv, seq_len - rows, 1.0, may_end_prompt=False)
     scratch = method.scratch(shape, meta)
     assert scratch.masses.nbytes <= MASS_BYTES
     return len(method.buffers(chunk, scratch).masses)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.plan import ALL_DENSE, DenseRun, Plan, Requests, SparseChunk, make_plan
+from minference_vllm.plan import ALL_DENSE, Budget, DenseRun, Plan, Requests, SparseChunk, make_plan
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, Tally, UntoldStep
 
@@ -35,10 +35,11 @@ LONG = Row(2000)
 LATER_CHUNK = Row(512, 4096)
 SHORT_TAIL = Row(99, 4096)
 PADDING = Row(0, prefill=False)
+BUDGET = Budget(10**6, 10**6)
 
 
 def plan_of(*batch: Row) -> Plan:
-    return make_plan(requests_of(batch), CONFIG)
+    return make_plan(requests_of(batch), CONFIG, BUDGET)
 
 
 def tally_of(*batch: Row, config: MInferenceConfig = CONFIG, **changes: object) -> Tally:
@@ -233,7 +234,7 @@ def test_an_empty_request_that_is_prefilling_is_not_counted() -> None:
 def test_flags_may_lack_the_padding_rows() -> None:
     batch = (DECODE, LONG, PADDING, PADDING)
     requests = requests_of(batch)._replace(is_prefilling=[False, True])
-    assert make_plan(requests, CONFIG) == plan_of(*batch)
+    assert make_plan(requests, CONFIG, BUDGET) == plan_of(*batch)
     assert StepRecord("a group", *requests).tally(CONFIG) == tally_of(*batch)
     assert plan_of(*batch).chunks
 
@@ -242,13 +243,35 @@ def test_flags_beyond_the_requests_are_not_looked_at() -> None:
     requests = requests_of((LONG, SHORT))
     stale = requests._replace(is_prefilling=[*requests.is_prefilling, True, True])
     assert StepRecord("a group", *stale).tally(CONFIG) == tally_of(LONG, SHORT)
-    assert make_plan(stale, CONFIG) == make_plan(requests, CONFIG)
+    assert make_plan(stale, CONFIG, BUDGET) == make_plan(requests, CONFIG, BUDGET)
+
+
+def ends(*batch: Row, tokens: int = 4096, rows: int = 4096) -> list[bool]:
+    """Which of a step's sparse chunks may end their prompts."""
+    plan = make_plan(requests_of(batch), CONFIG, Budget(tokens, rows))
+    return [chunk.may_end_prompt for chunk in plan.chunks]
+
+
+def test_a_chunk_that_fills_the_step_alone_is_taken_for_a_part_of_its_prompt() -> None:
+    assert ends(Row(4096, 4096)) == [False]
+    assert ends(Row(4095, 4096)) == [True]
+    assert ends(DECODE, DECODE, Row(4094, 4096)) == [False], "decode rows are of the budget too"
+    assert ends(DECODE, Row(4094, 4096), PADDING, PADDING) == [True]
+
+
+def test_of_several_prompts_in_a_full_step_each_may_end() -> None:
+    assert ends(Row(2000, 4096), Row(2096, 4096)) == [True, True]
+    assert ends(SHORT, Row(4036, 4096)) == [True]
+
+
+def test_a_chunk_as_long_as_the_scheduler_lets_it_be_is_taken_for_a_part() -> None:
+    assert ends(Row(1024, 4096), Row(1000, 4096), rows=1024) == [False, True]
 
 
 def test_a_gate_of_zero_takes_every_prompt_of_min_chunk_rows() -> None:
     config = MInferenceConfig(min_seq_len=0, min_chunk=1)
     batch = (DECODE, Row(2), SHORT, PADDING, Row(1, 3), Row(2, 3))
-    plan = make_plan(requests_of(batch), config)
+    plan = make_plan(requests_of(batch), config, BUDGET)
     assert [chunk.request for chunk in plan.chunks] == [1, 2, 5]
     check(plan, batch, config)
 

@@ -11,7 +11,7 @@ from minference_vllm import compat, debug
 from minference_vllm.attention import choose, prefill
 from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.index import GROUP, HALVES, TILE
+from minference_vllm.index import EVERY_GROUP, GROUP, HALVES, TILE
 from minference_vllm.methods import Block, VerticalSlash
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
@@ -119,7 +119,7 @@ def test_block_chooses_in_full_and_attends_to_drawn_groups(rows: int, context_le
     cache = torch.randn(128, 1, 16, 128)
     kv = PagedKV(*cache.split(64, dim=-1), torch.arange(128, dtype=torch.int32)[None], 0)
     q = torch.randn(rows, 2, 64)
-    chunk = Chunk(q, torch.empty_like(q), kv, context_len, 0.125)
+    chunk = Chunk(q, torch.empty_like(q), kv, context_len, 0.125, may_end_prompt=False)
     index = prefill(chunk, method, state, drawn_choice(method, chunk, state, seed=7))
     debug.check(chunk, index, state)
     assert (state.buffers.means != 0).any(), "the method has chosen, too"
@@ -130,6 +130,15 @@ def test_block_chooses_in_full_and_attends_to_drawn_groups(rows: int, context_le
             kept = {*kept_by_tile(index, 1, tile + chunk.first_tile, half, chunk.first_tile).tolist()}
             assert kept >= forced
             assert len(kept) == max(len(forced), round(groups.density_at(chunk.seq_len) * before / GROUP) * GROUP)
+
+
+def test_drawn_groups_are_all_where_the_last_rows_of_a_prompt_are() -> None:
+    method, cache = Block(BlockSettings(), Kernel.REFERENCE), torch.randn(128, 1, 16, 128)
+    kv = PagedKV(*cache.split(64, dim=-1), torch.arange(128, dtype=torch.int32)[None], 0)
+    q = torch.randn(512, 2, 64)
+    counts = groups.draw_groups(Chunk(q, torch.empty_like(q), kv, 1536, 0.125), method, 7).counts
+    assert counts[:, -1].tolist() == [[EVERY_GROUP, 0, 0]] * 2
+    assert (counts[:, :-1, 0] > 0).all()
 
 
 def test_longer_prompts_keep_a_smaller_share() -> None:

@@ -38,7 +38,7 @@ def chunks(prompt: Prompt, position: int) -> list[Chunk]:
     q = SHARP[:, None] * (q + torch.randn(CASE.num_qo_heads, CASE.head_dim, generator=generator))
     out, kv = torch.empty_like(q), make_cache(CASE, CPU, seed)
     return [
-        Chunk(q[start : start + CHUNK], out[start : start + CHUNK], kv, start, CASE.scale)
+        Chunk(q[start : start + CHUNK], out[start : start + CHUNK], kv, start, CASE.scale, may_end_prompt=False)
         for start in range(0, CASE.num_rows, CHUNK)
     ]
 
