@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every operation by the kernels of this machine, against the reference."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -8,13 +9,14 @@ import torch
 from minference_vllm.attention import LayerState, prefill
 from minference_vllm.chunk import Chunk
 from minference_vllm.doctor.check import Check, failed, ok, on_one_line, skipped
-from minference_vllm.doctor.trials import ROUNDED, ROWS, Shape, Trial, make_chunk, make_trials, scratch_shape
+from minference_vllm.doctor.trials import ROUNDED, ROWS, Shape, Trial, in_fp8, make_chunk, make_trials, scratch_shape
 from minference_vllm.kernels.cuda import library
 from minference_vllm.methods import Block, Method, VerticalSlash
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.ops.kernel import HOPPER
+from minference_vllm.ops.means import FP8_CAPABILITY
 from minference_vllm.reference.dense import dense
 from minference_vllm.scratch import AttendBuffers
 
@@ -31,21 +33,24 @@ def try_kernels(device: torch.device) -> Iterator[Check]:
         yield skipped("kernels", "no GPU to run them on")
         yield from try_reference()
         return
-    chunk = make_chunk(Shape(), device)
-    yield from try_kernel(chunk, Kernel.TRITON)
-    if torch.cuda.get_device_capability(device)[0] == HOPPER and not library.why_missing():
-        yield from try_kernel(chunk, Kernel.CUDA)
+    capability, chunk = torch.cuda.get_device_capability(device), make_chunk(Shape(), device)
+    chunks = [chunk, in_fp8(chunk)] if capability >= FP8_CAPABILITY else [chunk]
+    kernels = [Kernel.TRITON]
+    if capability[0] == HOPPER and not library.why_missing():
+        kernels.append(Kernel.CUDA)
+    for kernel, of_dtype in itertools.product(kernels, chunks):
+        yield from try_kernel(of_dtype, kernel)
 
 
 def try_kernel(chunk: Chunk, kernel: Kernel) -> Iterator[Check]:
-    """Each operation of which this kernel has code of its own."""
+    """Each operation of which this kernel has code of its own; over a cache in FP8 those that read it."""
     for trial in make_trials(chunk, kernel):
-        if kernel is not Kernel.CUDA or trial.has_cuda:
-            yield _compare(trial, kernel)
+        if (kernel is not Kernel.CUDA or trial.has_cuda) and (trial.reads_cache or not chunk.is_quantized):
+            yield _compare(trial, kernel, ", cache in FP8" if chunk.is_quantized else "")
 
 
-def _compare(trial: Trial, kernel: Kernel) -> Check:
-    name = f"{kernel}: {trial.name}"
+def _compare(trial: Trial, kernel: Kernel, on_what: str) -> Check:
+    name = f"{kernel}: {trial.name}{on_what}"
     try:
         expected, actual = trial.run(Kernel.REFERENCE), trial.run(kernel)
         errors = [largest_error(got, want) for (got, _), (want, _) in zip(actual, expected, strict=True)]

@@ -12,7 +12,7 @@ import torch
 
 from minference_vllm import ops
 from minference_vllm.boxes import Boxes
-from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.index import BANDS_PER_TILE, GROUPS_PER_TILE, HALVES, TILE, AnyIndex, HeadIndex
 from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.methods.block_scratch import BlockBuffers
@@ -49,11 +49,13 @@ class Trial:
         name: of the operation.
         has_cuda: whether the CUDA library has code for it.
         run: has the operation run by a kernel, into buffers of its own.
+        reads_cache: whether it reads queries, keys or values, whose type then matters.
     """
 
     name: str
     has_cuda: bool
     run: Callable[[Kernel], Results]
+    reads_cache: bool = True
 
 
 def make_chunk(shape: Shape, device: torch.device) -> Chunk:
@@ -71,12 +73,31 @@ def make_chunk(shape: Shape, device: torch.device) -> Chunk:
     width = shape.num_qo_heads + 2 * shape.num_kv_heads
     qkv = torch.randn(ROWS, width, shape.head_dim, generator=generator).to(device, torch.bfloat16)
     q = qkv[:, : shape.num_qo_heads]
-    return Chunk(q, torch.zeros_like(q), PagedKV(k, v, table, 0), CONTEXT, shape.head_dim**-0.5)
+    scale = shape.head_dim**-0.5
+    return Chunk(q, torch.zeros_like(q), PagedKV(k, v, table, 0), CONTEXT, scale, may_end_prompt=False)
+
+
+def in_fp8(chunk: Chunk) -> Chunk:
+    """The same rows and keys in FP8, each KV head's with scales of its own."""
+    heads = torch.arange(chunk.kv.num_kv_heads, device=chunk.q.device)
+    # Powers of two, so that nothing but the rounding to FP8 is lost; they are of their heads alone.
+    q_scale, k_scale, v_scale = (2.0 ** -(bits + heads % 2).float() for bits in (4, 5, 3))
+
+    def divided(tensor: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        return (tensor.float() / by[:, None, None]).to(FP8)
+
+    of_rows = q_scale.repeat_interleave(chunk.group_size)
+    q = (chunk.q.float() / of_rows[:, None]).to(FP8)
+    kv = chunk.kv._replace(
+        k=divided(chunk.kv.k, k_scale), v=divided(chunk.kv.v, v_scale), k_scale=k_scale, v_scale=v_scale
+    )
+    return replace(chunk, q=q, kv=kv, q_scale=q_scale)
 
 
 def scratch_shape(chunk: Chunk) -> ScratchShape:
     heads = chunk.num_qo_heads, chunk.kv.num_kv_heads, chunk.head_dim
-    return ScratchShape(*heads, chunk.q.dtype, max_seq_len=SEQ_LEN, max_chunk=ROWS)
+    fp8 = chunk.is_quantized, chunk.q.dtype == FP8
+    return ScratchShape(*heads, chunk.out.dtype, SEQ_LEN, ROWS, *fp8)
 
 
 def make_trials(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
@@ -122,9 +143,9 @@ def _trials_of_bands(chunk: Chunk) -> Iterator[Trial]:
         return [(lists.bands, EXACT), (indptr, EXACT), (lists.band_halves, EXACT)]
 
     yield Trial("probe", True, probe)
-    yield Trial("select", False, select)
-    yield Trial("share", False, share_sizes)
-    yield Trial("band lists", False, band_lists)
+    yield Trial("select", False, select, reads_cache=False)
+    yield Trial("share", False, share_sizes, reads_cache=False)
+    yield Trial("band lists", False, band_lists, reads_cache=False)
     yield Trial("attend to bands", True, _attending(chunk, index))
 
 
@@ -168,7 +189,7 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
     yield Trial("normalisers", False, row_normalisers)
     yield from _trials_of_boxes(chunk, budgets, made)
     yield Trial("masses of groups", True, group_masses)
-    yield Trial("select groups", False, select_groups)
+    yield Trial("select groups", False, select_groups, reads_cache=False)
     yield Trial("attend to groups", True, _attending(chunk, index))
 
 
@@ -194,9 +215,9 @@ def _trials_of_boxes(chunk: Chunk, budgets: torch.Tensor, made: BlockBuffers) ->
         ops.select_boxes(coarse.masses, chunk, budgets, ROWS_PER_HALF, 1, 1, boxes, masses, kernel)
         return [(of, EXACT) for of in (boxes.numbers, boxes.counts, boxes.left_out, masses)]
 
-    yield Trial("coarse means", False, coarse_means)
+    yield Trial("coarse means", False, coarse_means, reads_cache=False)
     yield Trial("masses of boxes", True, box_masses)
-    yield Trial("select boxes", False, select_boxes)
+    yield Trial("select boxes", False, select_boxes, reads_cache=False)
 
 
 def _tiles_before(chunk: Chunk) -> torch.Tensor:

@@ -2,16 +2,18 @@
 """The doctor's trial of each kernel against the reference: sound kernels pass, and one that is wrong is named."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.chunk import Chunk
 from minference_vllm.doctor import selftest
 from minference_vllm.doctor.check import Check, Status
 from minference_vllm.doctor.diagnosis import to_json
 from minference_vllm.doctor.selftest import largest_error, try_kernel, try_kernels, try_reference
-from minference_vllm.doctor.trials import Shape, make_chunk
+from minference_vllm.doctor.trials import Shape, in_fp8, make_chunk
 from minference_vllm.kernels import triton
 from minference_vllm.ops import Kernel
 
@@ -34,6 +36,9 @@ TRIAL_OF = {
     "attend_heads": "attend to all keys",
 }
 
+OF_NUMBERS = {"select", "share", "band lists", "coarse means", "select boxes", "select groups"}
+"""Operations on what others have made of queries and keys."""
+
 TRIALS = list(dict.fromkeys(TRIAL_OF.values()))
 # The kernel of group_masses makes those of boxes too.
 TRIALS.insert(TRIALS.index("select boxes"), "masses of boxes")
@@ -51,6 +56,23 @@ def test_sound_kernels_pass(device: torch.device) -> None:
     checks = try_triton(device)
     assert named(checks, Status.OK) == [f"triton: {name}" for name in TRIALS]
     assert len(checks) == len(named(checks, Status.OK))
+
+
+def test_what_reads_a_cache_is_tried_in_fp8_too(device: torch.device) -> None:
+    checks = list(try_kernel(in_fp8(make_chunk(SMALL, device)), Kernel.TRITON))
+    assert named(checks, Status.OK) == [f"triton: {name}, cache in FP8" for name in TRIALS if name not in OF_NUMBERS]
+    assert len(checks) == len(named(checks, Status.OK))
+
+
+def test_a_scale_that_is_forgotten_is_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = in_fp8(make_chunk(SMALL, device))
+    attend = triton.attend_tiles
+
+    def forgetful(chunk: Chunk, *rest: object) -> None:
+        attend(replace(chunk, kv=chunk.kv._replace(v_scale=torch.ones_like(chunk.kv.v_scale))), *rest)
+
+    monkeypatch.setattr(triton, "attend_tiles", forgetful)
+    assert named(list(try_kernel(chunk, Kernel.TRITON)), Status.FAILED) == ["triton: attend to groups, cache in FP8"]
 
 
 @pytest.mark.gpu
@@ -120,8 +142,14 @@ def test_hopper_with_the_library_tries_its_kernels_too(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(selftest.library, "why_missing", str)
     monkeypatch.setattr(selftest, "make_chunk", lambda shape, _: make_chunk(SMALL, torch.device("cpu")))
-    monkeypatch.setattr(selftest, "_compare", lambda trial, kernel: Check(f"{kernel}: {trial.name}", Status.OK, ""))
+    monkeypatch.setattr(
+        selftest, "_compare", lambda trial, kernel, on: Check(f"{kernel}: {trial.name}{on}", Status.OK, "")
+    )
     names = [check.name for check in try_kernels(torch.device("cuda", 0))]
     masses = ["masses of boxes", "masses of groups"]
     expected = ["probe", "attend to bands", *masses, "attend to groups", "recall", "attend to all keys"]
-    assert [name for name in names if name.startswith("cuda")] == [f"cuda: {name}" for name in expected]
+    of_both = [*expected, *(f"{name}, cache in FP8" for name in expected)]
+    assert [name for name in names if name.startswith("cuda")] == [f"cuda: {name}" for name in of_both]
+    # FP8 begins with Ada.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    assert not [check.name for check in try_kernels(torch.device("cuda", 0)) if "FP8" in check.name]
