@@ -17,7 +17,8 @@ from minference_vllm.search.journal import Journal, Origin
 from minference_vllm.search.prompts import Prompts
 from minference_vllm.search.reader import Reader
 from minference_vllm.search.run import Search
-from tests.serving.tiny_models import CHUNK, make_gemma3, token_ids
+from tests.serving.tiny_makers import make_gemma3
+from tests.serving.tiny_models import CHUNK, token_ids
 
 LENGTHS = (1001, 1002, 1003, 1004)
 OPTIONS = {

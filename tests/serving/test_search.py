@@ -12,7 +12,7 @@ import pytest
 from demo.server import environment, excerpt
 from tests.serving.conftest import ON_GPU
 from tests.serving.searching import LENGTHS
-from tests.serving.tiny_models import GLOBAL_LAYER
+from tests.serving.tiny_makers import GLOBAL_LAYER
 
 pytestmark = [pytest.mark.serving, pytest.mark.skipif(ON_GPU, reason="counts what the CPU backend attends to")]
 
