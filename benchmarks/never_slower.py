@@ -205,7 +205,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "sparse_tokens": "prompt tokens that ran sparse in one round; density: kept / causal pairs of their chunks",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "weights": "dummy"},
         "layers": TINY_LAYERS if options.tiny else LAYERS,
-        "prompts": "random token ids",
+        "prompts": "random token ids; those longer than a chunk fill all of theirs, so that no last rows are dense",
         "selection": "the choice runs in full; drawn groups are attended to, see minference_vllm.tuning.drawn",
         "engine": {key: value for key, value in spec["engine"].items() if key not in own},
         "dense": {"attention_backend": options.dense_backend},

@@ -57,9 +57,7 @@ MEMORY_ALONE = 0.92
 WARM_UP = 32768
 LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
 SHORT = 32768
-CHUNK = (
-    16512  # and not 16,384: a prompt that fills its last chunk is taken for one that goes on (minference_vllm/plan.py)
-)
+CHUNK = 16512  # not 16,384: a prompt that fills its last chunk is taken for one that goes on (plan.py)
 MOST_FOR_SHORT = 16
 
 
