@@ -2,6 +2,7 @@
 """`minference-vllm search`: what does not fit is said before an engine starts, and what is worse is never written."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,15 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[Verdict]:
 
 
 def test_a_better_file_is_written_and_can_be_served(
-    verdicts: list[Verdict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    verdicts: list[Verdict], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdicts.append(BETTER)
+    monkeypatch.setattr(sys, "argv", ["minference-vllm", "search", "a model"])
     assert search(tmp_path, "--cost", "pairs") == 0
     file = read_pattern(tmp_path / "out.json")
     assert file.models == ("org/Model",)
     assert file.geometry == Geometry(num_layers=2, num_qo_heads=4, num_kv_heads=2, head_dim=64)
-    assert file.provenance.notes[0].startswith("minference-vllm ")
+    assert file.provenance.notes[0] == "minference-vllm search 'a model'"
     assert "org/Model, minference-vllm 0." in file.provenance.notes[1]
     said = capsys.readouterr().out
     assert BETTER.sentence() in said
