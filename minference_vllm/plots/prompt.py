@@ -103,8 +103,9 @@ def read_prompt(
     engines.read_tokens(llm, tokens)
     if not capture.layers:
         raise ConfigError(f"Nothing of the {len(tokens)} tokens ran sparse: the log says how many layers may, and why.")
-    counted = sound_snapshot(runtime)
-    return PromptChoice(described(runtime.resolved), num_layers, capture, (counted.recall - before).layers)
+    measured = (sound_snapshot(runtime).recall - before).layers
+    recall = {layer.position: measured[layer.number] for layer in ours if layer.number in measured}
+    return PromptChoice(described(runtime.resolved), num_layers, capture, recall)
 
 
 def described(resolved: Resolved) -> str:
