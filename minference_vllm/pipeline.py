@@ -11,7 +11,8 @@ class Pipeline:
 
     Attributes:
         stage: its number.
-        layers: by stage, the numbers in the whole model of the layers that attend to the whole prompt.
+        layers: by stage, the numbers in the whole model of the layers that attend to the whole prompt; a single stage
+            need not know its own.
     """
 
     stage: int = 0

@@ -9,6 +9,7 @@ import torch
 
 from minference_vllm.compat import engines
 from minference_vllm.errors import ConfigError
+from minference_vllm.layers import SparseLayer
 from minference_vllm.offline import OPEN_GATE, our_layers, sound_snapshot, start_engine
 from minference_vllm.patterns import TAKES, Resolved
 from minference_vllm.plots.capture import Capture
@@ -104,8 +105,12 @@ def read_prompt(
     if not capture.layers:
         raise ConfigError(f"Nothing of the {len(tokens)} tokens ran sparse: the log says how many layers may, and why.")
     measured = (sound_snapshot(runtime).recall - before).layers
-    recall = {layer.position: measured[layer.number] for layer in ours if layer.number in measured}
-    return PromptChoice(described(runtime.resolved), num_layers, capture, recall)
+    return PromptChoice(described(runtime.resolved), num_layers, capture, by_position(ours, measured))
+
+
+def by_position(layers: Sequence[SparseLayer], measured: Mapping[int, LayerRecall]) -> dict[int, LayerRecall]:
+    """What was measured of layers, by their positions instead of their numbers; of dense ones there is nothing."""
+    return {layer.position: measured[layer.number] for layer in layers if layer.number in measured}
 
 
 def described(resolved: Resolved) -> str:
