@@ -40,6 +40,7 @@ class LayerState:
         buffers: the method's scratch.
         attend: what attending writes beside the output.
         guard: None if recall is not measured.
+        number: by which log and metrics name it; -1 outside of an engine.
     """
 
     position: int
@@ -47,6 +48,7 @@ class LayerState:
     buffers: Any
     attend: AttendBuffers
     guard: Guard | None = None
+    number: int = -1
 
 
 Chooser = Callable[[Method, Chunk, LayerState], SparseIndex]

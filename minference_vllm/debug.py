@@ -24,7 +24,7 @@ def check(chunk: Chunk, index: SparseIndex, layer: LayerState) -> None:
         faults.append("the log-sum-exp of a row is not finite")
     if faults:
         raise RuntimeError(
-            f"MInference, debug: layer {layer.position}, {chunk.num_rows} rows after {chunk.context_len} keys: "
+            f"MInference, debug: layer {layer.number}, {chunk.num_rows} rows after {chunk.context_len} keys: "
             f"{'; '.join(faults)}"
         )
 

@@ -63,7 +63,9 @@ class SparseLayerMixin(SparseLayer):
             decide_layers(self._vllm_config, self.runtime.publish, self.runtime.dense_layers)
         if self.dense_reason is None:
             try:
-                self.layer_state = self.runtime.layer_state(self.shape, self.position, self.num_layers, self.index)
+                self.layer_state = self.runtime.layer_state(
+                    self.shape, self.position, self.num_layers, self.index, self.number
+                )
             except ConfigError as error:  # what only a layer's heads decide
                 raise refused(str(error)) from None
 
@@ -130,7 +132,8 @@ def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
         known = _runtimes.get(key)
         # A draft model's layers, which never run sparse, are the main model's guests: no pattern file need fit them.
         if known is None or (known.model != model and not compat.is_loading_drafter()):
-            _runtimes[key] = Runtime(config, device, compat.reports_metrics(), model)
+            pipeline = compat.pipeline(vllm_config)
+            _runtimes[key] = Runtime(config, device, compat.reports_metrics(), model, pipeline)
     except ConfigError as error:
         raise refused(str(error)) from None
     return _runtimes[key]

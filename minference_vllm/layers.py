@@ -25,6 +25,8 @@ class SparseLayer:
         is_decided: whether the attributes below hold.
         dense_reason: why the layer never runs sparse; None if it may.
         index: of the layer in the whole model, across pipeline stages; None if its name does not say.
+        number: by which log and metrics name a layer that may run sparse: its index, unless a layer of this worker has
+            none or two have the same; then its position.
         position: of the layer among ours on this worker, in the order in which they run.
         num_layers: of ours on this worker.
         is_last_sparse: whether no layer after it may run sparse.
@@ -35,6 +37,7 @@ class SparseLayer:
     is_decided = False
     dense_reason: Reason | None = None
     index: int | None = None
+    number = -1
     position = -1
     num_layers = 0
     is_last_sparse = False
@@ -57,7 +60,7 @@ def decide_layers(vllm_config: Any, publish: bool, dense_layers: Container[int |
 
     Args:
         vllm_config: the engine's configuration, which holds the layers.
-        publish: whether this worker speaks for its engine in the log.
+        publish: whether this worker speaks for its pipeline stage in the log.
         dense_layers: indices of those that are to run dense.
     """
     ours = {name: layer for name, layer in compat.attention_layers(vllm_config).items() if compat.is_ours(layer)}
@@ -72,6 +75,10 @@ def decide_layers(vllm_config: Any, publish: bool, dense_layers: Container[int |
     sparse = [impl for impl in impls if impl.dense_reason is None]
     for impl in impls:
         impl.is_last_sparse = impl is sparse[-1] if sparse else False
+    indices = [impl.index for impl in sparse if impl.index is not None]
+    numbers = indices if len(set(indices)) == len(sparse) else [impl.position for impl in sparse]
+    for impl, number in zip(sparse, numbers, strict=True):
+        impl.number = number
     if publish:
         _report(impls, compat.foreign_layers(vllm_config))
 
@@ -101,7 +108,7 @@ def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[i
 
 
 def _report(impls: Sequence[SparseLayer], foreign: Mapping[str, str]) -> None:
-    """Say in one line for the whole model what may run sparse; a draft model's layers are not the model's."""
+    """Say in one line for all layers here what may run sparse; a draft model's layers are not the model's."""
     reasons = [impl.dense_reason for impl in impls if impl.dense_reason is not Reason.DRAFT_LAYER]
     dense = Counter(reason.value for reason in reasons if reason is not None)
     parts = [f"{reasons.count(None)} of {len(reasons) + len(foreign)} attention layers may run sparse"]

@@ -202,6 +202,26 @@ def gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
     return Reason.GATE_OPEN
 
 
+def gate_obstacle(config: MInferenceConfig, max_seq_len: float, max_chunk: float) -> str:
+    """Why the gate can never open on a server with these limits; empty if it can.
+
+    Args:
+        config: the gate.
+        max_seq_len: tokens of the longest request that the server admits.
+        max_chunk: most rows that its scheduler gives a request in one step.
+    """
+    limits = (
+        ("min_chunk", max_chunk, "rows that a step may give a request (--max-num-batched-tokens)"),
+        ("min_seq_len", max_seq_len, "tokens that a request may have (--max-model-len)"),
+    )
+    obstacles = (
+        f"minference.{setting} is {value}, above the {limit} {name}"
+        for setting, limit, name in limits
+        if (value := getattr(config, setting)) > limit
+    )
+    return "; ".join(obstacles)
+
+
 def _dense_runs(chunks: tuple[SparseChunk, ...], requests: Requests) -> tuple[DenseRun, ...]:
     """The requests before, between and after the sparse ones, as runs of neighbours."""
     runs = []

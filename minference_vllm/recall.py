@@ -55,7 +55,7 @@ class Recall:
     Attributes:
         histogram: [NUM_BUCKETS] heads of chunks by recall, see RECALL_EDGES.
         redone: heads of chunks that were attended to again.
-        layers: by position among the plugin's layers on this worker; heads are this rank's.
+        layers: by number, see LayerState; a RecallMeter's are by position. Heads are this rank's.
     """
 
     histogram: tuple[int, ...] = (0,) * NUM_BUCKETS

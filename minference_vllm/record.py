@@ -59,6 +59,14 @@ class StepRecord:
         return self.step_reason or reason if reason is Reason.GATE_OPEN else reason
 
 
+def faults_of(tally: Tally) -> Tally:
+    """What of it a fault made dense.
+
+    A pipeline stage counts this even where another counts the prompts, for only the stage itself knows of its faults.
+    """
+    return {label: counts for label, counts in tally.items() if label == ("dense", Reason.SPARSE_FAULT.value)}
+
+
 @dataclass(slots=True)
 class UntoldStep:
     """A step whose requests cannot be told apart on the host: all its tokens count as one dense chunk.

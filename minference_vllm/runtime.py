@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers of one worker process share: configuration, method, scratch memory and counters."""
 
+import itertools
 import logging
 from collections import Counter
 from dataclasses import replace
@@ -21,8 +22,10 @@ from minference_vllm.metrics.snapshot import Counts, Times
 from minference_vllm.metrics.stopwatch import Stopwatch
 from minference_vllm.ops import choose_kernel, report_shape
 from minference_vllm.patterns import ServedModel, resolve
+from minference_vllm.pipeline import ONE_STAGE, Pipeline
+from minference_vllm.plan import gate_obstacle
 from minference_vllm.recall import Floors, Recall
-from minference_vllm.record import Record, StepRecord, Tally
+from minference_vllm.record import Record, StepRecord, Tally, faults_of
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 
 MOST_FAULTS = 3
@@ -31,46 +34,33 @@ MOST_FAULTS = 3
 logger = logging.getLogger("vllm.minference")
 
 
-def gate_obstacle(config: MInferenceConfig, max_seq_len: float, max_chunk: float) -> str:
-    """Why the gate can never open on a server with these limits; empty if it can.
-
-    Args:
-        config: the gate.
-        max_seq_len: tokens of the longest request that the server admits.
-        max_chunk: most rows that its scheduler gives a request in one step.
-    """
-    limits = (
-        ("min_chunk", max_chunk, "rows that a step may give a request (--max-num-batched-tokens)"),
-        ("min_seq_len", max_seq_len, "tokens that a request may have (--max-model-len)"),
-    )
-    obstacles = (
-        f"minference.{setting} is {value}, above the {limit} {name}"
-        for setting, limit, name in limits
-        if (value := getattr(config, setting)) > limit
-    )
-    return "; ".join(obstacles)
-
-
 class Runtime:
     """One a worker process, device and configuration.
 
     Args:
         config: the resolved configuration.
         device: where the model runs.
-        publish: whether this worker counts, and reports metrics for its engine.
+        publish: whether this worker counts, and reports metrics for its pipeline stage.
         model: what is served; only the method "auto" needs to know.
+        pipeline: this worker's place in it.
 
     Attributes:
         resolved: what the setting `method` comes to.
         dense_layers: layers of the whole model that always run dense, by the settings or a pattern file.
         chooser: who chooses the keys of each chunk; see attention.Chooser.
         floors: of the guard.
+        counts_prompts: whether prompts are counted here, for all stages.
         is_broken: whether the sparse path has failed so often that all runs dense until the next start.
         has_sparse_layers: whether any layer may run sparse.
     """
 
     def __init__(
-        self, config: MInferenceConfig, device: torch.device, publish: bool, model: ServedModel | None = None
+        self,
+        config: MInferenceConfig,
+        device: torch.device,
+        publish: bool,
+        model: ServedModel | None = None,
+        pipeline: Pipeline = ONE_STAGE,
     ) -> None:
         self.config = config
         self.publish = publish
@@ -79,6 +69,7 @@ class Runtime:
         self.resolved = resolve(config.method, model)
         self.method = make_method(self.resolved.settings, choose_kernel(config.kernel, device))
         self.dense_layers = frozenset(range(config.dense_layers)) | self.resolved.dense_layers
+        self.counts_prompts = publish and pipeline.speaks(self.dense_layers)
         self.chooser: Chooser = choose
         self.counters = Counters(publish, config.log_every, self._tally_once, self._read)
         self.floors = Floors(config.recall_floor, config.row_recall_floor)
@@ -97,7 +88,7 @@ class Runtime:
         self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers, RecallBuffers | None]] = {}
         self._layers: dict[tuple[ScratchShape, int, int], LayerState] = {}
         self._warm: set[tuple[ScratchShape, int]] = set()
-        if publish:  # every rank has the same
+        if self.counts_prompts:  # every rank has the same
             logger.info("MInference: %s", config)
             if self.resolved.why:
                 logger.info("MInference: %s.", self.resolved.why)
@@ -112,18 +103,21 @@ class Runtime:
         """
         self.has_sparse_layers |= has_sparse_layers
         self.counters.start()
-        may_warn = self.publish and has_sparse_layers and not self._has_warned
+        may_warn = self.counts_prompts and has_sparse_layers and not self._has_warned
         if may_warn and (obstacle := gate_obstacle(self.config, max_seq_len, max_chunk)):
             self._has_warned = True
             logger.warning("MInference: nothing will run sparse: %s.", obstacle)
 
-    def layer_state(self, shape: ScratchShape, position: int, num_layers: int, index: int | None = None) -> LayerState:
+    def layer_state(
+        self, shape: ScratchShape, position: int, num_layers: int, index: int | None = None, number: int | None = None
+    ) -> LayerState:
         """What a layer brings to its chunks; claimed when first asked for, in the profiling run.
 
         Args:
             shape: of its scratch.
             position, num_layers: its place among the plugin's layers on this worker, and how many they are.
             index: its number in the whole model, by which a pattern file knows it; None if it has none.
+            number: by which log and metrics name it; its position if not given.
 
         Raises:
             ConfigError: the pattern file does not fit the layer.
@@ -135,7 +129,8 @@ class Runtime:
                 buffers, attend, recall = self._claim(shape)
                 guard = Guard(self.floors, recall, self._totals(shape, num_layers)) if recall else None
                 budgets = self._budgets(shape, index)
-            self._layers[key] = LayerState(position, budgets, buffers, attend, guard)
+            number = position if number is None else number
+            self._layers[key] = LayerState(position, budgets, buffers, attend, guard, number)
         return self._layers[key]
 
     def _budgets(self, shape: ScratchShape, index: int | None) -> torch.Tensor:
@@ -194,18 +189,18 @@ class Runtime:
         except Exception:
             if self.config.debug:
                 raise
-            self._report_fault(layer.position)
+            self._report_fault(layer.number)
             return False
         self._faults = 0
         self._causal_pairs += chunk.num_qo_heads * chunk.causal_pairs
         return True
 
-    def _report_fault(self, position: int) -> None:
+    def _report_fault(self, number: int) -> None:
         """Count an exception of the sparse path; the first since the start is logged with its traceback."""
         self._faults += 1
         if not self._has_logged_fault:
             self._has_logged_fault = True
-            logger.exception("MInference: sparse attention failed in layer %d; its rows run dense.", position)
+            logger.exception("MInference: sparse attention failed in layer %d; its rows run dense.", number)
         if self._faults == MOST_FAULTS:
             self.is_broken = True
             logger.error(
@@ -234,7 +229,8 @@ class Runtime:
         if record.group in self._counted:
             self._counted.clear()
         self._counted.add(record.group)
-        return record.tally(self.config) if len(self._counted) == 1 else {}
+        tally = record.tally(self.config) if len(self._counted) == 1 else {}
+        return tally if self.counts_prompts else faults_of(tally)
 
     def _read(self) -> tuple[int, int, Recall, int, Counts, Times]:
         """What a Snapshot holds beside tokens and chunks, of all sparse attention since start.
@@ -242,9 +238,15 @@ class Runtime:
         Pairs and recall are those whose copies have arrived, times those that the GPU had told at the end of a step.
         """
         pairs = self._density.read() if self._density else (0, 0)
-        recall = sum((meter.read() for _, meter in list(self._recalls.values())), start=Recall())
+        recall = sum(itertools.starmap(self._measured, list(self._recalls)), start=Recall())
         engine = self.resolved.settings.name, self.method.kernel.value
         return *pairs, recall, self._scratch_bytes, Counter({engine: 1}), self._stopwatch.total
+
+    def _measured(self, shape: ScratchShape, num_layers: int) -> Recall:
+        """Recall of the layers of this shape, by their numbers."""
+        recall = self._recalls[shape, num_layers][1].read()
+        layers = {self._layers[shape, at, num_layers].number: layer for at, layer in recall.layers.items()}
+        return replace(recall, layers=layers)
 
     def warm_up(self, shape: ScratchShape, page_size: int) -> None:
         """Compile every kernel that layers of this shape will need, before the first request."""

@@ -9,11 +9,14 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from minference_vllm.pipeline import ONE_STAGE, Pipeline
+
 if TYPE_CHECKING:
     from minference_vllm.patterns import ServedModel
     from minference_vllm.plan import StepTraits
 
 TESTED = ((0, 32), (0, 33))
+WHOLE_PROMPT = ("full_attention", "attention")  # what model configurations call layers that attend to it
 
 logger = logging.getLogger("vllm.minference")
 
@@ -59,10 +62,25 @@ def layer_index(layer_name: str) -> int | None:
 
 
 def reports_metrics() -> bool:
-    """Whether this worker speaks for its engine: every rank sees the same tokens."""
-    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+    """Whether this worker speaks for its pipeline stage: every tensor-parallel rank of it sees the same tokens."""
+    from vllm.distributed.parallel_state import get_tp_group
 
-    return get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
+    return get_tp_group().rank_in_group == 0
+
+
+def pipeline(vllm_config: Any) -> Pipeline:
+    """This worker's pipeline stage, and how vLLM divides the model's layers among all stages."""
+    from vllm.distributed.parallel_state import get_pp_group
+    from vllm.distributed.utils import get_pp_indices
+
+    stages, model = get_pp_group(), vllm_config.model_config
+    if stages.world_size == 1:
+        return ONE_STAGE
+    num_layers, text = model.model_arch_config.total_num_hidden_layers, model.hf_text_config
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    whole = frozenset(number for number, kind in enumerate(kinds) if kind in WHOLE_PROMPT) or range(num_layers)
+    bounds = (get_pp_indices(num_layers, stage, stages.world_size) for stage in range(stages.world_size))
+    return Pipeline(stages.rank_in_group, tuple(frozenset(range(*each)).intersection(whole) for each in bounds))
 
 
 def served_model(vllm_config: Any, rank: int | None = None) -> "ServedModel":
@@ -253,7 +271,7 @@ def _report_if_none_is_ours(vllm_config: Any, ours: Any) -> None:
     layers = attention_layers(vllm_config)
     if any(is_ours(layer) and not is_draft_layer(name, layer, vllm_config) for name, layer in layers.items()):
         return
-    if not reports_metrics():
+    if not (reports_metrics() and pipeline(vllm_config).speaks()):
         return
     if foreign := foreign_layers(vllm_config):
         which = f"none of the model's {len(foreign)} attention layers is ours (they choose their own backend: "

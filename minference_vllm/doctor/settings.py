@@ -17,7 +17,7 @@ from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.errors import ConfigError
 from minference_vllm.ops import choose_kernel
 from minference_vllm.patterns import resolve
-from minference_vllm.runtime import gate_obstacle
+from minference_vllm.plan import gate_obstacle
 
 
 @dataclass(frozen=True, slots=True)

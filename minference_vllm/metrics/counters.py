@@ -25,9 +25,9 @@ logger = logging.getLogger("vllm.minference.metrics")
 
 
 class Counters:
-    """Counts one engine's prefill in its worker process.
+    """Counts the prefill of one engine's pipeline stage in its worker process.
 
-    Every tensor-parallel rank sees the same tokens: only rank 0 of an engine may publish, or a scrape would count them
+    Every tensor-parallel rank sees the same tokens: only rank 0 of a stage may publish, or a scrape would count them
     once a rank.
 
     Args:

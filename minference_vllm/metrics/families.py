@@ -80,7 +80,7 @@ RECALL = Family(
 )  # fmt: skip
 RECALL_MEAN = Family(
     "minference_recall_mean",
-    "Mean recall since start by the plugin's layers and rank 0's heads, each from 0, over the engines of this server.",
+    "Mean recall since start by the model's layers and rank 0's heads, each from 0, over the engines of this server.",
     lambda total: (((layer, head), mean) for layer, head, mean, _ in total.recall.heads()), HEAD, "mostrecent", True,
 )  # fmt: skip
 RECALL_WORST = Family(
@@ -88,7 +88,7 @@ RECALL_WORST = Family(
     lambda total: (((layer, head), worst) for layer, head, _, worst in total.recall.heads()), HEAD, "mostrecent", True,
 )  # fmt: skip
 SCRATCH = number(
-    "minference_scratch_bytes", "Scratch memory of each engine's rank 0, summed over the engines.",
+    "minference_scratch_bytes", "Scratch memory of rank 0 of each pipeline stage, summed over stages and engines.",
     lambda total: total.scratch_bytes, "sum",
 )  # fmt: skip
 INFO = Family(

@@ -21,7 +21,7 @@ NOWHERE = os.devnull  # what a process that can make no folder sets METRICS_DIR 
 
 
 class Publisher:
-    """Publishes the totals of one engine; a process may hold several."""
+    """Publishes the totals of one engine, or its pipeline stage here; a process may hold several."""
 
     _numbers = itertools.count()
 

@@ -9,6 +9,7 @@ import torch
 
 from minference_vllm.compat import engines
 from minference_vllm.errors import ConfigError
+from minference_vllm.layers import SparseLayer
 from minference_vllm.offline import OPEN_GATE, our_layers, sound_snapshot, start_engine
 from minference_vllm.patterns import TAKES, Resolved
 from minference_vllm.plots.capture import Capture
@@ -103,8 +104,13 @@ def read_prompt(
     engines.read_tokens(llm, tokens)
     if not capture.layers:
         raise ConfigError(f"Nothing of the {len(tokens)} tokens ran sparse: the log says how many layers may, and why.")
-    counted = sound_snapshot(runtime)
-    return PromptChoice(described(runtime.resolved), num_layers, capture, (counted.recall - before).layers)
+    measured = (sound_snapshot(runtime).recall - before).layers
+    return PromptChoice(described(runtime.resolved), num_layers, capture, by_position(ours, measured))
+
+
+def by_position(layers: Sequence[SparseLayer], measured: Mapping[int, LayerRecall]) -> dict[int, LayerRecall]:
+    """What was measured of layers, by their positions instead of their numbers; of dense ones there is nothing."""
+    return {layer.position: measured[layer.number] for layer in layers if layer.number in measured}
 
 
 def described(resolved: Resolved) -> str:

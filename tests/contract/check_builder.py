@@ -285,3 +285,4 @@ def test_a_layer_runs_dense_by_its_number_in_the_whole_model() -> None:
     make_builder(impls)
     assert [(impl.index, impl.position) for impl in impls.values()] == [(2, 0), (3, 1)]
     assert [impl.dense_reason for impl in impls.values()] == [Reason.DENSE_LAYER, None]
+    assert impls[NAME.format(3)].layer_state.number == 3

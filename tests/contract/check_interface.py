@@ -42,6 +42,7 @@ from minference_vllm.metadata import MInferenceBuilder
 from tests.contract.wheel import VERSION
 from tests.unit import test_compat
 from tests.unit.test_compat import *  # noqa: F403 - the same holds in this release
+from tests.unit.test_compat_pipeline import *  # noqa: F403
 
 FORWARD = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
 INIT = (
@@ -162,7 +163,7 @@ def test_the_rest_that_compat_asks_for() -> None:
     assert envs.VLLM_BATCH_INVARIANT in (True, False)
     assert callable(get_pp_group)
     assert callable(get_tp_group)
-    assert isinstance(GroupCoordinator.is_first_rank, property)
+    assert {"rank_in_group", "world_size"} <= set(GroupCoordinator.__annotations__)
     assert Attention.is_draft_layer is False
 
 

@@ -17,6 +17,7 @@ from minference_vllm import compat
 from minference_vllm import impl as impl_module
 from minference_vllm.chunk import PagedKV
 from minference_vllm.patterns import Geometry, ServedModel
+from minference_vllm.pipeline import ONE_STAGE
 from minference_vllm.reason import Reason
 from minference_vllm.reference.dense import dense
 from minference_vllm.runtime import Runtime
@@ -269,6 +270,7 @@ def test_a_runtime_is_of_the_model_that_is_served_and_its_draft_model_is_a_guest
     models = {name: ServedModel((name,), geometry) for name in ("Yi-9B-200K", "another", "a draft model")}
     monkeypatch.setattr(impl_module, "_runtimes", {})
     monkeypatch.setattr(compat, "reports_metrics", lambda: False)
+    monkeypatch.setattr(compat, "pipeline", lambda vllm_config: ONE_STAGE)
     monkeypatch.setattr(compat, "served_model", lambda vllm_config: models[vllm_config.name])
 
     def runtime_of(name: str, is_drafter: bool = False) -> Runtime:

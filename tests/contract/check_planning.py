@@ -137,6 +137,22 @@ def test_a_plan_holds_plain_numbers() -> None:
     assert {type(value) for part in (*plan.chunks, *plan.dense_runs) for value in part} == {int, bool}
 
 
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        ([NAME.format(2), NAME.format(3)], [2, 3]),
+        (["a.3.attn", "b.3.attn"], [0, 1]),
+        (["layers.2.attn.0", "layers.3.attn"], [0, 1]),
+    ],
+    ids=["in the whole model", "two of one number", "no single number"],
+)
+def test_layers_are_named_by_numbers_that_differ(names: list[str], numbers: list[int]) -> None:
+    runtime = make_runtime()
+    impls = {name: make_impl(runtime) for name in names}
+    make_builder(impls)
+    assert [impl.layer_state.number for impl in impls.values()] == numbers
+
+
 def test_counting_starts_with_the_first_builder() -> None:
     runtime, _, _ = one_group()
     assert runtime.counters.start.called

@@ -40,6 +40,7 @@ LAYERS = (
     "compat",
     "plan",
     "config",
+    "pipeline",
     "reason",
     "debug",
     "attention",

@@ -20,7 +20,7 @@ SAYING = {
     "kernels.cuda.library._open",
     "ops.kernel._cuda_obstacle",
     "ops.kernel._gpu_obstacle",
-    "runtime.gate_obstacle",
+    "plan.gate_obstacle",
 }
 # Where one of these sentences, or a whole exception, is passed on; nothing is added there.
 FORWARDING = {

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from minference_vllm import compat
+from minference_vllm.pipeline import ONE_STAGE
 from tests.conftest import import_or_skip
 
 vllm_config_module = import_or_skip("vllm.config")
@@ -183,6 +184,7 @@ class Platform:
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(compat, "reports_metrics", lambda: True)
+    monkeypatch.setattr(compat, "pipeline", lambda vllm_config: ONE_STAGE)
     platform = type("TestPlatform", (Platform,), {})
     for _ in range(2):  # as in a process that loads plugins twice
         compat.report_models_without_our_layers(platform, OURS)

@@ -13,7 +13,8 @@ from minference_vllm import __version__
 
 SPARSE = 'path="sparse",reason="gate_open"'
 
-# One argument an engine: the pairs that it keeps, of a hundred in all its steps; none if its GPU tells nothing.
+# The number of the layer that is measured, then one argument an engine: the pairs that it keeps, of a hundred in all
+# its steps; none if its GPU tells nothing.
 ENGINES = """
 import sys
 from collections import Counter
@@ -22,7 +23,8 @@ from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.snapshot import Times
 from minference_vllm.recall import LayerRecall, Recall
 publisher.HEADS_SECONDS = 0  # else only the first of the two steps shows
-for kept_pairs in map(int, sys.argv[1:]):
+number, *kept = map(int, sys.argv[1:])
+for kept_pairs in kept:
     pairs = 0, 0
     recall, times = Recall(), Times()
     engine = Counter({("block", "cuda"): 1})
@@ -32,15 +34,15 @@ for kept_pairs in map(int, sys.argv[1:]):
         counters.flush()
         pairs = step * kept_pairs // 2, step * 50 * (kept_pairs > 0)
         layer = LayerRecall(3 * step, (0.0, 2.0 * step), (1.0, kept_pairs / 100))
-        recall = Recall((step, *[0] * 8, 2 * step), step, {0: layer})
+        recall = Recall((step, *[0] * 8, 2 * step), step, {number: layer})
         times = Times(step, 0.25 * step, 0.5 * step)
         counters.flush()
 """
 
 
-def run_engines(*kept_pairs: str, directory: Path) -> None:
+def run_engines(*kept_pairs: str, directory: Path, layer: int = 0) -> None:
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(directory)}
-    subprocess.run([sys.executable, "-c", ENGINES, *kept_pairs], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", ENGINES, str(layer), *kept_pairs], env=environment, check=True)
 
 
 def scrape_multiprocess(directory: Path) -> str:
@@ -74,3 +76,13 @@ def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path)
     assert f'minference_info{{kernel="cuda",method="block",version="{__version__}"}} 1.0' in text
 
     run_engines("30", directory=tmp_path / "missing")  # and nothing is raised
+
+
+def test_pipeline_stages_show_their_layers_side_by_side(tmp_path):
+    for layer, kept_pairs in ((1, "30"), (5, "10")):
+        run_engines(kept_pairs, directory=tmp_path, layer=layer)
+    text = scrape_multiprocess(tmp_path)
+    assert 'minference_recall_worst{head="1",layer="1"} 0.3' in text
+    assert 'minference_recall_worst{head="1",layer="5"} 0.1' in text
+    assert "minference_kept_pairs_total 40.0" in text
+    assert "minference_scratch_bytes 2000.0" in text

@@ -13,6 +13,7 @@ from minference_vllm.attention import prefill
 from minference_vllm.chunk import Chunk
 from minference_vllm.cli import main, plot
 from minference_vllm.errors import ConfigError
+from minference_vllm.layers import SparseLayer
 from minference_vllm.methods import Block, Method
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.ops import Kernel
@@ -20,7 +21,7 @@ from minference_vllm.patterns import Pattern, Resolved
 from minference_vllm.patterns.file import parse_pattern
 from minference_vllm.plots import capture as capture_module
 from minference_vllm.plots.capture import Capture, halves, own_pairs
-from minference_vllm.plots.prompt import PromptChoice, described, spread, wanted
+from minference_vllm.plots.prompt import PromptChoice, by_position, described, spread, wanted
 from minference_vllm.recall import LayerRecall
 from tests.kernels.cases import Case, make_chunk, make_state
 from tests.unit.test_patterns import content
@@ -110,6 +111,14 @@ def test_a_layer_that_the_model_has_not_is_refused() -> None:
     for layer in (3, -1):
         with pytest.raises(ConfigError, match=f"Layer {layer} is none of the plugin's: they are 0 to 2"):
             wanted([0, layer], 3)
+
+
+def test_recall_is_taken_by_the_layers_positions() -> None:
+    # The first layer of this model holds a state, the second attends, the third is kept dense.
+    sparse, dense = SparseLayer(), SparseLayer()
+    sparse.position, sparse.number, dense.position = 0, 1, 1
+    measured = LayerRecall(1, (1.0,), (1.0,))
+    assert by_position([sparse, dense], {1: measured}) == {0: measured}
 
 
 def test_a_method_is_described_in_one_line() -> None:
