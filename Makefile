@@ -7,6 +7,8 @@ DEMO_MODEL := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WEIGHTS := $(DEMO_MODEL)/model.safetensors
+# Of the tests, side by side. A GPU's memory is for one at a time.
+JOBS ?= $(if $(shell command -v nvidia-smi),0,2)
 
 .PHONY: help install demo serve wheel test lint
 .DELETE_ON_ERROR:
@@ -18,7 +20,7 @@ help:
 	@echo 'make wheel                        a wheel in dist/, with the CUDA library if there is an nvcc (README: Install)'
 	@echo 'make test [ARGS=]                 all tests that this machine can run, with more pytest options in ARGS'
 	@echo 'make lint                         ruff and mypy'
-	@echo 'Variables: VENV=$(VENV) PYTHON=$(PYTHON)'
+	@echo 'Variables: VENV=$(VENV) PYTHON=$(PYTHON) JOBS=$(JOBS) (processes that test)'
 
 install: $(INSTALLED)
 
@@ -33,7 +35,7 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 test: $(INSTALLED) $(WEIGHTS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

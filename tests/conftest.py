@@ -32,6 +32,8 @@ def device() -> torch.device:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from minference_vllm.kernels.cuda import library
 
+    # Servers take longest to start: several processes that test end together if those come first.
+    items.sort(key=lambda item: item.get_closest_marker("serving") is None)
     has_gpu = torch.cuda.is_available()
     has_hopper = has_gpu and torch.cuda.get_device_capability()[0] == 9
     for item in items:
