@@ -96,23 +96,16 @@ def every_group(chunk: Chunk) -> TileIndex:
 def error_of(chunk: Chunk, index: TileIndex) -> float:
     """Largest relative error of the chunk's output in a few tiles and heads."""
     errors = []
-    of_chunk, of_kv = chunk.q_scale, (chunk.kv.k_scale, chunk.kv.v_scale)
     for head in range(0, chunk.num_qo_heads, max(chunk.num_qo_heads // CHECKED_HEADS, 1)):
-        kv_head = head // chunk.group_size
-        one = slice(kv_head, kv_head + 1)
-        k, v = (cache[:, one] for cache in (chunk.kv.k, chunk.kv.v))
-        q_scale, k_scale, v_scale = (scale if scale is None else scale[one] for scale in (of_chunk, *of_kv))
+        of_head = chunk.of_heads(head, 1)
         for tile in range(0, chunk.num_tiles, max(chunk.num_tiles // CHECKED_TILES, 1)):
             rows = slice(tile * TILE, tile * TILE + TILE)
-            q = chunk.q[rows, head : head + 1]
-            part = replace(
-                chunk, q=q, out=torch.empty_like(q, dtype=chunk.out.dtype),
-                kv=chunk.kv._replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale), q_scale=q_scale,
-                context_len=chunk.context_len + tile * TILE,
-            )  # fmt: skip
+            q = of_head.q[rows]
+            out = torch.empty_like(q, dtype=chunk.out.dtype)
+            part = replace(of_head, q=q, out=out, context_len=chunk.context_len + tile * TILE)
             lists = TileIndex(*(of[head : head + 1, tile : tile + 1] for of in (index.groups, index.counts)))
             reference.attend(part, lists, AttendBuffers.allocate(1, TILE, q.device))
-            errors.append(peers.difference(chunk.out[rows, head : head + 1], part.out))
+            errors.append(peers.difference(of_head.out[rows], part.out))
     return peers.worst(errors)
 
 
@@ -125,29 +118,32 @@ def time_parts(method: Block, chunk: Chunk, scratch: BlockScratch, share: torch.
     boxes = coarse and coarse.boxes
     turns = [chunk.of_heads(first, num_heads) for first in range(0, chunk.num_qo_heads, num_heads)]
 
-    def means() -> None:
-        for of_heads in turns:
-            ops.key_means(of_heads.kv, chunk.seq_len, buffers.means, kernel)
+    def in_turns(part: Callable[[Chunk], None]) -> float:
+        def run() -> None:
+            for of_heads in turns:
+                part(of_heads)
 
-    def normalise() -> None:
-        for of_heads in turns:
-            ops.row_normalisers(of_heads, buffers.means, buffers.row_lse, kernel)
+        return ms(run)
 
-    def masses() -> None:
-        for of_heads in turns:
-            ops.group_masses(of_heads, buffers.means, buffers.row_lse, buffers.masses, kernel, boxes)
+    def means(of: Chunk) -> None:
+        ops.key_means(of.kv, of.seq_len, buffers.means, kernel)
 
-    def coarse_masses() -> None:
-        for of_heads in turns:
-            ops.box_masses(of_heads, coarse.means, buffers.row_lse, coarse.masses, kernel)
+    def normalise(of: Chunk) -> None:
+        ops.row_normalisers(of, buffers.means, buffers.row_lse, kernel)
+
+    def masses(of: Chunk) -> None:
+        ops.group_masses(of, buffers.means, buffers.row_lse, buffers.masses, kernel, boxes)
+
+    def coarse_masses(of: Chunk) -> None:
+        ops.box_masses(of, coarse.means, buffers.row_lse, coarse.masses, kernel)
 
     return {
         "choose_ms": ms(partial(method.choose, chunk, share, scratch)),
         "heads_at_once": num_heads,
-        "means_ms": ms(means),
-        "normalise_ms": ms(normalise),
-        "coarse_ms": ms(coarse_masses) if coarse else 0.0,
-        "masses_ms": ms(masses),
+        "means_ms": in_turns(means),
+        "normalise_ms": in_turns(normalise),
+        "coarse_ms": in_turns(coarse_masses) if coarse else 0.0,
+        "masses_ms": in_turns(masses),
         "coarse_from": settings.coarse_from,
         "max_fine": settings.max_fine if coarse else 1.0,
         "rows_per_half": settings.rows_per_half,

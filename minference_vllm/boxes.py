@@ -37,7 +37,7 @@ class Boxes:
         counts: [>= num_kv_heads, >= blocks] int32.
         thresholds: [>= num_qo_heads, >= parts] int32, scratch: the least code of a box that each part wants.
         left_out: [>= num_qo_heads, >= parts] int64: mass that each part gives to the other boxes, in the units of
-            reference.groups.weights.
+            reference.codes.weights.
     """
 
     numbers: torch.Tensor

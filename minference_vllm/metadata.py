@@ -39,7 +39,7 @@ class PlanningMixin:
         self._group = layer_names[0]
         self._has_sparse_layers = bool(sparse)
         self._dense_reason = None if sparse else impls[0].dense_reason  # of the whole group
-        runtime.start(vllm_config.model_config.max_model_len, compat.longest_chunk(vllm_config), bool(sparse))
+        runtime.start(vllm_config.model_config.max_model_len, self._budget.rows, bool(sparse))
         self._defer = runtime.counters.defer
         self._are_overwritten = not compat.has_host_tensors_of_its_own(vllm_config)
 

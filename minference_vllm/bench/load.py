@@ -14,6 +14,7 @@ from minference_vllm.evals.line import Line
 from minference_vllm.evals.material import Material, Tokenizer, fingerprint, load_text
 from minference_vllm.evals.private import without_secrets
 from minference_vllm.evals.sample import Count
+from minference_vllm.evals.serve import option_names
 from minference_vllm.files import write_file
 
 RANDOM, OWN_TEXT = ("--dataset-name", "random"), ("--dataset-name", "custom", "--skip-chat-template", "--ignore-eos")
@@ -150,7 +151,7 @@ def described(load: Load) -> dict[str, str | int | None]:
 
 
 def names_dataset(options: Sequence[str]) -> bool:
-    return any(_name(option) == DATASET_OPTION for option in options)
+    return DATASET_OPTION in option_names(options)
 
 
 def split_options(text: str) -> tuple[str, ...]:
@@ -163,12 +164,7 @@ def split_options(text: str) -> tuple[str, ...]:
         options = tuple(shlex.split(text))
     except ValueError as error:
         raise ConfigError(f"--bench is read as a shell does, and this is no such line: {error}.") from None
-    for option in options:
-        if _name(option) in TAKEN:
-            raise ConfigError(f"--bench may not hold {_name(option)}, which this command sets: leave it out.")
+    for name in option_names(options):
+        if name in TAKEN:
+            raise ConfigError(f"--bench may not hold {name}, which this command sets: leave it out.")
     return options
-
-
-def _name(option: str) -> str:
-    """vLLM takes dashes for underscores."""
-    return option.partition("=")[0].replace("_", "-") if option.startswith("--") else ""

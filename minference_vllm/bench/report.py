@@ -10,13 +10,8 @@ from minference_vllm.bench.load import Point
 from minference_vllm.bench.measure import Measurements
 from minference_vllm.bench.request import Measured, Request
 from minference_vllm.errors import ConfigError
-from minference_vllm.evals.report import rounded
+from minference_vllm.evals.report import NOT_SPARSE, described_server, rounded
 
-NOT_SPARSE = (
-    "No prompt token ran sparse on the sparse server: what is below compares dense attention with dense attention. "
-    "The prompts may be below its gate (min_seq_len, min_chunk), or it was not started with --attention-backend "
-    "minference; minference_prefill_tokens_total on its /metrics gives the reasons."
-)
 OTHER_LENGTHS = (
     "The servers wrote answers of different length: times to the last token and rates compare other work too."
 )
@@ -48,7 +43,11 @@ def make_report(points: Sequence[Point], dense: Measurements, sparse: Measuremen
     compared = [_pair(point, dense.of(point), sparse.of(point)) for point in points]
     latencies = [compare(one.pairs, seed) if one.pairs else [] for one in compared]
     return {
-        "settings": {**dense.origin.load, "dense": _described(dense), "sparse": _described(sparse)},
+        "settings": {
+            **dense.origin.load,
+            "dense": described_server(dense.origin, (entry.vllm for entry in dense.lines)),
+            "sparse": described_server(sparse.origin, (entry.vllm for entry in sparse.lines)),
+        },
         "warnings": [] if any(one.sparse.work.sparse_tokens for one in compared) else [NOT_SPARSE],
         "notes": [OTHER_LENGTHS] if any(_is_uneven(one) for one in compared) else [],
         "errors": [error for one in compared for error in _errors(one)],
@@ -137,8 +136,3 @@ def _errors(one: Compared) -> Iterator[dict[str, Any]]:
         for number, request in enumerate(measured.requests):
             if request.error:
                 yield {**one.place, "server": server, "request": number, "error": request.error}
-
-
-def _described(measurements: Measurements) -> dict[str, Any]:
-    versions = sorted({entry.vllm for entry in measurements.lines})
-    return {**measurements.origin.model_dump(exclude={"load"}), "vllm": versions}

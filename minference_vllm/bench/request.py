@@ -2,13 +2,12 @@
 """What came of each request, from the file that `vllm bench serve --save-detailed` writes."""
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from minference_vllm.bench.load import Point
 from minference_vllm.errors import ConfigError, shortened
-from minference_vllm.evals.line import Line
+from minference_vllm.evals.line import Line, first_fault
 from minference_vllm.evals.work import Work
 from minference_vllm.files import read_file
 
@@ -89,7 +88,4 @@ def _request(read: int, written: int, ttft: float, latency: float, gaps: list[fl
 
 
 def _first(error: ValueError) -> str:
-    if isinstance(error, ValidationError):
-        fault: Any = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}"
-    return shortened(error, str)
+    return first_fault(error, "it") if isinstance(error, ValidationError) else shortened(error, str)

@@ -3,8 +3,6 @@
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +54,7 @@ def search(options: argparse.Namespace) -> int:
 
 def _found(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
     from minference_vllm.evals.extras import need
-    from minference_vllm.evals.private import without_secrets
+    from minference_vllm.evals.private import own_command
     from minference_vllm.patterns.file import Provenance
     from minference_vllm.search import prompts
     from minference_vllm.search.journal import Journal
@@ -67,9 +65,8 @@ def _found(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
     origin = _origin(options, engine)
     journal = Journal(options.out.with_name(f"{options.out.name}.jsonl"), origin)
     run = Search(Reader(options.model, engine), made, options.methods, options.repeats if options.cost == "time" else 0)
-    command = shlex.join(["minference-vllm", *without_secrets(sys.argv[1:])])
     setting = f"{origin.model}, minference-vllm {origin.version}, vLLM {origin.vllm}, {origin.device}"
-    provenance = Provenance(source="minference-vllm search", notes=(command[:1000], setting[:1000]))
+    provenance = Provenance(source="minference-vllm search", notes=(own_command()[:1000], setting[:1000]))
     with need("tqdm").tqdm(total=run.num_steps, unit="step", dynamic_ncols=True) as progress:
 
         def say(done: str) -> None:

@@ -3,7 +3,6 @@
 
 import argparse
 import datetime
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -75,10 +74,10 @@ def pair(options: argparse.Namespace) -> Any:
 
 def record() -> dict[str, str]:
     """What a report says of the command that made it."""
-    from minference_vllm.evals.private import without_secrets
+    from minference_vllm.evals.private import own_command
 
     return {
-        "command": shlex.join(["minference-vllm", *without_secrets(sys.argv[1:])]),
+        "command": own_command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -34,9 +34,17 @@ def read_line(kind: type[AnyLine], raw: bytes, where: str, what: str) -> AnyLine
     try:
         return kind.model_validate_json(raw, strict=True)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(shortened(part, str) for part in fault["loc"]) or kind.__name__
-        raise ConfigError(f"{where} is no line of {what}: {field}: {fault['msg']}.") from None
+        raise ConfigError(f"{where} is no line of {what}: {first_fault(error, kind.__name__)}.") from None
+
+
+def first_fault(error: ValidationError, whole: str) -> str:
+    """The first thing that is wrong, and where; what stands there is not repeated.
+
+    Args:
+        whole: the name of what was read, for faults that are of no field.
+    """
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(shortened(part, str) for part in fault['loc']) or whole}: {fault['msg']}"
 
 
 def refuse_other(path: Path, found: Line, wanted: Line) -> None:

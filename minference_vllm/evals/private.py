@@ -2,6 +2,8 @@
 """Takes keys and passwords out of what is written into reports and logs, which are for others to read."""
 
 import re
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 
 SECRET_OPTION = r"--(?:api[-_]k|hf[-_]t|header)[\w-]*"
@@ -16,6 +18,11 @@ OF_URL = re.compile(r"(\w+://)[^/?#\s]*@")
 def without_secrets(arguments: Sequence[str]) -> list[str]:
     """A command's arguments, each of which may hold options itself."""
     return list(_shown(arguments))
+
+
+def own_command() -> str:
+    """The command line of this process, for records."""
+    return shlex.join(["minference-vllm", *without_secrets(sys.argv[1:])])
 
 
 def of_url(text: str) -> str:

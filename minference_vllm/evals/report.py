@@ -2,7 +2,7 @@
 """What both servers' replies come to: rows by task and length, in the format of the files under benchmarks/results."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,8 @@ def make_report(prepared: Prepared, dense: Journal, sparse: Journal) -> dict[str
         "settings": {
             **prepared.header.settings.model_dump(mode="json"),
             "samples_sha256": prepared.sha256,
-            "dense": _described_server(dense),
-            "sparse": _described_server(sparse),
+            "dense": described_server(dense.origin, (batch.vllm for batch in dense.batches)),
+            "sparse": described_server(sparse.origin, (batch.vllm for batch in sparse.batches)),
         },
         "warnings": [] if sparse.work().sparse_tokens else [NOT_SPARSE],
         "left_out": prepared.header.left_out,
@@ -150,9 +150,13 @@ def _errors(compared: Sequence[Compared]) -> Iterator[dict[str, str]]:
                 yield {"id": one.sample.id, "server": server, "error": reply.error}
 
 
-def _described_server(journal: Journal) -> dict[str, Any]:
-    versions = sorted({batch.vllm for batch in journal.batches})
-    return {**journal.origin.model_dump(exclude={"samples"}), "vllm": versions}
+def described_server(origin: Any, versions: Iterable[str]) -> dict[str, Any]:
+    """A server, by the first line of its file.
+
+    Args:
+        versions: of vLLM, that it said it was.
+    """
+    return {"model": origin.model, "server": origin.server, "vllm": sorted(set(versions))}
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from minference_vllm.evals.errors import ServerError
 
 DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "minference"
 BACKEND_OPTION = "--attention-backend"
+TAKEN = (BACKEND_OPTION, "--host", "--port")
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")  # `vllm`, of this environment and no other
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 3600  # weights may have to be fetched
@@ -45,11 +46,16 @@ def arguments(model: str, options: str, is_dense: bool) -> list[str]:
         raise ConfigError(
             f"--serve and --serve-sparse are read as a shell does, and this is no such line: {error}."
         ) from None
-    for taken in (BACKEND_OPTION, "--host", "--port"):
-        if any(option == taken or option.startswith(f"{taken}=") for option in given):
-            raise ConfigError(f"--serve may not hold {taken}, which this command sets: leave it out.")
+    for name in option_names(given):
+        if name in TAKEN:
+            raise ConfigError(f"--serve may not hold {name}, which this command sets: leave it out.")
     backend = [] if is_dense and _is_cpu_build() else [BACKEND_OPTION, DENSE_BACKEND if is_dense else SPARSE_BACKEND]
     return ["serve", model, *backend, *given]
+
+
+def option_names(arguments: Iterable[str]) -> list[str]:
+    """The options among a command's arguments, as vLLM reads them: it takes underscores for dashes."""
+    return [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,21 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from minference_vllm.recall import Recall
 
 Counts = Counter[tuple[str, str]]
 """By path and reason, or by other two words."""
 COUNTS = ("tokens", "chunks", "engines")
+
+
+Counted = TypeVar("Counted", "Times", "Snapshot")
+
+
+def field_by_field(operation: Callable[[Any, Any], Any], one: Counted, other: Counted) -> Counted:
+    """What the operation makes of each field of two of a kind."""
+    return type(one)(*(operation(getattr(one, each.name), getattr(other, each.name)) for each in fields(one)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +38,10 @@ class Times:
     attend: float = 0.0
 
     def __add__(self, other: "Times") -> "Times":
-        return Times(self.laps + other.laps, self.choose + other.choose, self.attend + other.attend)
+        return field_by_field(operator.add, self, other)
 
     def __sub__(self, other: "Times") -> "Times":
-        return Times(self.laps - other.laps, self.choose - other.choose, self.attend - other.attend)
+        return field_by_field(operator.sub, self, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +72,10 @@ class Snapshot:
         return self.kept_pairs / self.causal_pairs if self.causal_pairs else None
 
     def __add__(self, other: "Snapshot") -> "Snapshot":
-        return self._with(other, operator.add)
+        return field_by_field(operator.add, self, other)
 
     def __sub__(self, other: "Snapshot") -> "Snapshot":
-        return self._with(other, operator.sub)
-
-    def _with(self, other: "Snapshot", operation: Callable[[Any, Any], Any]) -> "Snapshot":
-        return Snapshot(*map(operation, self._values(), other._values()))
-
-    def _values(self) -> list[Any]:
-        return [getattr(self, each.name) for each in fields(self)]
+        return field_by_field(operator.sub, self, other)
 
     def to_json(self) -> str:
         counts = {name: list(getattr(self, name).items()) for name in COUNTS}

@@ -11,7 +11,7 @@ from minference_vllm.chunk import FP8, Chunk
 from minference_vllm.index import SparseIndex
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import MASS_UNIT, AttendBuffers, ProbeBuffers
-from tests.kernels.cases import Case, make_chunk
+from tests.kernels.cases import Case, make_chunk, make_state
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -55,6 +55,17 @@ def check_attend(attend: Attend, chunk: Chunk, index: SparseIndex) -> None:
     assert buffers.lse[:, :num_rows].isfinite().all()
     assert buffers.kept_pairs.item() == of_reference.kept_pairs.item()
     assert buffers.tile_counter.item() == 0, "the next launch would count on from there"
+
+
+def attend_with(kernel: Kernel) -> Attend:
+    return lambda chunk, index, buffers: ops.attend(chunk, index, buffers, kernel)
+
+
+def check_bands(case: Case, kernel: Kernel, device: torch.device) -> None:
+    """Attending to what vertical_slash chooses."""
+    chunk, method = make_chunk(case, device), case.vertical_slash(Kernel.REFERENCE)
+    state = make_state(case, method, device)
+    check_attend(attend_with(kernel), chunk, method.choose(chunk, state.budgets, state.buffers))
 
 
 def check_probe(case: Case, device: torch.device, kernel: Kernel = Kernel.TRITON) -> None:

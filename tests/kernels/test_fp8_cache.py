@@ -3,7 +3,6 @@
 FP8 stands for. Pages that hold no key of the request hold NaN.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from minference_vllm.reference.quantized import to_stored
 from minference_vllm.scratch import AttendBuffers, ProbeBuffers
 from tests.kernels.blocks import make_lse, make_masses, make_means, score_dtypes
 from tests.kernels.cases import FP8_CASES, K_SCALE, Case, make_chunk, make_state
-from tests.kernels.checks import assert_close, check_attend, check_probe
+from tests.kernels.checks import assert_close, attend_with, check_attend, check_bands, check_probe
 from tests.kernels.indexes import random_tile_index, tile_index_of, tiles_in_turn
 from tests.kernels.recalls import check_heads, check_recall
 from tests.kernels.test_block_scores import check_masses, check_normalisers
@@ -32,10 +31,6 @@ from tests.kernels.test_kernels import every_kernel
 
 every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in FP8_CASES])
 WHOLE = FP8_CASES[0]
-
-
-def attend_with(kernel: Kernel) -> Callable[..., None]:
-    return lambda *of: ops.attend(*of, kernel)
 
 
 def in_float32(chunk: Chunk) -> Chunk:
@@ -60,9 +55,7 @@ def groups_of(case: Case, device: torch.device) -> TileIndex:
 @every_case
 @every_kernel
 def test_attend_to_bands_and_columns(case: Case, kernel: Kernel, device: torch.device) -> None:
-    chunk, method = make_chunk(case, device), case.vertical_slash(Kernel.REFERENCE)
-    state = make_state(case, method, device)
-    check_attend(attend_with(kernel), chunk, method.choose(chunk, state.budgets, state.buffers))
+    check_bands(case, kernel, device)
 
 
 @every_case

@@ -22,7 +22,7 @@ from tests.kernels.cases import (
     make_rising_cache,
     make_state,
 )
-from tests.kernels.checks import check_attend, check_probe
+from tests.kernels.checks import attend_with, check_attend, check_bands, check_probe
 from tests.kernels.indexes import Kept, index_of
 
 every_case = pytest.mark.parametrize(
@@ -39,10 +39,6 @@ every_kernel = pytest.mark.parametrize(
         pytest.param(Kernel.CUDA, id="cuda", marks=[pytest.mark.gpu, pytest.mark.hopper]),
     ],
 )
-
-
-def attend_with(kernel: Kernel):
-    return lambda chunk, index, buffers: ops.attend(chunk, index, buffers, kernel)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
@@ -155,9 +151,7 @@ def test_a_half_keeps_the_bands_of_its_own_rows(kept: int, device: torch.device)
 @every_case
 @every_kernel
 def test_attend_matches_the_reference(case: Case, kernel: Kernel, device: torch.device) -> None:
-    chunk, method = make_chunk(case, device), case.vertical_slash(Kernel.REFERENCE)
-    state = make_state(case, method, device)
-    check_attend(attend_with(kernel), chunk, method.choose(chunk, state.budgets, state.buffers))
+    check_bands(case, kernel, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

@@ -21,8 +21,8 @@ from minference_vllm.recall import Floors
 from minference_vllm.reference.dense import dense
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals
-from tests.kernels.cases import SINK_CASES, Case, make_chunk, make_state
-from tests.kernels.checks import assert_close, check_attend
+from tests.kernels.cases import SINK_CASES, Case, make_chunk
+from tests.kernels.checks import assert_close, attend_with, check_attend, check_bands
 from tests.kernels.indexes import tile_index_of, tile_mask_of, tiles_in_turn
 from tests.kernels.recalls import check_heads
 
@@ -38,10 +38,6 @@ BF16 = torch.bfloat16
 PLAIN = Case("", num_rows=70, context_len=200, dtype=torch.float32, has_sinks=True)
 SMALL = Case("", num_rows=20, context_len=120, num_qo_heads=2, num_kv_heads=1, has_fp32_sinks=True)
 EXACT = dict(rtol=1e-4, atol=1e-5)  # of float32 beside float64
-
-
-def attend_with(kernel: Kernel):
-    return lambda chunk, index, buffers: ops.attend(chunk, index, buffers, kernel)
 
 
 def without_sinks(chunk: Chunk) -> Chunk:
@@ -60,9 +56,7 @@ def attended(chunk: Chunk, kernel: Kernel) -> AttendBuffers:
 @every_case
 @every_kernel
 def test_attend_to_bands_and_columns(case: Case, kernel: Kernel, device: torch.device) -> None:
-    chunk, method = make_chunk(case, device), case.vertical_slash(Kernel.REFERENCE)
-    state = make_state(case, method, device)
-    check_attend(attend_with(kernel), chunk, method.choose(chunk, state.budgets, state.buffers))
+    check_bands(case, kernel, device)
 
 
 @every_case

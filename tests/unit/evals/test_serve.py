@@ -131,6 +131,12 @@ def test_what_is_chosen_here_cannot_be_given(taken: str) -> None:
         serve.arguments("m", taken, is_dense=True)
 
 
+@pytest.mark.parametrize("spelt", ["--attention_backend=X", "--attention_backend X"])
+def test_nor_can_it_be_in_vllms_other_spelling(spelt: str) -> None:
+    with pytest.raises(ConfigError, match="--serve may not hold --attention-backend"):
+        serve.arguments("m", spelt, is_dense=False)
+
+
 def test_the_two_servers_differ_in_their_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def options(version: str, is_dense: bool) -> list[str]:
         monkeypatch.setattr(serve, "version", lambda name: version)
