@@ -3,6 +3,12 @@
 
     python -m benchmarks.faults --model models/SmolLM2-135M-Instruct --out benchmarks/results/faults.json
 
+In parts, and put together:
+
+    python -m benchmarks.faults --model /tmp/qwen --cases 'a kernel raises once' 'engine killed' … --out a.json
+    python -m benchmarks.faults --model /tmp/qwen --cases 'NaN, debug on' … --out b.json
+    python -m benchmarks.faults --merge a.json b.json --out benchmarks/results/faults.json
+
 Faults come from outside (benchmarks/faults/injection.py); benchmarks/faults/cases.py says what is promised.
 """
 
@@ -29,11 +35,15 @@ NOTHING = Case("nothing breaks", Outcome.GOES_ON, Outcome.GOES_ON)
 
 def parse() -> argparse.Namespace:
     parser = argument_parser(__doc__, "nothing else changes: name a small model", compares=False)
-    parser.add_argument("--model", required=True, help="a directory; it must go on a text that begins again")
+    parser.add_argument("--model", help="a directory; it must go on a text that begins again")
     parser.add_argument("--serve", default=SERVE, help="options of both servers")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="some of them")
     parser.add_argument("--logs", type=Path, help="a new folder, which keeps the servers' logs")
-    return parser.parse_args()
+    parser.add_argument("--merge", type=Path, nargs="+", help="break nothing: put the rows of these files together")
+    options = parser.parse_args()
+    if not (options.merge or options.model):
+        parser.error("name a --model, or files to --merge")
+    return options
 
 
 def control(options: argparse.Namespace, text: str, folder: Path) -> list[Answer]:
@@ -82,8 +92,8 @@ def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any])
     return rows
 
 
-def main() -> int:
-    options = parse()
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the cases that are asked for."""
     results.describe_run(options.tiny)
     settings: dict[str, Any] = {
         "model": Path(options.model).name,
@@ -94,13 +104,33 @@ def main() -> int:
         "one below, one at a time; equal: to those of stock vLLM when nothing breaks, up to its first token that is "
         "not three times as likely as the next",
         "broken": "what was promised and is not so; empty if all is",
-        **{name: CASES[name].how for name in options.cases},
+        **{name: case.how for name, case in CASES.items()},
     }
     if options.logs:
-        rows = run_all(options, options.logs, settings)
-    else:
-        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-            rows = run_all(options, Path(folder), settings)
+        return run_all(options, options.logs, settings)
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        return run_all(options, Path(folder), settings)
+
+
+def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of several result files, put together in one.
+
+    Raises:
+        SystemExit: they are no parts of one run, or do not hold each case once.
+    """
+    try:
+        rows = results.merge(options.out, options.merge)
+    except results.ResultError as error:
+        raise SystemExit(str(error)) from None
+    found = [row["case"] for row in rows if row["backend"] == SPARSE]
+    if sorted(found) != sorted(CASES):
+        raise SystemExit(f"{options.out} must hold each case once, it holds {', '.join(found)}")
+    return rows
+
+
+def main() -> int:
+    options = parse()
+    rows = merge(options) if options.merge else run(options)
     failed = [row for row in rows if row["broken"]]
     for row in failed:
         print(f"{row['case']}, {row['backend']}: {row['broken']}")
