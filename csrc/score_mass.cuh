@@ -2,6 +2,7 @@
 // The mass that a list's rows give to each group, as a code of one byte.
 #pragma once
 
+#include "codes.cuh"
 #include "score_exp2.cuh"
 #include "score_load.cuh"
 
@@ -38,17 +39,6 @@ struct Shifts {
         }
     }
 };
-
-// See minference_vllm/reference/codes.py.
-constexpr int MASS_CODES = 256;
-constexpr int OCTAVES_BELOW_ONE = 26;
-constexpr int DROPPED_BITS = 20;
-
-__device__ __forceinline__ int encode(float mass) {
-    constexpr int LEAST_BITS = (127 - OCTAVES_BELOW_ONE) << 23;
-    const int code = (__float_as_int(mass) - LEAST_BITS + (1 << (DROPPED_BITS - 1))) >> DROPPED_BITS;
-    return min(max(code, 0), MASS_CODES - 1);
-}
 
 // The mass of one of a thread's groups after the other, for both of its lists: it takes the scores of two of the group's
 // means, then the other two's, and stores what they give.
@@ -89,7 +79,7 @@ struct MassTaker {
     __device__ __forceinline__ void store(int group) {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
-            const int code = encode(mass[l]);
+            const int code = codes::encode(mass[l]);
             if (group < num_groups[l]) codes[l][group] = uint8_t(code);
             mass[l] = 0.0f;
         }

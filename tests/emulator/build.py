@@ -44,6 +44,8 @@ NEEDED = (
     Edit("probe.cu", *LAUNCH),
     Edit("score_stages.cuh", *SHARED_MEMORY),
     Edit("score.cu", *LAUNCH),
+    Edit("select.cuh", *SHARED_MEMORY),
+    Edit("select.cuh", *LAUNCH),
     Edit("probe_sums.cuh", r'asm volatile\(.*?: "memory"\);', "*address += value;"),
 )
 

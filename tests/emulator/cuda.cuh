@@ -68,6 +68,7 @@ inline uint32_t atomicInc(uint32_t* address, uint32_t last) {
 }
 
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline int __float_as_int(float x) {
     int bits;

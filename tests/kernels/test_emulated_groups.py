@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel that selects groups, on the CPU: see test_emulated.py."""
+
+import ctypes
+import platform
+import shutil
+
+import pytest
+import torch
+
+from minference_vllm import reference
+from minference_vllm.index import TileIndex
+from minference_vllm.kernels.cuda import library
+from minference_vllm.kernels.cuda.groups import select_groups, supports
+from minference_vllm.reference.codes import ONE
+from tests.conftest import ON_CI
+from tests.emulator.build import Build
+from tests.kernels.blocks import make_boxes, make_index, parts_of
+from tests.kernels.cases import Case, make_chunk
+from tests.kernels.test_block import SHARES, all_codes, assert_same_lists
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None and not ON_CI, reason="needs g++"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator switches stacks of x86-64"),
+]
+
+CPU = torch.device("cpu")
+KINDS = ("nothing", "equal", "random", "one group", "falling", "steep")
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return Build(tmp_path_factory.mktemp("emulator"), only="select.cu").functions
+
+
+@pytest.fixture(autouse=True)
+def emulated(functions: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> None:
+        functions.emulator_begin(0, -1)
+        error = functions[function](ctypes.byref(arguments), None)
+        assert error == 0, functions.minference_error(error).decode()
+
+    monkeypatch.setattr(library, "launch", launch)
+
+
+def check(
+    case: Case, kind: str, rows_per_half: int, sinks: int = 2, local: int = 3, left_out: int | None = None
+) -> TileIndex:
+    chunk = make_chunk(case, CPU)
+    groups = (chunk.first_tile + chunk.num_tiles) * 8 + 16
+    masses = torch.empty(case.num_qo_heads, parts_of(chunk, rows_per_half) + 1, -(-groups // 16) * 16).byte()
+    masses.copy_(all_codes(kind, masses.shape, torch.Generator().manual_seed(3)))
+    share = torch.tensor(SHARES)[: case.num_qo_heads].contiguous()
+    boxes = None
+    if left_out is not None:
+        boxes = make_boxes(chunk, rows_per_half, 60)
+        boxes.left_out.copy_(torch.randint(left_out + 1, boxes.left_out.shape))
+    assert supports(masses, by_tile=True)
+    for max_kept in (12, masses.shape[2]):
+        expected, actual = make_index(chunk, max_kept), make_index(chunk, max_kept)
+        options = share, rows_per_half, sinks, local, True
+        reference.select_groups(masses.clone(), chunk, *options, expected, boxes)
+        select_groups(masses.clone(), chunk, *options, actual, boxes)
+        assert_same_lists(actual, expected)
+    return actual
+
+
+def of(num_rows: int, context_len: int) -> Case:
+    return Case("", num_rows, context_len, num_qo_heads=len(SHARES), num_kv_heads=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows_per_half", [16, 32, 64])
+def test_groups_that_hold_the_share(kind: str, rows_per_half: int) -> None:
+    check(of(90, 400), kind, rows_per_half)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "context_len"), [(20, 200), (20, 130), (1, 700), (20, 0), (300, 0), (200, 9001)], ids=str
+)
+def test_chunks_that_begin_and_end_anywhere(num_rows: int, context_len: int) -> None:
+    for kind in ("random", "steep"):
+        check(of(num_rows, context_len), kind, 32)
+
+
+def test_lists_longer_than_all_threads_read_at_once() -> None:
+    index = check(of(1, 140_000), "random", 16)
+    assert index.counts[3, 0, 0] > 2 * 4096
+
+
+@pytest.mark.parametrize(("sinks", "local"), [(0, 0), (9, 0), (0, 9), (40, 9), (500, 500)])
+def test_any_number_of_groups_may_be_kept_by_force(sinks: int, local: int) -> None:
+    check(of(90, 400), "steep", 32, sinks, local)
+
+
+@pytest.mark.parametrize("left_out", [0, 3 * ONE, 2**50])
+def test_what_boxes_leave_out_counts_as_dropped(left_out: int) -> None:
+    check(of(90, 400), "steep", 32, left_out=left_out)
+
+
+def test_lists_of_halves_are_left_to_triton() -> None:
+    masses = torch.zeros(1, 4, 32, dtype=torch.uint8)
+    assert supports(masses, by_tile=True)
+    assert not supports(masses, by_tile=False)
+    assert not supports(masses[:, :, 1:], by_tile=True)
+    assert not supports(torch.zeros(1, 4, 33, dtype=torch.uint8), by_tile=True)
