@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The groups that tiles keep, for Hopper (sm_90a). Entry point for minference_vllm/kernels/cuda/groups.py. The twin:
-// minference_vllm/reference/groups.py.
+// The groups that tiles keep, and the boxes that are scored finely before, for Hopper (sm_90a). Entry points for
+// minference_vllm/kernels/cuda/select.py. Their twins: minference_vllm/reference/groups.py and boxes.py.
 
-#include "select.cuh"
+#include "select_boxes.cuh"
 
-// Mirrored in minference_vllm/kernels/cuda/groups.py. Strides are in elements.
+// Mirrored in minference_vllm/kernels/cuda/select.py. Strides are in elements.
 struct MInferenceSelect {
     void* masses;
     const void *left_out, *share;
@@ -42,4 +42,44 @@ extern "C" int minference_select_groups(const MInferenceSelect* args, cudaStream
         case 4: return selection::launch<4>(p, a.num_qo_heads, stream);
         default: return cudaErrorInvalidValue;
     }
+}
+
+struct MInferenceSelectBoxes {
+    const void *box_masses, *share;
+    void *numbers, *counts, *left_out, *masses;
+    int64_t stride_box_masses, stride_box_masses_part, stride_numbers, stride_numbers_block, stride_counts,
+        stride_left_out, stride_masses, stride_masses_part;  // of `masses`, in words of eight codes
+    int64_t part_weight;
+    double part_of_dropped;
+    int32_t context_len, num_tiles, num_kv_heads, group_size, parts_per_tile, sink_boxes, local_boxes, max_boxes;
+};
+
+extern "C" int minference_select_boxes(const MInferenceSelectBoxes* args, cudaStream_t stream) {
+    const MInferenceSelectBoxes& a = *args;
+    selection::BoxParams p{};
+    p.box_masses = static_cast<const uint8_t*>(a.box_masses);
+    p.share = static_cast<const float*>(a.share);
+    p.numbers = static_cast<int32_t*>(a.numbers);
+    p.counts = static_cast<int32_t*>(a.counts);
+    p.left_out = static_cast<int64_t*>(a.left_out);
+    p.masses = static_cast<int64_t*>(a.masses);
+    p.stride_box_masses = a.stride_box_masses;
+    p.stride_box_part = a.stride_box_masses_part;
+    p.stride_numbers = a.stride_numbers;
+    p.stride_block = a.stride_numbers_block;
+    p.stride_counts = a.stride_counts;
+    p.stride_left_out = a.stride_left_out;
+    p.stride_masses = a.stride_masses;
+    p.stride_part = a.stride_masses_part;
+    p.part_weight = a.part_weight;
+    p.part_of_dropped = a.part_of_dropped;
+    p.context_len = a.context_len;
+    p.num_lists = a.num_tiles * a.parts_per_tile * a.group_size;
+    p.num_blocks = (p.num_lists + selection::LISTS - 1) / selection::LISTS;
+    p.group_size = a.group_size;
+    p.parts_per_tile = a.parts_per_tile;
+    p.sink_boxes = a.sink_boxes;
+    p.local_boxes = a.local_boxes;
+    p.max_boxes = a.max_boxes;
+    return selection::launch_boxes(p, a.num_kv_heads, stream);
 }

@@ -6,6 +6,7 @@ What an operation reads, the reference has made: one that is wrong does not spoi
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -180,9 +181,9 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
         ops.group_masses(chunk, made.means, made.row_lse, masses, kernel)
         return [(masses[:, : len(is_before)] * is_before, COUNTED)]
 
-    def select_groups(kernel: Kernel) -> Results:
+    def select_groups(kernel: Kernel, by_tile: bool = False) -> Results:
         lists = method.scratch(shape, device).index
-        ops.select_groups(made.masses.clone(), chunk, budgets, ROWS_PER_HALF, 1, 1, False, lists, kernel)
+        ops.select_groups(made.masses.clone(), chunk, budgets, ROWS_PER_HALF, 1, 1, by_tile, lists, kernel)
         return [(lists.counts, EXACT), (lists.groups, EXACT)]
 
     yield Trial("means of keys", False, key_means)
@@ -190,6 +191,7 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
     yield from _trials_of_boxes(chunk, budgets, made)
     yield Trial("masses of groups", True, group_masses)
     yield Trial("select groups", False, select_groups, reads_cache=False)
+    yield Trial("select groups by tile", True, partial(select_groups, by_tile=True), reads_cache=False)
     yield Trial("attend to groups", True, _attending(chunk, index))
 
 
@@ -217,7 +219,7 @@ def _trials_of_boxes(chunk: Chunk, budgets: torch.Tensor, made: BlockBuffers) ->
 
     yield Trial("coarse means", False, coarse_means, reads_cache=False)
     yield Trial("masses of boxes", True, box_masses)
-    yield Trial("select boxes", False, select_boxes, reads_cache=False)
+    yield Trial("select boxes", True, select_boxes, reads_cache=False)
 
 
 def _tiles_before(chunk: Chunk) -> torch.Tensor:

@@ -7,7 +7,7 @@ from minference_vllm import reference
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES
-from minference_vllm.kernels import triton
+from minference_vllm.kernels import cuda, triton
 from minference_vllm.ops.kernel import Kernel
 from minference_vllm.reference.normalisers import PART
 
@@ -38,4 +38,6 @@ def select_boxes(
             f"{columns}; and rows of masses be multiples of {GROUPS_PER_BOX}, got {masses.shape[2]}"
         )
     run = reference.select_boxes if kernel is Kernel.REFERENCE else triton.select_boxes
+    if kernel is Kernel.CUDA and cuda.select.supports(box_masses):
+        run = cuda.select.select_boxes
     run(box_masses, chunk, share, rows_per_half, sink_boxes, local_boxes, boxes, masses)

@@ -7,7 +7,7 @@ from minference_vllm import reference
 from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TileIndex
-from minference_vllm.kernels import triton
+from minference_vllm.kernels import cuda, triton
 from minference_vllm.ops.kernel import Kernel
 from minference_vllm.reference.normalisers import PART
 
@@ -35,5 +35,8 @@ def select_groups(
             f"rows_per_half must be 16, 32 or 64 and masses hold {chunk.num_qo_heads} heads and all parts of the "
             f"{chunk.num_tiles} tiles, got {rows_per_half} and {tuple(masses.shape)}"
         )
+    if kernel is Kernel.CUDA and by_tile and cuda.select.supports(masses):
+        cuda.select.select_groups(masses, chunk, share, rows_per_half, sink_groups, local_groups, index, boxes)
+        return
     run = reference.select_groups if kernel is Kernel.REFERENCE else triton.select_groups
     run(masses, chunk, share, rows_per_half, sink_groups, local_groups, by_tile, index, boxes)

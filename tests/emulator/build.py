@@ -46,6 +46,8 @@ NEEDED = (
     Edit("score.cu", *LAUNCH),
     Edit("select.cuh", *SHARED_MEMORY),
     Edit("select.cuh", *LAUNCH),
+    Edit("select_boxes.cuh", *SHARED_MEMORY),
+    Edit("select_boxes.cuh", *LAUNCH),
     Edit("probe_sums.cuh", r'asm volatile\(.*?: "memory"\);', "*address += value;"),
 )
 

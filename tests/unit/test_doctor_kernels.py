@@ -36,12 +36,15 @@ TRIAL_OF = {
     "attend_heads": "attend to all keys",
 }
 
-OF_NUMBERS = {"select", "share", "band lists", "coarse means", "select boxes", "select groups"}
+OF_NUMBERS = {
+    "select", "share", "band lists", "coarse means", "select boxes", "select groups", "select groups by tile"
+}  # fmt: skip
 """Operations on what others have made of queries and keys."""
 
 TRIALS = list(dict.fromkeys(TRIAL_OF.values()))
-# The kernel of group_masses makes those of boxes too.
+# The kernel of group_masses makes those of boxes too, and that of select_groups lists of halves and of tiles.
 TRIALS.insert(TRIALS.index("select boxes"), "masses of boxes")
+TRIALS.insert(TRIALS.index("select groups") + 1, "select groups by tile")
 
 
 def named(checks: list[Check], status: Status) -> list[str]:
@@ -146,9 +149,9 @@ def test_hopper_with_the_library_tries_its_kernels_too(monkeypatch: pytest.Monke
         selftest, "_compare", lambda trial, kernel, on: Check(f"{kernel}: {trial.name}{on}", Status.OK, "")
     )
     names = [check.name for check in try_kernels(torch.device("cuda", 0))]
-    masses = ["masses of boxes", "masses of groups"]
-    expected = ["probe", "attend to bands", *masses, "attend to groups", "recall", "attend to all keys"]
-    of_both = [*expected, *(f"{name}, cache in FP8" for name in expected)]
+    of_groups = ["masses of boxes", "select boxes", "masses of groups", "select groups by tile", "attend to groups"]
+    expected = ["probe", "attend to bands", *of_groups, "recall", "attend to all keys"]
+    of_both = [*expected, *(f"{name}, cache in FP8" for name in expected if name not in OF_NUMBERS)]
     assert [name for name in names if name.startswith("cuda")] == [f"cuda: {name}" for name in of_both]
     # FP8 begins with Ada.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of csrc/ for Hopper (sm_90a), called through ctypes: one build serves every torch."""
 
-from minference_vllm.kernels.cuda import attend, library, masses, probe
+from minference_vllm.kernels.cuda import attend, library, masses, probe, select
 
-__all__ = ["attend", "library", "masses", "probe"]
+__all__ = ["attend", "library", "masses", "probe", "select"]

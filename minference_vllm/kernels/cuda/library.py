@@ -89,12 +89,17 @@ def strides_of(*names: str) -> list[tuple[str, Any]]:
     return [(f"stride_{name}", ctypes.c_int64) for name in names]
 
 
+def sizes_of(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a structure that hold sizes, or flags."""
+    return [(name, ctypes.c_int32) for name in names]
+
+
 def arguments_of(pointers: Sequence[str], strides: Sequence[str], sizes: Sequence[str]) -> list[tuple[str, Any]]:
     """Fields of the structure that a function of the library takes: its C twin names them in the same order."""
     return [
         *pointers_of(*pointers),
         *strides_of(*strides),
-        *((name, ctypes.c_int32) for name in sizes),
+        *sizes_of(*sizes),
         ("scale_log2", ctypes.c_float),
     ]
 

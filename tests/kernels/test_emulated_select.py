@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernel that selects groups, on the CPU: see test_emulated.py."""
+"""The CUDA kernels that select groups and boxes, on the CPU: see test_emulated.py."""
 
 import ctypes
 import platform
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from minference_vllm import reference
+from minference_vllm.boxes import LISTS, Boxes
 from minference_vllm.index import TileIndex
 from minference_vllm.kernels.cuda import library
-from minference_vllm.kernels.cuda.groups import select_groups, supports
+from minference_vllm.kernels.cuda.select import select_boxes, select_groups, supports
 from minference_vllm.reference.codes import ONE
 from tests.conftest import ON_CI
 from tests.emulator.build import Build
-from tests.kernels.blocks import make_boxes, make_index, parts_of
+from tests.kernels.blocks import CASES, SPARSE, make_boxes, make_index, make_masses, parts_of
 from tests.kernels.cases import Case, make_chunk
 from tests.kernels.test_block import SHARES, all_codes, assert_same_lists
+from tests.kernels.test_boxes import random_codes
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None and not ON_CI, reason="needs g++"),
@@ -55,11 +59,11 @@ def check(
     if left_out is not None:
         boxes = make_boxes(chunk, rows_per_half, 60)
         boxes.left_out.copy_(torch.randint(left_out + 1, boxes.left_out.shape))
-    assert supports(masses, by_tile=True)
+    assert supports(masses)
     for max_kept in (12, masses.shape[2]):
         expected, actual = make_index(chunk, max_kept), make_index(chunk, max_kept)
-        options = share, rows_per_half, sinks, local, True
-        reference.select_groups(masses.clone(), chunk, *options, expected, boxes)
+        options = share, rows_per_half, sinks, local
+        reference.select_groups(masses.clone(), chunk, *options, True, expected, boxes)
         select_groups(masses.clone(), chunk, *options, actual, boxes)
         assert_same_lists(actual, expected)
     return actual
@@ -98,9 +102,62 @@ def test_what_boxes_leave_out_counts_as_dropped(left_out: int) -> None:
     check(of(90, 400), "steep", 32, left_out=left_out)
 
 
-def test_lists_of_halves_are_left_to_triton() -> None:
-    masses = torch.zeros(1, 4, 32, dtype=torch.uint8)
-    assert supports(masses, by_tile=True)
-    assert not supports(masses, by_tile=False)
-    assert not supports(masses[:, :, 1:], by_tile=True)
-    assert not supports(torch.zeros(1, 4, 33, dtype=torch.uint8), by_tile=True)
+def test_masses_that_lie_otherwise_are_left_to_triton() -> None:
+    assert supports(torch.zeros(1, 4, 32, dtype=torch.uint8))
+    assert not supports(torch.zeros(1, 4, 32, dtype=torch.uint8)[:, :, 1:])
+    assert not supports(torch.zeros(1, 4, 33, dtype=torch.uint8))
+
+
+def check_boxes(
+    case: Case,
+    share: float,
+    rows_per_half: int = 32,
+    room: int = 60,
+    largest: int = 230,
+    forced: tuple[int, int] = (1, 2),
+) -> Boxes:
+    chunk = make_chunk(case, CPU)
+    room = max(room, sum(forced) + LISTS)
+    codes = random_codes(chunk, chunk.num_qo_heads, rows_per_half, 0, largest)
+    codes = pad(codes, (0, -codes.shape[2] % 16))
+    shares, results = torch.full((chunk.num_qo_heads,), share), []
+    for run in (reference.select_boxes, select_boxes):
+        boxes, masses = make_boxes(chunk, rows_per_half, room), make_masses(chunk, chunk.num_qo_heads, rows_per_half)
+        run(codes, chunk, shares, rows_per_half, *forced, boxes, masses)
+        results.append((boxes, masses))
+    (expected, of_expected), (actual, of_actual) = results
+    assert torch.equal(actual.counts, expected.counts)
+    for number, count in zip(actual.numbers.flatten(0, 1), expected.counts.flatten().tolist(), strict=True):
+        number[max(count, 0) :] = -7  # what lies behind is scrap
+    assert torch.equal(actual.numbers, expected.numbers)
+    assert torch.equal(actual.left_out, expected.left_out)
+    assert torch.equal(of_actual, of_expected)
+    return expected
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_boxes(case: Case) -> None:
+    check_boxes(case, 0.6)
+
+
+@pytest.mark.parametrize("rows_per_half", [16, 64])
+@pytest.mark.parametrize("share", [0.05, 0.84, 1.0, 1.5])
+def test_boxes_of_any_rows_and_share(share: float, rows_per_half: int) -> None:
+    check_boxes(replace(SPARSE, num_qo_heads=14, num_kv_heads=2), share, rows_per_half)
+
+
+@pytest.mark.parametrize("largest", [230, 3])
+@pytest.mark.parametrize("room", [19, 25, 40])
+def test_boxes_where_there_is_no_room_for_all(room: int, largest: int) -> None:
+    """Of few different codes many are equal, and the first of them stay."""
+    boxes = check_boxes(replace(SPARSE, context_len=9000), 1.0, room=room, largest=largest)
+    assert (boxes.counts[:-1, :-1] == room).any()
+
+
+@pytest.mark.parametrize("forced", [(1, 0), (3, 5), (40, 40)])
+def test_any_number_of_boxes_may_be_kept_by_force(forced: tuple[int, int]) -> None:
+    check_boxes(replace(SPARSE, context_len=9000), 0.7, room=90, forced=forced)
+
+
+def test_more_boxes_than_all_threads_read_at_once() -> None:
+    check_boxes(replace(SPARSE, num_rows=1, context_len=300_000), 0.8, 16, room=900)
