@@ -13,7 +13,7 @@ from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.methods import VerticalSlash
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
-from minference_vllm.scratch import AttendBuffers, ScratchShape
+from minference_vllm.scratch import FP8_MAX, AttendBuffers, ScratchShape
 
 # Beside keys of about e^8 in all: less than they, hardly anything, all but everything, exactly nothing, more than they.
 SINKS = (6.0, -30.0, 30.0, -math.inf, 12.0)
@@ -160,7 +160,7 @@ def make_cache(case: Case, device: torch.device, seed: int = 0) -> PagedKV:
     if case.has_fp8_kv:
         k_scale, v_scale = case.scale_of(K_SCALE, device), case.scale_of(V_SCALE, device)
         steps = torch.cat([scale.cpu()[:, None, None].expand(-1, 1, case.head_dim) for scale in (k_scale, v_scale)], -1)
-        logical = (logical / steps).to(device, FP8)
+        logical = to_fp8(logical / steps, device)
     else:
         logical = logical.to(device, case.dtype)
     if case.layout == "NHD":
@@ -169,6 +169,11 @@ def make_cache(case: Case, device: torch.device, seed: int = 0) -> PagedKV:
     table[1, :pages] = order.to(torch.int32)
     k, v = logical.split(case.head_dim, dim=-1)
     return PagedKV(k, v, table.to(device), 1, k_scale, v_scale)
+
+
+def to_fp8(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Saturated, as vLLM's kernels do; torch before 2.13 makes NaN of what is too large. NaN stays."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(device, FP8)
 
 
 def poison(shape: Sequence[int]) -> torch.Tensor:
@@ -198,7 +203,7 @@ def make_queries(case: Case, device: torch.device, seed: int = 1) -> torch.Tenso
         group = case.num_qo_heads // case.num_kv_heads
         scale = case.scale_of(Q_SCALE, device).cpu().repeat_interleave(group)[:, None]
         qkv[:, : case.num_qo_heads] /= scale
-        return qkv.to(device, FP8)[:, : case.num_qo_heads]
+        return to_fp8(qkv, device)[:, : case.num_qo_heads]
     return qkv.to(device, case.dtype)[:, : case.num_qo_heads]
 
 
