@@ -209,12 +209,14 @@ def test_a_cache_in_fp8_under_other_queries_is_left_to_triton(
 ) -> None:
     case = next(case for case in FP8_CASES if not case.has_fp8_q)
     chunk = make_chunk(case, device)
-    monkeypatch.setattr(cuda.library, "launch", None)
+    launched: list[str] = []
+    monkeypatch.setattr(cuda.library, "launch", lambda name, *_: launched.append(name))
     state = make_state(case, case.vertical_slash(Kernel.CUDA), chunk.q.device)
     prefill(chunk, case.vertical_slash(Kernel.CUDA), state)
     method = Block(BlockSettings(rows_per_half=16), Kernel.CUDA)
     method.choose(chunk, method.budgets(case.num_qo_heads, chunk.q.device), method.scratch(case.shape, chunk.q.device))
     assert chunk.out.isfinite().all()
+    assert launched == ["minference_select_groups"], "it reads masses, and nothing of the cache"
 
 
 def scaled(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
