@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse prefill of one chunk in one layer: choose the keys, attend to them, see that they were enough."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from minference_vllm import ops
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HeadIndex, SparseIndex
 from minference_vllm.methods import Method
-from minference_vllm.recall import Floors
+from minference_vllm.recall import MOST_ROWS, Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals
 
 
@@ -76,16 +77,26 @@ def prefill(chunk: Chunk, method: Method, layer: LayerState, chooser: Chooser = 
     index = chooser(method, chunk, layer)
     ops.attend(chunk, index, layer.attend, method.kernel)
     if layer.guard is not None:
-        watch(chunk, layer, layer.guard, method.kernel)
+        watch(chunk, method, layer, layer.guard)
     return index
 
 
-def watch(chunk: Chunk, layer: LayerState, guard: Guard, kernel: ops.Kernel) -> None:
+def watch(chunk: Chunk, method: Method, layer: LayerState, guard: Guard) -> None:
     """Measure each head's recall in a chunk; heads below a floor attend again, to all keys.
 
     How many they are stays on the device, and nothing of a chunk is remembered for the next: so it holds for any order
-    of chunks and requests.
+    of chunks and requests. Rows that attend to all keys anyway are left out: they would hide what the others miss.
     """
-    ops.measure_recall(chunk, layer.attend.lse, guard.floors, layer.position, guard.buffers, guard.totals, kernel)
-    if any(guard.floors):
-        ops.attend(chunk, HeadIndex(guard.buffers.heads, guard.buffers.num_heads), layer.attend, kernel)
+    for rows in spans(method.choosing_rows(chunk)):
+        part = chunk.of_rows(rows.start, len(rows))
+        attend = replace(layer.attend, lse=layer.attend.lse[:, rows.start :])
+        ops.measure_recall(part, attend.lse, guard.floors, layer.position, guard.buffers, guard.totals, method.kernel)
+        if any(guard.floors):
+            ops.attend(part, HeadIndex(guard.buffers.heads, guard.buffers.num_heads), attend, method.kernel)
+
+
+def spans(num_rows: int) -> list[range]:
+    """Equal parts of a chunk's rows that recall is measured in: as few as hold MOST_ROWS each."""
+    count = -(-num_rows // MOST_ROWS)
+    bounds = [num_rows * number // count for number in range(count + 1)] if count else [0]
+    return [range(begin, end) for begin, end in itertools.pairwise(bounds)]

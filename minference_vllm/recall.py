@@ -12,6 +12,10 @@ RECALL_EDGES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 NUM_BUCKETS = len(RECALL_EDGES) + 1
 
+MOST_ROWS = 8192
+"""Rows of a chunk that recall is measured of at once. Held-out rows then lie at most a tile apart: in a passage of two
+tiles that lost its keys there are two of them, enough for the guard to act."""
+
 LOST_ROWS = 2
 """Held-out rows that must be lost before the guard acts: of 64 one may be an exception. In chunks of fewer than 256
 rows some held-out rows are the same row, so one that is lost may count as two."""

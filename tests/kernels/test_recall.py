@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minference_vllm import reference
-from minference_vllm.attention import Guard, prefill
+from minference_vllm import attention, reference
+from minference_vllm.attention import Guard, LayerState, prefill, spans
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import HeadIndex
+from minference_vllm.index import TILE, HeadIndex
+from minference_vllm.methods import Block
+from minference_vllm.methods.block import BlockSettings
 from minference_vllm.ops import Kernel
-from minference_vllm.recall import Floors
+from minference_vllm.recall import LOST_ROWS, MOST_ROWS, Floors
 from minference_vllm.reference.dense import dense
 from minference_vllm.reference.normalisers import sampled_rows
 from minference_vllm.reference.recall import held_out_rows
@@ -66,6 +68,24 @@ def test_held_out_rows_are_none_that_choose(num_rows: int, context_len: int, row
     assert chosen.isdisjoint((rows + context_len).tolist())
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 8192, 8193, 16384, 20_000, 32_768])
+def test_a_long_chunk_is_measured_in_equal_parts(num_rows: int) -> None:
+    parts = spans(num_rows)
+    assert [row for part in parts for row in part] == list(range(num_rows))
+    assert all(0 < len(part) <= MOST_ROWS for part in parts) and len(parts) == -(-num_rows // MOST_ROWS)
+    assert max(map(len, parts), default=0) - min(map(len, parts), default=0) <= 1
+
+
+@pytest.mark.parametrize("num_rows", [8192, 8200, 16_384, 24_000])
+def test_two_tiles_of_rows_hold_as_many_held_out_rows_as_the_guard_needs(num_rows: int) -> None:
+    chunk = make_chunk(replace(GUARDED, num_rows=num_rows, num_qo_heads=1, num_kv_heads=1), torch.device("cpu"))
+    rows = [held_out_rows(chunk.of_rows(part.start, len(part))) + part.start for part in spans(num_rows)]
+    is_held_out = torch.zeros(num_rows, dtype=torch.int64)
+    is_held_out[torch.cat(rows)] = 1
+    # Rows move by up to three.
+    assert is_held_out.unfold(0, 2 * TILE + 6, 1).sum(1).min() >= LOST_ROWS
+
+
 # The guard
 
 GUARDED = Case("guarded", num_rows=300, context_len=500, vertical_size=1, slash_size=16, num_qo_heads=4)
@@ -115,6 +135,50 @@ def test_no_floor_changes_nothing_and_the_highest_makes_all_dense(floor: float, 
         assert_close(chunk.out, plain.out)
     else:
         assert torch.equal(chunk.out, plain.out)
+
+
+@pytest.mark.parametrize("kernel", [Kernel.REFERENCE, Kernel.TRITON])
+def test_the_part_of_a_long_chunk_that_fell_short_is_put_right_and_no_other(
+    kernel: Kernel, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MOST_ROWS", 100)
+    chunk, kv, q = make_chunk(GUARDED, device), make_rising_cache(GUARDED, device), make_queries(GUARDED, device)
+    # Rows in the middle look at far keys, the others at all alike, of which they have a fiftieth or more in their tile.
+    q[:100] *= 1e-3
+    q[200:] *= 1e-3
+    sharp = replace(chunk, q=q, kv=kv)
+    guard, attend = guarded_prefill(kernel, 0.02, sharp)
+    plain = replace(sharp, out=torch.empty_like(chunk.out))
+    method = GUARDED.vertical_slash(kernel)
+    prefill(plain, method, make_state(GUARDED, method, device))
+    expected = torch.empty_like(chunk.out)
+    dense(q, kv, GUARDED.context_len, GUARDED.scale, expected)
+    assert guard.totals.chunks.item() == 3
+    assert guard.totals.redone.item() == GUARDED.num_qo_heads
+    assert_close(sharp.out[100:200], expected[100:200])
+    for others in (slice(100), slice(200, None)):
+        assert torch.equal(sharp.out[others], plain.out[others])
+    assert attend.lse[:, : chunk.num_rows].isfinite().all()
+
+
+def test_rows_that_attend_to_all_keys_do_not_hide_what_the_others_miss(device: torch.device) -> None:
+    chunk = replace(make_chunk(replace(GUARDED, context_len=640, num_rows=260), device), may_end_prompt=True)
+    recalls = []
+    for last in (0, 64):
+        method = Block(BlockSettings(share=0.2, last_tokens=last, sink_tokens=16, local_tokens=16), Kernel.TRITON)
+        rows = method.choosing_rows(chunk)
+        assert rows == (260 if last == 0 else 128)
+        guard = Guard(Floors(0.0, 0.0), RecallBuffers.allocate(4, device), RecallTotals.allocate(1, 4, device))
+        shape = replace(GUARDED, context_len=640, num_rows=260).shape
+        state = LayerState(
+            0, method.budgets(4, device), method.scratch(shape, device), AttendBuffers.allocate(4, 260, device), guard
+        )
+        prefill(chunk, method, state)
+        first = chunk.of_rows(0, 128)
+        measured, _ = measure(Kernel.TRITON, first, state.attend.lse)
+        recalls.append((guard.buffers.recall, measured.recall))
+    assert torch.equal(*recalls[1])
+    assert not torch.equal(*recalls[0])
 
 
 def test_recall_that_is_no_number_is_below_every_floor_and_counts_as_nothing(device: torch.device) -> None:
