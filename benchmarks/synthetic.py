@@ -13,6 +13,7 @@ from minference_vllm.methods import Block, Method, VerticalSlash
 from minference_vllm.tuning.drawn import drawn_choice
 from minference_vllm.tuning.groups import AT_TOKENS, DENSITY, FALLS, FINE, FINE_AT_TOKENS, FINE_FALLS
 from minference_vllm.tuning.masses import CLUSTER, KeySets
+from minference_vllm.tuning.timing import LOWEST_FLOORS as LOWEST
 
 DESCRIPTION = (
     "synthetic. vertical_slash: the probe, the selection and the index run in full, but between probe and selection "
@@ -23,6 +24,12 @@ DESCRIPTION = (
     "max_fine is lowered by length: to the share of boxes that real prompts of the length that a chunk ends at have "
     f"scored finely ({FINE} at {FINE_AT_TOKENS} tokens, falling as length^-{FINE_FALLS}). Drawn for each query head, "
     "with a fixed seed, once for each length that a chunk ends at, during the warm-up; all layers use the same."
+)
+
+LOWEST_FLOORS = {"recall_floor": LOWEST.head, "row_recall_floor": LOWEST.row}
+GUARD = (
+    "recall is measured and the guard's kernels are launched, as in service; drawn keys hold little recall, so the "
+    "floors are the lowest above 0, and the guard finds no head below them. redone: share of heads that it did find"
 )
 
 

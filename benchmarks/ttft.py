@@ -71,11 +71,13 @@ IN_TURN = (
     "same length"
 )
 
-# Recall is measured as in service; but what is drawn holds little of it, and the guard would act.
-NO_FLOOR = {"recall_floor": 0.0, "row_recall_floor": 0.0}
+REAL_GUARD = "as in service. redone: share of heads that it had attend to all keys"
 REAL = "the plugin chooses by itself, as in service: nothing is drawn"
 NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
 
+
+WORK = ("sparse_tokens", "density", "redone")
+"""Of benchmarks.SparseWork, on record for each row."""
 
 Found = tuple[str, int, dict[str, Any]]
 """A method, a prompt length, and what was found of both engines."""
@@ -119,7 +121,7 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         before = sparse_work()
         found = {"seconds": seconds(request["tokens"])}
         delta = sparse_work().since(before)
-        return {**found, "sparse_tokens": delta.sparse_tokens, "density": delta.density}
+        return {**found, **{name: getattr(delta, name) for name in WORK}}
 
     return answer
 
@@ -151,7 +153,7 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
             seconds[engine.kind].append(round(reply["seconds"], 4))
     for kind, times in seconds.items():
         print(f"    {tokens} tokens, {kind}: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
-    return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}}
+    return {**seconds, **{name: found[name] for name in WORK}}
 
 
 def time_in_turn(engine: EngineProcess, tokens: int, repeats: int, warm_up: int) -> tuple[list[float], dict[str, Any]]:
@@ -178,8 +180,7 @@ def make_row(method: str, layers: int | None, tokens: int, found: dict[str, Any]
         "dense_ttft_s": round(dense_s, 4),
         "sparse_ttft_s": round(sparse_s, 4),
         "speedup": round(dense_s / sparse_s, 4),
-        "sparse_tokens": found["sparse_tokens"],
-        "density": found["density"],
+        **{name: found[name] for name in WORK},
         "timed_requests": len(found[SPARSE]),
     }
 
@@ -215,6 +216,7 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND},
+        "guard": REAL_GUARD if options.text else synthetic.GUARD,
         "selection": REAL if options.text else NATURAL if options.natural else synthetic.DESCRIPTION,
     }
 
@@ -223,7 +225,7 @@ def sparse_engine(
     options: argparse.Namespace, spec: dict[str, Any], method: str, settings: dict[str, Any]
 ) -> EngineProcess:
     """An engine of the plugin; its settings go into those of the result file."""
-    minference: dict[str, Any] = {"method": parse_method(method), **({} if options.text else NO_FLOOR)}
+    minference: dict[str, Any] = {"method": parse_method(method), **({} if options.text else synthetic.LOWEST_FLOORS)}
     minference |= TINY_SETTINGS if options.tiny else {}
     settings["sparse"][method] = resolved(minference)
     return EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}, options.gpus)

@@ -20,10 +20,11 @@ def test_ttft_rows_hold_medians():
         "sparse": [0.5, 1.0, 4.0],
         "sparse_tokens": 8,
         "density": 0.25,
+        "redone": 0.0,
     }
     assert ttft.make_row("30:200", 4, 8, found) == {
         "tokens": 8, "method": "30:200", "layers": 4, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0,
-        "speedup": 2.0, "sparse_tokens": 8, "density": 0.25, "timed_requests": 3,
+        "speedup": 2.0, "sparse_tokens": 8, "density": 0.25, "redone": 0.0, "timed_requests": 3,
     }  # fmt: skip
 
 
@@ -54,13 +55,14 @@ class Taker:
             "seconds": self.seconds,
             "sparse_tokens": 5,
             "density": 0.5,
+            "redone": 0.0,
         }
 
 
 def test_engines_take_turns_and_both_come_first_at_times():
     turns = []
     found = ttft.time_side_by_side(Taker("dense", 2.0, turns), Taker("sparse", 1.0, turns), 65536, 2)
-    assert found == {"dense": [2.0] * 2, "sparse": [1.0] * 2, "sparse_tokens": 5, "density": 0.5}
+    assert found == {"dense": [2.0] * 2, "sparse": [1.0] * 2, "sparse_tokens": 5, "density": 0.5, "redone": 0.0}
     assert turns[:2] == [("sparse", True), ("dense", False)]
     assert [kind for kind, _ in turns[2:]] == ["sparse", "dense", "dense", "sparse"]
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import benchmarks
-from benchmarks import greedy, needles, processes, results, ttft
+from benchmarks import greedy, needles, processes, results, synthetic, ttft
 from benchmarks.haystack import CITIES, Haystack, identify
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics.snapshot import Snapshot
@@ -156,7 +156,11 @@ def test_what_ran_sparse_is_read_from_the_engine_of_this_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [greedy.SETTINGS, needles.SETTINGS, needles.TINY_SETTINGS, ttft.TINY_SETTINGS, {"method": "block"}]
+    "settings",
+    [
+        *(greedy.SETTINGS, needles.SETTINGS, needles.TINY_SETTINGS, ttft.TINY_SETTINGS),
+        *(synthetic.LOWEST_FLOORS, {"method": "block"}),
+    ],
 )
 def test_what_the_benchmarks_set_is_taken_and_recorded_in_full(settings):
     recorded = benchmarks.resolved(settings)
