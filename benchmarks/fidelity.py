@@ -24,7 +24,6 @@ import argparse
 import lzma
 import sysconfig
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -51,6 +50,7 @@ ROWS_AT_ONCE = 512
 GATE = {"min_seq_len": 3072, "min_chunk": 512}
 TINY_GATE = {"min_seq_len": 512, "min_chunk": 64}
 STDLIB = "stdlib"  # in place of a file: Python's own library, as it is installed here
+ROW = ("tokens", "text", "method", "chunk")  # what tells one row from another
 SPARE = 2048  # tokens of max_model_len beyond those that prompts are to have
 
 
@@ -257,27 +257,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return measured
 
 
-def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of several result files, put together in one.
-
-    Raises:
-        SystemExit: they are no parts of one result, or measured the same.
-    """
-    try:
-        merged = results.merge(options.out, options.merge)
-    except results.ResultError as error:
-        raise SystemExit(str(error)) from None
-    found = Counter(tuple(row[name] for name in ("tokens", "text", "method", "chunk")) for row in merged)
-    if twice := [of for of, count in found.items() if count > 1]:
-        raise SystemExit(f"{options.out} holds {twice[0]} {found[twice[0]]} times: leave a part out")
-    return merged
-
-
 def main() -> None:
     if serve_requests(start_engine):
         return
     options = parse()
-    print(results.table(merge(options) if options.merge else measure(options)))
+    merged = results.merge_or_exit(options.out, options.merge, ROW) if options.merge else measure(options)
+    print(results.table(merged))
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ from benchmarks import (
     runtime,
     sparse_work,
 )
+from benchmarks.made_up import LLAMA_8B, TINY, write_model
 from benchmarks.processes import EngineProcess, serve_requests
 from benchmarks.synthetic import GUARD, LOWEST_FLOORS
 from benchmarks.timing import say
-from benchmarks.ttft import LLAMA_8B, MEMORY_OF_EACH, TINY, TINY_SETTINGS, WORK, write_model
+from benchmarks.ttft import MEMORY_OF_EACH, TINY_SETTINGS, WORK
 from minference_vllm.attention import Chooser, LayerState
 from minference_vllm.chunk import Chunk
 from minference_vllm.config import MInferenceConfig
@@ -246,10 +247,7 @@ def merge(options: argparse.Namespace) -> list[Row]:
     Raises:
         SystemExit: they do not hold each cell once.
     """
-    try:
-        rows = results.merge(options.out, options.merge)
-    except results.ResultError as error:
-        raise SystemExit(str(error)) from None
+    rows = results.merge_or_exit(options.out, options.merge)
     found = [Cell(row["chunk"], row["tokens"], row["prompts"]) for row in rows]
     every = make_cells(options.tiny, ["*"])
     if missing := [str(cell) for cell in every if cell not in found]:

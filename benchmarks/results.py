@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
         "date": max(part["date"] for part in loaded),
     }
     write_as(path, run, rows)
+    return rows
+
+
+def merge_or_exit(path: Path, parts: Sequence[Path], names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """As `merge`, for a command.
+
+    Args:
+        names: of fields that tell rows apart, if there are any.
+
+    Raises:
+        SystemExit: they are no parts of one result, or measured the same.
+    """
+    try:
+        rows = merge(path, parts)
+    except ResultError as error:
+        raise SystemExit(str(error)) from None
+    found = Counter(tuple(row[name] for name in names) for row in rows)
+    if names and (twice := [of for of, count in found.items() if count > 1]):
+        raise SystemExit(f"{path} holds {twice[0]} {found[twice[0]]} times: leave a part out")
     return rows
 
 

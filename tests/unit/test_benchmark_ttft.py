@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How benchmarks.ttft asks two engines in turns, and what it makes of their times. None starts an engine."""
 
+import json
+import sys
+from contextlib import nullcontext
+
 import pytest
 
 from benchmarks import parse_method, resolved, results, ttft
@@ -83,6 +87,26 @@ def test_engines_that_are_up_one_after_the_other_warm_up_first():
     sparse, found = ttft.time_in_turn(Taker("sparse", 1.0, turns), 131072, 1, 131072)
     assert (dense, sparse, found["density"]) == ([2.0], [1.0], 0.5)
     assert turns == [("dense", False), ("dense", False), ("sparse", True), ("sparse", False)]
+
+
+def test_lengths_are_measured_in_parts(tmp_path, monkeypatch):
+    run = {"gpu": "a card", "command": "python -m it", "date": "2026-01-01"}
+    monkeypatch.setattr(results, "describe_run", lambda *_: run)
+    monkeypatch.setattr(ttft, "EngineProcess", lambda module, kind, *_: nullcontext(Taker(kind, 1.0, [])))
+    monkeypatch.chdir(tmp_path)
+
+    def main(out, *arguments):
+        monkeypatch.setattr(sys, "argv", ["ttft", "--out", out, *arguments])
+        ttft.main()
+        return json.loads((tmp_path / out).read_text())
+
+    one, two = (main(f"{tokens}.json", "--tokens", tokens) for tokens in ("8192", "131072"))
+    whole = main("whole.json", "--merge", "8192.json", "131072.json")
+    assert whole["rows"] == one["rows"] + two["rows"]
+    assert whole["seconds"] == one["seconds"] | two["seconds"]
+    assert whole["settings"] == one["settings"] == two["settings"]
+    with pytest.raises(SystemExit, match="2 times: leave a part out"):
+        main("whole.json", "--merge", "8192.json", "8192.json")
 
 
 def test_an_engine_on_several_gpus_is_a_process_for_each(tmp_path, monkeypatch):
