@@ -68,6 +68,15 @@ def reports_metrics() -> bool:
     return get_tp_group().rank_in_group == 0
 
 
+def engine_id(vllm_config: Any) -> int:
+    """A number of the engine that this configuration is of, as long as the engine lives.
+
+    vLLM hands out several configurations for one engine, for parts of its model and for its draft model, and gives each
+    an `instance_id` of its own. What they share is the dictionary in which all of the engine's layers are entered.
+    """
+    return id(vllm_config.compilation_config.static_forward_context)
+
+
 def pipeline(vllm_config: Any) -> Pipeline:
     """This worker's pipeline stage, and how vLLM divides the model's layers among all stages."""
     from vllm.distributed.parallel_state import get_pp_group

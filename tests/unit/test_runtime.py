@@ -2,6 +2,7 @@
 """What the layers of a worker process share: settings, scratch, counts, and what is said at start."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from minference_vllm import runtime
 from minference_vllm.chunk import PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics import stopwatch
-from minference_vllm.metrics.snapshot import Times
+from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.ops import Kernel
 from minference_vllm.record import StepRecord
 from minference_vllm.scratch import ScratchShape, num_bytes
@@ -51,24 +52,27 @@ def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, said: li
 
 def test_nothing_is_claimed_on_the_device_before_the_scratch() -> None:
     # Layers are built in a memory pool that vLLM's sleep mode drops with the weights.
-    worker = make_runtime()
+    worker = make_runtime(publish=True)
     assert not any(isinstance(value, torch.Tensor) for value in vars(worker).values())
-    assert worker._density is None
+    assert not any(isinstance(value, torch.Tensor) for value in vars(worker.account).values())
+    assert worker.account._density is None
     with torch.inference_mode():  # as in vLLM's profiling run
         state = worker.layer_state(SHAPE, 0, 2)
     state.attend.kept_pairs.add_(7)
     state.budgets.fill_(3)
-    worker._density.copy(causal_pairs_so_far=9)
-    assert worker._read()[:2] == (7, 9)
+    worker.account.causal_pairs = 9
+    worker.account.collect()
+    told = worker.account.read()
+    assert (told.kept_pairs, told.causal_pairs) == (7, 9)
 
 
 def test_what_is_claimed_and_run_is_told_to_the_metrics() -> None:
-    worker = make_runtime()
-    assert worker._read()[3:] == (0, {("block", "reference"): 1}, Times())
+    worker = make_runtime(publish=True)
+    assert worker.account.read() == Snapshot(engines=Counter({("block", "reference"): 1}))
     state = worker.layer_state(SHAPE, 0, 2)
     worker.layer_state(SHAPE, 1, 2)
     claimed = num_bytes(state.buffers) + num_bytes(state.attend) + num_bytes(state.guard.buffers)
-    assert worker._read()[3] == claimed > 0
+    assert worker.account.read().scratch_bytes == claimed > 0
 
 
 def test_layers_of_one_shape_share_scratch_and_have_budgets_of_their_own() -> None:
@@ -102,7 +106,7 @@ def test_a_dry_run_is_not_counted() -> None:
     kept += 12
     worker.dry_run(SHAPE, page_size=16)
     assert kept.item() == 12
-    assert worker._causal_pairs == 0
+    assert worker.account.causal_pairs == 0
 
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])

@@ -119,7 +119,8 @@ def test_block_chooses_in_full_and_attends_to_drawn_groups(rows: int, context_le
     q = torch.randn(rows, 2, 64)
     chunk = Chunk(q, torch.empty_like(q), kv, context_len, 0.125, may_end_prompt=False)
     index = prefill(chunk, method, state, drawn_choice(method, chunk, state, seed=7))
-    debug.check(chunk, index, state)
+    debug.check_index(chunk, index, state)
+    debug.check_output(chunk, state)
     assert (state.buffers.means != 0).any(), "the method has chosen, too"
     for tile in range(chunk.num_tiles):
         before = (chunk.first_tile + tile) * TILE
