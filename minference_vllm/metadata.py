@@ -12,7 +12,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
-from minference_vllm.plan import ALL_DENSE, Budget, Plan, Requests, make_plan
+from minference_vllm.compat import limits
+from minference_vllm.plan import ALL_DENSE, Plan, Requests, make_plan
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, UntoldStep
 from minference_vllm.step import Step
@@ -36,11 +37,11 @@ class PlanningMixin:
             impl.runtime.warm_up(impl.shape, kv_cache_spec.block_size)
         self._runtime = runtime = impls[0].runtime
         self._min_seq_len, self._min_chunk = runtime.config.min_seq_len, runtime.config.min_chunk
-        self._budget = Budget(vllm_config.scheduler_config.max_num_batched_tokens, compat.longest_chunk(vllm_config))
+        self._budget = limits.budget(vllm_config)
         self._group = layer_names[0]
         self._has_sparse_layers = bool(sparse)
         self._dense_reason = None if sparse else impls[0].dense_reason  # of the whole group
-        runtime.start(vllm_config.model_config.max_model_len, self._budget.rows, bool(sparse))
+        runtime.start(limits.longest_prompt(vllm_config), self._budget, bool(sparse))
         self._defer = runtime.counters.defer
         self._are_overwritten = not compat.has_host_tensors_of_its_own(vllm_config)
 

@@ -19,7 +19,7 @@ from minference_vllm.metrics.counters import Counters
 from minference_vllm.ops import choose_kernel, report_shape
 from minference_vllm.patterns import ServedModel, resolve
 from minference_vllm.pipeline import ONE_STAGE, Pipeline
-from minference_vllm.plan import gate_obstacle
+from minference_vllm.plan import Budget, gate_obstacle, sharing_obstacle
 from minference_vllm.recall import Floors
 from minference_vllm.record import StepRecord
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
@@ -70,7 +70,7 @@ class Runtime:
         self.counters = Counters(config.log_every, self.account.tally, self.account.read)
         self.floors = Floors(config.recall_floor, config.row_recall_floor)
         self.failed: set[int] = set()
-        self._has_warned = False
+        self._has_looked_at_limits = False
         self.has_sparse_layers = False
         self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers, RecallBuffers | None]] = {}
         self._layers: dict[tuple[ScratchShape, int, int], LayerState] = {}
@@ -85,20 +85,22 @@ class Runtime:
         """Whether the sparse path is given up: all runs dense until the next start."""
         return self.faults.is_broken
 
-    def start(self, max_seq_len: int, max_chunk: int, has_sparse_layers: bool) -> None:
-        """A metadata builder is ready: count from now on, and warn if the gate can never open.
+    def start(self, max_prompt: int, budget: Budget, has_sparse_layers: bool) -> None:
+        """A metadata builder is ready: count from now on, and warn if the server's limits keep the gate shut.
 
         Args:
-            max_seq_len: tokens of the longest request that the server admits.
-            max_chunk: most rows that its scheduler gives a request in one step.
+            max_prompt: tokens of the longest prompt that the server admits.
+            budget: of its scheduler.
             has_sparse_layers: whether layers of this builder may run sparse.
         """
         self.has_sparse_layers |= has_sparse_layers
         self.counters.start()
-        may_warn = self.counts_prompts and has_sparse_layers and not self._has_warned
-        if may_warn and (obstacle := gate_obstacle(self.config, max_seq_len, max_chunk)):
-            self._has_warned = True
-            logger.warning("MInference: nothing will run sparse: %s.", obstacle)
+        if self.counts_prompts and has_sparse_layers and not self._has_looked_at_limits:
+            self._has_looked_at_limits = True
+            if obstacle := gate_obstacle(self.config, max_prompt, budget):
+                logger.warning("MInference: nothing will run sparse: %s.", obstacle)
+            elif obstacle := sharing_obstacle(self.config, budget):
+                logger.warning("MInference: a prompt will run sparse only while there is no other: %s.", obstacle)
 
     def layer_state(
         self, shape: ScratchShape, position: int, num_layers: int, index: int | None = None, number: int | None = None

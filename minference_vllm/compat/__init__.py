@@ -145,13 +145,6 @@ def step_traits(common: Any, metadata: Any) -> "StepTraits":
     )
 
 
-def longest_chunk(vllm_config: Any) -> int:
-    """Most rows that the scheduler gives a request in one step."""
-    scheduler = vllm_config.scheduler_config
-    threshold = getattr(scheduler, "long_prefill_token_threshold", 0)
-    return min(scheduler.max_num_batched_tokens, threshold or scheduler.max_num_batched_tokens)
-
-
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
     """This worker's attention layers by name, in the order in which they run: ours, and decoders of other backends.
 

@@ -14,6 +14,7 @@ from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics import stopwatch
 from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.ops import Kernel
+from minference_vllm.plan import Budget
 from minference_vllm.record import StepRecord
 from minference_vllm.scratch import ScratchShape, num_bytes
 
@@ -136,33 +137,53 @@ def test_one_layer_of_many_is_timed(publish: bool, monkeypatch: pytest.MonkeyPat
     assert (times.choose > 0 and times.attend > 0) == publish
 
 
-# A gate that can never open
+# Limits that keep the gate shut
+
+
+BUDGET = Budget(tokens=4096, rows=2048)
+MAX_PROMPT = 32_767
+ON_ROWS = ("nothing will run sparse: minference.min_chunk is 5000", "above the 4096 rows", "--max-num-batched-tokens")
+ON_LENGTH = ("nothing will run sparse: minference.min_seq_len is 32768", "32767 tokens", "--max-model-len")
+ON_SHARING = ("while there is no other: minference.min_chunk is 4096", "2048 rows", "--long-prefill-token-threshold")
+ON_PROMPTS = ("nothing will run sparse: minference.min_chunk is 40000", "above the 32767 tokens", "--max-model-len")
 
 
 @pytest.mark.parametrize(
-    ("settings", "said_of"),
+    ("settings", "budget", "said_of"),
     [
-        ({"min_chunk": 4096}, ("minference.min_chunk is 4096", "2048 rows", "--max-num-batched-tokens")),
-        ({"min_seq_len": 40_000}, ("minference.min_seq_len is 40000", "32768 tokens", "--max-model-len")),
+        ({"min_chunk": 5000}, BUDGET, ON_ROWS),
+        ({"min_seq_len": 32_768}, BUDGET, ON_LENGTH),
+        ({"min_chunk": 4096}, BUDGET, ON_SHARING),
+        ({"min_chunk": 40_000}, Budget(65_536, 65_536), ON_PROMPTS),
+        ({"min_chunk": 5000, "min_seq_len": 32_768}, BUDGET, ON_ROWS + ON_LENGTH[1:]),
     ],
+    ids=["a step's rows", "a prompt's tokens", "rows beside others", "a prompt shorter than a chunk", "two"],
 )
-def test_a_gate_that_can_never_open_is_warned_of_once(
-    settings: dict[str, int], said_of: tuple[str, ...], said: list[str]
+def test_limits_that_keep_the_gate_shut_are_warned_of_once(
+    settings: dict[str, int], budget: Budget, said_of: tuple[str, ...], said: list[str]
 ) -> None:
     worker = make_runtime(publish=True, **settings)
     for _ in range(2):  # KV cache groups
-        worker.start(max_seq_len=32_768, max_chunk=2048, has_sparse_layers=True)
+        worker.start(MAX_PROMPT, budget, has_sparse_layers=True)
     [warning] = [line for line in said if line.startswith("warning")]
     assert all(part in warning for part in said_of)
+    options = {"--max-num-batched-tokens", "--max-model-len", "--long-prefill-token-threshold"}
+    assert {option for option in options if option in warning} == options.intersection(said_of)
 
 
 @pytest.mark.parametrize(
-    ("publish", "has_sparse_layers", "min_chunk"),
-    [(True, True, 2048), (True, False, 4096), (False, True, 4096)],
+    ("publish", "has_sparse_layers", "settings"),
+    [
+        (True, True, {"min_chunk": 2048, "min_seq_len": 32_767}),
+        (True, False, {"min_chunk": 5000}),
+        (False, True, {"min_chunk": 5000}),
+    ],
     ids=["it can open", "no sparse layers", "another rank"],
 )
-def test_no_other_start_is_warned_of(publish: bool, has_sparse_layers: bool, min_chunk: int, said: list[str]) -> None:
-    worker = make_runtime(publish, min_chunk=min_chunk)
-    worker.start(max_seq_len=32_768, max_chunk=2048, has_sparse_layers=has_sparse_layers)
+def test_no_other_start_is_warned_of(
+    publish: bool, has_sparse_layers: bool, settings: dict[str, int], said: list[str]
+) -> None:
+    worker = make_runtime(publish, **settings)
+    worker.start(MAX_PROMPT, BUDGET, has_sparse_layers)
     assert [line for line in said if line.startswith("warning")] == []
     assert worker.has_sparse_layers is has_sparse_layers
