@@ -184,10 +184,10 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
     """
     prompts = list(requests.prompts())
     # vLLM does not tell where a prompt ends, but what it cuts fills its budget. Of several prompts in a step only one
-    # is cut, and which cannot be seen.
+    # is cut, and which cannot be seen. Who has more rows than requests beside others get is alone, and not cut by that.
     is_full = requests.starts[len(requests.seq_lens)] >= budget.tokens and len(prompts) == 1
     chunks = tuple(
-        SparseChunk(request, requests.starts[request], rows, seq_len - rows, not (is_full or rows >= budget.rows))
+        SparseChunk(request, requests.starts[request], rows, seq_len - rows, not (is_full or rows == budget.rows))
         for request, rows, seq_len in prompts
         if gate(rows, seq_len, config) is Reason.GATE_OPEN
     )
