@@ -41,12 +41,15 @@ class PlanningMixin:
         self._group = layer_names[0]
         self._has_sparse_layers = bool(sparse)
         self._dense_reason = None if sparse else impls[0].dense_reason  # of the whole group
+        self._pools_blocks = compat.pools_blocks(self)
         runtime.start(limits.longest_prompt(vllm_config), self._budget, bool(sparse))
         self._defer = runtime.counters.defer
         self._are_overwritten = not compat.has_host_tensors_of_its_own(vllm_config)
 
     def attach_plan(self, common: CommonAttentionMetadata, metadata: Any) -> None:
         """Plan one step, and attach to its metadata what runs sparse. After an exception the step stays dense."""
+        if self._pools_blocks:  # its rows are no prompt's tokens, and more than scratch is claimed for
+            return
         try:
             plan, record = self.plan_step(common, metadata)
             if record is not None:

@@ -180,6 +180,15 @@ def foreign_layers(vllm_config: Any) -> dict[str, str]:
     }
 
 
+def pools_blocks(builder: Any) -> bool:
+    """Whether the rows that a metadata builder of ours is told of are several for each token.
+
+    So it is where vLLM has derived it for audio layers that pool blocks (Voxtral's). It multiplies all lengths, and we
+    do not see it: the specification that it hands on says `tokens_per_state` 1.
+    """
+    return any("BlockPooling" in base.__name__ for base in type(builder).__mro__)
+
+
 def is_loading_drafter() -> bool:
     """Whether the layers that are being made now belong to a draft model. Only to be asked in a layer's constructor."""
     from vllm.compilation import backends
