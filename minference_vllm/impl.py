@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 
 from minference_vllm import compat
 from minference_vllm.chunk import FP8, PagedKV
-from minference_vllm.compat import quantization
+from minference_vllm.compat import pages, quantization
 from minference_vllm.config import load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.layers import SparseLayer, decide_layers
@@ -127,6 +127,7 @@ def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
     """The runtime of this device and configuration: a process may hold one engine after another."""
     try:
         config = load_config(vllm_config.additional_config)
+        pages.require(config)
         key = (device, config.model_dump_json())
         model = compat.served_model(vllm_config) if isinstance(config.method, AutoSettings) else None
         known = _runtimes.get(key)
