@@ -159,7 +159,7 @@ def make_guard(chunk: Chunk, attend: AttendBuffers, method: Block) -> Callable[[
         Floors(lowest, lowest), RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device)
     )
     layer = LayerState(0, method.budgets(heads, device), None, attend, guard)
-    return partial(watch, chunk, layer, guard, method.kernel)
+    return partial(watch, chunk, method, layer, guard)
 
 
 class Dense(NamedTuple):

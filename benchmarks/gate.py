@@ -20,7 +20,8 @@ from minference_vllm.tuning.heads import Heads
 
 MEASURED = (
     "one layer's attention for the last chunk of a prompt of so many tokens, through pages of 16, choosing included; "
-    "median; drawn key sets, as benchmarks.ttft draws them; dense is vLLM's FlashAttention"
+    "median; drawn key sets, as benchmarks.ttft draws them; recall is measured, and the guard looks for heads below "
+    "the lowest floor, of which there are none; dense is vLLM's FlashAttention"
 )
 
 

@@ -47,8 +47,8 @@ class MInferenceConfig(BaseModel):
     or block with what a pattern file gives each head of the model, where there is one, and else block."""
 
     measure_recall: bool = True
-    """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that it kept. Without
-    it there is no guard."""
+    """Measure, for each head, how much of the attention of 64 rows of each chunk, in long chunks of every 8,192 rows,
+    lies on the keys that it kept. Without it there is no guard."""
 
     recall_floor: float = Field(default=0.7, ge=0, le=1)
     """The guard: a head that kept less than this share of those rows' attention, on average over them, attends to all

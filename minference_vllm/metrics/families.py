@@ -78,6 +78,10 @@ RECALL = Family(
     "minference_recall_heads", "Heads of measured chunks whose recall is at most le.",
     lambda total: (((edge,), count) for edge, count in total.recall.cumulative()), ("le",),
 )  # fmt: skip
+RECALL_SUM = number(
+    "minference_recall_sum", "Sum of recall over the heads of measured chunks.",
+    lambda total: sum(sum(layer.totals) for layer in total.recall.layers.values()),
+)  # fmt: skip
 RECALL_MEAN = Family(
     "minference_recall_mean",
     "Mean recall since start by the model's layers and rank 0's heads, each from 0, over the engines of this server.",
@@ -96,6 +100,6 @@ INFO = Family(
     lambda total: (((*engine, __version__), 1) for engine in total.engines), ("method", "kernel", "version"), "max",
 )  # fmt: skip
 FAMILIES = (
-    TOKENS, CHUNKS, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL, RECALL_MEAN, RECALL_WORST,
-    SCRATCH, INFO,
+    TOKENS, CHUNKS, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL, RECALL_SUM, RECALL_MEAN,
+    RECALL_WORST, SCRATCH, INFO,
 )  # fmt: skip

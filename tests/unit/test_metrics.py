@@ -192,6 +192,7 @@ def test_recall_is_summed_over_workers_and_the_worst_is_kept(tmp_path, new_proce
     text = scrape()
     assert 'minference_recall_heads_total{le="0.9"} 2.0' in text
     assert 'minference_recall_heads_total{le="+Inf"} 8.0' in text
+    assert "minference_recall_sum_total 14.6" in text
     assert "minference_guard_heads_total 2.0" in text
     assert 'minference_recall_mean{head="1",layer="2"} 0.825' in text
     assert 'minference_recall_worst{head="1",layer="2"} 0.2' in text

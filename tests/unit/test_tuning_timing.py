@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import compat, debug
+from minference_vllm import compat, debug, ops
 from minference_vllm.attention import choose, prefill
 from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.index import EVERY_GROUP, GROUP, HALVES, TILE
+from minference_vllm.index import EVERY_GROUP, GROUP, HALVES, TILE, HeadIndex, SparseIndex, TileIndex
 from minference_vllm.methods import Block, VerticalSlash
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
@@ -130,6 +130,21 @@ def test_block_chooses_in_full_and_attends_to_drawn_groups(rows: int, context_le
             kept = {*kept_by_tile(index, 1, tile + chunk.first_tile, half, chunk.first_tile).tolist()}
             assert kept >= forced
             assert len(kept) == max(len(forced), round(groups.density_at(chunk.seq_len) * before / GROUP) * GROUP)
+
+
+def test_the_guard_attends_again_for_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs what it costs in service, where most chunks have no head below a floor."""
+    monkeypatch.setattr(compat, "flash_attention", lambda head_dim: None)
+    layer = timing.Layer(Heads(4, 2, 64), MInferenceConfig(), CPU, max_len=2048, chunk=256)
+    launched: list[SparseIndex] = []
+    attend = ops.attend
+    monkeypatch.setattr(ops, "attend", lambda chunk, index, *of: launched.append(index) or attend(chunk, index, *of))
+    _, sparse = layer.attentions(2048)
+    sparse()
+    [chosen, again] = launched
+    assert isinstance(chosen, TileIndex) and isinstance(again, HeadIndex)
+    assert again.num_heads.item() == 0
+    assert layer.state.guard and layer.state.guard.totals.chunks.item() == 1
 
 
 def test_drawn_groups_are_all_where_the_last_rows_of_a_prompt_are() -> None:
