@@ -67,6 +67,12 @@ class MInferenceConfig(BaseModel):
     kernel: Literal["auto", "cuda", "triton", "reference"] = "auto"
     """Which code attends: "cuda" on H100 and H200 if it was built, else "triton", "reference" (torch) without a GPU."""
 
+    page_salt: Literal["off", "method", "server"] = "off"
+    """What the hashes by which vLLM knows pages depend on, beside the tokens in them. "off": nothing, so that prefix
+    caches and shared stores take sparse pages for dense ones. "method": the settings that decide what pages hold, and
+    the content of a pattern file, so that pages are shared with servers of the same settings alone. "server": a random
+    number as well, so that they are shared with no other server, nor after the next start."""
+
     log_every: float = Field(default=60.0, ge=0, le=86_400, allow_inf_nan=False)
     """Seconds between log lines that say what ran sparse, when there was prefill; 0 turns them off."""
 

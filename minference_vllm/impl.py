@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 
 from minference_vllm import compat
 from minference_vllm.chunk import FP8, PagedKV
-from minference_vllm.compat import quantization
+from minference_vllm.compat import pages, quantization
 from minference_vllm.config import load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.layers import SparseLayer, decide_layers
@@ -136,6 +136,7 @@ def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
     """
     try:
         config = load_config(vllm_config.additional_config)
+        pages.require(config)
         key = (compat.engine_id(vllm_config), device, config.model_dump_json())
         runtime = _runtimes.get(key)
         if runtime is None:

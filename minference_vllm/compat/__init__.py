@@ -259,6 +259,8 @@ def report_models_without_our_layers(platform: Any, ours: Any) -> None:
         platform: class of vLLM's current platform.
         ours: our member of vLLM's AttentionBackendEnum.
     """
+    from minference_vllm.compat import pages
+
     stock = platform.update_block_size_for_backend
     if getattr(stock, "reports_models_without_our_layers", False):
         return
@@ -266,6 +268,7 @@ def report_models_without_our_layers(platform: Any, ours: Any) -> None:
     def update_block_size_for_backend(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(vllm_config, *args, **kwargs)
         try:
+            pages.serve(vllm_config)
             _report_if_none_is_ours(vllm_config, ours)
         except Exception as error:
             logger.warning("MInference cannot tell which of the model's layers are its own: %r", error)
@@ -275,9 +278,14 @@ def report_models_without_our_layers(platform: Any, ours: Any) -> None:
     platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
 
 
-def _report_if_none_is_ours(vllm_config: Any, ours: Any) -> None:
+def is_selected(vllm_config: Any, ours: Any) -> bool:
+    """Whether our member of vLLM's AttentionBackendEnum is the backend, of layers of some kind at least."""
     attention = vllm_config.attention_config
-    if ours is not attention.backend and ours not in attention.backend_per_kind.values():
+    return ours is attention.backend or ours in attention.backend_per_kind.values()
+
+
+def _report_if_none_is_ours(vllm_config: Any, ours: Any) -> None:
+    if not is_selected(vllm_config, ours):
         return
     layers = attention_layers(vllm_config)
     if any(is_ours(layer) and not is_draft_layer(name, layer, vllm_config) for name, layer in layers.items()):

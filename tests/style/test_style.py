@@ -38,6 +38,7 @@ LAYERS = (
     "metrics",
     "record",
     "compat",
+    "salt",
     "plan",
     "config",
     "pipeline",
