@@ -11,8 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
-from minference_vllm import compat
-from minference_vllm.compat import limits
+from minference_vllm.compat import limits, steps
 from minference_vllm.plan import ALL_DENSE, Plan, Requests, make_plan
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, UntoldStep
@@ -41,10 +40,10 @@ class PlanningMixin:
         self._group = layer_names[0]
         self._has_sparse_layers = bool(sparse)
         self._dense_reason = None if sparse else impls[0].dense_reason  # of the whole group
-        self._pools_blocks = compat.pools_blocks(self)
+        self._pools_blocks = steps.pools_blocks(self)
         runtime.start(limits.longest_prompt(vllm_config), self._budget, bool(sparse))
         self._defer = runtime.counters.defer
-        self._are_overwritten = not compat.has_host_tensors_of_its_own(vllm_config)
+        self._are_overwritten = not steps.has_host_tensors_of_its_own(vllm_config)
 
     def attach_plan(self, common: CommonAttentionMetadata, metadata: Any) -> None:
         """Plan one step, and attach to its metadata what runs sparse. After an exception the step stays dense."""
@@ -105,7 +104,7 @@ class PlanningMixin:
         plan = ALL_DENSE if reason else make_plan(requests, self._runtime.config, self._budget)
         record = StepRecord(self._group, *requests, reason)
         if plan.chunks:
-            record.step_reason = compat.step_traits(common, metadata).dense_reason
+            record.step_reason = steps.step_traits(common, metadata).dense_reason
             if record.step_reason is None:
                 return plan, record
         if self._counts:

@@ -13,7 +13,6 @@ from minference_vllm.pipeline import ONE_STAGE, Pipeline
 
 if TYPE_CHECKING:
     from minference_vllm.patterns import ServedModel
-    from minference_vllm.plan import StepTraits
 
 TESTED = ((0, 32), (0, 33))
 WHOLE_PROMPT = ("full_attention", "attention")  # what model configurations call layers that attend to it
@@ -125,26 +124,6 @@ def flash_attention(head_dim: int) -> Callable[..., Any]:
     return functools.partial(flash_attn_varlen_func, fa_version=get_flash_attn_version(head_size=head_dim))
 
 
-def has_host_tensors_of_its_own(vllm_config: Any) -> bool:
-    """Whether no later step overwrites the host tensors that describe a step.
-
-    vLLM's V2 runner makes them anew for each, its V1 runner has one set.
-    """
-    return bool(getattr(vllm_config, "use_v2_model_runner", False))
-
-
-def step_traits(common: Any, metadata: Any) -> "StepTraits":
-    """What decides whether anything of a step may run sparse, from vLLM's common and backend metadata."""
-    from minference_vllm.plan import StepTraits  # brings PyTorch and every kernel, which registration has no use for
-
-    return StepTraits(
-        is_causal=common.causal is True,
-        is_fast_prefill=getattr(common, "logits_indices_padded", None) is not None,
-        has_mm_prefix=getattr(metadata, "mm_prefix_query_range_tensor", None) is not None,
-        has_rswa=getattr(metadata, "rswa_prefix_lens", None) is not None,
-    )
-
-
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
     """This worker's attention layers by name, in the order in which they run: ours, and decoders of other backends.
 
@@ -178,15 +157,6 @@ def foreign_layers(vllm_config: Any) -> dict[str, str]:
         for name, layer in attention_layers(vllm_config).items()
         if not is_ours(layer) and not is_draft_layer(name, layer, vllm_config)
     }
-
-
-def pools_blocks(builder: Any) -> bool:
-    """Whether the rows that a metadata builder of ours is told of are several for each token.
-
-    So it is where vLLM has derived it for audio layers that pool blocks (Voxtral's). It multiplies all lengths, and we
-    do not see it: the specification that it hands on says `tokens_per_state` 1.
-    """
-    return any("BlockPooling" in base.__name__ for base in type(builder).__mro__)
 
 
 def is_loading_drafter() -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from minference_vllm import compat, ops
+from minference_vllm import ops
 from minference_vllm import step as step_module
+from minference_vllm.compat import steps
 from minference_vllm.impl import MInferenceImpl
 from minference_vllm.runtime import Runtime
 from tests.contract.check_faults import fail, start_with
@@ -36,7 +37,7 @@ def test_debug_raises_what_service_would_run_dense(monkeypatch: pytest.MonkeyPat
     query, cache = make_step(common)
     attend(impl, query, cache, builder.build(0, common))
     places = [
-        (runtime, "chooser"), (MInferenceImpl, "scales"), (runtime.account._density, "copy"), (compat, "step_traits"),
+        (runtime, "chooser"), (MInferenceImpl, "scales"), (runtime.account._density, "copy"), (steps, "step_traits"),
     ]  # fmt: skip
     for place in places:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a wrapper that raises"):

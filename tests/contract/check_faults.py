@@ -11,9 +11,9 @@ import pytest
 import torch
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from minference_vllm import compat
 from minference_vllm import faults as faults_module
 from minference_vllm import step as step_module
+from minference_vllm.compat import steps
 from minference_vllm.faults import MOST_FAULTS
 from minference_vllm.impl import MInferenceImpl
 from minference_vllm.plan import ALL_DENSE
@@ -165,7 +165,7 @@ def test_measurements_that_cannot_be_copied_end_and_the_steps_are_counted(log: l
 # In the builder
 
 
-@pytest.mark.parametrize("broken", [(compat, "step_traits"), (step_module, "run_metadata")], ids=["plan", "metadata"])
+@pytest.mark.parametrize("broken", [(steps, "step_traits"), (step_module, "run_metadata")], ids=["plan", "metadata"])
 def test_a_step_that_cannot_be_planned_runs_dense(
     broken: tuple[Any, str], log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

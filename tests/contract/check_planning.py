@@ -13,8 +13,8 @@ from vllm.model_executor.layers.attention.encoder_only_attention import create_e
 from vllm.model_executor.models.whisper_causal import create_whisper_attention_backend_with_block_pooling
 from vllm.v1.attention.backend import AttentionType
 
-from minference_vllm import compat
 from minference_vllm.backend import MInferenceBackend
+from minference_vllm.compat import steps
 from minference_vllm.plan import ALL_DENSE
 from tests.contract.fakes import (
     DECODE,
@@ -96,7 +96,7 @@ def test_a_rank_that_publishes_nothing_plans_alike_and_copies_nothing_below_the_
 
 def test_what_forbids_a_step_is_asked_only_if_a_chunk_passes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Mock(return_value=Mock(dense_reason=None))
-    monkeypatch.setattr(compat, "step_traits", asked)
+    monkeypatch.setattr(steps, "step_traits", asked)
     _, builder, _ = one_group()
     assert builder.plan_step(make_common(LONG_ANSWER, Row(120), SHORT), None) == (ALL_DENSE, None)
     assert not asked.called

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registration, in the vLLM that is installed: what `--attention-backend minference` means in each of its processes."""
 
-import importlib
 import importlib.metadata
 import inspect
 import logging

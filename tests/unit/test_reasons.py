@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minference_vllm import plan
-from minference_vllm.compat import step_traits
+from minference_vllm.compat.steps import step_traits
 from minference_vllm.reason import Reason
 
 
