@@ -21,7 +21,7 @@ def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurre
     """Add batches to the journal until all samples are answered.
 
     Args:
-        concurrency: requests in flight. With 1, a batch is one sample, so that density and recall are known of each.
+        concurrency: requests in flight. Density and recall are known of each batch; with 1, a batch is one sample.
         is_dense: nothing may run sparse.
 
     Raises:

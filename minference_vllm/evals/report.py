@@ -127,18 +127,21 @@ def _positions(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
 
 
 def _prompts(compared: Sequence[Compared], sparse: Journal) -> Iterator[dict[str, Any]]:
-    """Every sample; density and recall where it was the only one in flight."""
-    alone = {batch.replies[0].id: batch.work for batch in sparse.batches if len(batch.replies) == 1}
+    """Every sample; density and recall are those of the batch that it was answered in, of one sample or more."""
+    batches = {reply.id: batch for batch in sparse.batches for reply in batch.replies}  # the newest, as of the replies
     for one in compared:
-        work = alone.get(one.sample.id)
+        batch = batches[one.sample.id]
         yield rounded(
             {
+                "task": one.sample.task,
+                "tokens": one.sample.tokens,
                 "id": one.sample.id,
                 "prompt_tokens": one.sparse.prompt_tokens,
                 "dense": one.scores.dense if one.scores else None,
                 "sparse": one.scores.sparse if one.scores else None,
-                "density": work.density if work else None,
-                "recall": work.recall if work else None,
+                "density": batch.work.density,
+                "recall": batch.work.recall,
+                "batch": len(batch.replies),
             }
         )
 
