@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse prefill of one chunk in one layer: choose the keys, attend to them, see that they were enough."""
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from minference_vllm import ops
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HeadIndex, SparseIndex
 from minference_vllm.methods import Method
-from minference_vllm.recall import MOST_ROWS, Floors
+from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals
 
 
@@ -87,16 +86,10 @@ def watch(chunk: Chunk, method: Method, layer: LayerState, guard: Guard) -> None
     How many they are stays on the device, and nothing of a chunk is remembered for the next: so it holds for any order
     of chunks and requests. Rows that attend to all keys anyway are left out: they would hide what the others miss.
     """
-    for rows in spans(method.choosing_rows(chunk)):
-        part = chunk.of_rows(rows.start, len(rows))
-        attend = replace(layer.attend, lse=layer.attend.lse[:, rows.start :])
-        ops.measure_recall(part, attend.lse, guard.floors, layer.position, guard.buffers, guard.totals, method.kernel)
-        if any(guard.floors):
-            ops.attend(part, HeadIndex(guard.buffers.heads, guard.buffers.num_heads), attend, method.kernel)
-
-
-def spans(num_rows: int) -> list[range]:
-    """Equal parts of a chunk's rows that recall is measured in: as few as hold MOST_ROWS each."""
-    count = -(-num_rows // MOST_ROWS)
-    bounds = [num_rows * number // count for number in range(count + 1)] if count else [0]
-    return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
+    num_rows, attend = method.choosing_rows(chunk), layer.attend
+    if num_rows == 0:
+        return
+    rows = chunk.of_rows(0, num_rows)
+    ops.measure_recall(rows, attend.lse, guard.floors, layer.position, guard.buffers, guard.totals, method.kernel)
+    if any(guard.floors):
+        ops.attend(rows, HeadIndex(guard.buffers.heads, guard.buffers.num_heads), attend, method.kernel)
