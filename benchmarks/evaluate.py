@@ -4,7 +4,8 @@
     minference-vllm eval --serve "…" --model /tmp/qwen --prepared /tmp/samples --out /tmp/evaluation
     python -m benchmarks.evaluate --report /tmp/evaluation/report.json --out benchmarks/results/eval-qwen.json
 
-Run it where the servers ran, right after.
+Run it where the servers ran, right after: card and commit are those of this moment. Where the run went on with replies
+of an earlier one, the report's notes say so and stand in the result's settings. Say by --note what they were then.
 """
 
 import argparse
@@ -19,6 +20,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, required=True, help="report.json of `minference-vllm eval`")
     parser.add_argument("--out", type=Path, required=True, help="the result file")
+    parser.add_argument("--note", action="append", default=[], help="what a reader must know, may be repeated")
     parser.add_argument("--tiny", action="store_true", help="smoke test: takes a report of a machine without a GPU")
     return parser.parse_args()
 
@@ -29,6 +31,8 @@ def main() -> None:
     if report["warnings"]:
         sys.exit(f"{options.report} is no result: {' '.join(report['warnings'])}")
     settings = {**report["settings"], "command": report["command"], "date": report["date"]}
+    if notes := [*report.get("notes", ()), *options.note]:
+        settings["notes"] = notes
     found = {name: report[name] for name in ("left_out", "errors", "depths", "positions")}
     results.write(options.out, report["rows"], options.tiny, settings=settings, **found)
     print(results.table(report["rows"]))

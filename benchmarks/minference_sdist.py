@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MInference's own kernels as peers, its index (CUDA) and its sparse attention (Triton), from its sdist on PyPI:
 
-    pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0
+    MINFERENCE_SKIP_CUDA_BUILD=TRUE pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0
 
 Its code is no part of this repository. Two files of the unpacked source distribution are read, each by its path:
 importing the package would drag in what it depends on.

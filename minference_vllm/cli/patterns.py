@@ -18,7 +18,7 @@ Exit status: 0 written, {FAILED} not."""
 
 PUBLISHED = """\
 Makes the pattern files that come with this package anew, from MInference's release:
-pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0"""
+MINFERENCE_SKIP_CUDA_BUILD=TRUE pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0"""
 
 
 def run_import(options: argparse.Namespace) -> int:

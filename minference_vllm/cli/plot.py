@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from minference_vllm.cli.arguments import count, count_to, json_object
 from minference_vllm.cli.status import FAILED
 from minference_vllm.errors import ConfigError
-from minference_vllm.files import read_file, write_file
+from minference_vllm.evals.material import load_text
+from minference_vllm.files import write_file
 
 if TYPE_CHECKING:
     from minference_vllm.plots.prompt import PromptChoice
@@ -30,15 +31,17 @@ def plot(options: argparse.Namespace) -> int:
     from minference_vllm.plots.figures import need_matplotlib
 
     need_matplotlib()
-    text = read_file(options.prompt, f"The prompt {options.prompt}").decode(errors="replace")
+    text = load_text(options.prompt, option="--prompt")
     settings = {} if options.method is None else {"method": _method(options.method)}
     engine = {"max_num_batched_tokens": options.chunk, **json_object("--engine", options.engine)}
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{options.out} cannot be made a folder: {error.strerror}.") from None
-    from minference_vllm.plots.prompt import read_prompt, tokens_of
+    from minference_vllm.plots.prompt import read_prompt, refuse_layers, tokens_of
 
+    if options.layers:
+        refuse_layers(options.model, options.layers)
     tokens = tokens_of(options.model, text, options.tokens)
     choice = read_prompt(options.model, tokens, settings, engine, options.layers)
     for path in draw(choice, Path(options.model).name, options.out):
@@ -74,7 +77,7 @@ def add_parser(commands: Any) -> None:
     command = commands.add_parser("plot", description=PLOT, help="draw what each head of a model keeps for a text")
     command.set_defaults(run=plot)
     command.add_argument("model", help="directory, or name on the hub")
-    command.add_argument("--prompt", type=Path, required=True, help="a file of text, up to 1 MiB")
+    command.add_argument("--prompt", type=Path, required=True, help="a file of text, plain or .xz")
     command.add_argument("--out", type=Path, required=True, help="the folder of the figures")
     command.add_argument("--tokens", type=count, help="no more than so many of the text's")
     command.add_argument(

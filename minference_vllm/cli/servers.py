@@ -2,7 +2,6 @@
 """What commands that compare a dense and a sparse server have in common: their options, and how they end."""
 
 import argparse
-import datetime
 import signal
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 from minference_vllm.cli.arguments import count_to
 from minference_vllm.cli.status import FAILED, STOPPED
 from minference_vllm.errors import ConfigError
+from minference_vllm.evals.clock import now
 
 MOST_SECONDS = 10**6
 
@@ -78,7 +78,7 @@ def record() -> dict[str, str]:
 
     return {
         "command": own_command(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
     }
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from minference_vllm.evals.client import Client
+from minference_vllm.evals.clock import now
 from minference_vllm.evals.errors import ServerError
 from minference_vllm.evals.extras import need
 from minference_vllm.evals.journal import Batch, Journal
@@ -21,7 +22,7 @@ def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurre
     """Add batches to the journal until all samples are answered.
 
     Args:
-        concurrency: requests in flight. With 1, a batch is one sample, so that density and recall are known of each.
+        concurrency: requests in flight. Density and recall are known of each batch; with 1, a batch is one sample.
         is_dense: nothing may run sparse.
 
     Raises:
@@ -42,7 +43,8 @@ def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurre
             replies = _ask(client, batch, pool, progress)
             read = [reply.prompt_tokens for reply in replies if not reply.error]
             after = work_of(client, is_dense) if is_dense else settled(client.work, before, sum(read), len(read))
-            journal.add(Batch(task=task, tokens=tokens, vllm=vllm, replies=tuple(replies), work=after - before))
+            work, date = after - before, now()
+            journal.add(Batch(task=task, tokens=tokens, vllm=vllm, replies=tuple(replies), work=work, date=date))
             _refuse_hopeless(journal, client.shown_url)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -3,8 +3,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from minference_vllm.errors import ConfigError
@@ -35,6 +36,8 @@ class Batch(Line):
     """The version that the server says it is."""
     replies: tuple[Reply, ...]
     work: Work
+    date: Annotated[str, Field(max_length=40)] = ""
+    """When the last of them came; empty in files of versions that did not note it."""
 
     @field_validator("work")
     @classmethod
@@ -61,6 +64,10 @@ class Journal:
     def replies(self) -> dict[str, Reply]:
         """The newest reply to each sample."""
         return {reply.id: reply for batch in self.batches for reply in batch.replies}
+
+    def batch_of_each(self) -> dict[str, Batch]:
+        """The batch that the newest reply to each sample came in."""
+        return {reply.id: batch for batch in self.batches for reply in batch.replies}
 
     def refuse_misfits(self, samples: Sequence[Sample]) -> None:
         """Check that all replies can be scored.

@@ -7,6 +7,7 @@ from typing import Any
 
 from minference_vllm.evals import plots
 from minference_vllm.evals.document import document, figures, legend, table
+from minference_vllm.evals.paired import EQUAL
 
 COLUMNS = {
     "task": "task",
@@ -37,6 +38,23 @@ LEGEND = (
 )
 
 
+LOST = {
+    "task": "task",
+    "tokens": "tokens",
+    "id": "sample",
+    "dense": "dense",
+    "sparse": "sparse",
+    "density": "density",
+    "recall": "recall",
+    "batch": "of a batch of",
+}
+MOST_LOST = 50
+LOST_LEGEND = (
+    "Those that lost most come first. density and recall are of the batch that a sample was answered in, so of it "
+    "alone where that is 1, as with --concurrency 1; report.json has them for every sample."
+)
+
+
 def make_page(report: dict[str, Any]) -> str:
     """The file's text."""
     return document(
@@ -46,10 +64,22 @@ def make_page(report: dict[str, Any]) -> str:
             table(report["rows"], COLUMNS),
             legend(LEGEND),
             *figures(report, plots.draw),
+            *_lost(report),
             *_left_out(report),
             *_errors(report),
         ],
     )
+
+
+def _lost(report: dict[str, Any]) -> Iterator[str]:
+    scored = [prompt for prompt in report["prompts"] if prompt["dense"] is not None]
+    lost = [prompt for prompt in scored if prompt["dense"] - prompt["sparse"] > EQUAL]
+    lost.sort(key=lambda prompt: prompt["sparse"] - prompt["dense"])
+    if lost:
+        some = f": the {MOST_LOST} that lost most of {len(lost):,}" if len(lost) > MOST_LOST else ""
+        yield f"<h2>Samples that lost{some}</h2>"
+        yield table(lost[:MOST_LOST], LOST)
+        yield legend(LOST_LEGEND)
 
 
 def _left_out(report: dict[str, Any]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from minference_vllm.evals.extras import need
 
 RESAMPLES = 10_000
+MOST_AT_ONCE = 2**21  # draws
 TAILS = (2.5, 97.5)  # percent: a 95% interval
 EQUAL = 1e-9
 
@@ -53,6 +54,11 @@ def _interval(differences: Sequence[float], seed: int) -> tuple[float | None, fl
     if len(differences) < 2:
         return None, None
     numpy = need("numpy")
-    drawn = numpy.random.default_rng(seed).integers(0, len(differences), (RESAMPLES, len(differences)))
-    low, high = numpy.percentile(numpy.asarray(differences)[drawn].mean(axis=1), TAILS)
+    lots, values, number = numpy.random.default_rng(seed), numpy.asarray(differences), len(differences)
+    at_once = max(1, MOST_AT_ONCE // number)
+    means = [
+        values[lots.integers(0, number, (min(at_once, RESAMPLES - start), number))].mean(axis=1)
+        for start in range(0, RESAMPLES, at_once)
+    ]
+    low, high = numpy.percentile(numpy.concatenate(means), TAILS)
     return float(low), float(high)

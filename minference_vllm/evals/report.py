@@ -51,8 +51,8 @@ def make_report(prepared: Prepared, dense: Journal, sparse: Journal) -> dict[str
         "settings": {
             **prepared.header.settings.model_dump(mode="json"),
             "samples_sha256": prepared.sha256,
-            "dense": described_server(dense.origin, (batch.vllm for batch in dense.batches)),
-            "sparse": described_server(sparse.origin, (batch.vllm for batch in sparse.batches)),
+            "dense": _described_journal(dense, prepared.samples),
+            "sparse": _described_journal(sparse, prepared.samples),
         },
         "warnings": [] if sparse.work().sparse_tokens else [NOT_SPARSE],
         "left_out": prepared.header.left_out,
@@ -62,6 +62,33 @@ def make_report(prepared: Prepared, dense: Journal, sparse: Journal) -> dict[str
         "positions": list(_positions(compared)),
         "prompts": list(_prompts(compared, sparse)),
     }
+
+
+def reused(name: str, journal: Journal, samples: Sequence[Sample], started: str) -> list[str]:
+    """What a reader must know of replies that were there before this run.
+
+    Args:
+        name: the server's.
+        started: when this run did, as batches have their date.
+    """
+    batches = journal.batch_of_each()
+    dates = sorted(batches[sample.id].date for sample in samples if batches[sample.id].date < started)
+    if not dates:
+        return []
+    first, last = (date or "an unknown date" for date in (dates[0], dates[-1]))
+    when = f"of {first}" if first == last else f"of {first} to {last}"
+    return [
+        f"The {name} server's replies to {len(dates)} of {len(samples)} samples are of an earlier run, {when}: card, "
+        "driver, versions and commit of that time may be others than today's."
+    ]
+
+
+def _described_journal(journal: Journal, samples: Sequence[Sample]) -> dict[str, Any]:
+    """A server, and when the first and the last of the replies that count came; None where that was not noted."""
+    batches = journal.batch_of_each()
+    dates = {batches[sample.id].date for sample in samples}
+    found = described_server(journal.origin, (batch.vllm for batch in journal.batches))
+    return {**found, "replied": [min(dates), max(dates)] if all(dates) else None}
 
 
 def _of(compared: Sequence[Compared], group: tuple[str, int]) -> list[Compared]:
@@ -127,18 +154,21 @@ def _positions(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
 
 
 def _prompts(compared: Sequence[Compared], sparse: Journal) -> Iterator[dict[str, Any]]:
-    """Every sample; density and recall where it was the only one in flight."""
-    alone = {batch.replies[0].id: batch.work for batch in sparse.batches if len(batch.replies) == 1}
+    """Every sample; density and recall are those of the batch that it was answered in, of one sample or more."""
+    batches = sparse.batch_of_each()
     for one in compared:
-        work = alone.get(one.sample.id)
+        batch = batches[one.sample.id]
         yield rounded(
             {
+                "task": one.sample.task,
+                "tokens": one.sample.tokens,
                 "id": one.sample.id,
                 "prompt_tokens": one.sparse.prompt_tokens,
                 "dense": one.scores.dense if one.scores else None,
                 "sparse": one.scores.sparse if one.scores else None,
-                "density": work.density if work else None,
-                "recall": work.recall if work else None,
+                "density": batch.work.density,
+                "recall": batch.work.recall,
+                "batch": len(batch.replies),
             }
         )
 

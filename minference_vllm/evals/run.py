@@ -9,7 +9,7 @@ from minference_vllm.evals.document import write_reports
 from minference_vllm.evals.journal import Journal, Origin
 from minference_vllm.evals.page import make_page
 from minference_vllm.evals.prepare import Prepared
-from minference_vllm.evals.report import make_report
+from minference_vllm.evals.report import make_report, reused
 from minference_vllm.evals.servers import Pair
 
 
@@ -20,7 +20,7 @@ class Run:
     Attributes:
         servers: to ask; their folder is that of the replies and the report too.
         concurrency: requests in flight.
-        record: more for the report, what and when for one.
+        record: more for the report, the "date" of the start for one.
     """
 
     servers: Pair
@@ -50,6 +50,9 @@ def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
         if journal.left(prepared.samples):
             with servers.client(server) as client:
                 answer(client, prepared.samples, journal, run.concurrency, server.is_dense)
-    report = {**run.record, "notes": servers.notes, **make_report(prepared, dense, sparse)}
+    notes = servers.notes
+    for server, journal in ((servers.dense, dense), (servers.sparse, sparse)):
+        notes += reused(server.name, journal, prepared.samples, run.record["date"])
+    report = {**run.record, "notes": notes, **make_report(prepared, dense, sparse)}
     write_reports(servers.folder, report, make_page(report))
     return report

@@ -50,6 +50,7 @@ def import_list(
             f"{name} has {len(layers)} layers, and the model {geometry.num_layers}: give its config.json."
         )
     heads = [_heads(layer, f"{name}, layer {at}", geometry, mapped) for at, layer in enumerate(layers)]
+    _refuse_fewer_heads(layers, name, geometry)
     provenance = source.model_copy(
         update={"sha256": sha256(content).hexdigest(), "notes": (*source.notes, *_notes(mapped))}
     )
@@ -94,6 +95,17 @@ def _heads(layer: Any, where: str, geometry: Geometry, mapped: Counts) -> list[l
         given = shortened(min(unknown), str)
         raise ConfigError(f"{where} has a head {given}, and the model's heads are 0 to {geometry.num_qo_heads - 1}.")
     return [_head(layer.get(head), f"{where}, head {head}", mapped) for head in wanted]
+
+
+def _refuse_fewer_heads(layers: Sequence[dict[str, Any]], name: str, geometry: Geometry) -> None:
+    """A layer may leave heads out, but the last head of a model stands in some layer of its list."""
+    highest, last = max((int(head) for layer in layers for head in layer), default=None), geometry.num_qo_heads - 1
+    if highest != last:
+        names = "no heads" if highest is None else f"heads up to {highest}"
+        raise ConfigError(
+            f"{name} names {names}, and the model's are 0 to {last}: it is another model's. Give the config.json of "
+            "the model that it was made for."
+        )
 
 
 def _head(entry: Any, where: str, mapped: Counts) -> list[Any]:

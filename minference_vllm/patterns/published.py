@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lists that MInference's release holds, and the models that they are for: what the shipped files are made of.
 
-pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0
+MINFERENCE_SKIP_CUDA_BUILD=TRUE pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0
 """
 
 import ast

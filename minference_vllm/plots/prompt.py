@@ -15,6 +15,9 @@ from minference_vllm.patterns import TAKES, Resolved
 from minference_vllm.plots.capture import Capture
 from minference_vllm.recall import LayerRecall
 
+LETTERS = 4  # of a usual text in a token
+MARGIN = 64  # tokens
+
 
 @dataclass(frozen=True, slots=True)
 class PromptChoice:
@@ -66,13 +69,24 @@ def tokens_of(model: str, text: str, most: int | None) -> list[int]:
     from transformers import AutoTokenizer
 
     try:
-        tokens: list[int] = AutoTokenizer.from_pretrained(model).encode(text)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokens = tokenizer.encode(text) if most is None else _first_tokens(tokenizer, text, most)
     except (OSError, ValueError) as error:
         raise ConfigError(f"The tokenizer of {model!r} cannot be read: {error}") from None
-    tokens = tokens[: None if most is None else max(most, 0)]
     if len(tokens) < 2:
         raise ConfigError(f"{len(tokens)} tokens are to be read: give a longer text, or more --tokens.")
     return tokens
+
+
+def _first_tokens(tokenizer: Any, text: str, most: int) -> list[int]:
+    """The first tokens of a text, of which no more is encoded than it takes: a novel needs half a minute."""
+    letters = LETTERS * (most + MARGIN)
+    while True:
+        tokens: list[int] = tokenizer.encode(text[:letters])
+        # Where a text is cut, its last tokens may be others.
+        if len(tokens) >= most + MARGIN or letters >= len(text):
+            return tokens[:most]
+        letters *= 2
 
 
 def read_prompt(
@@ -119,6 +133,19 @@ def described(resolved: Resolved) -> str:
         return f"{resolved.settings.name}, {TAKES[resolved.settings.name]} of {resolved.pattern.name}"
     settings = ", ".join(f"{name} {value}" for name, value in resolved.settings if name != "name")
     return f"{resolved.settings.name}: {settings}"
+
+
+def refuse_layers(model: str, mapped: Collection[int]) -> None:
+    """Refuse layers beyond those in the model's config.json, which takes no engine; what cannot be read, one will say.
+
+    Raises:
+        ConfigError: one is.
+    """
+    try:
+        num_layers = int(engines.text_config(model).num_hidden_layers)
+    except Exception:  # vLLM and transformers have no one kind of exception for what they refuse
+        return
+    wanted(mapped, num_layers)
 
 
 def wanted(mapped: Collection[int] | None, num_layers: int) -> Collection[int]:

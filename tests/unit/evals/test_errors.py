@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`minference-vllm eval` where something goes wrong: errors are on record, and a run goes on where it was cut off."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,33 @@ def test_a_server_without_the_model_is_refused(
 
 
 # Going on
+
+
+def test_replies_of_an_earlier_run_are_said_to_be_that(
+    dense: FakeServer, sparse: FakeServer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at(date: str) -> None:
+        monkeypatch.setattr("minference_vllm.evals.answers.now", lambda: date)
+        monkeypatch.setattr("minference_vllm.cli.servers.now", lambda: date)
+
+    at("2026-01-01T00:00:00+00:00")
+    assert run(dense, sparse, prepared, tmp_path) == 0
+    assert [note for note in report(tmp_path)["notes"] if "earlier run" in note] == []
+    old = (tmp_path / "dense.jsonl").read_text()
+    (tmp_path / "sparse.jsonl").unlink()
+    at("2026-01-02T00:00:00+00:00")
+    assert run(dense, sparse, prepared, tmp_path) == 0
+    settings, (note,) = report(tmp_path)["settings"], report(tmp_path)["notes"][1:]
+    assert note.startswith(
+        "The dense server's replies to 24 of 24 samples are of an earlier run, of 2026-01-01T00:00:00"
+    )
+    assert settings["dense"]["replied"] == ["2026-01-01T00:00:00+00:00"] * 2
+    assert settings["sparse"]["replied"] == ["2026-01-02T00:00:00+00:00"] * 2
+    # A file of a version that noted no dates.
+    (tmp_path / "dense.jsonl").write_text(re.sub(r',"date":"[^"]*"', "", old))
+    assert run(dense, sparse, prepared, tmp_path) == 0
+    assert "24 of 24 samples are of an earlier run, of an unknown date" in report(tmp_path)["notes"][1]
+    assert report(tmp_path)["settings"]["dense"]["replied"] is None
 
 
 class Cut(Exception):

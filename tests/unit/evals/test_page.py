@@ -2,6 +2,7 @@
 """The HTML report of `minference-vllm eval`: one file that shows all that the JSON report holds."""
 
 import importlib.util
+import re
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
@@ -78,6 +79,23 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
     assert {link for link in found.links if not link.startswith(("#", "data:"))} == set()
     for shown in ("0.850", "16,384", "<too long>", "a < b", "c < d", "--model '<b>'", "a/model on vLLM 0.33.0"):
         assert shown in found.text
+
+
+def prompt(number: int, **other: Any) -> dict[str, Any]:
+    place = {"task": "needle", "tokens": 8192, "id": f"needle/8192/{number}", "prompt_tokens": 8100}
+    return {**place, "dense": 1.0, "sparse": 0.0, "density": 0.25, "recall": None, "batch": 16, **other}
+
+
+def test_the_samples_that_lost_are_listed_worst_first_and_no_more_than_fifty() -> None:
+    lost = [prompt(number, sparse=number / 100) for number in range(60)]
+    others = [prompt(90, sparse=1.0), prompt(91, sparse=None, dense=None), prompt(92, dense=0.5, sparse=0.75)]
+    text = make_page(make_report(prompts=[*others, *reversed(lost)]))
+    shown = re.findall(r"<td>needle/8192/(\d+)</td><td>1.000", text)
+    assert shown == [str(number) for number in range(50)]
+    assert "the 50 that lost most of 60" in text
+    few = read(make_page(make_report(prompts=lost[:3]))).text
+    assert "of 3" not in few
+    assert "Samples that lost" not in read(make_page(make_report(prompts=others))).text
 
 
 def test_a_warning_stands_before_all_figures() -> None:

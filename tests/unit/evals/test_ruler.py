@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """RULER's tasks, with a package of ours in NVIDIA's place."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,8 +92,25 @@ def test_a_generator_that_never_ends_is_given_up(
 ) -> None:
     monkeypatch.setattr(ruler, "START_S", 0)
     monkeypatch.setattr(ruler, "S_PER_TOKEN", 0)
+    monkeypatch.setattr(ruler, "S_PER_SAMPLE_TOKEN", 0)
     assert prepare_with("--tasks", "ruler:niah_single_1", "--tokens", "1024") == FAILED
     assert "did not end within 0 s" in capsys.readouterr().err
+
+
+def test_a_generator_has_the_more_time_the_more_samples_it_makes(
+    generators: None, prepare_with: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, run = [], ruler.subprocess.run
+
+    def noting(*given: Any, timeout: float, **options: Any) -> Any:
+        limits.append(timeout)
+        return run(*given, timeout=timeout, **options)
+
+    monkeypatch.setattr(ruler.subprocess, "run", noting)
+    for samples in ("1", "101"):
+        assert prepare_with("--tasks", "ruler:niah_single_1", "--tokens", "28672", "--samples", samples) == 0
+        shutil.rmtree(tmp_path / "made")
+    assert limits[1] - limits[0] > 100 * 15  # three seconds each on two slow cores
 
 
 def test_sentences_are_split_at_their_ends_only() -> None:

@@ -3,16 +3,18 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minference_vllm import cli
 from minference_vllm.cli import evaluate
 from minference_vllm.cli.status import FAILED
-from tests.unit.evals.fake_openai import DENSITY, MODEL, RECALL, VERSION, FakeServer, fake_server
+from tests.unit.evals.fake_openai import DENSITY, MODEL, RECALL, VERSION, FakeServer, Refusal, fake_server
 from tests.unit.evals.runs import SAMPLES, report, rows, run, samples
 
 # What is written
@@ -83,7 +85,43 @@ def test_one_request_at_a_time_gives_each_prompt_its_density(
     dense: FakeServer, sparse: FakeServer, prepared: Path, tmp_path: Path
 ) -> None:
     assert run(dense, sparse, prepared, tmp_path, "--concurrency", "1") == 0
-    assert {(prompt["density"], prompt["recall"]) for prompt in report(tmp_path)["prompts"]} == {(DENSITY, RECALL)}
+    found = report(tmp_path)["prompts"]
+    assert {(prompt["density"], prompt["recall"], prompt["batch"]) for prompt in found} == {(DENSITY, RECALL, 1)}
+
+
+def test_prompts_that_are_answered_together_have_the_density_of_their_batch(
+    dense: FakeServer, sparse: FakeServer, prepared: Path, tmp_path: Path
+) -> None:
+    needles = [sample.prompt for sample in samples(prepared) if sample.task == "needle"]
+    knows = sparse.answer
+
+    def refuse_one(request: dict[str, Any]) -> str:
+        if request["prompt"] == needles[2]:
+            raise Refusal("not now")
+        return knows(request)
+
+    sparse.answer = refuse_one
+    run(dense, sparse, prepared, tmp_path)
+    sparse.answer = knows
+    assert run(dense, sparse, prepared, tmp_path) == 0
+    found = report(tmp_path)["prompts"]
+    assert {(prompt["density"], prompt["recall"]) for prompt in found} == {(DENSITY, RECALL)}
+    batches = [prompt["batch"] for prompt in found if prompt["task"] == "needle"]
+    assert batches == [6, 6, 1, 6, 6, 6]  # the one that was asked again, alone
+    assert {prompt["batch"] for prompt in found if prompt["task"] == "facts"} == {6}
+
+
+def test_samples_that_lost_are_in_a_table_of_the_page(
+    dense: FakeServer, sparse: FakeServer, prepared: Path, tmp_path: Path
+) -> None:
+    needles = [sample for sample in samples(prepared) if sample.task == "needle"]
+    knows = sparse.answer
+    sparse.answer = lambda request: "no idea" if request["prompt"] == needles[4].prompt else knows(request)
+    assert run(dense, sparse, prepared, tmp_path) == 0
+    table = (tmp_path / "report.html").read_text().partition("Samples that lost")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 2
+    cells = re.findall("<td>(.*?)</td>", table)
+    assert cells == ["needle", "64", "needle/64/4", "1.000", "0.000", "0.250", "0.900", "6"]
 
 
 # Proof that the sparse path ran

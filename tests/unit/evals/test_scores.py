@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from minference_vllm.errors import ConfigError
-from minference_vllm.evals import extras, work
+from minference_vllm.evals import extras, paired, work
 from minference_vllm.evals.paired import compare, sign_test
 from minference_vllm.evals.sample import Kind, Reply, Sample, Step
 from minference_vllm.evals.scores import Scores, least_kl, score
@@ -116,6 +116,26 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         found = compare(lots.normal(0.3, 1.0, 40), numpy.zeros(40), seed=0)
         held += found.low <= 0.3 <= found.high
     assert held >= 51  # 57 are expected, and fewer than 51 once in two hundred
+
+
+def test_draws_are_made_in_parts_of_bounded_size_and_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = numpy.random.default_rng(2).normal(0.3, 1.0, 70)
+    whole = compare(differences, numpy.zeros(70), seed=3)
+    make, sizes = numpy.random.default_rng, []
+
+    class Lots:
+        def __init__(self, seed: int) -> None:
+            self.lots = make(seed)
+
+        def integers(self, low: int, high: int, shape: tuple[int, int]) -> numpy.ndarray:
+            sizes.append(shape[0] * shape[1])
+            return self.lots.integers(low, high, shape)
+
+    monkeypatch.setattr(numpy.random, "default_rng", Lots)
+    monkeypatch.setattr(paired, "MOST_AT_ONCE", 7001)
+    assert compare(differences, numpy.zeros(70), seed=3) == whole
+    assert max(sizes) <= 7001
+    assert sum(sizes) == 70 * paired.RESAMPLES
 
 
 def test_one_sample_has_no_interval() -> None:
