@@ -10,14 +10,21 @@ A method is named by its name alone, by the sizes of vertical_slash, or by a nam
 
     --methods block 1000:6096 'vertical_slash:{"vertical_size": 1000, "slash_size": 1000, "probe_rows": "spread"}' \
         'vertical_slash:{"share": 0.95}' 'vertical_slash:{"share": 0.95, "probe_rows": "spread"}'
+
+A control, which keeps everything, so that what it differs by is rounding: 'block:{"local_tokens": 1048576}'.
+
+In parts, on several cards, and put together:
+
+    python -m benchmarks.fidelity --model /tmp/qwen --texts stdlib --tokens 28672 --out a.json
+    python -m benchmarks.fidelity --model /tmp/qwen --texts stdlib --tokens 4096 8192 16384 --out b.json
+    python -m benchmarks.fidelity --merge a.json b.json --out benchmarks/results/h100-fidelity.json
 """
 
 import argparse
 import lzma
-import statistics
 import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,16 +40,18 @@ from benchmarks import (
     parse_method,
     resolved,
     results,
+    rows,
     sparse_work,
 )
 from benchmarks.processes import EngineProcess, is_first_rank, on_gpus, serve_requests
 
 SCORED_TEXT = 2048  # tokens of the text's end, beside all questions and answers
 ROWS_AT_ONCE = 512
-GATE = {"min_seq_len": 4096, "min_chunk": 512}
+GATE = {"min_seq_len": 3072, "min_chunk": 512}
 TINY_GATE = {"min_seq_len": 512, "min_chunk": 64}
 STDLIB = "stdlib"  # in place of a file: Python's own library, as it is installed here
-SEVERAL = 2.0  # standard errors of a 95% interval
+ROW = ("tokens", "text", "method", "chunk")  # what tells one row from another
+SPARE = 2048  # tokens of max_model_len beyond those that prompts are to have
 
 
 def load_text(name: str) -> str:
@@ -139,17 +148,6 @@ def compare(model: Any, dense: Any, sparse: Any, request: dict[str, Any]) -> dic
     return found
 
 
-def make_row(of: dict[str, Any], prompts: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """A row: means over prompts, and the interval of the answers' loss, each prompt paired with itself."""
-    means = {name: round(statistics.fmean(prompt[name] for prompt in prompts), 4) for name in prompts[0]}
-    differences = [prompt["answer_loss_sparse"] - prompt["answer_loss_dense"] for prompt in prompts]
-    mean, spread = statistics.fmean(differences), 0.0
-    if len(differences) > 1:
-        spread = SEVERAL * statistics.stdev(differences) / len(differences) ** 0.5
-    interval = {"answer_loss_low": round(mean - spread, 4), "answer_loss_high": round(mean + spread, 4)}
-    return {**of, "prompts": len(prompts), **means, **interval}
-
-
 def make_requests(options: argparse.Namespace, directory: str) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """What is asked, by length and text."""
     from transformers import AutoTokenizer
@@ -173,8 +171,8 @@ def make_request(prompt: facts.FactPrompt, file: Path) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argument_parser(__doc__, "short prompts, the gate at 512 tokens")
-    parser.add_argument("--model", required=True, help="a model directory; its final norm must be `model.norm`")
-    parser.add_argument("--texts", nargs="+", required=True, help=f"files, or {STDLIB!r} for Python's own library")
+    parser.add_argument("--model", help="a model directory; its final norm must be `model.norm`")
+    parser.add_argument("--texts", nargs="+", help=f"files, or {STDLIB!r} for Python's own library")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 28672], help="prompt lengths")
     parser.add_argument("--prompts", type=int, default=8, help="prompts a text and length")
     parser.add_argument("--kv-cache-dtype", default="auto", help="of both engines: fp8, for one")
@@ -184,7 +182,11 @@ def parse() -> argparse.Namespace:
         "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
         help='`block`, `vertical_slash:{"share": 0.95}`, or the sizes of vertical_slash',
     )  # fmt: skip
-    return parser.parse_args()
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: put the rows of these files together")
+    options = parser.parse_args()
+    if not options.merge and not (options.model and options.texts):
+        parser.error("--model and --texts say what to measure, --merge what to put together")
+    return options
 
 
 def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +205,7 @@ def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -
 def engine_options(model: str, tokens: int, chunk: int) -> dict[str, Any]:
     """Of an engine that reads one prompt of about so many tokens at a time, in chunks."""
     return {
-        "model": model, "dtype": "bfloat16", "max_model_len": tokens + 2048,
+        "model": model, "dtype": "bfloat16", "max_model_len": tokens + SPARE,
         "max_num_batched_tokens": chunk, "max_num_seqs": 1, "enforce_eager": True, "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.4, "disable_log_stats": True,
     }  # fmt: skip
@@ -217,22 +219,24 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         f"request at a time. Scored are the text's last {SCORED_TEXT} tokens, the questions and the answers, over the "
         "whole vocabulary. answers: share of the answers' tokens that are the model's first choice",
         "texts_sha256": texts,
-        "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
+        # Parts of one result may read prompts of other lengths.
+        "engine": {
+            **{key: value for key, value in spec["engine"].items() if key != "model"},
+            "max_model_len": f"tokens of the longest prompts of a run + {SPARE}",
+        },
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND},
         "recall, redone": "held-out rows' attention on the keys kept, mean over layers, heads and chunks, before the "
         "guard acted; share of those heads that the guard then had attend to all keys (density counts both)",
-        "answer_loss_low, answer_loss_high": "95% interval of the mean difference of a prompt's answer loss, sparse "
-        "less dense (two standard errors)",
+        "tokens": "that prompts are to have; they have some 440 fewer, all of which sparse_tokens counts",
+        "answers_low, answers_high, answer_loss_low, answer_loss_high": rows.INTERVALS,
     }
 
 
-def main() -> None:
-    if serve_requests(start_engine):
-        return
-    options = parse()
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows, written after each engine."""
     results.describe_run(options.tiny)
-    rows: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fidelity-") as directory:
         requests = make_requests(options, directory)
         spec = make_spec(options, options.chunks[0], {})
@@ -245,13 +249,20 @@ def main() -> None:
                 spec = make_spec(options, chunk, parse_method(text))
                 settings["sparse"][f"{text}, chunks of {chunk}"] = resolved(spec["minference"])
                 with EngineProcess("benchmarks.fidelity", SPARSE, spec, options.gpus) as sparse:
-                    for (tokens, name), some in requests.items():
-                        of = {"tokens": tokens, "text": name, "method": text, "chunk": chunk}
-                        rows.append(make_row(of, [sparse.ask(request) for request in some]))
-                        print(rows[-1], flush=True)
+                    found = {key: [sparse.ask(request) for request in some] for key, some in requests.items()}
+                measured += rows.make_rows({"method": text, "chunk": chunk}, found)
+                print(results.table(measured), flush=True)
                 # After each engine: what a run that is cut off has measured stays.
-                results.write(options.out, rows, options.tiny, settings=settings)
-    print(results.table(rows))
+                results.write(options.out, measured, options.tiny, settings=settings)
+    return measured
+
+
+def main() -> None:
+    if serve_requests(start_engine):
+        return
+    options = parse()
+    merged = results.merge_or_exit(options.out, options.merge, ROW) if options.merge else measure(options)
+    print(results.table(merged))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import DENSE, SPARSE, argument_parser, far_rows, parse_method, resolved, results
-from benchmarks.fidelity import GATE, TINY_GATE, engine_options, load_text, make_request, make_row, start_engine
+from benchmarks.fidelity import GATE, TINY_GATE, engine_options, load_text, make_request, start_engine
 from benchmarks.processes import EngineProcess, serve_requests
+from benchmarks.rows import make_row
 from benchmarks.traps import TRAPS
 
 GUARDS: dict[str, dict[str, float]] = {"on": {}, "off": {"recall_floor": 0.0, "row_recall_floor": 0.0}}

@@ -37,9 +37,11 @@ from benchmarks import (
     runtime,
     sparse_work,
 )
+from benchmarks.made_up import LLAMA_8B, TINY, write_model
 from benchmarks.processes import EngineProcess, serve_requests
+from benchmarks.synthetic import GUARD, LOWEST_FLOORS
 from benchmarks.timing import say
-from benchmarks.ttft import LLAMA_8B, MEMORY_OF_EACH, NO_FLOOR, TINY, TINY_SETTINGS, write_model
+from benchmarks.ttft import MEMORY_OF_EACH, TINY_SETTINGS, WORK
 from minference_vllm.attention import Chooser, LayerState
 from minference_vllm.chunk import Chunk
 from minference_vllm.config import MInferenceConfig
@@ -120,7 +122,7 @@ def start(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[st
         if before is None:
             return {"seconds": seconds}
         work = sparse_work().since(before)
-        return {"seconds": seconds, "sparse_tokens": work.sparse_tokens, "density": work.density}
+        return {"seconds": seconds, **{name: getattr(work, name) for name in WORK}}
 
     return answer
 
@@ -143,8 +145,7 @@ def time_cell(cell: Cell, dense: EngineProcess, sparse: EngineProcess, budget: f
         "dense_s": round(statistics.median(seconds[DENSE]), 5),
         "sparse_s": round(statistics.median(seconds[SPARSE]), 5),
         "speedup": round(speedup(), 4),
-        "sparse_tokens": found["sparse_tokens"],
-        "density": found["density"],
+        **{name: found[name] for name in WORK},
         "rounds": len(seconds[DENSE]),
     }
 
@@ -170,6 +171,8 @@ def faults_of(rows: Sequence[Row], config: MInferenceConfig, least: float = LEAS
             faults.append(f"{cell}: {row['speedup']:.3f} times as fast as dense, below {least}")
         if cell.goes_sparse(config) != (row["sparse_tokens"] > 0):
             faults.append(f"{cell}: {row['sparse_tokens']} tokens ran sparse, which is not what the gate says")
+        if row["redone"]:
+            faults.append(f"{cell}: the guard had {row['redone']:.3%} of heads attend to all keys, where none should")
     return faults
 
 
@@ -185,7 +188,7 @@ def make_spec(options: argparse.Namespace, directory: str, chunk: int) -> dict[s
         "enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True,
         "gpu_memory_utilization": TINY_MEMORY if options.tiny else MEMORY_OF_EACH,
     }  # fmt: skip
-    minference = {**NO_FLOOR, **(TINY_SETTINGS if options.tiny else {})}
+    minference = {**LOWEST_FLOORS, **(TINY_SETTINGS if options.tiny else {})}
     vocab_size = shape["vocab_size"]
     return {
         "engine": engine, "dense_backend": options.dense_backend, "minference": minference, "vocab_size": vocab_size,
@@ -207,6 +210,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "layers": TINY_LAYERS if options.tiny else LAYERS,
         "prompts": "random token ids; those longer than a chunk fill all of theirs, so that no last rows are dense",
         "selection": "the choice runs in full; drawn groups are attended to, see minference_vllm.tuning.drawn",
+        "guard": GUARD,
         "engine": {key: value for key, value in spec["engine"].items() if key not in own},
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND, "minference": resolved(spec["minference"])},
@@ -243,10 +247,7 @@ def merge(options: argparse.Namespace) -> list[Row]:
     Raises:
         SystemExit: they do not hold each cell once.
     """
-    try:
-        rows = results.merge(options.out, options.merge)
-    except results.ResultError as error:
-        raise SystemExit(str(error)) from None
+    rows = results.merge_or_exit(options.out, options.merge)
     found = [Cell(row["chunk"], row["tokens"], row["prompts"]) for row in rows]
     every = make_cells(options.tiny, ["*"])
     if missing := [str(cell) for cell in every if cell not in found]:

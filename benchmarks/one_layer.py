@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import SPARSE_BACKEND
 from benchmarks.batches import KV_SCALES, Batch, Inputs, Shape
-from benchmarks.ttft import write_model
+from benchmarks.made_up import write_model
 
 NAME = "model.layers.0.self_attn.attn"
 ALL_BITS = 0xFF

@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,24 +80,55 @@ def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
     """Write one result file from several of one benchmark, run in parts on cards of one kind, and give its rows.
 
     Raises:
-        ResultError: they cannot be read, or differ in more than rows, command and date.
+        ResultError: they cannot be read, or differ in more than rows, command, date and what only some of them have,
+            as the settings of an engine.
     """
     loaded = [read(part) for part in parts]
-    first = loaded[0]
-    for part, other in zip(parts, loaded, strict=True):
-        keys = sorted((first.keys() | other.keys()) - set(OF_A_PART))
-        if differing := [key for key in keys if first.get(key) != other.get(key)]:
+    shared = [{key: value for key, value in part.items() if key not in OF_A_PART} for part in loaded]
+    whole = shared[0]
+    for name, part in zip(parts, shared, strict=True):
+        if differing := sorted(whole.keys() ^ part.keys()) or sorted(_join(whole, part)):
             raise ResultError(
-                f"{part} is no part of the same run as {parts[0]}: they differ in {', '.join(differing)}."
+                f"{name} is no part of the same run as {parts[0]}: they differ in {', '.join(differing)}."
             )
     rows = [row for part in loaded for row in part["rows"]]
     run = {
-        **first,
+        **whole,
         "command": "; ".join(part["command"] for part in loaded),
         "date": max(part["date"] for part in loaded),
     }
-    write_as(path, {key: value for key, value in run.items() if key != "rows"}, rows)
+    write_as(path, run, rows)
     return rows
+
+
+def merge_or_exit(path: Path, parts: Sequence[Path], names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """As `merge`, for a command.
+
+    Args:
+        names: of fields that tell rows apart, if there are any.
+
+    Raises:
+        SystemExit: they are no parts of one result, or measured the same.
+    """
+    try:
+        rows = merge(path, parts)
+    except ResultError as error:
+        raise SystemExit(str(error)) from None
+    found = Counter(tuple(row[name] for name in names) for row in rows)
+    if names and (twice := [of for of, count in found.items() if count > 1]):
+        raise SystemExit(f"{path} holds {twice[0]} {found[twice[0]]} times: leave a part out")
+    return rows
+
+
+def _join(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:
+    """Add to objects of the whole what only the part's have; the names of what both have and differ in."""
+    differing = []
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+            differing += [f"{key}.{name}" for name in _join(whole[key], value)]
+        elif whole.setdefault(key, value) != value:
+            differing.append(key)
+    return differing
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks import DENSE, SPARSE, facts, fidelity, load_engine, resolved, results
 from benchmarks.processes import EngineProcess, serve_requests
+from benchmarks.rows import ALL, make_row
 from minference_vllm.patterns import read_pattern
 
 MODULE = "benchmarks.search"
@@ -29,7 +30,6 @@ DEFAULT, SEARCHED = "default", "searched file"
 TIMED_READINGS = 3
 MEMORY = 0.28  # of the GPU, for each of three engines
 NOT_BETTER = 3  # exit status of the search
-ALL = "all"
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -95,7 +95,7 @@ def compare(options: argparse.Namespace, specs: dict[str, Any], folder: Path) ->
                     for key in ((tokens, text, name), (0, ALL, name)):
                         found.setdefault(key, []).append(reply)
     return [
-        fidelity.make_row({"tokens": tokens or ALL, "text": text, "method": name}, prompts)
+        make_row({"tokens": tokens or ALL, "text": text, "method": name}, prompts)
         for (tokens, text, name), prompts in sorted(found.items(), key=lambda item: item[0][0] or sys.maxsize)
     ]
 

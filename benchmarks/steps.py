@@ -18,8 +18,8 @@ from itertools import product
 from typing import Any
 
 from benchmarks import SPARSE, SPARSE_BACKEND, argument_parser, load_engine, resolved, results
+from benchmarks.made_up import LLAMA_8B, TINY, write_model
 from benchmarks.processes import EngineProcess, serve_worker
-from benchmarks.ttft import LLAMA_8B, TINY, write_model
 
 clock = time.perf_counter
 

@@ -4,12 +4,14 @@
     python -m benchmarks.ttft --methods block 1000:6096 --out benchmarks/results/h100-ttft.json
     python -m benchmarks.ttft --model /tmp/qwen --text austen.txt.xz --tokens 28672 \
         --out benchmarks/results/h100-ttft-qwen.json
+    python -m benchmarks.ttft --merge a.json b.json --out benchmarks/results/h100-ttft.json
+
+The last puts lengths or methods together that were measured on several cards.
 
 Time to first token is the wall time of `LLM.generate` for one prompt and one token, on an idle engine.
 """
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -35,20 +37,9 @@ from benchmarks import (
     synthetic,
 )
 from benchmarks.fidelity import load_text
+from benchmarks.made_up import LLAMA_8B, TINY, write_model
 from benchmarks.processes import EngineProcess, on_gpus, serve_requests
 
-LLAMA_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "head_dim": 128, "vocab_size": 128256,
-}  # fmt: skip
-TINY = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 1024,
-}
 TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16}
 USUAL = {"tokens": [8192, 32768, 131072], "layers": 32}
 TINY_USUAL = {"tokens": [600], "layers": 2}
@@ -59,6 +50,7 @@ LONG = 65536  # tokens; from here on two timed requests are enough, and time is 
 SHORT = 32768
 CHUNK = 16512  # not 16,384: a prompt that fills its last chunk is taken for one that goes on (plan.py)
 MOST_FOR_SHORT = 16
+SPARE = 16  # tokens of max_model_len beyond the longest prompt
 
 
 TTFT = (
@@ -71,11 +63,16 @@ IN_TURN = (
     "same length"
 )
 
-# Recall is measured as in service; but what is drawn holds little of it, and the guard would act.
-NO_FLOOR = {"recall_floor": 0.0, "row_recall_floor": 0.0}
+REAL_GUARD = "as in service. redone: share of heads that it had attend to all keys"
 REAL = "the plugin chooses by itself, as in service: nothing is drawn"
 NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
 
+
+WORK = ("sparse_tokens", "density", "redone")
+"""Of benchmarks.SparseWork, on record for each row."""
+
+ROW = ("tokens", "method")
+"""What tells one row of a result from another."""
 
 Found = tuple[str, int, dict[str, Any]]
 """A method, a prompt length, and what was found of both engines."""
@@ -86,16 +83,6 @@ def num_timed(tokens: int, repeats: int) -> int:
     if tokens >= LONG:
         return min(repeats, 2)
     return repeats * min(max(SHORT // tokens, 1) ** 2, MOST_FOR_SHORT)
-
-
-def write_model(directory: str, shape: dict[str, int], layers: int, max_len: int) -> None:
-    """A model without weights or tokenizer: its config.json."""
-    model = dict(
-        **shape, architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=layers, hidden_act="silu",
-        max_position_embeddings=max_len, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        attention_bias=False, mlp_bias=False, torch_dtype="bfloat16", bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    Path(directory, "config.json").write_text(json.dumps(model))
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -119,7 +106,7 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
         before = sparse_work()
         found = {"seconds": seconds(request["tokens"])}
         delta = sparse_work().since(before)
-        return {**found, "sparse_tokens": delta.sparse_tokens, "density": delta.density}
+        return {**found, **{name: getattr(delta, name) for name in WORK}}
 
     return answer
 
@@ -151,7 +138,7 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
             seconds[engine.kind].append(round(reply["seconds"], 4))
     for kind, times in seconds.items():
         print(f"    {tokens} tokens, {kind}: {' '.join(f'{t:.3f}' for t in times)} s", flush=True)
-    return {**seconds, **{name: found[name] for name in ("sparse_tokens", "density")}}
+    return {**seconds, **{name: found[name] for name in WORK}}
 
 
 def time_in_turn(engine: EngineProcess, tokens: int, repeats: int, warm_up: int) -> tuple[list[float], dict[str, Any]]:
@@ -178,14 +165,13 @@ def make_row(method: str, layers: int | None, tokens: int, found: dict[str, Any]
         "dense_ttft_s": round(dense_s, 4),
         "sparse_ttft_s": round(sparse_s, 4),
         "speedup": round(dense_s / sparse_s, 4),
-        "sparse_tokens": found["sparse_tokens"],
-        "density": found["density"],
+        **{name: found[name] for name in WORK},
         "timed_requests": len(found[SPARSE]),
     }
 
 
 def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
-    max_len = max(options.tokens) + 16
+    max_len = max(options.tokens) + SPARE
     shape = TINY if options.tiny else LLAMA_8B
     if not options.model:
         write_model(directory, shape, options.layers, max_len)
@@ -212,9 +198,14 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "gpus": options.gpus,
         "model": "real weights" if options.model else made_up,
         "prompts": f"from {Path(options.text).name}" if options.text else "random token ids",
-        "engine": {key: value for key, value in spec["engine"].items() if key != "model"},
+        # Parts of one result may read prompts of other lengths.
+        "engine": {
+            **{key: value for key, value in spec["engine"].items() if key != "model"},
+            "max_model_len": f"tokens of the longest prompt of a run + {SPARE}",
+        },
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND},
+        "guard": REAL_GUARD if options.text else synthetic.GUARD,
         "selection": REAL if options.text else NATURAL if options.natural else synthetic.DESCRIPTION,
     }
 
@@ -223,7 +214,7 @@ def sparse_engine(
     options: argparse.Namespace, spec: dict[str, Any], method: str, settings: dict[str, Any]
 ) -> EngineProcess:
     """An engine of the plugin; its settings go into those of the result file."""
-    minference: dict[str, Any] = {"method": parse_method(method), **({} if options.text else NO_FLOOR)}
+    minference: dict[str, Any] = {"method": parse_method(method), **({} if options.text else synthetic.LOWEST_FLOORS)}
     minference |= TINY_SETTINGS if options.tiny else {}
     settings["sparse"][method] = resolved(minference)
     return EngineProcess("benchmarks.ttft", SPARSE, {**spec, "minference": minference}, options.gpus)
@@ -253,9 +244,7 @@ def in_turn(options: argparse.Namespace, spec: dict[str, Any], settings: dict[st
                 yield method, tokens, {**found, DENSE: dense[tokens], SPARSE: seconds}
 
 
-def main() -> None:
-    if serve_requests(start_engine):
-        return
+def parse() -> argparse.Namespace:
     parser = argument_parser(__doc__, "a few layers of a toy shape, the gate at 256 tokens")
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=argparse.SUPPRESS, help=f"prompt lengths; usually {USUAL['tokens']}"
@@ -271,11 +260,17 @@ def main() -> None:
     parser.add_argument("--text", help="a file, as for benchmarks.fidelity, that prompts are cut from")
     parser.add_argument("--gpus", type=int, default=1, help="tensor-parallel GPUs of each engine")
     parser.add_argument("--in-turn", action="store_true", help="one engine after the other: each gets all memory")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: put the rows of these files together")
     options = parser.parse_args()
     if bool(options.model) != bool(options.text):
         parser.error("--model and --text go together")
     for name, usual in (TINY_USUAL if options.tiny else USUAL).items():
         vars(options).setdefault(name, usual)
+    return options
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows, written after each."""
     results.describe_run(options.tiny)
     rows, seconds = [], {}
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
@@ -287,6 +282,14 @@ def main() -> None:
             rows.append(make_row(method, None if options.model else options.layers, tokens, found))
             # After each row: what a run that is cut off has measured stays.
             results.write(options.out, rows, options.tiny, **record)
+    return rows
+
+
+def main() -> None:
+    if serve_requests(start_engine):
+        return
+    options = parse()
+    rows = results.merge_or_exit(options.out, options.merge, ROW) if options.merge else measure(options)
     print(results.table(rows))
 
 

@@ -251,9 +251,10 @@ struct Order {
     __device__ __forceinline__ int size() const { return num_tiles * num_heads; }
 
     // Neighbours in the order are the heads of one KV head, then neighbouring tiles: they run at the same time and
-    // share keys in L2. The longest tiles come first, so that at the end the short ones keep all programs busy. Each
-    // time the programs have been through the heads of a group, the heads are rotated: some keep more than others, and
-    // without that the same programs would always get those.
+    // share keys in L2. The longest tiles come first, so that at the end the short ones keep all programs busy: those
+    // that may be far longer than all others under every head, before any other. Each time the programs have been
+    // through the heads of a group, the heads are rotated: some keep more than others, and without that the same
+    // programs would always get those.
     template <typename Index>
     __device__ __forceinline__ Work at(const Params& p, const Index& index, int id) const {
         Work work;
@@ -263,10 +264,14 @@ struct Order {
             work.head = __ldg(index.heads + id % num_heads);
             work.kv_head = work.head / p.group_size;
         } else {
-            const int tiles_before = id / p.group_size % num_tiles;
-            work.kv_head = id / (p.group_size * num_tiles);
-            work.tile = first_tile + num_tiles - 1 - tiles_before;
-            work.head = work.kv_head * p.group_size + (id + tiles_before / p.tiles_per_wave) % p.group_size;
+            // Of a stretch of tiles: those ahead of all others, or the rest.
+            const int ahead = min(Index::TILES_AHEAD, num_tiles), of_ahead = ahead * num_heads;
+            const bool is_ahead = id < of_ahead;
+            const int place = is_ahead ? id : id - of_ahead, stretch = is_ahead ? ahead : num_tiles - ahead;
+            const int tiles_before = place / p.group_size % stretch;
+            work.kv_head = place / (p.group_size * stretch);
+            work.tile = first_tile + num_tiles - 1 - tiles_before - (is_ahead ? 0 : ahead);
+            work.head = work.kv_head * p.group_size + (place + tiles_before / p.tiles_per_wave) % p.group_size;
         }
         index.count(work);
         return work;

@@ -10,6 +10,7 @@ namespace attend {
 // Groups at distances from the tile that are the same for every tile of a head, called bands, and single columns.
 struct BandIndex {
     static constexpr bool HAS_COLUMNS = true, LISTS_HEADS = false;
+    static constexpr int TILES_AHEAD = 0;
 
     const int32_t* bands;
     const int32_t* bands_indptr;
@@ -48,6 +49,8 @@ struct BandIndex {
 // Groups listed for each tile, no columns.
 struct TileIndex {
     static constexpr bool HAS_COLUMNS = false, LISTS_HEADS = false;
+    // The last rows of a prompt may keep all keys, ten times as many as others: they lie in two tiles at the most.
+    static constexpr int TILES_AHEAD = 2;
     static constexpr int EVERY_GROUP = -1;
 
     const int32_t* groups;

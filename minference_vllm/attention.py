@@ -76,16 +76,20 @@ def prefill(chunk: Chunk, method: Method, layer: LayerState, chooser: Chooser = 
     index = chooser(method, chunk, layer)
     ops.attend(chunk, index, layer.attend, method.kernel)
     if layer.guard is not None:
-        watch(chunk, layer, layer.guard, method.kernel)
+        watch(chunk, method, layer, layer.guard)
     return index
 
 
-def watch(chunk: Chunk, layer: LayerState, guard: Guard, kernel: ops.Kernel) -> None:
+def watch(chunk: Chunk, method: Method, layer: LayerState, guard: Guard) -> None:
     """Measure each head's recall in a chunk; heads below a floor attend again, to all keys.
 
     How many they are stays on the device, and nothing of a chunk is remembered for the next: so it holds for any order
-    of chunks and requests.
+    of chunks and requests. Rows that attend to all keys anyway are left out: they would hide what the others miss.
     """
-    ops.measure_recall(chunk, layer.attend.lse, guard.floors, layer.position, guard.buffers, guard.totals, kernel)
+    num_rows, attend = method.choosing_rows(chunk), layer.attend
+    if num_rows == 0:
+        return
+    rows = chunk.of_rows(0, num_rows)
+    ops.measure_recall(rows, attend.lse, guard.floors, layer.position, guard.buffers, guard.totals, method.kernel)
     if any(guard.floors):
-        ops.attend(chunk, HeadIndex(guard.buffers.heads, guard.buffers.num_heads), layer.attend, kernel)
+        ops.attend(rows, HeadIndex(guard.buffers.heads, guard.buffers.num_heads), attend, method.kernel)

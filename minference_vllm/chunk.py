@@ -126,11 +126,12 @@ class Chunk:
         """Whether keys and values are FP8, and perhaps queries."""
         return self.kv.k_scale is not None
 
-    def first_rows(self, count: int) -> "Chunk":
-        """The chunk without its later rows."""
+    def of_rows(self, first: int, count: int) -> "Chunk":
+        """Some rows of the chunk that follow each other, as a chunk of their own; those before them are its context."""
         if count == self.num_rows:
             return self
-        return replace(self, q=self.q[:count], out=self.out[:count])
+        rows = slice(first, first + count)
+        return replace(self, q=self.q[rows], out=self.out[rows], context_len=self.context_len + first)
 
     def of_heads(self, first: int, count: int) -> "Chunk":
         """The chunk under some of its query heads: all those of some KV heads, or some of one KV head's."""
@@ -180,4 +181,4 @@ class Chunk:
     @property
     def num_tiles(self) -> int:
         """Tiles that hold rows of the chunk."""
-        return -(-self.seq_len // TILE) - self.first_tile
+        return -(-self.seq_len // TILE) - self.first_tile if self.num_rows else 0

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -14,7 +14,6 @@ from minference_vllm.errors import ConfigError, shortened
 from minference_vllm.files import parse_json, read_file
 from minference_vllm.methods import MAX_TOKENS, METHODS, MethodSettings
 from minference_vllm.methods.block import BlockSettings
-from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.patterns import AutoSettings
 
 CONFIG_FILE_VARIABLE = "MINFERENCE_CONFIG"
@@ -23,6 +22,13 @@ MOST_FAULTS = 8  # that one message names
 
 SETTINGS: tuple[type[MethodSettings], ...] = (*(method.Settings for method in METHODS), AutoSettings)
 """Of everything that the setting `method` may name."""
+
+if TYPE_CHECKING:
+    AnySettings = MethodSettings
+else:  # of the registry, so that a method is registered by one line there; the JSON schema lists the last one first
+    AnySettings = Annotated[
+        Union[(*(method.Settings for method in reversed(METHODS)), AutoSettings)], Field(discriminator="name")
+    ]
 
 METHOD_NAMES: tuple[str, ...] = tuple(settings.model_fields["name"].default for settings in SETTINGS)
 
@@ -40,15 +46,13 @@ class MInferenceConfig(BaseModel):
     min_chunk: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     """Chunks with fewer rows than this run dense: choosing the keys would cost more than it saves."""
 
-    method: Annotated[VerticalSlashSettings | BlockSettings | AutoSettings, Field(discriminator="name")] = (
-        BlockSettings()
-    )
+    method: AnySettings = BlockSettings()
     """How the kept keys are chosen: a method's name, or an object of its name and settings. "auto" is vertical_slash
     or block with what a pattern file gives each head of the model, where there is one, and else block."""
 
     measure_recall: bool = True
-    """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that it kept. Without
-    it there is no guard."""
+    """Measure, for each head, how much of the attention of 64 rows of each chunk, in long chunks of every 8,192 rows,
+    lies on the keys that it kept. Without it there is no guard."""
 
     recall_floor: float = Field(default=0.7, ge=0, le=1)
     """The guard: a head that kept less than this share of those rows' attention, on average over them, attends to all
@@ -62,6 +66,12 @@ class MInferenceConfig(BaseModel):
 
     kernel: Literal["auto", "cuda", "triton", "reference"] = "auto"
     """Which code attends: "cuda" on H100 and H200 if it was built, else "triton", "reference" (torch) without a GPU."""
+
+    page_salt: Literal["off", "method", "server"] = "off"
+    """What the hashes by which vLLM knows pages depend on, beside the tokens in them. "off": nothing, so that prefix
+    caches and shared stores take sparse pages for dense ones. "method": the settings that decide what pages hold, and
+    the content of a pattern file, so that pages are shared with servers of the same settings alone. "server": a random
+    number as well, so that they are shared with no other server, nor after the next start."""
 
     log_every: float = Field(default=60.0, ge=0, le=86_400, allow_inf_nan=False)
     """Seconds between log lines that say what ran sparse, when there was prefill; 0 turns them off."""

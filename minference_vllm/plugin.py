@@ -115,6 +115,12 @@ def _report_models_without_our_layers() -> None:
     report_models_without_our_layers(type(current_platform), AttentionBackendEnum.CUSTOM)
 
 
+def _salt_block_hashes() -> None:
+    from minference_vllm.compat.pages import salt_block_hashes
+
+    salt_block_hashes()
+
+
 def _install_metrics() -> None:
     from minference_vllm.metrics.exporter import install
 
@@ -128,5 +134,6 @@ STEPS: tuple[tuple[Callable[[], None], str], ...] = (
     (_honour_selection_on_cpu, "vLLM's CPU platform runs its own backend whichever is selected"),
     (_pass_for_flash_attention, "models that need another version of FlashAttention, as Gemma 4, may be refused"),
     (_report_models_without_our_layers, "it will not say so if none of a model's layers is its own"),
+    (_salt_block_hashes, "its setting page_salt can only be off"),
     (_install_metrics, "/metrics lacks its metrics"),
 )

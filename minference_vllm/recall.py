@@ -12,9 +12,20 @@ RECALL_EDGES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 NUM_BUCKETS = len(RECALL_EDGES) + 1
 
+ROWS_PER_PART = 8192
+"""Rows of a chunk, at the most, of which HELD_OUT_ROWS are held out: a row a tile. So in a passage of two tiles that
+lost its keys there are two of them, enough for the guard to act."""
+
 LOST_ROWS = 2
-"""Held-out rows that must be lost before the guard acts: of 64 one may be an exception. In chunks of fewer than 256
-rows some held-out rows are the same row, so one that is lost may count as two."""
+"""Held-out rows of a chunk that must be lost before the guard acts: one may be an exception. In chunks of fewer than
+256 rows some held-out rows are the same row, so one that is lost may count as two."""
+
+
+def parts_of(num_rows: int) -> list[range]:
+    """Equal parts of a chunk's rows, as few as hold ROWS_PER_PART each. Each has its HELD_OUT_ROWS."""
+    count = -(-num_rows // ROWS_PER_PART)
+    bounds = [num_rows * number // count for number in range(count + 1)]
+    return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 class Floors(NamedTuple):

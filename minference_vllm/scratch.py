@@ -49,7 +49,7 @@ OCTAVES_BELOW_ONE = 26
 """Masses under 2^-26 count as nothing. The largest code stands for 58 and more: 16 rows give a group 64 at most."""
 
 HELD_OUT_ROWS = 64
-"""Query rows of a chunk whose recall is measured."""
+"""Query rows of a part of a chunk whose recall is measured; see recall.parts_of."""
 
 LIST_BYTES = 256 * 2**20
 """Lists of groups take no more than this. So in the longest prompts a tile may list less of them than it else might."""
@@ -202,7 +202,8 @@ class RecallBuffers:
 
     Attributes:
         partial_max, partial_sum: [num_qo_heads, PROBE_PARTIALS, HELD_OUT_ROWS] float32, partial softmax of the rows.
-        recall: [num_qo_heads] float32, of each head in the chunk measured last.
+        recall: [num_qo_heads] float32, of each head in the chunk measured last; before its last part is, sums.
+        lost: [num_qo_heads] int32, held-out rows of the parts measured so far that are below the floor for rows.
         heads: [num_qo_heads] int32, those of them that are below the floor, in any order; valid up to num_heads.
         num_heads: [1] int32.
     """
@@ -210,6 +211,7 @@ class RecallBuffers:
     partial_max: torch.Tensor
     partial_sum: torch.Tensor
     recall: torch.Tensor
+    lost: torch.Tensor
     heads: torch.Tensor
     num_heads: torch.Tensor
 
@@ -220,6 +222,7 @@ class RecallBuffers:
             partial_max=torch.zeros(partial, dtype=torch.float32, device=device),
             partial_sum=torch.zeros(partial, dtype=torch.float32, device=device),
             recall=torch.zeros(num_heads, dtype=torch.float32, device=device),
+            lost=torch.zeros(num_heads, dtype=torch.int32, device=device),
             heads=torch.zeros(num_heads, dtype=torch.int32, device=device),
             num_heads=torch.zeros(1, dtype=torch.int32, device=device),
         )

@@ -118,10 +118,7 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         SystemExit: they are no parts of one run, or do not hold each case once.
     """
-    try:
-        rows = results.merge(options.out, options.merge)
-    except results.ResultError as error:
-        raise SystemExit(str(error)) from None
+    rows = results.merge_or_exit(options.out, options.merge)
     found = [row["case"] for row in rows if row["backend"] == SPARSE]
     if sorted(found) != sorted(CASES):
         raise SystemExit(f"{options.out} must hold each case once, it holds {', '.join(found)}")

@@ -64,7 +64,7 @@ minference_prefill_tokens_total{path="sparse",reason="gate_open"} 40
 minference_kept_pairs_total 2
 minference_causal_pairs_total 8
 minference_recall_heads_total{le="+Inf"} 2
-minference_recall_mean{layer="0",head="0"} 0.9
+minference_recall_sum_total 1.8
 """
 
 

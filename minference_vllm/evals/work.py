@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server's sparse path has done, as its /metrics says."""
 
+import math
 import operator
 import time
 from collections.abc import Callable
@@ -54,7 +55,7 @@ class Work(Line):
     def recall(self) -> float | None:
         """Mean over layers, heads and chunks, before the guard acted.
 
-        None where the server's numbers contradict each other: with several API servers the means are of one process.
+        None where the server's numbers contradict each other, as those of an older version do, which has no sums.
         """
         if (
             not self.measured_heads
@@ -97,9 +98,6 @@ COUNTS = tuple(name for name in Work.model_fields if name != "exported")
 def parse(text: str) -> Work:
     """The counts on a page of /metrics.
 
-    The page has each head's mean recall, not their sum. Every sparse chunk is measured in all layers that may run
-    sparse, so all heads were measured equally often, and the sum is the mean of the means times the heads measured.
-
     Raises:
         ServerError: it is no such page.
     """
@@ -113,24 +111,26 @@ def _counted(text: str) -> Work:
     families = need("prometheus_client.parser").text_string_to_metric_families(text)
     samples = [sample for family in families for sample in family.samples]
 
-    def total(family: Family, **labels: str) -> int:
+    def summed(family: Family, **labels: str) -> float:
         found = f"{family.name}_total"
-        return int(sum(s.value for s in samples if s.name == found and labels.items() <= s.labels.items()))
+        return sum(s.value for s in samples if s.name == found and labels.items() <= s.labels.items())
 
-    means = [sample.value for sample in samples if sample.name == names.RECALL_MEAN.name]
+    def total(family: Family, **labels: str) -> int:
+        return int(summed(family, **labels))
+
+    recalls = summed(names.RECALL_SUM)
     tokens, sparse_tokens = total(names.TOKENS), total(names.TOKENS, path=SPARSE)
     edges = (*map(str, RECALL_EDGES), "+Inf")
     up_to = [total(names.RECALL, le=edge) for edge in edges]
     buckets = [count - below for count, below in zip(up_to, [0, *up_to], strict=False)]
-    measured = up_to[-1]
     return Work(
         sparse_tokens=sparse_tokens,
         dense_tokens=tokens - sparse_tokens,
         kept_pairs=total(names.KEPT_PAIRS),
         causal_pairs=total(names.CAUSAL_PAIRS),
-        measured_heads=measured,
+        measured_heads=up_to[-1],
         redone_heads=total(names.REDONE),
-        recalls=measured * sum(means) / len(means) if means else 0.0,
+        recalls=recalls if math.isfinite(recalls) else 0.0,
         least_recalls=sum(map(operator.mul, buckets, (0.0, *RECALL_EDGES))),
         most_recalls=sum(map(operator.mul, buckets, (*RECALL_EDGES, 1.0))),
         exported=any(sample.name == f"{names.KEPT_PAIRS.name}_total" for sample in samples),

@@ -50,6 +50,10 @@ class Method(ABC):
         """Lengths of prompts, up to the longest, that between them run all kernels which `choose` may."""
         return (min(2 * TILE, shape.max_seq_len),)
 
+    def choosing_rows(self, chunk: Chunk) -> int:
+        """Rows of a chunk, from its first on, that attend to what is chosen for them; the rest attend to all."""
+        return chunk.num_rows
+
     @abstractmethod
     def choose(self, chunk: Chunk, budgets: torch.Tensor, buffers: Any) -> SparseIndex:
         """Choose the keys of one chunk. Tensors of the index are the buffers': good until the next chunk."""

@@ -137,18 +137,18 @@ class Block(Method):
         index = TileIndex(
             groups=scratch.index.groups[:, : chunk.num_tiles, :cap], counts=scratch.index.counts[:, : chunk.num_tiles]
         )
-        choosing = self.num_choosing_tiles(chunk)
-        if choosing < chunk.num_tiles:
-            index.counts[:, choosing:] = scratch.every_group
-        if choosing:
-            rows = min((chunk.first_tile + choosing) * TILE - chunk.context_len, chunk.num_rows)
-            self._choose_in_turns(chunk.first_rows(rows), budgets, self.buffers(chunk, scratch), index)
+        choosing = chunk.of_rows(0, self.choosing_rows(chunk))
+        if choosing.num_rows < chunk.num_rows:
+            index.counts[:, choosing.num_tiles :] = scratch.every_group
+        if choosing.num_rows:
+            self._choose_in_turns(choosing, budgets, self.buffers(chunk, scratch), index)
         return index
 
-    def num_choosing_tiles(self, chunk: Chunk) -> int:
-        """Tiles of a chunk that keep what they choose; those that follow keep all."""
+    def choosing_rows(self, chunk: Chunk) -> int:
+        """See Method.choosing_rows: whole tiles, up to the one in which the prompt's last rows begin."""
         last = self.settings.last_tokens if chunk.may_end_prompt else 0
-        return max((chunk.seq_len - last) // TILE - chunk.first_tile, 0) if last else chunk.num_tiles
+        end = (chunk.seq_len - last) // TILE * TILE if last else chunk.seq_len
+        return max(end - chunk.context_len, 0)
 
     def _choose_in_turns(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers, index: TileIndex) -> None:
         num_heads = len(buffers.masses)
@@ -191,7 +191,7 @@ class Block(Method):
 
         What is always kept has room: before each of the tiles that a block may have lies one box more.
         """
-        return max(int(num_boxes * self.settings.max_fine), self.sink_boxes + self.local_boxes + LISTS)
+        return max(int(num_boxes * self.settings.max_fine), min(self.sink_boxes + self.local_boxes, num_boxes) + LISTS)
 
     def prompt_lengths(self, shape: ScratchShape) -> tuple[int, ...]:
         """See Method.prompt_lengths."""

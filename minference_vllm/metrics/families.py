@@ -46,6 +46,14 @@ CHUNKS = Family(
     "minference_prefill_chunks", "Prefill chunks by attention path, and why they took it.",
     lambda total: total.chunks.items(), PATH,
 )  # fmt: skip
+FAULTS = number(
+    "minference_faults", "Exceptions that the plugin met while it started or served, on all ranks.",
+    lambda total: total.faults,
+)  # fmt: skip
+BROKEN = number(
+    "minference_broken_ranks", "Ranks on which all runs dense until the next start, since sparse attention failed.",
+    lambda total: total.broken_ranks, "sum",
+)  # fmt: skip
 KEPT_PAIRS = number(
     "minference_kept_pairs", "Query-key pairs that sparse attention computed.", lambda total: total.kept_pairs
 )
@@ -78,6 +86,10 @@ RECALL = Family(
     "minference_recall_heads", "Heads of measured chunks whose recall is at most le.",
     lambda total: (((edge,), count) for edge, count in total.recall.cumulative()), ("le",),
 )  # fmt: skip
+RECALL_SUM = number(
+    "minference_recall_sum", "Sum of recall over the heads of measured chunks.",
+    lambda total: sum(sum(layer.totals) for layer in total.recall.layers.values()),
+)  # fmt: skip
 RECALL_MEAN = Family(
     "minference_recall_mean",
     "Mean recall since start by the model's layers and rank 0's heads, each from 0, over the engines of this server.",
@@ -96,6 +108,6 @@ INFO = Family(
     lambda total: (((*engine, __version__), 1) for engine in total.engines), ("method", "kernel", "version"), "max",
 )  # fmt: skip
 FAMILIES = (
-    TOKENS, CHUNKS, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL, RECALL_MEAN, RECALL_WORST,
-    SCRATCH, INFO,
+    TOKENS, CHUNKS, FAULTS, BROKEN, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL,
+    RECALL_SUM, RECALL_MEAN, RECALL_WORST, SCRATCH, INFO,
 )  # fmt: skip

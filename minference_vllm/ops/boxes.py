@@ -30,7 +30,7 @@ def select_boxes(
     """
     blocks = -(-chunk.num_tiles * HALVES * rows_per_half // PART * chunk.group_size // LISTS)
     # A block's tiles follow each other; before each lie boxes of its own that are kept.
-    forced = sink_boxes + local_boxes + LISTS
+    forced = min(sink_boxes + local_boxes, chunk.first_tile + chunk.num_tiles - 1) + LISTS
     sets, room, columns = boxes.numbers.shape
     if sets < chunk.kv.num_kv_heads or room < blocks or columns < forced or masses.shape[2] % GROUPS_PER_BOX:
         raise ValueError(

@@ -7,7 +7,7 @@ from minference_vllm import reference
 from minference_vllm.chunk import Chunk
 from minference_vllm.kernels import cuda, triton
 from minference_vllm.ops.kernel import Kernel
-from minference_vllm.recall import Floors
+from minference_vllm.recall import Floors, parts_of
 from minference_vllm.scratch import RecallBuffers, RecallTotals
 
 
@@ -24,8 +24,14 @@ def measure_recall(
     if kernel is Kernel.REFERENCE:
         reference.measure_recall(chunk, lse, floors, layer, buffers, totals)
         return
-    if kernel is Kernel.CUDA and cuda.probe.supports_held_out(chunk):
-        ranges = cuda.probe.held_out_sums(chunk, buffers)
-    else:
-        ranges = triton.held_out_sums(chunk, buffers)
-    triton.measure_recall(chunk, lse, floors, layer, ranges, buffers, totals)
+    parts = parts_of(chunk.num_rows)
+    for number, rows in enumerate(parts):
+        part, of_part = chunk.of_rows(rows.start, len(rows)), lse[:, rows.start :]
+        sums = cuda.probe.held_out_sums if is_cuda(kernel, part) else triton.held_out_sums
+        ranges = sums(part, buffers)
+        triton.measure_recall(part, of_part, floors, layer, ranges, number, len(parts), buffers, totals)
+
+
+def is_cuda(kernel: Kernel, chunk: Chunk) -> bool:
+    """Whether the CUDA kernel makes the partial softmaxes."""
+    return kernel is Kernel.CUDA and cuda.probe.supports_held_out(chunk)

@@ -5,13 +5,19 @@ import torch
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE
-from minference_vllm.recall import LOST_ROWS, RECALL_EDGES, Floors
+from minference_vllm.recall import LOST_ROWS, RECALL_EDGES, Floors, parts_of
 from minference_vllm.reference.quantized import keys_and_values, queries
 from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
 
 
 def held_out_rows(chunk: Chunk) -> torch.Tensor:
-    """[HELD_OUT_ROWS] int64, rows of the chunk, one in the middle of each of as many equal ranges.
+    """[HELD_OUT_ROWS * parts] int64, rows of the chunk, in each of recall.parts_of its rows as many."""
+    parts = parts_of(chunk.num_rows)
+    return torch.cat([_of_part(chunk.of_rows(part.start, len(part))) + part.start for part in parts])
+
+
+def _of_part(chunk: Chunk) -> torch.Tensor:
+    """[HELD_OUT_ROWS] int64, one in the middle of each of as many equal ranges.
 
     Each is moved within its four rows, aligned on absolute positions, to where `block` never samples with 16 or 32 rows
     of a half: its rows begin at (5 tile + 3) modulo 4 or 2, these lie at tile modulo 4.
@@ -40,7 +46,7 @@ def measure_recall(
     rows = held_out_rows(chunk)
     keys, _ = keys_and_values(chunk.kv, chunk.seq_len)
     future = torch.arange(chunk.seq_len, device=rows.device) > (chunk.context_len + rows)[:, None]
-    recalls = torch.empty(chunk.num_qo_heads, HELD_OUT_ROWS, device=rows.device)
+    recalls = torch.empty(chunk.num_qo_heads, len(rows), device=rows.device)
     for head in range(chunk.num_qo_heads):
         scores = queries(chunk, rows, head) @ keys[head // chunk.group_size].T * chunk.scale
         exact = scores.masked_fill_(future, -torch.inf).logsumexp(-1)

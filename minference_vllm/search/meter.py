@@ -124,7 +124,7 @@ class Meter:
             mark()
             ops.attend(chunk, index, layer.attend, method.kernel)
             if layer.guard is not None:
-                watch(chunk, layer, layer.guard, method.kernel)
+                watch(chunk, method, layer, layer.guard)
             mark()
 
         marks = self._timed(run)

@@ -24,17 +24,21 @@ PAGE_SIZE = 16  # vLLM's default
 WARM_UPS = 3
 SEED = 0
 
+LOWEST_FLOORS = Floors(torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).tiny)
+"""Under which the guard looks for heads to attend again, as in service, and finds none: on random keys no choice keeps
+much attention, and under the floors of service all heads would."""
+
 Run = Callable[[], torch.Tensor]
 
 
 def make_state(method: Method, shape: ScratchShape, device: torch.device, measures: bool = True) -> LayerState:
     """A layer's budgets and scratch, outside a server.
 
-    Recall costs its time if it is measured, but the guard does not act: on random keys no choice keeps much attention.
+    If recall is measured, it and the guard cost their time, but no head is attended to again (LOWEST_FLOORS).
     """
     heads = shape.num_qo_heads
     attend = AttendBuffers.allocate(heads, shape.max_chunk, device)
-    guard = Guard(Floors(0.0, 0.0), RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device))
+    guard = Guard(LOWEST_FLOORS, RecallBuffers.allocate(heads, device), RecallTotals.allocate(1, heads, device))
     budgets, buffers = method.budgets(heads, device), method.scratch(shape, device)
     return LayerState(0, budgets, buffers, attend, guard if measures else None)
 

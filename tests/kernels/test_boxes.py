@@ -11,10 +11,11 @@ from minference_vllm.boxes import BOX, GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUPS_PER_TILE, HALVES, TileIndex
 from minference_vllm.kernels import triton
+from minference_vllm.methods.base import MAX_TOKENS
 from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.groups import ONE
-from minference_vllm.scratch import ScratchShape
+from minference_vllm.scratch import ScratchShape, num_bytes
 from tests.kernels.blocks import (
     BF16,
     engines,
@@ -225,3 +226,22 @@ def choose(chunk: Chunk, settings: BlockSettings, kernel: Kernel) -> tuple[TileI
     index = method.choose(chunk, method.budgets(chunk.num_qo_heads, device), scratch)
     coarse = method.buffers(chunk, scratch).coarse
     return index, coarse and coarse.boxes
+
+
+def test_what_is_always_kept_claims_no_room_for_boxes_that_no_prompt_has() -> None:
+    shape = ScratchShape(4, 2, 64, BF16, 6000, 300)
+    sizes = []
+    for forced in (6000, MAX_TOKENS):
+        method = Block(BlockSettings(coarse_from=0, sink_tokens=forced, local_tokens=forced), Kernel.REFERENCE)
+        sizes.append(num_bytes(method.scratch(shape, torch.device("cpu"))))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kernel", [Kernel.REFERENCE, Kernel.TRITON])
+def test_more_may_be_kept_always_than_there_is(kernel: Kernel, device: torch.device) -> None:
+    chunk = make_chunk(replace(SPARSE, num_rows=130, context_len=4000), device)
+    _, boxes = choose(chunk, BlockSettings(coarse_from=0, sink_tokens=MAX_TOKENS, local_tokens=MAX_TOKENS), kernel)
+    assert boxes is not None
+    # A block is a tile here, and all boxes before it are kept.
+    for block, before in enumerate((31, 32)):
+        assert (boxes.counts[: chunk.kv.num_kv_heads, block] == before).all()

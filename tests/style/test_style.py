@@ -38,6 +38,7 @@ LAYERS = (
     "metrics",
     "record",
     "compat",
+    "salt",
     "plan",
     "config",
     "pipeline",
@@ -55,6 +56,7 @@ LAYERS = (
     "index",
     "recall",
     "files",
+    "faults",
     "errors",
 )
 IMPORT_VLLM = {"plugin", "backend", "cpu", "metadata", "impl", "compat"}

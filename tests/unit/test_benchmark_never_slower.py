@@ -43,7 +43,12 @@ class Engine:
         seconds = self.each * request["tokens"] * request["prompts"] * self.slower.get(self.kind, 1.0)
         chunk = self.spec["engine"]["max_num_batched_tokens"]
         sparse = Cell(chunk, request["tokens"], request["prompts"]).goes_sparse(CONFIG)
-        return {"seconds": seconds, "sparse_tokens": request["tokens"] if sparse else 0, "density": None}
+        return {
+            "seconds": seconds,
+            "sparse_tokens": request["tokens"] if sparse else 0,
+            "density": None,
+            "redone": None,
+        }
 
 
 @pytest.fixture
@@ -104,7 +109,7 @@ def test_engines_take_turns_after_warming_up(engines: type[Engine]) -> None:
     assert [kind for kind, _ in engines.asked] == [DENSE, SPARSE, SPARSE, DENSE, DENSE, SPARSE]
     assert row == {
         "chunk": 2048, "tokens": 16384, "prompts": 8, "dense_s": 0.13107, "sparse_s": 0.13107, "speedup": 1.0,
-        "sparse_tokens": 16384, "density": None, "rounds": 2,
+        "sparse_tokens": 16384, "density": None, "redone": None, "rounds": 2,
     }  # fmt: skip
 
 
@@ -127,10 +132,11 @@ def test_a_slow_cell_is_timed_again_and_judged_by_all_its_rounds(engines: type[E
         ({"sparse_tokens": 0}, "2048/16384/8: 0 tokens ran sparse"),
         ({"chunk": 512}, "512/16384/8: 5 tokens ran sparse"),
         ({"tokens": 16383}, "2048/16383/8: 5 tokens ran sparse"),
+        ({"redone": 0.25}, "2048/16384/8: the guard had 25.000% of heads attend to all keys"),
     ],
 )
 def test_a_cell_that_is_slower_or_ran_the_wrong_way_is_a_fault(changes: dict[str, Any], fault: str | None) -> None:
-    row = {"chunk": 2048, "tokens": 16384, "prompts": 8, "speedup": 1.2, "sparse_tokens": 5, **changes}
+    row = {"chunk": 2048, "tokens": 16384, "prompts": 8, "speedup": 1.2, "sparse_tokens": 5, "redone": 0.0, **changes}
     found = faults_of([row], CONFIG)
     assert len(found) == (fault is not None)
     assert fault is None or found[0].startswith(fault)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How benchmarks.ttft asks two engines in turns, and what it makes of their times. None starts an engine."""
 
+import json
+import sys
+from contextlib import nullcontext
+
 import pytest
 
 from benchmarks import parse_method, resolved, results, ttft
@@ -20,10 +24,11 @@ def test_ttft_rows_hold_medians():
         "sparse": [0.5, 1.0, 4.0],
         "sparse_tokens": 8,
         "density": 0.25,
+        "redone": 0.0,
     }
     assert ttft.make_row("30:200", 4, 8, found) == {
         "tokens": 8, "method": "30:200", "layers": 4, "dense_ttft_s": 2.0, "sparse_ttft_s": 1.0,
-        "speedup": 2.0, "sparse_tokens": 8, "density": 0.25, "timed_requests": 3,
+        "speedup": 2.0, "sparse_tokens": 8, "density": 0.25, "redone": 0.0, "timed_requests": 3,
     }  # fmt: skip
 
 
@@ -54,13 +59,14 @@ class Taker:
             "seconds": self.seconds,
             "sparse_tokens": 5,
             "density": 0.5,
+            "redone": 0.0,
         }
 
 
 def test_engines_take_turns_and_both_come_first_at_times():
     turns = []
     found = ttft.time_side_by_side(Taker("dense", 2.0, turns), Taker("sparse", 1.0, turns), 65536, 2)
-    assert found == {"dense": [2.0] * 2, "sparse": [1.0] * 2, "sparse_tokens": 5, "density": 0.5}
+    assert found == {"dense": [2.0] * 2, "sparse": [1.0] * 2, "sparse_tokens": 5, "density": 0.5, "redone": 0.0}
     assert turns[:2] == [("sparse", True), ("dense", False)]
     assert [kind for kind, _ in turns[2:]] == ["sparse", "dense", "dense", "sparse"]
 
@@ -81,6 +87,26 @@ def test_engines_that_are_up_one_after_the_other_warm_up_first():
     sparse, found = ttft.time_in_turn(Taker("sparse", 1.0, turns), 131072, 1, 131072)
     assert (dense, sparse, found["density"]) == ([2.0], [1.0], 0.5)
     assert turns == [("dense", False), ("dense", False), ("sparse", True), ("sparse", False)]
+
+
+def test_lengths_are_measured_in_parts(tmp_path, monkeypatch):
+    run = {"gpu": "a card", "command": "python -m it", "date": "2026-01-01"}
+    monkeypatch.setattr(results, "describe_run", lambda *_: run)
+    monkeypatch.setattr(ttft, "EngineProcess", lambda module, kind, *_: nullcontext(Taker(kind, 1.0, [])))
+    monkeypatch.chdir(tmp_path)
+
+    def main(out, *arguments):
+        monkeypatch.setattr(sys, "argv", ["ttft", "--out", out, *arguments])
+        ttft.main()
+        return json.loads((tmp_path / out).read_text())
+
+    one, two = (main(f"{tokens}.json", "--tokens", tokens) for tokens in ("8192", "131072"))
+    whole = main("whole.json", "--merge", "8192.json", "131072.json")
+    assert whole["rows"] == one["rows"] + two["rows"]
+    assert whole["seconds"] == one["seconds"] | two["seconds"]
+    assert whole["settings"] == one["settings"] == two["settings"]
+    with pytest.raises(SystemExit, match="2 times: leave a part out"):
+        main("whole.json", "--merge", "8192.json", "8192.json")
 
 
 def test_an_engine_on_several_gpus_is_a_process_for_each(tmp_path, monkeypatch):

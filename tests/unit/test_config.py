@@ -26,6 +26,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, list[Any]] = {
     "method": [*METHOD_NAMES],
     "kernel": ["auto", "cuda", "triton", "reference"],
+    "page_salt": ["off", "method", "server"],
     "debug": [True, False],
     "measure_recall": [True, False],
 }
@@ -146,7 +147,7 @@ def test_choices_are_taken(field: str) -> None:
         assert (taken.name if field == "method" else taken) == value
 
 
-@pytest.mark.parametrize("field", ["method", "kernel"])
+@pytest.mark.parametrize("field", ["method", "kernel", "page_salt"])
 def test_the_refusal_of_a_choice_lists_them(field: str) -> None:
     message = refusal({"minference": {field: "fastest"}})
     assert f"minference.{field}='fastest'" in message

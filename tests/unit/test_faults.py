@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import SPARSE
-from benchmarks.faults import __main__ as faults
 from benchmarks.faults import answers, injection, trial
 from benchmarks.faults.answers import Answer
 from benchmarks.faults.cases import CASES, Act, Case, Outcome
@@ -297,32 +295,3 @@ def test_the_folder_for_metrics_can_be_taken_away(tmp_path: Path, expected: list
     (tmp_path / "t" / "metrics").mkdir(parents=True)
     assert run_trial(tmp_path, case, expected).outcome is Outcome.GOES_ON
     assert not (tmp_path / "t" / "metrics").exists()
-
-
-# parts
-
-
-def part(path: Path, names: list[str], **changes: Any) -> Path:
-    rows = [{"case": name, "backend": SPARSE, "broken": ""} for name in names]
-    path.write_text(json.dumps({"gpu": "a card", "command": path.stem, "date": "2026", "rows": rows, **changes}))
-    return path
-
-
-def test_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, out = list(CASES), tmp_path / "out.json"
-
-    def merge(*parts: Path) -> int:
-        monkeypatch.setattr(sys, "argv", ["faults", "--merge", *map(str, parts), "--out", str(out)])
-        return faults.main()
-
-    one, two = part(tmp_path / "one", names[:4]), part(tmp_path / "two", names[4:])
-    assert merge(one, two) == 0
-    whole = json.loads(out.read_text())
-    assert [row["case"] for row in whole["rows"]] == names and whole["command"] == "one; two"
-    with pytest.raises(SystemExit, match="must hold each case once"):
-        merge(one)
-    with pytest.raises(SystemExit, match="differ in gpu"):
-        merge(one, part(tmp_path / "other", names[4:], gpu="another"))
-    broken_row = {"case": names[-1], "backend": SPARSE, "broken": "it ended"}
-    whole["rows"][-1] = broken_row
-    assert merge(part(tmp_path / "bad", [], rows=whole["rows"])) == 1

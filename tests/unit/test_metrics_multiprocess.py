@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import prometheus_client
+import pytest
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.values import MultiProcessValue
 
 from minference_vllm import __version__
+from minference_vllm.evals.work import parse
+from minference_vllm.metrics import publisher
+from minference_vllm.metrics.snapshot import Snapshot
+from minference_vllm.recall import NUM_BUCKETS, LayerRecall, Recall
 
 SPARSE = 'path="sparse",reason="gate_open"'
 
@@ -20,7 +26,7 @@ import sys
 from collections import Counter
 from minference_vllm.metrics import publisher
 from minference_vllm.metrics.counters import Counters
-from minference_vllm.metrics.snapshot import Times
+from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.recall import LayerRecall, Recall
 publisher.HEADS_SECONDS = 0  # else only the first of the two steps shows
 number, *kept = map(int, sys.argv[1:])
@@ -28,7 +34,8 @@ for kept_pairs in kept:
     pairs = 0, 0
     recall, times = Recall(), Times()
     engine = Counter({("block", "cuda"): 1})
-    counters = Counters(publish=True, log_every=0, tally=dict, read=lambda: (*pairs, recall, 1000, engine, times))
+    told = lambda: Snapshot(Counter(), Counter(), *pairs, recall, 1000, engine, times, 2, 1)
+    counters = Counters(log_every=0, tally=dict, read=told)
     for step in (1, 2):
         counters.defer({("sparse", "gate_open"): (50, 1)})
         counters.flush()
@@ -67,15 +74,31 @@ def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path)
     assert 'minference_recall_heads_total{le="0.25"} 6.0' in text
     assert 'minference_recall_heads_total{le="0.98"} 6.0' in text
     assert 'minference_recall_heads_total{le="+Inf"} 18.0' in text
+    assert "minference_recall_sum_total 12.0" in text
     assert "minference_guard_heads_total 6.0" in text
     assert 'minference_recall_worst{head="1",layer="0"} 0.1' in text
     assert "minference_scratch_bytes 3000.0" in text
+    assert "minference_faults_total 6.0" in text
+    assert "minference_broken_ranks 3.0" in text
     assert "minference_timed_layers_total 6.0" in text
     assert "minference_choose_seconds_total 1.5" in text
     assert "minference_attend_seconds_total 3.0" in text
     assert f'minference_info{{kernel="cuda",method="block",version="{__version__}"}} 1.0' in text
 
     run_engines("30", directory=tmp_path / "missing")  # and nothing is raised
+
+
+def test_the_mean_recall_of_a_moment_is_true_while_that_of_each_head_waits(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr("prometheus_client.values.ValueClass", MultiProcessValue())
+    metrics, pages = publisher.ProcessMetrics(), []
+    for recall in (0.94, 0.905):
+        histogram = (*[0] * (NUM_BUCKETS - 3), 100, 0, 0)  # from .9 to .95
+        layer = LayerRecall(100, (100 * recall,), (recall,))
+        metrics.add(Snapshot(recall=Recall(histogram, 0, {0: layer})))
+        pages.append(parse(scrape_multiprocess(tmp_path)))
+    assert pages[0].recall == pytest.approx(0.94)
+    assert (pages[1] - pages[0]).recall == pytest.approx(0.905)
 
 
 def test_pipeline_stages_show_their_layers_side_by_side(tmp_path):

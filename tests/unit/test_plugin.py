@@ -23,6 +23,10 @@ from tests.conftest import import_or_skip
 registry = import_or_skip("vllm.v1.attention.backends.registry")
 platforms = import_or_skip("vllm.platforms")
 VllmConfig = import_or_skip("vllm.config").VllmConfig
+Executor = import_or_skip("vllm.v1.executor.abstract").Executor
+SEED = import_or_skip("vllm.v1.core.kv_cache_utils"), "resolve_none_hash_seed"
+OF_PLATFORM = [(type(platforms.current_platform), n) for n in ("get_attn_backend_cls", "update_block_size_for_backend")]
+WRAPPED = (*OF_PLATFORM, (VllmConfig, "try_verify_and_update_config"), (Executor, "__init__"), SEED)
 ON_CPU = platforms.current_platform.is_cpu()
 OUR_PATH = plugin.CPU_BACKEND if ON_CPU else plugin.GPU_BACKEND
 CUSTOM = registry.AttentionBackendEnum.CUSTOM
@@ -33,10 +37,8 @@ cpu_only = pytest.mark.skipif(not ON_CPU, reason="vLLM runs on a GPU here")
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process in which no plugin has been loaded; afterwards as it was."""
-    platform = type(platforms.current_platform)
-    for name in ("get_attn_backend_cls", "update_block_size_for_backend"):
-        monkeypatch.setattr(platform, name, inspect.getattr_static(platform, name))
-    monkeypatch.setattr(VllmConfig, "try_verify_and_update_config", VllmConfig.try_verify_and_update_config)
+    for owner, name in WRAPPED:
+        monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))
     monkeypatch.setattr(exporter, "install", lambda: None)
     monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
     monkeypatch.delitem(registry.AttentionBackendEnum._member_map_, plugin.NAME, raising=False)
@@ -192,6 +194,7 @@ def test_an_error_while_registering_goes_no_further(
         ("importlib.metadata.version", "cannot tell whether it was tested"),
         ("minference_vllm.compat.pass_for_flash_attention", "Gemma 4"),
         ("minference_vllm.compat.report_models_without_our_layers", "will not say so"),
+        ("minference_vllm.compat.pages.salt_block_hashes", "page_salt can only be off"),
         ("minference_vllm.metrics.exporter.install", "/metrics lacks its metrics"),
     ],
 )

@@ -23,6 +23,24 @@ from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides
 from minference_vllm.scratch import AttendBuffers
 
 
+@triton.jit
+def _place(num_tiles, GROUP_SIZE: tl.constexpr):
+    """A program's tile of the chunk, and its head.
+
+    Neighbouring programs are the heads of one KV head, then neighbouring tiles: they share keys in L2. The longest
+    tiles come first, so that the short ones fill the tail: under every head those two that may keep all keys, as the
+    last rows of a prompt do, before any other.
+    """
+    number = tl.program_id(0)
+    ahead = tl.minimum(num_tiles, 2)
+    of_ahead = ahead * (tl.num_programs(0) // num_tiles)
+    is_ahead = number < of_ahead
+    number = tl.where(is_ahead, number, number - of_ahead)
+    tiles = tl.where(is_ahead, ahead, tl.maximum(num_tiles - ahead, 1))
+    tile = number // GROUP_SIZE % tiles + tl.where(is_ahead, 0, ahead)
+    return num_tiles - 1 - tile, number // (GROUP_SIZE * tiles) * GROUP_SIZE + number % GROUP_SIZE
+
+
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
 def _attend_tiles_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr, groups_ptr, counts_ptr,
@@ -37,11 +55,8 @@ def _attend_tiles_kernel(
     GROUPS_PER_STEP: tl.constexpr = BLOCK_N // GROUP
     seq_len = context_len + num_rows
     num_tiles = tl.cdiv(seq_len, TILE) - context_len // TILE
-    # Neighbouring programs are the heads of one KV head, then neighbouring tiles: they share keys in L2. The longest
-    # tiles come first, so that the short ones fill the tail.
-    i_t = num_tiles - 1 - (tl.program_id(0) // GROUP_SIZE) % num_tiles
-    i_kv = (tl.program_id(0) // GROUP_SIZE) // num_tiles
-    i_h = i_kv * GROUP_SIZE + tl.program_id(0) % GROUP_SIZE
+    i_t, i_h = _place(num_tiles, GROUP_SIZE)
+    i_kv = i_h // GROUP_SIZE
     start_m = (context_len // TILE + i_t) * TILE
 
     k_ptr += i_kv.to(tl.int64) * stride_kh

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From partial softmaxes of held-out rows over all keys to each head's recall: one program a head."""
+"""From partial softmaxes of held-out rows over all keys to each head's recall: one program a head, part by part."""
 
 import torch
 import triton
@@ -21,10 +21,10 @@ def _held_out_rows(number, num_rows, context_len, ROWS: tl.constexpr, TILE: tl.c
     return tl.minimum(tl.maximum(positions - context_len, 0), num_rows - 1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "context_len", "num_ranges", "layer", "num_layers"])
+@triton.jit(do_not_specialize=["num_rows", "context_len", "num_ranges", "part", "parts", "layer", "num_layers"])
 def _recall_kernel(
-    max_ptr, sum_ptr, lse_ptr, recall_ptr, heads_ptr, num_heads_ptr, totals_ptr,
-    num_rows, context_len, num_ranges, layer, num_layers, head_floor, row_floor,
+    max_ptr, sum_ptr, lse_ptr, recall_ptr, lost_ptr, heads_ptr, num_heads_ptr, totals_ptr,
+    num_rows, context_len, num_ranges, part, parts, layer, num_layers, head_floor, row_floor,
     stride_partial, stride_range, stride_lse,
     ROWS: tl.constexpr, TILE: tl.constexpr, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr, LOST_ROWS: tl.constexpr,
     LOG2_E: tl.constexpr,
@@ -49,31 +49,39 @@ def _recall_kernel(
     # Not a minimum, which would take zero for what is no number.
     missed = tl.where(kept > exact, 0.0, kept - exact)
     b_recall = tl.exp2(missed)
-    recall = tl.sum(b_recall, 0) / ROWS
-    tl.store(recall_ptr + i_h, recall)
-    # What is no number is not enough, if anything is asked for.
-    is_enough = (recall >= head_floor) & (tl.sum((b_recall < row_floor).to(tl.int32), 0) < LOST_ROWS)
-    is_enough = is_enough | ((head_floor == 0) & (row_floor == 0))
-    one = tl.full([], 1.0, tl.float64)
-    p_chunks = totals_ptr + NUM_EDGES + 1 + layer
-    if not is_enough:
-        place = tl.atomic_add(num_heads_ptr, 1, sem="relaxed")
-        tl.store(heads_ptr + place, i_h)
-        tl.atomic_add(p_chunks + num_layers, one, sem="relaxed")
+    recall = tl.sum(b_recall, 0)
+    lost = tl.sum((b_recall < row_floor).to(tl.int32), 0)
+    if part > 0:
+        recall += tl.load(recall_ptr + i_h)
+        lost += tl.load(lost_ptr + i_h)
+    if part + 1 < parts:
+        tl.store(recall_ptr + i_h, recall)
+        tl.store(lost_ptr + i_h, lost)
+    else:
+        recall /= ROWS * parts
+        tl.store(recall_ptr + i_h, recall)
+        one = tl.full([], 1.0, tl.float64)
+        p_chunks = totals_ptr + NUM_EDGES + 1 + layer
+        # What is no number is not enough, if anything is asked for.
+        is_enough = (recall >= head_floor) & (lost < LOST_ROWS) | ((head_floor == 0) & (row_floor == 0))
+        if not is_enough:
+            place = tl.atomic_add(num_heads_ptr, 1, sem="relaxed")
+            tl.store(heads_ptr + place, i_h)
+            tl.atomic_add(p_chunks + num_layers, one, sem="relaxed")
 
-    # The totals' parts follow each other, see RecallTotals. Only this program touches its head's. What is no number
-    # counts as nothing: a sum would never be one again.
-    recall = tl.where(recall == recall, recall, 0.0)
-    bucket = 0
-    for i in tl.static_range(NUM_EDGES):
-        bucket += tl.where(recall > EDGES[i], 1, 0)
-    tl.atomic_add(totals_ptr + bucket, one, sem="relaxed")
-    if i_h == 0:
-        tl.store(p_chunks, tl.load(p_chunks) + 1)
-    p_sum = totals_ptr + NUM_EDGES + 1 + 2 * num_layers + layer * num_qo_heads + i_h
-    p_worst = p_sum + num_layers * num_qo_heads
-    tl.store(p_sum, tl.load(p_sum) + recall)
-    tl.store(p_worst, tl.minimum(tl.load(p_worst), recall.to(tl.float64)))
+        # The totals' parts follow each other, see RecallTotals. Only this program touches its head's. What is no
+        # number counts as nothing: a sum would never be one again.
+        recall = tl.where(recall == recall, recall, 0.0)
+        bucket = 0
+        for i in tl.static_range(NUM_EDGES):
+            bucket += tl.where(recall > EDGES[i], 1, 0)
+        tl.atomic_add(totals_ptr + bucket, one, sem="relaxed")
+        if i_h == 0:
+            tl.store(p_chunks, tl.load(p_chunks) + 1)
+        p_sum = totals_ptr + NUM_EDGES + 1 + 2 * num_layers + layer * num_qo_heads + i_h
+        p_worst = p_sum + num_layers * num_qo_heads
+        tl.store(p_sum, tl.load(p_sum) + recall)
+        tl.store(p_worst, tl.minimum(tl.load(p_worst), recall.to(tl.float64)))
 
 
 def measure_recall(
@@ -82,19 +90,25 @@ def measure_recall(
     floors: Floors,
     layer: int,
     num_ranges: int,
+    part: int,
+    parts: int,
     buffers: RecallBuffers,
     totals: RecallTotals,
 ) -> None:
-    """See minference_vllm.reference.measure_recall.
+    """See minference_vllm.reference.measure_recall. The last of the parts counts, and lists heads.
 
     Args:
+        chunk: the part's rows, see recall.parts_of.
+        lse: of these rows.
         num_ranges: ranges of keys whose partial softmaxes of the held-out rows, base 2, are in `buffers`.
+        part, parts: which it is, and how many the chunk has; those before have been measured.
     """
     partial = buffers.partial_max
-    buffers.num_heads.zero_()
+    if part == 0:
+        buffers.num_heads.zero_()
     _recall_kernel[(chunk.num_qo_heads,)](
-        partial, buffers.partial_sum, lse, buffers.recall, buffers.heads, buffers.num_heads, totals.flat,
-        chunk.num_rows, chunk.context_len, num_ranges, layer, len(totals.chunks), *floors,
+        partial, buffers.partial_sum, lse, buffers.recall, buffers.lost, buffers.heads, buffers.num_heads, totals.flat,
+        chunk.num_rows, chunk.context_len, num_ranges, part, parts, layer, len(totals.chunks), *floors,
         num_ranges * HELD_OUT_ROWS, HELD_OUT_ROWS, lse.stride(0),
         ROWS=HELD_OUT_ROWS, TILE=TILE, EDGES=RECALL_EDGES, NUM_EDGES=len(RECALL_EDGES), LOST_ROWS=LOST_ROWS,
         LOG2_E=LOG2_E, num_warps=1,

@@ -144,13 +144,23 @@ def test_a_window_has_its_own_density_and_recall() -> None:
     assert window.recall == pytest.approx(0.55)
 
 
-def test_means_that_contradict_the_histogram_are_no_recall() -> None:
+def test_means_of_heads_are_not_asked_for() -> None:
     page = exposed(one_prompt("sparse", 100))
-    stale = page.replace(
+    old = page.replace(
         'minference_recall_mean{head="0",layer="0"} 0.9', 'minference_recall_mean{head="0",layer="0"} 0.1'
     )
-    assert stale != page
-    assert parse(stale).recall is None
+    assert old != page
+    assert parse(old).recall == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("said", ["0.1", "NaN", "+Inf", None])
+def test_a_sum_that_contradicts_the_histogram_or_is_missing_is_no_recall(said: str | None) -> None:
+    lines = exposed(one_prompt("sparse", 100)).splitlines(keepends=True)
+    at = [line.startswith("minference_recall_sum_total") for line in lines].index(True)
+    lines[at] = f"minference_recall_sum_total {said}\n" if said else ""
+    found = parse("".join(lines))
+    assert found.recall is None
+    assert Work.model_validate_json(found.model_dump_json()) == found
 
 
 def test_counts_are_read_once_they_hold_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""By what vLLM knows a page: a hash of its tokens and of all before them, which starts from a seed of the engine's.
+
+The engine core hashes so for its prefix cache and for connectors that share pages, and LMCache in workers too. All ask
+one function for the seed, once the engine core has its executor or the worker its layers.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minference_vllm.config import MInferenceConfig
+
+logger = logging.getLogger("vllm.minference")
+
+
+class SaltedSeed:
+    """In place of vLLM's resolve_none_hash_seed.
+
+    Attributes:
+        vllm_config: of the engine of this process; of the last, where there are several, as vLLM's own seed is.
+    """
+
+    def __init__(self, stock: Callable[[Any], str]) -> None:
+        self._stock = stock
+        self.vllm_config: Any = None
+
+    def __call__(self, hash_fn: Any) -> str:
+        """vLLM's seed, which PYTHONHASHSEED may name or which may be random, and our salt if there is one."""
+        seed = self._stock(hash_fn)
+        salt = _salt_of(self.vllm_config)
+        return f"{seed}, minference {salt}" if salt else seed
+
+
+def salt_block_hashes() -> None:
+    """Have the seed of block hashes depend on what our layers will compute, in this process."""
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.executor.abstract import Executor
+
+    if isinstance(kv_cache_utils.resolve_none_hash_seed, SaltedSeed):
+        return
+    kv_cache_utils.resolve_none_hash_seed = SaltedSeed(kv_cache_utils.resolve_none_hash_seed)
+    stock = Executor.__init__
+
+    @functools.wraps(stock)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        serve(vllm_config)
+        stock(self, vllm_config, *args, **kwargs)
+
+    Executor.__init__ = __init__
+
+
+def serve(vllm_config: Any) -> None:
+    """Note the engine of this process, from whose settings the salt is made once the seed is asked for."""
+    from vllm.v1.core import kv_cache_utils
+
+    if isinstance(kv_cache_utils.resolve_none_hash_seed, SaltedSeed):
+        kv_cache_utils.resolve_none_hash_seed.vllm_config = vllm_config
+
+
+def require(config: "MInferenceConfig") -> None:
+    """Check that pages can be salted, if they are to be.
+
+    Raises:
+        ConfigError: this vLLM has no such seed, or registration could not reach it.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    from minference_vllm.errors import ConfigError
+
+    is_salted = isinstance(getattr(kv_cache_utils, "resolve_none_hash_seed", None), SaltedSeed)
+    if config.page_salt != "off" and not is_salted:
+        raise ConfigError(
+            f'minference.page_salt="{config.page_salt}" has no effect on this vLLM: the log says why at registration. '
+            'Set it to "off", and tell pages apart by PYTHONHASHSEED.'
+        )
+
+
+def _salt_of(vllm_config: Any) -> str:
+    """The salt of an engine; empty if our backend is not selected, so that its pages are dense.
+
+    Raises:
+        ConfigError: the settings, or a pattern file that they name, are refused.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from minference_vllm import compat
+
+    if vllm_config is None or not compat.is_selected(vllm_config, AttentionBackendEnum.CUSTOM):
+        return ""
+    # They bring PyTorch and every kernel, which a server of another backend has no use for.
+    from minference_vllm.config import load_config
+    from minference_vllm.patterns import AutoSettings, resolve
+    from minference_vllm.salt import salt_of
+
+    config = load_config(vllm_config.additional_config)
+    if config.page_salt == "off":
+        return ""
+    is_auto = isinstance(config.method, AutoSettings)
+    resolved = resolve(config.method, compat.served_model(vllm_config, rank=0) if is_auto else None)
+    salt = salt_of(config, resolved)
+    if config.page_salt == "method":
+        logger.info("MInference: block hashes are salted with %s: servers of the same salt share pages.", salt[:16])
+    return salt
