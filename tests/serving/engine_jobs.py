@@ -150,6 +150,23 @@ def beam(llm: Any, prompts: list[Any], width: int, max_tokens: int) -> list[dict
     ]
 
 
+def pause(llm: Any, prompt: Any, max_tokens: int) -> dict[str, Any]:
+    """A prompt of which one step is read before the scheduler pauses; and whether it stood still meanwhile."""
+    from vllm import SamplingParams
+
+    engine, sampling = llm.llm_engine, {"temperature": 0, "logprobs": TOP_LOGPROBS, "ignore_eos": True}
+    engine.add_request("paused", prompt, SamplingParams(**sampling, max_tokens=max_tokens, detokenize=False))
+    engine.step()
+    llm.sleep(0, mode="keep")
+    before = llm.collective_rpc(count)[0]["tokens"]
+    stood_still = not engine.step() and llm.collective_rpc(count)[0]["tokens"] == before
+    llm.wake_up(["scheduling"])
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    return {"stood_still": stood_still, "read_before": before, "answer": _answer(outputs[-1].outputs[0])}
+
+
 def embed(llm: Any, prompts: list[Any]) -> list[list[float]]:
     return [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
 
@@ -181,7 +198,7 @@ def rest(llm: Any, seconds: float) -> None:
 
 
 STEPS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (ask, beam, embed, sleep, wake, reload, forget, rest)
+    each.__name__: each for each in (ask, beam, pause, embed, sleep, wake, reload, forget, rest)
 }
 
 

@@ -57,6 +57,7 @@ PLAIN: dict[str, Step] = {
     "prompt logprobs": ask(prompt_logprobs=0),
     "two answers": ask(n=2, temperature=0.001),
     "beams": {"do": "beam", "prompts": PROMPTS[1:], "width": 2, "max_tokens": 4},
+    "a pause": {"do": "pause", "prompt": PROMPTS[0], "max_tokens": NUM_GENERATED},
     "a schema": ask(structured_outputs={"json": SCHEMA}, ignore_eos=False, detokenize=True, max_tokens=40),
 }
 

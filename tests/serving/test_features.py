@@ -86,6 +86,15 @@ def test_beams(outcomes: Outcomes) -> None:
     assert sparse_tokens(outcomes["plain"], until=at, since=at - 1) > LENGTHS[1] // 2
 
 
+def test_a_pause_in_the_middle_of_a_prompt(outcomes: Outcomes) -> None:
+    at = list(PLAIN).index("a pause")
+    paused = served(outcomes["plain"]).steps[at]
+    assert paused["stood_still"]
+    since = outcomes["plain"].counted[at - 1][0]["tokens"][SPARSE]
+    assert 0 < paused["read_before"][SPARSE] - since < LENGTHS[0]
+    compare([paused["answer"]], answers(plain(outcomes, "greedy", stock=True))[:1], ROUNDING)
+
+
 def test_structured_outputs(outcomes: Outcomes) -> None:
     ours, stock = (answers(plain(outcomes, "a schema", stock)) for stock in (False, True))
     compare(ours, stock, ROUNDING)
