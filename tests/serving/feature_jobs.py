@@ -2,6 +2,7 @@
 """What the tests of serving features do to engines on the CPU, ours and vLLM's own."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ SCHEMA = {
     "required": ["colour"],
     "additionalProperties": False,
 }
+HAS_GRAMMARS = find_spec("xgrammar") is not None
 # Heads of one rank keep little, those of the other all.
 LITTLE, EVERYTHING = [64, 64], [2_000, 2_000]
 PATTERN = {
@@ -58,8 +60,9 @@ PLAIN: dict[str, Step] = {
     "two answers": ask(n=2, temperature=0.001),
     "beams": {"do": "beam", "prompts": PROMPTS[1:], "width": 2, "max_tokens": 4},
     "a pause": {"do": "pause", "prompt": PROMPTS[0], "max_tokens": NUM_GENERATED},
-    "a schema": ask(structured_outputs={"json": SCHEMA}, ignore_eos=False, detokenize=True, max_tokens=40),
 }
+if HAS_GRAMMARS:
+    PLAIN["a schema"] = ask(structured_outputs={"json": SCHEMA}, ignore_eos=False, detokenize=True, max_tokens=40)
 
 
 def pair(model: Path, steps: list[Step], **options: Any) -> tuple[Job, Job]:
@@ -70,10 +73,8 @@ def pair(model: Path, steps: list[Step], **options: Any) -> tuple[Job, Job]:
 
 def plain_jobs(llama: Path, head: Path, adapter: Path) -> dict[str, Job]:
     """Of a plain decoder."""
-    with_tokenizer = {
-        "skip_tokenizer_init": False,
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-    }
+    grammars = {"backend": "xgrammar", "disable_any_whitespace": True} if HAS_GRAMMARS else {}
+    with_tokenizer = {"skip_tokenizer_init": False, "structured_outputs_config": grammars}
     jobs = dict(zip(("plain", "plain stock"), pair(llama, list(PLAIN.values()), **with_tokenizer), strict=True))
     drafts: dict[str, dict[str, Any]] = {
         "ngram": {"prompt_lookup_max": 4, "prompt_lookup_min": 2},
