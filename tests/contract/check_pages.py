@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By what this release knows pages, salted. Run by test_vllm_033.py, with that release on the path."""
+"""How this release tells pages, salted, and servers apart. Run by test_vllm_033.py, with that release on the path."""
+
+import ast
+from pathlib import Path
 
 import vllm
 
@@ -9,3 +12,28 @@ from tests.unit.test_page_salt import *  # noqa: F403 - the same holds in this r
 
 def test_the_release_is_the_one_to_check() -> None:
     assert vllm.__version__ == VERSION
+
+
+def function(file: str, name: str) -> ast.FunctionDef:
+    """A function of the release, by where it is."""
+    tree = ast.parse((Path(vllm.__file__).parent / file).read_text())
+    [found] = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+    return found
+
+
+def test_nixls_handshake_compares_what_the_document_lists() -> None:
+    # docs/compatibility.md: no setting of ours is among it.
+    file = "distributed/kv_transfer/kv_connector/v1/nixl/metadata.py"
+    hashed = function(file, "compute_nixl_compatibility_hash")
+    [factors] = [node for node in ast.walk(hashed) if isinstance(node, ast.Dict)]
+    assert {key.value for key in factors.keys if isinstance(key, ast.Constant)} == {
+        "vllm_version", "nixl_connector_version", "model", "dtype", "num_kv_heads", "head_size", "num_hidden_layers",
+        "attn_backend_name", "cache_dtype", "is_hma_enabled", "speculative_config", "transfer_mode",
+    }  # fmt: skip
+
+
+def test_what_the_profiling_run_allocates_stays_while_a_server_sleeps() -> None:
+    # Our scratch does: what sleeps is allocated in a pool of its own.
+    source = ast.unparse(function("v1/worker/gpu_worker.py", "determine_available_memory"))
+    assert "profile_run(" in source
+    assert "memory_pool" not in source

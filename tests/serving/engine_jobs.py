@@ -104,7 +104,9 @@ def ask(
     if "structured_outputs" in options:
         options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
     adapter = LoRARequest("adapter", 1, lora) if lora else None
-    outputs = llm.generate(prompts, SamplingParams(**options), use_tqdm=False, lora_request=adapter, priority=priority)
+    outputs = llm.generate(
+        list(map(_seen, prompts)), SamplingParams(**options), use_tqdm=False, lora_request=adapter, priority=priority
+    )
     return [
         {
             "answers": [_answer(answer) for answer in output.outputs],
@@ -116,6 +118,18 @@ def ask(
         }
         for output in outputs
     ]
+
+
+def _seen(prompt: Any) -> Any:
+    """A prompt; what it has of images are their seeds."""
+    if "images" not in prompt:
+        return prompt
+    import numpy
+    from PIL import Image
+
+    pixels = [numpy.random.default_rng(seed).integers(0, 256, (64, 64, 3), numpy.uint8) for seed in prompt["images"]]
+    images = [Image.fromarray(each) for each in pixels]
+    return {"prompt_token_ids": prompt["prompt_token_ids"], "multi_modal_data": {"image": images}}
 
 
 def _answer(answer: Any) -> dict[str, Any]:
@@ -134,6 +148,23 @@ def beam(llm: Any, prompts: list[Any], width: int, max_tokens: int) -> list[dict
         {"tokens": [each.tokens for each in output.sequences], "sums": [each.cum_logprob for each in output.sequences]}
         for output in outputs
     ]
+
+
+def pause(llm: Any, prompt: Any, max_tokens: int) -> dict[str, Any]:
+    """A prompt of which one step is read before the scheduler pauses; and whether it stood still meanwhile."""
+    from vllm import SamplingParams
+
+    engine, sampling = llm.llm_engine, {"temperature": 0, "logprobs": TOP_LOGPROBS, "ignore_eos": True}
+    engine.add_request("paused", prompt, SamplingParams(**sampling, max_tokens=max_tokens, detokenize=False))
+    engine.step()
+    llm.sleep(0, mode="keep")
+    before = llm.collective_rpc(count)[0]["tokens"]
+    stood_still = not engine.step() and llm.collective_rpc(count)[0]["tokens"] == before
+    llm.wake_up(["scheduling"])
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    return {"stood_still": stood_still, "read_before": before, "answer": _answer(outputs[-1].outputs[0])}
 
 
 def embed(llm: Any, prompts: list[Any]) -> list[list[float]]:
@@ -167,7 +198,7 @@ def rest(llm: Any, seconds: float) -> None:
 
 
 STEPS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (ask, beam, embed, sleep, wake, reload, forget, rest)
+    each.__name__: each for each in (ask, beam, pause, embed, sleep, wake, reload, forget, rest)
 }
 
 

@@ -18,6 +18,7 @@ from tests.serving.features import Report, Tolerance, answers, compare, density,
 from tests.serving.prompts import HAYSTACK
 from tests.serving.server import MODEL, needs_model
 from tests.serving.tiny_drafts import make_eagle_head, make_qwen3_moe
+from tests.serving.tiny_kinds import make_deepseek
 
 pytestmark = [pytest.mark.serving, pytest.mark.gpu, needs_model]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -225,6 +226,16 @@ def test_speculative_decoding(
     assert drafted > 0
     assert accepted >= {"ngram": 0.3, "draft_model": 0.8, "eagle": 0.0}[kind] * drafted  # the head's weights are random
     assert sparse_tokens(found) >= 0.9 * TOKENS
+
+
+def test_latent_attention_is_refused_by_name(report: Report, tmp_path: Path) -> None:
+    make_deepseek(tmp_path / "model")
+    options = {**OPTIONS, **QUICK, "max_model_len": 4_096, "skip_tokenizer_init": True}
+    job = Job(str(tmp_path / "model"), OURS, options, [], ALL_KEYS)
+    found = run({"job": job}, tmp_path / "job", TIMEOUT_S)["job"]
+    report(found, error=found.error)
+    assert found.error is not None
+    assert "MLA not supported" in found.error
 
 
 @two_gpus
