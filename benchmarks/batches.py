@@ -115,19 +115,20 @@ MAX_ROWS, MAX_LEN = 4096, 18560
 """Limits of the server that runs them (--max-num-batched-tokens, --max-model-len)."""
 
 SHAPES = (
-    # FlashAttention-3 writes bf16 only over a cache in FP8, so fp16 comes with plain caches alone.
+    # FlashAttention-3 writes bf16 only over a cache in FP8, so fp16 comes with plain caches alone. Each group size,
+    # head_dim, kind of numbers, layout and page size meets each of the others.
     Shape(32, 8, 128),
-    Shape(2, 2, 64, "float16", "auto", "HND", 32),
-    Shape(4, 2, 64, "bfloat16", "fp8_e4m3", "NHD", 16),
-    Shape(16, 4, 64, "float16", "auto", "NHD", 32),
-    Shape(8, 1, 64, "bfloat16", "fp8_e4m3", "HND", 16),
-    Shape(4, 4, 128, "bfloat16", "fp8_e4m3", "NHD", 32),
-    Shape(8, 4, 128, "float16", "auto", "HND", 16),
-    Shape(16, 2, 128, "float16", "auto", "NHD", 32),
-    Shape(2, 2, 256, "float16", "auto", "NHD", 16),
-    Shape(4, 2, 256, "bfloat16", "auto", "HND", 32),
-    Shape(8, 2, 256, "bfloat16", "fp8_e4m3", "HND", 32),
-    Shape(8, 1, 256, "float16", "auto", "HND", 16),
+    Shape(2, 2, 64),
+    Shape(4, 2, 64, layout="HND"),
+    Shape(8, 1, 256, page_size=32),
+    Shape(4, 4, 128, "float16", page_size=32),
+    Shape(4, 2, 256, "float16"),
+    Shape(8, 2, 256, "float16", layout="HND", page_size=32),
+    Shape(16, 2, 64, "float16", layout="HND"),
+    Shape(2, 2, 256, cache="fp8_e4m3", layout="HND"),
+    Shape(8, 4, 128, cache="fp8_e4m3", page_size=32),
+    Shape(16, 4, 64, cache="fp8_e4m3", layout="HND", page_size=32),
+    Shape(8, 1, 128, cache="fp8_e4m3", layout="HND", page_size=32),
 )
 
 TINY_BATCHES = (

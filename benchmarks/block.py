@@ -3,14 +3,17 @@
 
     python -m benchmarks.block --out benchmarks/results/h100-block.json
     python -m benchmarks.block --cache fp8 --kernel cuda triton --out benchmarks/results/h100-block-fp8.json
+    python -m benchmarks.block --lists lists.npz --out benchmarks/results/h100-block-lists.json
 
 Queries and keys are random, so what is attended to is drawn: groups at a density. Choosing does all its work, which
 does not depend on the data but for the length of the lists: its share is set so that they have the drawn ones' length.
+With --lists what is attended to was chosen on a real prompt (benchmarks.record): as it was, and carried over to more
+heads and tokens.
 """
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +22,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import peers, results
+from benchmarks.block_cases import LISTS, Attended, Case, drawn_cases, recorded_cases
 from benchmarks.cases import Case as Shape
 from benchmarks.cases import Inputs, in_fp8, make_inputs
 from benchmarks.chunks import TOLERANCE
+from benchmarks.lists import Lists
 from benchmarks.timing import bf16_matmul_tflops, median, say
 from minference_vllm import ops, reference
 from minference_vllm.attention import Guard, LayerState, watch
@@ -41,26 +46,6 @@ DENSE_FP8_TOLERANCE = 0.5
 """FlashAttention-3 rounds probabilities to FP8; a scale that is missing or taken twice is further off."""
 
 
-class Case(NamedTuple):
-    """The last `rows` tokens of a prompt of `tokens`, in one layer."""
-
-    tokens: int
-    rows: int
-    density: float
-    num_qo_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-
-
-CASES = (
-    *(Case(131072, 16384, density) for density in (0.05, 0.08, 0.10, 0.15)),
-    *(Case(32768, 16384, density) for density in (0.10, 0.15)),
-    *(Case(32768, 32768, density) for density in (0.10, 0.15)),
-    *(Case(28672, 8192, density, 14, 2, 64) for density in (0.10, 0.15)),
-    Case(1048576, 16384, 0.035),
-)
-TINY = (Case(1024, 512, 0.3, 4, 2, 64),)
-
 SETTINGS = {
     "timing": "CUDA events, medians; see h100-attention.json",
     "choose_ms": "means of the keys, row normalisers, masses, selection: the whole choice; its parts beside",
@@ -69,8 +54,8 @@ SETTINGS = {
     "score_dtype": "of the means and of the rows that are scored against them; `--score-dtype model fp8` compares",
     "cache": "of keys and values; with fp8 queries are FP8 too, and both kernels write bf16",
     "kernel": "that attends; `--kernel cuda triton` compares",
-    "attend_ms": "drawn groups, the same for both halves of a tile; of one tile's groups the next keeps "
-    "minference_vllm.tuning.groups.STAYS; pages of 16 in random order",
+    "attend_ms": "drawn groups where no lists are given, the same for both halves of a tile; of one tile's groups the "
+    "next keeps minference_vllm.tuning.groups.STAYS; pages of 16 in random order",
     "density": "kept / causal pairs of the chunk, as the kernel counts them; attend_tflops counts kept pairs alone",
     "guard_ms": "recall of 64 rows, and the look for heads below the floor, of which there are none",
     "dense_ms": "flash_attn_varlen_func of vLLM, fa_version 3, on the same pages and rows",
@@ -169,8 +154,11 @@ class Dense(NamedTuple):
     error: float | None = None
 
 
-def measure(case: Case, inputs: Inputs, dense: Dense, method: Block) -> dict[str, Any]:
+def measure(case: Case, inputs: Inputs, dense: Dense, method: Block, index: TileIndex | None = None) -> dict[str, Any]:
     """A row.
+
+    Args:
+        index: what is attended to; drawn if it is not given.
 
     Raises:
         SystemExit: the output is wrong.
@@ -182,7 +170,7 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block) -> dict[str
     shape = ScratchShape(*heads, chunk.out.dtype, case.tokens, case.rows, *fp8)
     scratch = method.scratch(shape, device)
     attend = AttendBuffers.allocate(case.num_qo_heads, case.rows, device)
-    index = draw_groups(chunk, method, 0, case.density)
+    index = draw_groups(chunk, method, 0, case.density) if index is None else index
     ops.attend(chunk, index, attend, kernel)
     pairs = int(attend.kept_pairs)
     error = error_of(chunk, index)
@@ -220,7 +208,24 @@ def measure_dense(case: Case, inputs: Inputs) -> Dense:
     return Dense(median(attention, inputs.q.device), error)
 
 
-def main() -> None:
+def measure_all(
+    options: argparse.Namespace, attended: list[Attended], methods: list[Block], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """The rows, as they come."""
+    made: tuple[Any, Inputs, Dense] | None = None
+    for cache, (case, named, index) in itertools.product(options.cache, attended):
+        shape = (cache, case.tokens, case.rows, *case[3:])
+        if made is None or made[0] != shape:
+            inputs = made = None
+            inputs = make_inputs(Shape(case.tokens, 1, 1, *case[3:]), device, 0)
+            inputs = in_fp8(inputs) if cache == "fp8" else inputs
+            made = shape, inputs, Dense() if options.tiny else measure_dense(case, inputs)
+        given = TileIndex(index.groups.to(device), index.counts.to(device)) if index else None
+        for method in methods:
+            yield {**named, **measure(case, made[1], made[2], method, given)}
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the result file")
     parser.add_argument("--tiny", action="store_true", help="smoke test on the CPU: a toy size, no FlashAttention")
@@ -233,7 +238,12 @@ def main() -> None:
     parser.add_argument("--cache", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="a row for each")
     parser.add_argument("--kernel", nargs="+", choices=["auto", *Kernel], default=["auto"], help="a row for each")
     parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these lengths")
-    options = parser.parse_args()
+    parser.add_argument("--lists", type=Path, help="attend to these, which benchmarks.record has written")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     results.describe_run(options.tiny)
     device = torch.device("cpu" if options.tiny else "cuda", None if options.tiny else torch.cuda.current_device())
     kernels = [choose_kernel(asked, device) for asked in options.kernel]
@@ -243,20 +253,17 @@ def main() -> None:
     ]
     settings: dict[str, Any] = {**SETTINGS, "method": BlockSettings().model_dump()}
     settings["bf16_matmul_tflops"] = None if options.tiny else bf16_matmul_tflops(device)
-    rows: list[dict[str, Any]] = []
-    made: tuple[Any, Inputs, Dense] | None = None
-    cases = [case for case in (TINY if options.tiny else CASES) if case.tokens in (options.tokens or [case.tokens])]
-    for cache, case in itertools.product(options.cache, cases):
-        shape = (cache, case.tokens, case.rows, *case[3:])
-        if made is None or made[0] != shape:
-            inputs = made = None
-            inputs = make_inputs(Shape(case.tokens, 1, 1, *case[3:]), device, 0)
-            inputs = in_fp8(inputs) if cache == "fp8" else inputs
-            made = shape, inputs, Dense() if options.tiny else measure_dense(case, inputs)
-        for method in methods:
-            rows.append(measure(case, made[1], made[2], method))
-            say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
-            results.write(options.out, rows, options.tiny, settings=settings)
+    attended = drawn_cases(options.tiny)
+    if options.lists:
+        lists = Lists.load(options.lists)
+        settings |= {"lists": LISTS, "recorded": lists.about}
+        attended = recorded_cases(lists, options.tiny)
+    attended = [of for of in attended if of.case.tokens in (options.tokens or [of.case.tokens])]
+    rows = []
+    for row in measure_all(options, attended, methods, device):
+        rows.append(row)
+        say(", ".join(f"{name} {value}" for name, value in row.items()))
+        results.write(options.out, rows, options.tiny, settings=settings)
     print(results.table(rows))
 
 

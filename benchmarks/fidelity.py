@@ -15,8 +15,8 @@ A control, which keeps everything, so that what it differs by is rounding: 'bloc
 
 In parts, on several cards, and put together:
 
-    python -m benchmarks.fidelity … --tokens 28672 --out a.json
-    python -m benchmarks.fidelity … --tokens 4096 8192 16384 --out b.json
+    python -m benchmarks.fidelity --model /tmp/qwen --texts stdlib --tokens 28672 --out a.json
+    python -m benchmarks.fidelity --model /tmp/qwen --texts stdlib --tokens 4096 8192 16384 --out b.json
     python -m benchmarks.fidelity --merge a.json b.json --out benchmarks/results/h100-fidelity.json
 """
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what length on sparse prefill wins: what `minference-vllm tune` measures, for the record.
 
-    python -m benchmarks.gate --chunks 16384 8192 --out benchmarks/results/h100-gate.json
+    python -m benchmarks.gate --chunks 16384 8192 --out benchmarks/results/h100-gate-block.json
+    python -m benchmarks.gate --method 1000:6096 --chunks 16384 8192 --out benchmarks/results/h100-gate.json
 
 The default of min_seq_len comes from here.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results
+from benchmarks import parse_method, results
 from minference_vllm.cli.tune import LENGTHS
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.tuning import timing
@@ -43,10 +44,12 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], help="query heads, KV heads, head_dim")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="prompt lengths")
     parser.add_argument("--cache", choices=["bf16", "fp8"], default="bf16", help="of keys and values")
+    parser.add_argument("--method", default="block", help="or vertical_slash by its sizes: 1000:6096")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     results.describe_run()
-    heads, config = Heads(*options.heads), MInferenceConfig()
+    heads = Heads(*options.heads)
+    config = MInferenceConfig.model_validate({"method": parse_method(options.method)})
     settings = {
         "measured": MEASURED,
         "heads": heads._asdict(),

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -14,7 +14,6 @@ from minference_vllm.errors import ConfigError, shortened
 from minference_vllm.files import parse_json, read_file
 from minference_vllm.methods import MAX_TOKENS, METHODS, MethodSettings
 from minference_vllm.methods.block import BlockSettings
-from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.patterns import AutoSettings
 
 CONFIG_FILE_VARIABLE = "MINFERENCE_CONFIG"
@@ -23,6 +22,13 @@ MOST_FAULTS = 8  # that one message names
 
 SETTINGS: tuple[type[MethodSettings], ...] = (*(method.Settings for method in METHODS), AutoSettings)
 """Of everything that the setting `method` may name."""
+
+if TYPE_CHECKING:
+    AnySettings = MethodSettings
+else:  # of the registry, so that a method is registered by one line there; the JSON schema lists the last one first
+    AnySettings = Annotated[
+        Union[(*(method.Settings for method in reversed(METHODS)), AutoSettings)], Field(discriminator="name")
+    ]
 
 METHOD_NAMES: tuple[str, ...] = tuple(settings.model_fields["name"].default for settings in SETTINGS)
 
@@ -40,9 +46,7 @@ class MInferenceConfig(BaseModel):
     min_chunk: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     """Chunks with fewer rows than this run dense: choosing the keys would cost more than it saves."""
 
-    method: Annotated[VerticalSlashSettings | BlockSettings | AutoSettings, Field(discriminator="name")] = (
-        BlockSettings()
-    )
+    method: AnySettings = BlockSettings()
     """How the kept keys are chosen: a method's name, or an object of its name and settings. "auto" is vertical_slash
     or block with what a pattern file gives each head of the model, where there is one, and else block."""
 

@@ -24,6 +24,7 @@ from minference_vllm.impl import SparseLayerMixin, refused
 from minference_vllm.metadata import PlanningMixin
 from minference_vllm.plan import DenseRun, Plan
 from minference_vllm.reason import Reason
+from minference_vllm.record import StepRecord
 from minference_vllm.reference.dense import dense
 from minference_vllm.reference.quantized import to_stored
 from minference_vllm.step import Step
@@ -62,10 +63,11 @@ class MInferenceCPUBuilder(PlanningMixin, CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if not fast_build:
-            plan, record = self.plan_step(common_attn_metadata, metadata)
-            if record is not None:
-                metadata.minference = Step.of(Plan(plan.chunks), record, metadata)
+            self.attach_plan(common_attn_metadata, metadata)
         return metadata
+
+    def make_step(self, plan: Plan, record: StepRecord, metadata: CPUAttentionMetadata) -> Step:
+        return Step(plan.chunks, (), record)  # the layers find the rest by themselves
 
 
 class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):

@@ -1,27 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the setting `debug` checks after each chunk; each check waits for the device."""
+"""What the setting `debug` checks of each chunk; each check waits for the device."""
 
 import torch
 
-from minference_vllm.attention import LayerState
+from minference_vllm.attention import Chooser, LayerState
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import BANDS_PER_TILE, EVERY_GROUP, GROUPS_PER_TILE, TILE, BandIndex, SparseIndex, TileIndex
+from minference_vllm.methods import Method
 from minference_vllm.scratch import RecallBuffers
 
 
-def check(chunk: Chunk, index: SparseIndex, layer: LayerState) -> None:
-    """Check what a chunk was attended to, and what came out.
+def checking(chooser: Chooser) -> Chooser:
+    """The same chooser, whose index is checked before keys are read by it: on a GPU a bad entry may end the process."""
+
+    def choose_checked(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
+        index = chooser(method, chunk, layer)
+        check_index(chunk, index, layer)
+        return index
+
+    return choose_checked
+
+
+def check_index(chunk: Chunk, index: SparseIndex, layer: LayerState) -> None:
+    """Check what a chunk is to attend to.
 
     Raises:
-        RuntimeError: an entry of the index lies where no key is, or the output is not finite.
+        RuntimeError: an entry lies where no key is.
     """
     faults = _faults_of_bands(chunk, index) if isinstance(index, BandIndex) else _faults_of_groups(chunk, index)
-    if layer.guard is not None:
-        faults += _faults_of_heads(chunk, layer.guard.buffers)
+    _refuse(faults, chunk, layer)
+
+
+def check_output(chunk: Chunk, layer: LayerState) -> None:
+    """Check what came out, and which heads the guard had attend again.
+
+    Raises:
+        RuntimeError: the output is not finite, or the guard lists a head that is none.
+    """
+    faults = [] if layer.guard is None else _faults_of_heads(chunk, layer.guard.buffers)
     if not chunk.out.isfinite().all():
         faults.append(f"the output holds NaN or infinity ({int((~chunk.out.isfinite()).sum())} elements)")
     if not layer.attend.lse[:, : chunk.num_rows].isfinite().all():
         faults.append("the log-sum-exp of a row is not finite")
+    _refuse(faults, chunk, layer)
+
+
+def _refuse(faults: list[str], chunk: Chunk, layer: LayerState) -> None:
     if faults:
         raise RuntimeError(
             f"MInference, debug: layer {layer.number}, {chunk.num_rows} rows after {chunk.context_len} keys: "

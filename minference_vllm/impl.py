@@ -3,6 +3,7 @@
 
 import logging
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -22,7 +23,8 @@ from minference_vllm.step import Step, run_metadata
 
 logger = logging.getLogger("vllm.minference")
 
-_runtimes: dict[tuple[torch.device, str], Runtime] = {}
+_runtimes: WeakValueDictionary[tuple[int, torch.device, str], Runtime] = WeakValueDictionary()
+"""By engine, device and settings. The engine's layers hold them: scratch and all, they go with it."""
 
 
 class SparseLayerMixin(SparseLayer):
@@ -59,7 +61,6 @@ class SparseLayerMixin(SparseLayer):
         First called in the profiling run: vLLM sizes the KV cache with what is allocated then.
         """
         if not self.is_decided:
-            self.runtime.has_sparse_layers = False  # an earlier engine of this process may have had the same runtime
             decide_layers(self._vllm_config, self.runtime.publish, self.runtime.dense_layers)
         if self.dense_reason is None:
             try:
@@ -88,8 +89,13 @@ class SparseLayerMixin(SparseLayer):
         Returns:
             The chunks for which it failed: they are to run dense.
         """
-        k, v = self.keys_and_values(kv_cache)
-        q_scale, k_scale, v_scale = self.scales(layer, query)
+        try:
+            k, v = self.keys_and_values(kv_cache)
+            q_scale, k_scale, v_scale = self.scales(layer, query)
+        except Exception as error:
+            self.runtime.faults.in_layer(error, self.number)
+            self.runtime.failed.update(rows.request for rows in step.chunks)
+            return list(step.chunks)
         failed = []
         for rows in step.chunks:
             span = slice(rows.query_start, rows.query_start + rows.num_rows)
@@ -124,20 +130,22 @@ class SparseLayerMixin(SparseLayer):
 
 
 def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
-    """The runtime of this device and configuration: a process may hold one engine after another."""
+    """The runtime of this engine and device: a process may hold several engines, also of the same settings.
+
+    A draft model's layers, which never run sparse, are the main model's guests: no pattern file need fit them.
+    """
     try:
         config = load_config(vllm_config.additional_config)
         pages.require(config)
-        key = (device, config.model_dump_json())
-        model = compat.served_model(vllm_config) if isinstance(config.method, AutoSettings) else None
-        known = _runtimes.get(key)
-        # A draft model's layers, which never run sparse, are the main model's guests: no pattern file need fit them.
-        if known is None or (known.model != model and not compat.is_loading_drafter()):
+        key = (compat.engine_id(vllm_config), device, config.model_dump_json())
+        runtime = _runtimes.get(key)
+        if runtime is None:
+            model = compat.served_model(vllm_config) if isinstance(config.method, AutoSettings) else None
             pipeline = compat.pipeline(vllm_config)
-            _runtimes[key] = Runtime(config, device, compat.reports_metrics(), model, pipeline)
+            _runtimes[key] = runtime = Runtime(config, device, compat.reports_metrics(), model, pipeline)
     except ConfigError as error:
         raise refused(str(error)) from None
-    return _runtimes[key]
+    return runtime
 
 
 def refused(why: str) -> ConfigError:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metadata builders: once a step, from host data, they attach what runs sparse to vLLM's own metadata."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -11,7 +12,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
 from minference_vllm import compat
-from minference_vllm.plan import ALL_DENSE, Budget, Plan, Requests, make_plan
+from minference_vllm.compat import limits
+from minference_vllm.plan import ALL_DENSE, Plan, Requests, make_plan
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, UntoldStep
 from minference_vllm.step import Step
@@ -35,13 +37,30 @@ class PlanningMixin:
             impl.runtime.warm_up(impl.shape, kv_cache_spec.block_size)
         self._runtime = runtime = impls[0].runtime
         self._min_seq_len, self._min_chunk = runtime.config.min_seq_len, runtime.config.min_chunk
-        self._budget = Budget(vllm_config.scheduler_config.max_num_batched_tokens, compat.longest_chunk(vllm_config))
+        self._budget = limits.budget(vllm_config)
         self._group = layer_names[0]
         self._has_sparse_layers = bool(sparse)
         self._dense_reason = None if sparse else impls[0].dense_reason  # of the whole group
-        runtime.start(vllm_config.model_config.max_model_len, self._budget.rows, bool(sparse))
+        self._pools_blocks = compat.pools_blocks(self)
+        runtime.start(limits.longest_prompt(vllm_config), self._budget, bool(sparse))
         self._defer = runtime.counters.defer
         self._are_overwritten = not compat.has_host_tensors_of_its_own(vllm_config)
+
+    def attach_plan(self, common: CommonAttentionMetadata, metadata: Any) -> None:
+        """Plan one step, and attach to its metadata what runs sparse. After an exception the step stays dense."""
+        if self._pools_blocks:  # its rows are no prompt's tokens, and more than scratch is claimed for
+            return
+        try:
+            plan, record = self.plan_step(common, metadata)
+            if record is not None:
+                metadata.minference = self.make_step(plan, record, metadata)
+        except Exception as error:
+            self._runtime.faults.in_plan(error)
+            self._count_fault(common)
+
+    def make_step(self, plan: Plan, record: StepRecord, metadata: Any) -> Step:
+        """What tells the layers of a plan."""
+        return Step.of(plan, record, metadata)
 
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> tuple[Plan, StepRecord | None]:
         """Plan one step, and have it counted, now if it is dense, else by the last sparse layer.
@@ -93,6 +112,18 @@ class PlanningMixin:
             self._defer(record)
         return ALL_DENSE, None
 
+    def _count_fault(self, common: CommonAttentionMetadata) -> None:
+        """Have a step counted that could not be planned: what passes the gate ran dense for that."""
+        # What vLLM lacks here may be what planning lacked; the fault is logged.
+        with contextlib.suppress(Exception):
+            record = StepRecord(
+                self._group, common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, common.is_prefilling,
+                self._dense_reason, Reason.SPARSE_FAULT,
+            )  # fmt: skip
+            record.copy_fields()
+            if self._counts:
+                self._defer(record)
+
 
 def _requests(common: CommonAttentionMetadata) -> tuple[Requests | None, bool]:
     """The step's requests. Without any that reads a prompt None and False, without data to tell them None and True."""
@@ -130,9 +161,7 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         if fast_build or self._is_capturing:  # fast_build: the draft model's steps
             return metadata
-        plan, record = self.plan_step(common_attn_metadata, metadata)
-        if record is not None:
-            metadata.minference = Step.of(plan, record, metadata)
+        self.attach_plan(common_attn_metadata, metadata)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
@@ -150,5 +179,14 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         updated = super().update_block_table(metadata, blk_table, slot_mapping)
         step: Step | None = getattr(metadata, "minference", None)
         if step is not None:
-            updated.minference = step.on(updated)
+            updated.minference = self._step_on(updated, step)
         return updated
+
+    def _step_on(self, metadata: FlashAttentionMetadata, step: Step) -> Step:
+        """The step on this group's metadata. After an exception all of it runs dense here."""
+        try:
+            return step.on(metadata)
+        except Exception as error:
+            self._runtime.faults.in_plan(error)
+            self._runtime.failed.update(chunk.request for chunk in step.chunks)
+            return step.all_dense(metadata)

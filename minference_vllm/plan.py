@@ -163,15 +163,16 @@ ALL_DENSE = Plan()
 
 
 class Budget(NamedTuple):
-    """By what the scheduler cuts prompts into chunks.
+    """By what the scheduler cuts prompts into chunks; infinite where that is not known.
 
     Attributes:
-        tokens: most of a step.
-        rows: most of one request in a step.
+        tokens: most of a step (--max-num-batched-tokens).
+        rows: most of one request in a step, if there are others (--long-prefill-token-threshold); vLLM gives a request
+            that is alone the whole step.
     """
 
-    tokens: int
-    rows: int
+    tokens: float
+    rows: float
 
 
 def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> Plan:
@@ -183,10 +184,10 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
     """
     prompts = list(requests.prompts())
     # vLLM does not tell where a prompt ends, but what it cuts fills its budget. Of several prompts in a step only one
-    # is cut, and which cannot be seen.
+    # is cut, and which cannot be seen. Who has more rows than requests beside others get is alone, and not cut by that.
     is_full = requests.starts[len(requests.seq_lens)] >= budget.tokens and len(prompts) == 1
     chunks = tuple(
-        SparseChunk(request, requests.starts[request], rows, seq_len - rows, not (is_full or rows >= budget.rows))
+        SparseChunk(request, requests.starts[request], rows, seq_len - rows, not (is_full or rows == budget.rows))
         for request, rows, seq_len in prompts
         if gate(rows, seq_len, config) is Reason.GATE_OPEN
     )
@@ -202,24 +203,31 @@ def gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
     return Reason.GATE_OPEN
 
 
-def gate_obstacle(config: MInferenceConfig, max_seq_len: float, max_chunk: float) -> str:
+def gate_obstacle(config: MInferenceConfig, max_prompt: float, budget: Budget) -> str:
     """Why the gate can never open on a server with these limits; empty if it can.
 
     Args:
         config: the gate.
-        max_seq_len: tokens of the longest request that the server admits.
-        max_chunk: most rows that its scheduler gives a request in one step.
+        max_prompt: tokens of the longest prompt that the server admits.
+        budget: of its scheduler.
     """
-    limits = (
-        ("min_chunk", max_chunk, "rows that a step may give a request (--max-num-batched-tokens)"),
-        ("min_seq_len", max_seq_len, "tokens that a request may have (--max-model-len)"),
-    )
+    admitted = max_prompt, "tokens that a prompt may have (--max-model-len)"
+    in_a_step = budget.tokens, "rows that a step may give a request (--max-num-batched-tokens)"
+    limits = (("min_chunk", *min(admitted, in_a_step)), ("min_seq_len", *admitted))
     obstacles = (
         f"minference.{setting} is {value}, above the {limit} {name}"
         for setting, limit, name in limits
         if (value := getattr(config, setting)) > limit
     )
     return "; ".join(obstacles)
+
+
+def sharing_obstacle(config: MInferenceConfig, budget: Budget) -> str:
+    """Why the gate opens for a request that is alone, and never while there are others; empty if it does."""
+    if config.min_chunk <= budget.rows:
+        return ""
+    limit = f"{budget.rows} rows that a step gives a request beside others (--long-prefill-token-threshold)"
+    return f"minference.min_chunk is {config.min_chunk}, above the {limit}"
 
 
 def _dense_runs(chunks: tuple[SparseChunk, ...], requests: Requests) -> tuple[DenseRun, ...]:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers of one worker process share: configuration, method, scratch memory and counters."""
 
-import itertools
 import logging
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,34 +11,29 @@ from minference_vllm import debug
 from minference_vllm.attention import Chooser, Guard, LayerState, choose, prefill
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
+from minference_vllm.faults import Faults
 from minference_vllm.index import TILE
 from minference_vllm.methods import make_method
+from minference_vllm.metrics.account import Account
 from minference_vllm.metrics.counters import Counters
-from minference_vllm.metrics.density import DensityMeter
-from minference_vllm.metrics.recall_meter import RecallMeter
-from minference_vllm.metrics.snapshot import Counts, Times
-from minference_vllm.metrics.stopwatch import Stopwatch
 from minference_vllm.ops import choose_kernel, report_shape
 from minference_vllm.patterns import ServedModel, resolve
 from minference_vllm.pipeline import ONE_STAGE, Pipeline
-from minference_vllm.plan import gate_obstacle
-from minference_vllm.recall import Floors, Recall
-from minference_vllm.record import Record, StepRecord, Tally, faults_of
+from minference_vllm.plan import Budget, gate_obstacle, sharing_obstacle
+from minference_vllm.recall import Floors
+from minference_vllm.record import StepRecord
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
-
-MOST_FAULTS = 3
-"""Faults of the sparse path, one after the other, after which it is not tried again."""
 
 logger = logging.getLogger("vllm.minference")
 
 
 class Runtime:
-    """One a worker process, device and configuration.
+    """One an engine and device, in a worker process.
 
     Args:
         config: the resolved configuration.
         device: where the model runs.
-        publish: whether this worker counts, and reports metrics for its pipeline stage.
+        publish: whether this worker counts, and reports metrics for its pipeline stage. Any reports its faults.
         model: what is served; only the method "auto" needs to know.
         pipeline: this worker's place in it.
 
@@ -50,7 +43,8 @@ class Runtime:
         chooser: who chooses the keys of each chunk; see attention.Chooser.
         floors: of the guard.
         counts_prompts: whether prompts are counted here, for all stages.
-        is_broken: whether the sparse path has failed so often that all runs dense until the next start.
+        faults: exceptions that were met.
+        failed: requests of this step whose sparse attention raised one.
         has_sparse_layers: whether any layer may run sparse.
     """
 
@@ -65,26 +59,19 @@ class Runtime:
         self.config = config
         self.publish = publish
         self.device = device
-        self.model = model
         self.resolved = resolve(config.method, model)
         self.method = make_method(self.resolved.settings, choose_kernel(config.kernel, device))
         self.dense_layers = frozenset(range(config.dense_layers)) | self.resolved.dense_layers
         self.counts_prompts = publish and pipeline.speaks(self.dense_layers)
         self.chooser: Chooser = choose
-        self.counters = Counters(publish, config.log_every, self._tally_once, self._read)
+        self.faults = Faults(raises=config.debug)
+        engine = self.resolved.settings.name, self.method.kernel.value
+        self.account = Account(config, device, publish, self.counts_prompts, engine, self.faults)
+        self.counters = Counters(config.log_every, self.account.tally, self.account.read)
         self.floors = Floors(config.recall_floor, config.row_recall_floor)
-        self.is_broken = False
-        self.failed: set[int] = set()  # requests of this step whose sparse attention raised an exception
-        self._faults = 0  # since a chunk last ran sparse
-        self._has_logged_fault = False
-        self._has_warned = False
+        self.failed: set[int] = set()
+        self._has_looked_at_limits = False
         self.has_sparse_layers = False
-        self._counted: set[str] = set()
-        self._causal_pairs = self._scratch_bytes = 0
-        self._stopwatch = Stopwatch(device)
-        # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
-        self._density: DensityMeter | None = None
-        self._recalls: dict[tuple[ScratchShape, int], tuple[RecallTotals, RecallMeter]] = {}
         self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers, RecallBuffers | None]] = {}
         self._layers: dict[tuple[ScratchShape, int, int], LayerState] = {}
         self._warm: set[tuple[ScratchShape, int]] = set()
@@ -93,20 +80,27 @@ class Runtime:
             if self.resolved.why:
                 logger.info("MInference: %s.", self.resolved.why)
 
-    def start(self, max_seq_len: int, max_chunk: int, has_sparse_layers: bool) -> None:
-        """A metadata builder is ready: count from now on, and warn if the gate can never open.
+    @property
+    def is_broken(self) -> bool:
+        """Whether the sparse path is given up: all runs dense until the next start."""
+        return self.faults.is_broken
+
+    def start(self, max_prompt: int, budget: Budget, has_sparse_layers: bool) -> None:
+        """A metadata builder is ready: count from now on, and warn if the server's limits keep the gate shut.
 
         Args:
-            max_seq_len: tokens of the longest request that the server admits.
-            max_chunk: most rows that its scheduler gives a request in one step.
+            max_prompt: tokens of the longest prompt that the server admits.
+            budget: of its scheduler.
             has_sparse_layers: whether layers of this builder may run sparse.
         """
         self.has_sparse_layers |= has_sparse_layers
         self.counters.start()
-        may_warn = self.counts_prompts and has_sparse_layers and not self._has_warned
-        if may_warn and (obstacle := gate_obstacle(self.config, max_seq_len, max_chunk)):
-            self._has_warned = True
-            logger.warning("MInference: nothing will run sparse: %s.", obstacle)
+        if self.counts_prompts and has_sparse_layers and not self._has_looked_at_limits:
+            self._has_looked_at_limits = True
+            if obstacle := gate_obstacle(self.config, max_prompt, budget):
+                logger.warning("MInference: nothing will run sparse: %s.", obstacle)
+            elif obstacle := sharing_obstacle(self.config, budget):
+                logger.warning("MInference: a prompt will run sparse only while there is no other: %s.", obstacle)
 
     def layer_state(
         self, shape: ScratchShape, position: int, num_layers: int, index: int | None = None, number: int | None = None
@@ -125,11 +119,14 @@ class Runtime:
         key = shape, position, num_layers
         if key not in self._layers:
             # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
+            number = position if number is None else number
             with torch.inference_mode(False):
                 buffers, attend, recall = self._claim(shape)
-                guard = Guard(self.floors, recall, self._totals(shape, num_layers)) if recall else None
+                guard = None
+                if recall:
+                    totals = self.account.recall_totals(shape, position, num_layers, number)
+                    guard = Guard(self.floors, recall, totals)
                 budgets = self._budgets(shape, index)
-            number = position if number is None else number
             self._layers[key] = LayerState(position, budgets, buffers, attend, guard, number)
         return self._layers[key]
 
@@ -140,25 +137,18 @@ class Runtime:
             budgets.copy_(torch.tensor(self.resolved.pattern.budgets(index, shape.num_qo_heads)))
         return budgets
 
-    def _totals(self, shape: ScratchShape, num_layers: int) -> RecallTotals:
-        """What is measured of all layers of this shape."""
-        if (shape, num_layers) not in self._recalls:
-            totals = RecallTotals.allocate(num_layers, shape.num_qo_heads, self.device)
-            self._recalls[shape, num_layers] = totals, RecallMeter(totals)
-        return self._recalls[shape, num_layers][0]
-
     def _claim(self, shape: ScratchShape) -> tuple[Any, AttendBuffers, RecallBuffers | None]:
         """The scratch for all layers of this shape."""
         if shape not in self._buffers:
             buffers = self.method.scratch(shape, self.device)
             attend = AttendBuffers.allocate(shape.num_qo_heads, shape.max_chunk, self.device)
             recall = RecallBuffers.allocate(shape.num_qo_heads, self.device) if self.config.measure_recall else None
-            self._density = self._density or DensityMeter(attend.kept_pairs)
+            attend = replace(attend, kept_pairs=self.account.kept_pairs(attend.kept_pairs))
             size = sum(map(num_bytes, filter(None, (buffers, attend, recall))))
-            self._scratch_bytes += size
+            self.account.scratch_bytes += size
             logger.info("MInference: %.0f MiB of scratch for %s", size / 2**20, shape)
             report_shape(self.method.kernel, self.config.kernel, shape)
-            self._buffers[shape] = buffers, replace(attend, kept_pairs=self._density.kept_pairs), recall
+            self._buffers[shape] = buffers, attend, recall
         return self._buffers[shape]
 
     def run(
@@ -180,79 +170,49 @@ class Runtime:
         """
         try:
             chunk = Chunk(q, out, kv, context_len, scale, q_scale, sinks, may_end_prompt)
-            lap = self._stopwatch.begin() if self.publish else None
-            index = prefill(chunk, self.method, layer, lap.timing(self.chooser) if lap else self.chooser)
-            if lap:
-                self._stopwatch.end(lap)
-            if self.config.debug:
-                debug.check(chunk, index, layer)
-        except Exception:
-            if self.config.debug:
-                raise
-            self._report_fault(layer.number)
+            self._attend(chunk, layer)
+        except Exception as error:
+            self.faults.in_layer(error, layer.number)
             return False
-        self._faults = 0
-        self._causal_pairs += chunk.num_qo_heads * chunk.causal_pairs
+        self.faults.end_row()
+        self.account.causal_pairs += chunk.num_qo_heads * chunk.causal_pairs
         return True
 
-    def _report_fault(self, number: int) -> None:
-        """Count an exception of the sparse path; the first since the start is logged with its traceback."""
-        self._faults += 1
-        if not self._has_logged_fault:
-            self._has_logged_fault = True
-            logger.exception("MInference: sparse attention failed in layer %d; its rows run dense.", number)
-        if self._faults == MOST_FAULTS:
-            self.is_broken = True
-            logger.error(
-                "MInference: sparse attention failed %d times in a row. All runs dense until the server is started "
-                'again. The setting "debug": true raises the exception instead.',
-                MOST_FAULTS,
-            )
+    def _attend(self, chunk: Chunk, layer: LayerState) -> None:
+        """Sparse attention of a chunk, timed now and then, checked if `debug` is on."""
+        chooser = debug.checking(self.chooser) if self.config.debug else self.chooser
+        lap = self.account.stopwatch.begin() if self.publish else None
+        prefill(chunk, self.method, layer, lap.timing(chooser) if lap else chooser)
+        if lap:
+            self.account.stopwatch.end(lap)
+        if self.config.debug:
+            debug.check_output(chunk, layer)
 
     def finish_step(self, record: StepRecord) -> None:
         """The last sparse layer has run: have the step counted, and copy what was kept from the GPU, in its time."""
         record.failed, self.failed = self.failed, set()
         if self.publish:
             self.counters.defer(record)
-            if self._density:
-                self._density.copy(self._causal_pairs)
-            for _, meter in self._recalls.values():
-                meter.copy()
-            self._stopwatch.collect()
-
-    def _tally_once(self, record: Record) -> Tally:
-        """What to count of a step's prefill: all of it once, though every KV cache group plans it.
-
-        Called by the counters, in the order of the steps, by one thread at a time. A group plans a step (or each of its
-        micro-batches) once, so a group that comes again begins the next one; the first group of a step is counted.
-        """
-        if record.group in self._counted:
-            self._counted.clear()
-        self._counted.add(record.group)
-        tally = record.tally(self.config) if len(self._counted) == 1 else {}
-        return tally if self.counts_prompts else faults_of(tally)
-
-    def _read(self) -> tuple[int, int, Recall, int, Counts, Times]:
-        """What a Snapshot holds beside tokens and chunks, of all sparse attention since start.
-
-        Pairs and recall are those whose copies have arrived, times those that the GPU had told at the end of a step.
-        """
-        pairs = self._density.read() if self._density else (0, 0)
-        recall = sum(itertools.starmap(self._measured, list(self._recalls)), start=Recall())
-        engine = self.resolved.settings.name, self.method.kernel.value
-        return *pairs, recall, self._scratch_bytes, Counter({engine: 1}), self._stopwatch.total
-
-    def _measured(self, shape: ScratchShape, num_layers: int) -> Recall:
-        """Recall of the layers of this shape, by their numbers."""
-        recall = self._recalls[shape, num_layers][1].read()
-        layers = {self._layers[shape, at, num_layers].number: layer for at, layer in recall.layers.items()}
-        return replace(recall, layers=layers)
+            self.account.collect()
 
     def warm_up(self, shape: ScratchShape, page_size: int) -> None:
-        """Compile every kernel that layers of this shape will need, before the first request."""
-        if (shape, page_size) not in self._warm and self.device.type == "cuda":
-            self._warm.add((shape, page_size))
+        """Compile every kernel that layers of this shape will need, before the first request.
+
+        If they cannot run here, all runs dense. Memory that is too little is another thing: as anywhere in vLLM's start
+        the server refuses.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little.
+        """
+        if (shape, page_size) in self._warm or self.device.type != "cuda" or self.is_broken:
+            return
+        self._warm.add((shape, page_size))
+        try:
             self.dry_run(shape, page_size)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.faults.in_start(error)
 
     def dry_run(self, shape: ScratchShape, page_size: int) -> None:
         """Sparse attention over made-up keys, at the end of each prompt that runs other kernels; it is not counted."""

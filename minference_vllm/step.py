@@ -14,7 +14,7 @@ class Step:
     """The attribute `minference` of vLLM's metadata; the metadata of a step that runs dense has none.
 
     Attributes:
-        chunks: requests' rows that run sparse.
+        chunks: requests' rows that run sparse; none if a fault has made them dense.
         dense_runs: the other rows, in runs of neighbouring requests, each with the metadata of a batch of its own.
         record: what is counted once all layers have run.
     """
@@ -32,6 +32,12 @@ class Step:
         """The same step on the metadata of another KV cache group."""
         runs = tuple((run, run_metadata(run, metadata)) for run, _ in self.dense_runs)
         return dataclasses.replace(self, dense_runs=runs)
+
+    def all_dense(self, metadata: Any) -> "Step":
+        """The same step with nothing sparse in it, on the metadata of another KV cache group."""
+        end = metadata.num_actual_tokens
+        run = DenseRun(0, len(metadata.seq_lens), 0, end, metadata.max_query_len, metadata.max_seq_len)
+        return dataclasses.replace(self, chunks=(), dense_runs=((run, metadata),))
 
 
 def run_metadata(run: DenseRun, metadata: Any) -> Any:

@@ -2,7 +2,7 @@
 """What the traffic found out about one server, or about several stretches of it together."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.soak.client import Sent
@@ -71,6 +71,8 @@ class Found:
             row[f"{name}_mib_per_hour"] = grown and grown.per_hour
             row[f"{name}_mib_per_hour_low"] = grown and grown.low
             row[f"{name}_mib_per_hour_high"] = grown and grown.high
+            row[f"{name}_mib"] = grown and grown.level
+            row[f"{name}_step_mib"] = grown and grown.step
         return row
 
     def details(self) -> dict[str, Any]:
@@ -81,8 +83,9 @@ class Found:
     def from_row(cls, row: dict[str, Any], details: dict[str, Any]) -> "Found":
         growth = {}
         for name in MEMORIES:
-            ends = [row[f"{name}_mib_per_hour{end}"] for end in ("", "_low", "_high")]
-            growth[name] = None if None in ends else Growth(*ends)
+            columns = ("mib_per_hour", "mib_per_hour_low", "mib_per_hour_high", "mib", "step_mib")
+            known = [row[f"{name}_{column}"] for column in columns]
+            growth[name] = None if None in known else Growth(*known)
         times = {name: Latencies.from_json(details["times"][name]) for name in TIMES}
         counts = Counter({name: row[name] for name in COUNTS})
         return cls(row["backend"], row["seconds"], counts, times, growth, Counter(details["errors"]))
@@ -102,5 +105,7 @@ _COUNTED = {Fate.CANCELLED: "cancelled", Fate.DROPPED: "dropped", Fate.INVALID: 
 
 
 def _worse(one: Growth | None, other: Growth | None) -> Growth | None:
-    known = [grown for grown in (one, other) if grown is not None]
-    return max(known, key=lambda grown: grown.low, default=None)
+    if one is None or other is None:
+        return one or other
+    steepest, highest = max(one, other, key=lambda grown: grown.low), max(one, other, key=lambda grown: grown.step)
+    return replace(steepest, level=highest.level, step=highest.step)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether memory grows: the slope of a line through samples, and how far it may be off."""
+"""Whether memory grows: a line's slope through samples, how far it may be off, and a step between two thirds."""
 
 import itertools
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, median
 
 FEWEST = 16
 """Samples below which no slope is told."""
@@ -15,15 +15,24 @@ SECONDS_PER_HOUR = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """In MiB an hour, with the ends of its confidence interval."""
+    """How memory grew.
+
+    Attributes:
+        per_hour, low, high: MiB an hour in the second half, with the ends of the confidence interval.
+        level: MiB, the median of the second third.
+        step: MiB by which the median of the last third is above that. In a few minutes, where slopes are lost in noise,
+            this one tells: a median moves little by waves and single samples.
+    """
 
     per_hour: float
     low: float
     high: float
+    level: float = 0.0
+    step: float = 0.0
 
 
 def growth(times_s: list[float], mib: list[float]) -> Growth | None:
-    """The slope over the second half of the samples, by least squares; None if these are too few.
+    """The slope over the second half of the samples, by least squares, and the step; None if these are too few.
 
     Memory goes up and down in waves longer than the pause between samples, so neighbours tell partly the same. The
     interval counts as many independent samples as their residuals' correlation leaves: n (1 - r) / (1 + r).
@@ -38,7 +47,10 @@ def growth(times_s: list[float], mib: list[float]) -> Growth | None:
     freedom = max(_independent(residuals) - 2, 1.0)
     error = math.sqrt(sum(residual**2 for residual in residuals) / freedom / spread)
     half = _student(freedom) * error
-    return Growth(*(round(end * SECONDS_PER_HOUR, 3) for end in (slope, slope - half, slope + half)))
+    slopes = (round(end * SECONDS_PER_HOUR, 3) for end in (slope, slope - half, slope + half))
+    third = len(mib) // 3
+    level = median(mib[third : 2 * third])
+    return Growth(*slopes, level=round(level, 3), step=round(median(mib[2 * third :]) - level, 3))
 
 
 def _independent(residuals: list[float]) -> float:

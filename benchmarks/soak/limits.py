@@ -19,6 +19,12 @@ MOST_LEFT_REQUESTS = 0
 MOST_MIB_PER_HOUR = {"host": 256.0, "gpu": 16.0}
 """Memory may grow by no more. The lower end of the slope's interval counts: what noise explains is no growth."""
 
+MOST_STEP_MIB = {"host": 32.0, "gpu": 64.0}
+MOST_STEP_SHARE = {"host": 0.005, "gpu": 0.0}
+"""Memory may be higher in the last third of a stretch than in the second by no more than both, beyond what it is on the
+dense server: a slope's interval is so wide in a few minutes that hardly any leak would fail. In four minutes at eight
+requests a second 32 MiB are a leak of 50 KiB a request. Of a GPU the allocator takes some MiB at once."""
+
 MOST_ITL_RATIO = 1.05
 """99th percentile of the time between two tokens of short requests, to dense's."""
 
@@ -30,6 +36,8 @@ def as_json() -> dict[str, Any]:
         "restarts": MOST_RESTARTS,
         "left_requests": MOST_LEFT_REQUESTS,
         "mib_per_hour_low": MOST_MIB_PER_HOUR,
+        "step_mib": MOST_STEP_MIB,
+        "step_share": MOST_STEP_SHARE,
         "itl_short_p99_ratio": MOST_ITL_RATIO,
     }
 
@@ -45,7 +53,7 @@ def exceeded(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
     for backend, one in found.items():
         limits = (("errors", MOST_ERRORS), ("restarts", MOST_RESTARTS), ("left_requests", MOST_LEFT_REQUESTS))
         faults += [f"{backend}: {one.counts[name]} {name}" for name, most in limits if one.counts[name] > most]
-    faults += _of_memory(found[SPARSE], watched)
+    faults += _of_memory(found[DENSE], found[SPARSE], watched)
     dense, sparse = (found[backend].times["itl_short"].quantile(0.99) for backend in (DENSE, SPARSE))
     if dense is None or sparse is None:
         faults.append("no short request was answered: inter-token latency cannot be compared")
@@ -58,12 +66,16 @@ def exceeded(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
     return faults
 
 
-def _of_memory(sparse: Found, watched: tuple[str, ...]) -> list[str]:
+def _of_memory(dense: Found, sparse: Found, watched: tuple[str, ...]) -> list[str]:
     faults = []
     for name in MEMORIES:
         grown, most = sparse.growth[name], MOST_MIB_PER_HOUR[name]
         if grown is not None and grown.low > most:
             faults.append(f"{name} memory grows by {grown.low:.0f} MiB an hour or more; {most:.0f} are allowed")
+        of_dense = dense.growth[name]
+        step = grown.step - max(of_dense.step if of_dense else 0.0, 0.0) if grown else 0.0
+        if grown is not None and step > max(MOST_STEP_MIB[name], MOST_STEP_SHARE[name] * grown.level):
+            faults.append(f"{name} memory is {step:.0f} MiB higher in the last third than in the second")
         if grown is None and name in watched:
             faults.append(f"too few samples of {name} memory: let the traffic run longer")
     return faults

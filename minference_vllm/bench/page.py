@@ -50,7 +50,6 @@ def make_page(report: dict[str, Any]) -> str:
         "Serving with sparse against dense prefill",
         report,
         [
-            *(f"<p>{escape(note)}</p>" for note in report["notes"]),
             table(report["rows"], ROWS),
             legend(LEGEND),
             *figures(report, plots.draw),

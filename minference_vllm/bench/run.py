@@ -47,6 +47,7 @@ def run(wanted: Run) -> dict[str, Any]:
                 log = servers.folder / f"{server.name}-load.log"
                 measure(client, wanted.load, wanted.points, measurements, log, server.is_dense)
     report = {**wanted.record, **make_report(wanted.points, dense, sparse)}
+    report["notes"] = servers.notes + report["notes"]
     write_reports(servers.folder, report, make_page(report))
     return report
 

@@ -28,7 +28,7 @@ def add_options(command: Any, timeout_s: int, timed: str) -> Any:
     servers.add_argument("--dense", metavar="URL", help="of a server with another attention backend")
     servers.add_argument("--sparse", metavar="URL", help="of a server with --attention-backend minference")
     servers.add_argument("--serve", metavar="OPTIONS", help="start both here, with these options of vllm serve")
-    servers.add_argument("--serve-sparse", metavar="OPTIONS", default="", help="more options for the sparse one alone")
+    servers.add_argument("--serve-sparse", metavar="OPTIONS", default="", help="--additional-config of the sparse one")
     servers.add_argument("--model", help="as the servers name it, or what --serve is to serve")
     servers.add_argument(
         "--timeout", type=count_to(MOST_SECONDS), default=timeout_s, help=f"seconds for {timed}; default: {timeout_s}"
@@ -66,8 +66,8 @@ def pair(options: argparse.Namespace) -> Any:
     def server(is_dense: bool) -> Server:
         if options.serve is None:
             return Server(is_dense, url=(options.dense if is_dense else options.sparse).rstrip("/"))
-        more = options.serve if is_dense else f"{options.serve} {options.serve_sparse}"
-        return Server(is_dense, arguments=tuple(serve.arguments(options.model, more, is_dense)))
+        more = "" if is_dense else options.serve_sparse
+        return Server(is_dense, arguments=tuple(serve.arguments(options.model, options.serve, is_dense, more)))
 
     return Pair(server(True), server(False), options.model, options.timeout, options.out)
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from minference_vllm.compat import pages
 from minference_vllm.pipeline import ONE_STAGE, Pipeline
 
 if TYPE_CHECKING:
@@ -66,6 +67,15 @@ def reports_metrics() -> bool:
     from vllm.distributed.parallel_state import get_tp_group
 
     return get_tp_group().rank_in_group == 0
+
+
+def engine_id(vllm_config: Any) -> int:
+    """A number of the engine that this configuration is of, as long as the engine lives.
+
+    vLLM hands out several configurations for one engine, for parts of its model and for its draft model, and gives each
+    an `instance_id` of its own. What they share is the dictionary in which all of the engine's layers are entered.
+    """
+    return id(vllm_config.compilation_config.static_forward_context)
 
 
 def pipeline(vllm_config: Any) -> Pipeline:
@@ -136,13 +146,6 @@ def step_traits(common: Any, metadata: Any) -> "StepTraits":
     )
 
 
-def longest_chunk(vllm_config: Any) -> int:
-    """Most rows that the scheduler gives a request in one step."""
-    scheduler = vllm_config.scheduler_config
-    threshold = getattr(scheduler, "long_prefill_token_threshold", 0)
-    return min(scheduler.max_num_batched_tokens, threshold or scheduler.max_num_batched_tokens)
-
-
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
     """This worker's attention layers by name, in the order in which they run: ours, and decoders of other backends.
 
@@ -176,6 +179,15 @@ def foreign_layers(vllm_config: Any) -> dict[str, str]:
         for name, layer in attention_layers(vllm_config).items()
         if not is_ours(layer) and not is_draft_layer(name, layer, vllm_config)
     }
+
+
+def pools_blocks(builder: Any) -> bool:
+    """Whether the rows that a metadata builder of ours is told of are several for each token.
+
+    So it is where vLLM has derived it for audio layers that pool blocks (Voxtral's). It multiplies all lengths, and we
+    do not see it: the specification that it hands on says `tokens_per_state` 1.
+    """
+    return any("BlockPooling" in base.__name__ for base in type(builder).__mro__)
 
 
 def is_loading_drafter() -> bool:
@@ -248,8 +260,6 @@ def report_models_without_our_layers(platform: Any, ours: Any) -> None:
         platform: class of vLLM's current platform.
         ours: our member of vLLM's AttentionBackendEnum.
     """
-    from minference_vllm.compat import pages
-
     stock = platform.update_block_size_for_backend
     if getattr(stock, "reports_models_without_our_layers", False):
         return
@@ -267,14 +277,8 @@ def report_models_without_our_layers(platform: Any, ours: Any) -> None:
     platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
 
 
-def is_selected(vllm_config: Any, ours: Any) -> bool:
-    """Whether our member of vLLM's AttentionBackendEnum is the backend, of layers of some kind at least."""
-    attention = vllm_config.attention_config
-    return ours is attention.backend or ours in attention.backend_per_kind.values()
-
-
 def _report_if_none_is_ours(vllm_config: Any, ours: Any) -> None:
-    if not is_selected(vllm_config, ours):
+    if not pages.is_selected(vllm_config, ours):
         return
     layers = attention_layers(vllm_config)
     if any(is_ours(layer) and not is_draft_layer(name, layer, vllm_config) for name, layer in layers.items()):

@@ -11,13 +11,14 @@ import torch
 
 from minference_vllm import compat, plugin
 from minference_vllm.compat import engines
+from minference_vllm.compat import limits as server_limits
 from minference_vllm.config import CONFIG_FILE_VARIABLE, CONFIG_KEY, MInferenceConfig, load_config
 from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.errors import ConfigError
 from minference_vllm.ops import choose_kernel
 from minference_vllm.patterns import resolve
-from minference_vllm.plan import gate_obstacle
+from minference_vllm.plan import Budget, gate_obstacle, sharing_obstacle
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ def check_settings(
         yield skipped("model", "none given: --model NAME_OR_DIR")
         yield skipped("method", "no model given")
         yield skipped("layers", "no model given")
-        yield _check_gate(config, limits.max_model_len, limits.max_num_batched_tokens)
+        tokens = limits.max_num_batched_tokens or math.inf
+        yield _check_gate(config, (limits.max_model_len or math.inf) - 1, Budget(tokens, tokens))
     else:
         yield from _check_model(config, model, limits)
 
@@ -98,7 +100,7 @@ def _check_model(config: MInferenceConfig, model: str, limits: Limits) -> Iterat
         yield ok("method", resolved.why or f"the method is {config.method.name}")
         dense = frozenset(range(config.dense_layers)) | resolved.dense_layers
         yield _check_layers(describe_layers(engine, dense))
-    yield _check_gate(config, engine.model_config.max_model_len, compat.longest_chunk(engine))
+    yield _check_gate(config, server_limits.longest_prompt(engine), server_limits.budget(engine))
 
 
 def _check_layers(layers: list[str]) -> Check:
@@ -115,11 +117,14 @@ def _check_layers(layers: list[str]) -> Check:
     return failed("layers", found, "Serve it without the plugin, or change what the reasons name", layers=layers)
 
 
-def _check_gate(config: MInferenceConfig, max_seq_len: int | None, max_chunk: int | None) -> Check:
-    if obstacle := gate_obstacle(config, max_seq_len or math.inf, max_chunk or math.inf):
-        return failed("gate", f"it can never open: {obstacle}", "Lower the setting, or raise the server's limit")
-    if max_seq_len is None or max_chunk is None:
+def _check_gate(config: MInferenceConfig, max_prompt: float, budget: Budget) -> Check:
+    remedy = "Lower the setting, or raise the server's limit"
+    if obstacle := gate_obstacle(config, max_prompt, budget):
+        return failed("gate", f"it can never open: {obstacle}", remedy)
+    if math.inf in (max_prompt, budget.tokens):
         return skipped("gate", "give --model, or --max-model-len and --max-num-batched-tokens")
+    if obstacle := sharing_obstacle(config, budget):
+        return failed("gate", f"it opens only for a request that is alone: {obstacle}", remedy)
     found = f"it opens from {config.min_seq_len} tokens on, in chunks of {config.min_chunk} and more"
-    facts: dict[str, Any] = {"max_model_len": max_seq_len, "longest_chunk": max_chunk}
-    return ok("gate", f"{found}; the server admits {max_seq_len} and gives up to {max_chunk} a step", **facts)
+    facts = {"longest_prompt": max_prompt, "longest_chunk": budget.tokens}
+    return ok("gate", f"{found}; a prompt has up to {max_prompt}, and gets up to {budget.tokens} a step", **facts)

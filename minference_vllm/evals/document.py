@@ -38,11 +38,12 @@ def write_reports(folder: Path, report: dict[str, Any], page: str) -> None:
 
 
 def document(title: str, report: dict[str, Any], parts: Iterable[str]) -> str:
-    """The HTML file's text: warnings first, then `parts`, then the command and its settings."""
+    """The HTML file's text: warnings and notes first, then `parts`, then the command and its settings."""
     body = [
         f"<h1>{escape(title)}</h1>",
         *(f'<p class="warning">{escape(warning)}</p>' for warning in report["warnings"]),
         f"<p>{escape(_subject(report))}</p>",
+        *(f"<p>{escape(note)}</p>" for note in report["notes"]),
         *parts,
         "<h2>How it was made</h2>",
         f"<pre>{escape(report['command'])}</pre>",

@@ -96,6 +96,8 @@ def prepare(request: Request, folder: Path) -> Prepared:
         refuse_other(path, found.header.settings, settings)
         return found
     samples, failures = _make(request, settings)
+    if flawed := next((sample for sample in samples if sample.flaw), None):
+        raise ConfigError(f"A sample was made that cannot be scored, {flawed.id}: {flawed.flaw}.")
     header = Header(settings=settings, left_out=left_out | failures)
     if not samples:
         reasons = "; ".join(f"{name} ({why})" for name, why in header.left_out.items())

@@ -50,6 +50,6 @@ def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
         if journal.left(prepared.samples):
             with servers.client(server) as client:
                 answer(client, prepared.samples, journal, run.concurrency, server.is_dense)
-    report = {**run.record, **make_report(prepared, dense, sparse)}
+    report = {**run.record, "notes": servers.notes, **make_report(prepared, dense, sparse)}
     write_reports(servers.folder, report, make_page(report))
     return report

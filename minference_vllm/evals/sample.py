@@ -61,6 +61,8 @@ class Sample(Line):
         """Why no reply to it can be scored; empty if one can."""
         if self.kind.reads_prompt and (isinstance(self.prompt, str) or len(self.prompt) < 2):
             return "prompt: one that is scored itself must be two or more token ids"
+        if self.kind is Kind.LOGPROB and len(self.prompt) <= POSITIONS:
+            return f"prompt: one whose {POSITIONS} parts are told apart must be more token ids than that"
         if self.kind in (Kind.ALL, Kind.ANY) and not self.references:
             return "references: an answer in text needs some"
         if self.kind is Kind.FIRST_CHOICE and not all(1 <= at < len(self.prompt) for at in self.answers or (0,)):

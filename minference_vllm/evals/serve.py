@@ -23,6 +23,7 @@ from minference_vllm.evals.errors import ServerError
 DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "minference"
 BACKEND_OPTION = "--attention-backend"
 TAKEN = (BACKEND_OPTION, "--host", "--port")
+SETTINGS_OPTION = "--additional-config"
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")  # `vllm`, of this environment and no other
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 3600  # weights may have to be fetched
@@ -31,26 +32,44 @@ POLL_S = 0.5
 LAST_LINES = 20
 
 
-def arguments(model: str, options: str, is_dense: bool) -> list[str]:
+def arguments(model: str, options: str, is_dense: bool, more: str = "") -> list[str]:
     """What follows `vllm` to serve a model; the port is not in it.
 
     Args:
-        options: more options of `vllm serve`, as a shell reads them.
+        options: of `vllm serve`, as a shell reads them, for both servers.
+        more: for this one alone.
 
     Raises:
-        ConfigError: they choose what is chosen here.
+        ConfigError: they choose what is chosen here, or make the servers differ in more than attention.
     """
-    try:
-        given = shlex.split(options)
-    except ValueError as error:
-        raise ConfigError(
-            f"--serve and --serve-sparse are read as a shell does, and this is no such line: {error}."
-        ) from None
+    given, own = _split(options), _split(more)
+    _refuse_unequal(own)
+    given += own
     for name in option_names(given):
         if name in TAKEN:
             raise ConfigError(f"--serve may not hold {name}, which this command sets: leave it out.")
     backend = [] if is_dense and _is_cpu_build() else [BACKEND_OPTION, DENSE_BACKEND if is_dense else SPARSE_BACKEND]
     return ["serve", model, *backend, *given]
+
+
+def _split(options: str) -> list[str]:
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise ConfigError(
+            f"--serve and --serve-sparse are read as a shell does, and this is no such line: {error}."
+        ) from None
+
+
+def _refuse_unequal(own: Sequence[str]) -> None:
+    """Check that options of the sparse server alone are the plugin's; another chunk or model length is another test."""
+    for argument in own:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name.startswith("-") and name != SETTINGS_OPTION and not name.startswith(f"{SETTINGS_OPTION}."):
+            raise ConfigError(
+                f"--serve-sparse may hold {SETTINGS_OPTION} alone, and holds {name}: the servers would differ in more "
+                "than attention. Put it into --serve, for both."
+            )
 
 
 def option_names(arguments: Iterable[str]) -> list[str]:

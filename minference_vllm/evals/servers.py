@@ -16,6 +16,12 @@ from minference_vllm.evals.private import of_url, without_secrets
 logger = logging.getLogger("vllm.minference.evals")
 
 
+UNCHECKED = (
+    "Both servers were named by their URLs, so nothing has checked that they differ in attention alone: model length, "
+    "chunk size (--max-num-batched-tokens), data types, parallelism and the rest must be the same."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """One of the two servers.
@@ -58,6 +64,11 @@ class Pair:
     @property
     def both(self) -> tuple[Server, Server]:
         return self.dense, self.sparse
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the report must know of them."""
+        return [UNCHECKED] if any(server.url for server in self.both) else []
 
     @contextlib.contextmanager
     def client(self, server: Server) -> Iterator[Client]:

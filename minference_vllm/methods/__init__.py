@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the kept keys are chosen: one module a method, one line here."""
+"""How the kept keys are chosen: one module a method, and its name in METHODS."""
 
 from minference_vllm.methods.base import MAX_TOKENS, Method, MethodSettings
 from minference_vllm.methods.block import Block
@@ -7,6 +7,7 @@ from minference_vllm.methods.vertical_slash import VerticalSlash
 from minference_vllm.ops import Kernel
 
 METHODS: tuple[type[Method], ...] = (Block, VerticalSlash)
+"""All that the setting `method` may name, but for "auto"."""
 
 
 def make_method(settings: MethodSettings, kernel: Kernel) -> Method:

@@ -6,8 +6,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.util import Finalize
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minference_vllm.metrics.publisher import Publisher
 from minference_vllm.metrics.snapshot import Counts, Snapshot
@@ -25,20 +26,19 @@ logger = logging.getLogger("vllm.minference.metrics")
 
 
 class Counters:
-    """Counts the prefill of one engine's pipeline stage in its worker process.
+    """Counts the prefill of one engine in one of its worker processes, and publishes what there is to tell.
 
-    Every tensor-parallel rank sees the same tokens: only rank 0 of a stage may publish, or a scrape would count them
-    once a rank.
+    Every tensor-parallel rank sees the same tokens: steps leave their records on rank 0 of a stage alone, or a scrape
+    would count them once a rank.
 
     Args:
-        publish: export and log; False on every rank but 0.
         log_every: seconds between two log lines; 0 never logs.
         tally: says what to count of a record; called in the order of the steps, by one thread at a time.
-        read: gives the rest of a Snapshot, from kept pairs on, as far as the GPU has told.
+        read: gives all that a Snapshot holds but tokens and chunks, as far as the GPU has told.
     """
 
-    def __init__(self, publish: bool, log_every: float, tally: "Tallier", read: Callable[[], tuple[Any, ...]]) -> None:
-        self._publish, self._log_every, self._tally, self._read = publish, log_every, tally, read
+    def __init__(self, log_every: float, tally: "Tallier", read: Callable[[], Snapshot]) -> None:
+        self._log_every, self._tally, self._read = log_every, tally, read
         self._deferred: deque[Record] = deque(maxlen=MOST_DEFERRED)
         # A step calls it, so it is the bare method: thread-safe, and never waiting for the thread, which a disk may
         # hold up; then the oldest records go uncounted.
@@ -53,8 +53,8 @@ class Counters:
         self._has_started = self._has_warned = self._has_warned_of_loss = False
 
     def start(self) -> None:
-        """Report each second and at exit, if this worker publishes. Starting twice is starting once."""
-        if self._publish and not self._has_started:
+        """Report each second and at exit. Starting twice is starting once."""
+        if not self._has_started:
             self._has_started, self._logged_at = True, time.monotonic()
             threading.Thread(target=self._run, name="minference-metrics", daemon=True).start()
             # Unlike atexit's handlers, it runs in workers that were forked, and not in forks of this process.
@@ -64,7 +64,7 @@ class Counters:
         """What was counted since start, all records that steps have left included."""
         with self._counting:
             self._count()
-            return Snapshot(self._tokens.copy(), self._chunks.copy(), *self._read())
+            return replace(self._read(), tokens=self._tokens.copy(), chunks=self._chunks.copy())
 
     def _count(self) -> None:
         if len(self._deferred) == MOST_DEFERRED and not self._has_warned_of_loss:
@@ -87,8 +87,6 @@ class Counters:
         Args:
             at_exit: a directory that is gone is no fault: the process that made it has ended first.
         """
-        if not self._publish:
-            return
         with self._reporting:
             total, last = self.snapshot(), self._published
             if total == last:

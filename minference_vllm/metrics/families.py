@@ -46,6 +46,14 @@ CHUNKS = Family(
     "minference_prefill_chunks", "Prefill chunks by attention path, and why they took it.",
     lambda total: total.chunks.items(), PATH,
 )  # fmt: skip
+FAULTS = number(
+    "minference_faults", "Exceptions that the plugin met while it started or served, on all ranks.",
+    lambda total: total.faults,
+)  # fmt: skip
+BROKEN = number(
+    "minference_broken_ranks", "Ranks on which all runs dense until the next start, since sparse attention failed.",
+    lambda total: total.broken_ranks, "sum",
+)  # fmt: skip
 KEPT_PAIRS = number(
     "minference_kept_pairs", "Query-key pairs that sparse attention computed.", lambda total: total.kept_pairs
 )
@@ -100,6 +108,6 @@ INFO = Family(
     lambda total: (((*engine, __version__), 1) for engine in total.engines), ("method", "kernel", "version"), "max",
 )  # fmt: skip
 FAMILIES = (
-    TOKENS, CHUNKS, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL, RECALL_SUM, RECALL_MEAN,
-    RECALL_WORST, SCRATCH, INFO,
+    TOKENS, CHUNKS, FAULTS, BROKEN, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL, RECALL_SUM,
+    RECALL_MEAN, RECALL_WORST, SCRATCH, INFO,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from minference_vllm.recall import Recall
 Counts = Counter[tuple[str, str]]
 """By path and reason, or by other two words."""
 COUNTS = ("tokens", "chunks", "engines")
+NUMBERS = ("kept_pairs", "causal_pairs", "scratch_bytes", "faults", "broken_ranks")
 
 
 Counted = TypeVar("Counted", "Times", "Snapshot")
@@ -55,6 +56,8 @@ class Snapshot:
         scratch_bytes: claimed.
         engines: by method and kernel.
         times: of the layers of chunks that were timed.
+        faults: exceptions that were met, on all ranks.
+        broken_ranks: which have given the sparse path up.
     """
 
     tokens: Counts = field(default_factory=Counter)
@@ -65,6 +68,8 @@ class Snapshot:
     scratch_bytes: int = 0
     engines: Counts = field(default_factory=Counter)
     times: Times = field(default_factory=Times)
+    faults: int = 0
+    broken_ranks: int = 0
 
     @property
     def density(self) -> float | None:
@@ -79,7 +84,7 @@ class Snapshot:
 
     def to_json(self) -> str:
         counts = {name: list(getattr(self, name).items()) for name in COUNTS}
-        numbers = {name: getattr(self, name) for name in ("kept_pairs", "causal_pairs", "scratch_bytes")}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
         return json.dumps({**counts, **numbers, "recall": self.recall.to_json(), "times": astuple(self.times)})
 
     @classmethod

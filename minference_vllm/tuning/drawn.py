@@ -5,8 +5,8 @@ Random queries and keys attend to everything alike, so a method finds in them wh
 all its work there, as in service; what is attended to is drawn.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import singledispatch
 
 import torch
 
@@ -19,15 +19,16 @@ from minference_vllm.tuning.groups import as_on_real_prompts, draw_groups
 from minference_vllm.tuning.masses import KeySets
 
 
+@singledispatch
 def drawn_choice(method: Method, chunk: Chunk, layer: LayerState, seed: int) -> Chooser:
     """Who chooses the keys of this chunk; a method for which nothing is drawn chooses by itself.
 
     Drawing happens here, so that the chooser's time is the method's own.
     """
-    draw = _DRAWN.get(type(method))
-    return draw(method, chunk, layer, seed) if draw else choose
+    return choose
 
 
+@drawn_choice.register
 def _drawn_bands(method: VerticalSlash, chunk: Chunk, layer: LayerState, seed: int) -> Chooser:
     """The probe in full, then the index of masses that lie elsewhere and that it cannot overwrite."""
     probe = layer.buffers.probe
@@ -42,6 +43,7 @@ def _drawn_bands(method: VerticalSlash, chunk: Chunk, layer: LayerState, seed: i
     return choose_drawn
 
 
+@drawn_choice.register
 def _drawn_groups(method: Block, chunk: Chunk, layer: LayerState, seed: int) -> Chooser:
     """The whole choice, with as many boxes scored finely as on a real prompt; nothing of it is used."""
     index = draw_groups(chunk, method, seed)
@@ -52,7 +54,3 @@ def _drawn_groups(method: Block, chunk: Chunk, layer: LayerState, seed: int) -> 
         return index
 
     return choose_drawn
-
-
-_DRAWN: dict[type, Callable[..., Chooser]] = {VerticalSlash: _drawn_bands, Block: _drawn_groups}
-"""What is drawn for a method: one line each."""

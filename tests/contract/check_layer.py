@@ -4,7 +4,6 @@
 FlashAttention itself needs a GPU: dense attention in torch stands in for its forward.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,17 +12,11 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from minference_vllm import compat
-from minference_vllm import impl as impl_module
 from minference_vllm.chunk import PagedKV
-from minference_vllm.patterns import Geometry, ServedModel
-from minference_vllm.pipeline import ONE_STAGE
 from minference_vllm.reason import Reason
 from minference_vllm.reference.dense import dense
-from minference_vllm.runtime import Runtime
 from minference_vllm.scratch import num_bytes
 from tests.contract.fakes import (
-    CPU,
     DECODE,
     HEAD_DIM,
     HEADS,
@@ -260,28 +253,4 @@ def test_tokens_are_counted_once_and_pairs_for_every_layer(groups: int, calls: l
         for impl in impls:
             attend(impl, query, cache, metadata)
     assert counted(runtime) == {("sparse", "gate_open"): LONG.rows}
-    assert runtime._density.kept_pairs.item() == runtime._causal_pairs > 0
-
-
-def test_a_runtime_is_of_the_model_that_is_served_and_its_draft_model_is_a_guest(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    geometry = Geometry(num_layers=48, num_qo_heads=32, num_kv_heads=4, head_dim=128)
-    models = {name: ServedModel((name,), geometry) for name in ("Yi-9B-200K", "another", "a draft model")}
-    monkeypatch.setattr(impl_module, "_runtimes", {})
-    monkeypatch.setattr(compat, "reports_metrics", lambda: False)
-    monkeypatch.setattr(compat, "pipeline", lambda vllm_config: ONE_STAGE)
-    monkeypatch.setattr(compat, "served_model", lambda vllm_config: models[vllm_config.name])
-
-    def runtime_of(name: str, is_drafter: bool = False) -> Runtime:
-        monkeypatch.setattr(compat, "is_loading_drafter", lambda: is_drafter)
-        config = {"minference": {"method": "auto", "log_every": 0}}
-        return impl_module.runtime_of(SimpleNamespace(name=name, additional_config=config), CPU)
-
-    yi = runtime_of("Yi-9B-200K")
-    assert yi.resolved.pattern is not None
-    assert runtime_of("Yi-9B-200K") is yi
-    assert runtime_of("a draft model", is_drafter=True) is yi
-    other = runtime_of("another")
-    assert other is not yi
-    assert other.resolved.pattern is None
+    assert layers[0][0].layer_state.attend.kept_pairs.item() == runtime.account.causal_pairs > 0

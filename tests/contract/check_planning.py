@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import vllm
 from vllm.model_executor.layers.attention.encoder_only_attention import create_encoder_only_attention_backend
+from vllm.model_executor.models.whisper_causal import create_whisper_attention_backend_with_block_pooling
 from vllm.v1.attention.backend import AttentionType
 
 from minference_vllm import compat
@@ -22,6 +23,7 @@ from tests.contract.fakes import (
     NAME,
     SHORT,
     Row,
+    add_layers,
     counted,
     has_plan,
     make_builder,
@@ -34,6 +36,7 @@ from tests.contract.fakes import (
 
 LONG_ANSWER = Row(1, 400, prefill=False)
 UNREAD: Any = object()  # an attempt to read it fails
+BLOCK_POOLING = create_whisper_attention_backend_with_block_pooling(MInferenceBackend, 4, 64)
 
 
 def test_below_the_gate_lengths_are_not_copied() -> None:
@@ -128,6 +131,30 @@ def test_an_encoders_builder_that_vllm_derives_from_ours_plans_nothing() -> None
     assert not metadata.causal
     assert not has_plan(metadata)
     assert counted(runtime) == {("dense", "not_decoder"): LONG.rows + SHORT.rows}
+
+
+@pytest.mark.parametrize("window", [64, None], ids=["dense", "sparse"])
+def test_rows_of_layers_that_pool_blocks_are_no_prompt_tokens(window: int | None) -> None:
+    # Voxtral's audio layers: vLLM multiplies all lengths by 4 before our builder sees them. It makes them first.
+    runtime, config = make_runtime(), make_config()
+    audio, text = (make_impl(runtime, config, sliding_window=size) for size in (64, window))
+    add_layers({NAME.format(1): text}, config)
+    builders = [
+        make_builder({"audio.layers.0.attn": audio}, config, kind=BLOCK_POOLING.get_builder_cls()),
+        make_builder({NAME.format(1): text}, config),
+    ]
+    builders[0].vllm_config = config
+    steps = [builder.build(0, make_common(SHORT)) for builder in builders]
+    assert steps[0].num_actual_tokens == 4 * SHORT.rows
+    assert counted(runtime) == {("dense", "sliding_window" if window else "below_min_seq_len"): SHORT.rows}
+
+
+def test_layers_that_pool_blocks_run_dense() -> None:
+    # Their chunks have more rows than scratch is claimed for.
+    runtime, config = make_runtime(), make_config()
+    builder = make_builder({NAME.format(0): make_impl(runtime)}, config, kind=BLOCK_POOLING.get_builder_cls())
+    builder.vllm_config = config
+    assert not has_plan(builder.build(0, make_common(LONG)))
 
 
 def test_a_plan_holds_plain_numbers() -> None:

@@ -31,7 +31,7 @@ def environment() -> dict[str, str]:
 
 def test_contract(environment: dict[str, str]) -> None:
     checks = sorted(str(path) for path in FOLDER.glob("check_*.py"))
-    assert len(checks) == 8
+    assert len(checks) == 11
     result = subprocess.run([*PYTEST, *checks], cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         pytest.fail(result.stdout[-20_000:] + result.stderr[-2_000:], pytrace=False)

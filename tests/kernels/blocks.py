@@ -37,7 +37,14 @@ every_case = pytest.mark.parametrize(
     + [pytest.param(case, id=case.name, marks=pytest.mark.gpu) for case in GPU_CASES],
 )
 score_dtypes = pytest.mark.parametrize("is_fp8", [False, True], ids=["model", "fp8"])
-engines = pytest.mark.parametrize("kernel", [Kernel.REFERENCE, Kernel.TRITON], ids=["reference", "triton"])
+engines = pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(Kernel.REFERENCE, id="reference"),
+        pytest.param(Kernel.TRITON, id="triton"),
+        pytest.param(Kernel.CUDA, id="cuda", marks=[pytest.mark.gpu, pytest.mark.hopper]),
+    ],
+)
 SPARSE = Case("", num_rows=100, context_len=306, num_qo_heads=2, num_kv_heads=1)
 
 

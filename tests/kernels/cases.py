@@ -10,7 +10,8 @@ import torch
 
 from minference_vllm.attention import LayerState
 from minference_vllm.chunk import FP8, Chunk, PagedKV
-from minference_vllm.methods import VerticalSlash
+from minference_vllm.methods import Block, Method, VerticalSlash
+from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import FP8_MAX, AttendBuffers, ScratchShape
@@ -81,6 +82,12 @@ class Case:
             "local_tokens": 16,
         }
         return VerticalSlash(VerticalSlashSettings.model_validate({**settings, **changes}), kernel)
+
+    def block(self, kernel: Kernel) -> Block:
+        """The method: all keys for a budget that holds them, else few enough that short prompts lose some."""
+        share = 1.0 if self.vertical_size >= self.seq_len else 0.5
+        settings = BlockSettings(share=share, sink_tokens=16, local_tokens=16, max_density=1.0)
+        return Block(settings, kernel)
 
 
 REGULAR = [
@@ -224,7 +231,7 @@ def make_chunk(case: Case, device: torch.device, seed: int = 0) -> Chunk:
     return Chunk(q, out, kv, case.context_len, case.scale, q_scale, sinks, may_end_prompt=False)
 
 
-def make_state(case: Case, method: VerticalSlash, device: torch.device) -> LayerState:
+def make_state(case: Case, method: Method, device: torch.device) -> LayerState:
     """What a layer brings to its chunks, with scratch of its own."""
     budgets = method.budgets(case.num_qo_heads, device)
     attend = AttendBuffers.allocate(case.num_qo_heads, case.shape.max_chunk, device)

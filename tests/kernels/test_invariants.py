@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold of sparse prefill whatever the numbers are, for the kernels and for their plain-torch twins."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from minference_vllm import attention, ops
 from minference_vllm.attention import LayerState
 from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.methods import Method
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import AttendBuffers
@@ -30,19 +32,31 @@ class Result(NamedTuple):
     kept_pairs: int
 
 
-@pytest.fixture(
-    params=[
-        Kernel.REFERENCE,
-        Kernel.TRITON,
-        pytest.param(Kernel.CUDA, marks=[pytest.mark.gpu, pytest.mark.hopper]),
-    ]
-)
+KERNELS = [Kernel.REFERENCE, Kernel.TRITON, pytest.param(Kernel.CUDA, marks=[pytest.mark.gpu, pytest.mark.hopper])]
+
+
+@pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     return request.param
 
 
+class Engine(NamedTuple):
+    """Kernels, and the method that chooses."""
+
+    kernel: Kernel
+    make_method: Callable[[Case, Kernel], Method]
+
+    def method(self, case: Case) -> Method:
+        return self.make_method(case, self.kernel)
+
+
+@pytest.fixture(params=[Case.vertical_slash, Case.block], ids=["vertical_slash", "block"])
+def engine(request: pytest.FixtureRequest, kernel: Kernel) -> Engine:
+    return Engine(kernel, request.param)
+
+
 def prefill(
-    kernel: Kernel,
+    engine: Engine,
     case: Case,
     q: torch.Tensor,
     kv: PagedKV,
@@ -50,11 +64,12 @@ def prefill(
     out: torch.Tensor | None = None,
 ) -> Result:
     """Sparse prefill of one chunk; `case` gives its context and budget."""
-    method = case.vertical_slash(kernel)
+    method = engine.method(case)
     state = make_state(case, method, q.device) if state is None else state
     out = torch.full_like(q, torch.nan) if out is None else out
     kept_before = state.attend.kept_pairs.item()
-    attention.prefill(Chunk(q, out, kv, case.context_len, case.scale), method, state)
+    chunk = Chunk(q, out, kv, case.context_len, case.scale, may_end_prompt=False)
+    attention.prefill(chunk, method, state)
     kept_pairs = int(state.attend.kept_pairs.item() - kept_before)
     return Result(out.clone(), state.attend.lse[:, : case.num_rows].clone(), kept_pairs)
 
@@ -87,9 +102,9 @@ def causal_pairs(case: Case) -> int:
         pytest.param(replace(FULL, head_dim=128, num_rows=5, context_len=250, probe_rows="both"), id="few rows"),
     ],
 )
-def test_a_full_budget_is_dense_attention(kernel: Kernel, case: Case, device: torch.device) -> None:
+def test_a_full_budget_is_dense_attention(engine: Engine, case: Case, device: torch.device) -> None:
     q, kv = make_queries(case, device), make_cache(case, device)
-    result = prefill(kernel, case, q, kv)
+    result = prefill(engine, case, q, kv)
     assert_close(result.out, dense(case, q, kv))
     assert result.kept_pairs == causal_pairs(case)
 
@@ -106,34 +121,34 @@ def hide_keys_from(kv: PagedKV, first: int) -> PagedKV:
 
 @pytest.mark.parametrize("chunks", [(128, 72), (1, 129, 70), (199, 1)], ids=str)
 def test_a_full_budget_does_not_depend_on_the_chunks(
-    kernel: Kernel, chunks: tuple[int, ...], device: torch.device
+    engine: Engine, chunks: tuple[int, ...], device: torch.device
 ) -> None:
     whole = replace(FULL, num_rows=sum(chunks), context_len=0)
     q, kv = make_queries(whole, device), make_cache(whole, device)
-    state = make_state(whole, whole.vertical_slash(kernel), device)
+    state = make_state(whole, engine.method(whole), device)
     parts = []
     start = 0
     for rows in chunks:
         case = replace(whole, num_rows=rows, context_len=start)
-        parts.append(prefill(kernel, case, q[start : start + rows], hide_keys_from(kv, start + rows), state))
+        parts.append(prefill(engine, case, q[start : start + rows], hide_keys_from(kv, start + rows), state))
         start += rows
-    unchunked = prefill(kernel, whole, q, kv, state)
+    unchunked = prefill(engine, whole, q, kv, state)
     assert_close(torch.cat([part.out for part in parts]), unchunked.out)
     torch.testing.assert_close(torch.cat([part.lse for part in parts], 1), unchunked.lse, rtol=1e-4, atol=1e-4)
     assert sum(part.kept_pairs for part in parts) == unchunked.kept_pairs
 
 
-def test_tensor_parallel_shards_are_slices_of_the_whole(kernel: Kernel, device: torch.device) -> None:
+def test_tensor_parallel_shards_are_slices_of_the_whole(engine: Engine, device: torch.device) -> None:
     whole = replace(SPARSE, num_qo_heads=4, num_kv_heads=2, num_rows=90)
     q, kv = make_queries(whole, device), make_cache(whole, device)
-    expected = prefill(kernel, whole, q, kv)
+    expected = prefill(engine, whole, q, kv)
     assert expected.kept_pairs < causal_pairs(whole)
     kept_pairs = 0
     # Two ranks with a KV head each, and one of four ranks, where every KV head lives on two of them.
     for qo_heads, kv_heads in ((slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2)), (slice(1, 2), slice(0, 1))):
         num_heads = qo_heads.stop - qo_heads.start
         case = replace(whole, num_qo_heads=num_heads, num_kv_heads=1)
-        shard = prefill(kernel, case, q[:, qo_heads], kv._replace(k=kv.k[:, kv_heads], v=kv.v[:, kv_heads]))
+        shard = prefill(engine, case, q[:, qo_heads], kv._replace(k=kv.k[:, kv_heads], v=kv.v[:, kv_heads]))
         assert torch.equal(shard.out, expected.out[:, qo_heads])
         assert torch.equal(shard.lse, expected.lse[qo_heads])
         kept_pairs += shard.kept_pairs if num_heads == 2 else 0
@@ -186,23 +201,23 @@ def share_cache(caches: list[PagedKV]) -> list[PagedKV]:
     return [PagedKV(k, v, table, row) for row in range(len(caches))]
 
 
-def test_prompts_of_one_batch_come_out_as_each_alone(kernel: Kernel, device: torch.device) -> None:
+def test_prompts_of_one_batch_come_out_as_each_alone(engine: Engine, device: torch.device) -> None:
     # Long, short, long: what the scratch memory still holds of one must not reach the next.
     cases = [SPARSE, replace(SPARSE, num_rows=70, context_len=130), replace(SPARSE, num_rows=200, context_len=80)]
     queries = [make_queries(case, device, seed) for seed, case in enumerate(cases)]
     caches = [make_cache(case, device, seed + 10) for seed, case in enumerate(cases)]
-    state = make_state(replace(SPARSE, num_rows=300), SPARSE.vertical_slash(kernel), device)
+    state = make_state(replace(SPARSE, num_rows=300), engine.method(SPARSE), device)
     for case, q, kv, shared in zip(cases, queries, caches, share_cache(caches), strict=True):
-        alone = prefill(kernel, case, q, kv)
+        alone = prefill(engine, case, q, kv)
         assert alone.kept_pairs < causal_pairs(case)
-        assert_equal(prefill(kernel, case, q, shared, state), alone)
+        assert_equal(prefill(engine, case, q, shared, state), alone)
 
 
-def test_the_order_of_pages_changes_nothing(kernel: Kernel, device: torch.device) -> None:
+def test_the_order_of_pages_changes_nothing(engine: Engine, device: torch.device) -> None:
     q, kv = make_queries(SPARSE, device), make_cache(SPARSE, device)
     (permuted,) = share_cache([kv])
     assert not torch.equal(permuted.block_table[0], kv.block_table[1])
-    assert_equal(prefill(kernel, SPARSE, q, permuted), prefill(kernel, SPARSE, q, kv))
+    assert_equal(prefill(engine, SPARSE, q, permuted), prefill(engine, SPARSE, q, kv))
 
 
 def far_apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -226,25 +241,25 @@ def far_apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("what", "dim"), [("pages", 0), ("kv heads", 1), ("rows", 0)])
-def test_offsets_past_2_to_the_31(kernel: Kernel, what: str, dim: int, device: torch.device) -> None:
+def test_offsets_past_2_to_the_31(engine: Engine, what: str, dim: int, device: torch.device) -> None:
     case = replace(SPARSE, num_rows=70, num_qo_heads=3, num_kv_heads=3)
     q, kv = make_queries(case, device), make_cache(case, device)
-    expected = prefill(kernel, case, q, kv)
+    expected = prefill(engine, case, q, kv)
     if what == "rows":
         q, out = far_apart(q, 0), far_apart(torch.full_like(q, torch.nan), 0)
-        assert_equal(prefill(kernel, case, q, kv, out=out), expected)
+        assert_equal(prefill(engine, case, q, kv, out=out), expected)
         return
     assert (kv.block_table[kv.row] == len(kv.k) - 1).any(), "the last page is the one that lies far off"
     cache = far_apart(torch.cat([kv.k, kv.v], dim=-1), dim)
     k, v = cache.split(case.head_dim, dim=-1)
-    assert_equal(prefill(kernel, case, q, PagedKV(k, v, kv.block_table, kv.row)), expected)
+    assert_equal(prefill(engine, case, q, PagedKV(k, v, kv.block_table, kv.row)), expected)
 
 
 @pytest.mark.parametrize("stride", [0, 1, 2**40])
-def test_the_stride_of_a_single_kv_head_means_nothing(kernel: Kernel, stride: int, device: torch.device) -> None:
+def test_the_stride_of_a_single_kv_head_means_nothing(engine: Engine, stride: int, device: torch.device) -> None:
     case = replace(SPARSE, num_rows=70)
     q, kv = make_queries(case, device), make_cache(case, device)
-    expected = prefill(kernel, case, q, kv)
+    expected = prefill(engine, case, q, kv)
 
     def degenerate(half: torch.Tensor) -> torch.Tensor:
         strides = (half.stride(0), stride, half.stride(2), 1)
@@ -252,4 +267,4 @@ def test_the_stride_of_a_single_kv_head_means_nothing(kernel: Kernel, stride: in
 
     odd = PagedKV(degenerate(kv.k), degenerate(kv.v), kv.block_table, kv.row)
     assert odd.k.stride(1) == stride
-    assert_equal(prefill(kernel, case, q, odd), expected)
+    assert_equal(prefill(engine, case, q, odd), expected)

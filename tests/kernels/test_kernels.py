@@ -2,6 +2,7 @@
 """Each kernel against its plain-torch twin."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from minference_vllm import ops, reference
 from minference_vllm.attention import prefill
 from minference_vllm.index import BAND, BANDS_PER_TILE, HALF, HALVES, TILE, BandIndex
 from minference_vllm.kernels import cuda, triton
+from minference_vllm.methods import Method
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.attend import kept_before
 from minference_vllm.scratch import SelectBuffers
@@ -169,8 +171,11 @@ def test_attend_follows_scores_that_rise(kernel: Kernel, dtype: torch.dtype, dev
     + [pytest.param(case, id=case.name, marks=pytest.mark.gpu) for case in GPU_CASES],
 )
 @every_kernel
-def test_sparse_prefill_repeats_bit_for_bit(case: Case, kernel: Kernel, device: torch.device) -> None:
-    method = case.vertical_slash(kernel)
+@pytest.mark.parametrize("make_method", [Case.vertical_slash, Case.block])
+def test_sparse_prefill_repeats_bit_for_bit(
+    case: Case, kernel: Kernel, make_method: Callable[[Case, Kernel], Method], device: torch.device
+) -> None:
+    method = make_method(case, kernel)
     state = make_state(case, method, device)
     outs = []
     for _ in range(10 if device.type == "cuda" else 3):

@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minference_vllm import ops
 from minference_vllm.index import BandIndex
 from minference_vllm.kernels import cuda
 from minference_vllm.methods.vertical_slash import VerticalSlashBuffers
 from minference_vllm.ops import Kernel
 from tests.kernels.cases import Case, make_chunk
-from tests.kernels.checks import check_attend
+from tests.kernels.checks import attend_with, check_attend
 from tests.kernels.indexes import random_tile_index
 from tests.kernels.recalls import check_heads, check_recall
 
@@ -56,8 +55,9 @@ def test_attend_matches_the_reference_on_random_shapes(kernel: Kernel, group: in
     rng, generator = random.Random(group), torch.Generator().manual_seed(group)
     for _ in range(SHAPES_PER_GROUP if kernel is Kernel.CUDA else 1):  # a variant of the Triton kernel takes seconds
         case = random_case(rng)
-        index = random_index(case, generator, device)
-        check_attend(lambda *of: ops.attend(*of, kernel), make_chunk(case, device), index)
+        chunk = make_chunk(case, device)
+        for draw in (random_index, random_tile_index):
+            check_attend(attend_with(kernel), chunk, draw(case, generator, device))
 
 
 @pytest.mark.gpu

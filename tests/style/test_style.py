@@ -56,6 +56,7 @@ LAYERS = (
     "index",
     "recall",
     "files",
+    "faults",
     "errors",
 )
 IMPORT_VLLM = {"plugin", "backend", "cpu", "metadata", "impl", "compat"}

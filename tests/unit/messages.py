@@ -21,6 +21,7 @@ SAYING = {
     "ops.kernel._cuda_obstacle",
     "ops.kernel._gpu_obstacle",
     "plan.gate_obstacle",
+    "plan.sharing_obstacle",
 }
 # Where one of these sentences, or a whole exception, is passed on; nothing is added there.
 FORWARDING = {

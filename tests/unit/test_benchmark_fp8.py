@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import DENSE, SPARSE, block, fidelity
+from benchmarks.block_cases import TINY
 from benchmarks.cases import Case as Shape
 from benchmarks.cases import Inputs, in_fp8, make_inputs
 from minference_vllm import ops
@@ -15,7 +16,7 @@ from minference_vllm.ops import Kernel
 from minference_vllm.reference.quantized import keys_and_values, queries
 from minference_vllm.scratch import AttendBuffers
 
-CASE = block.TINY[0]
+CASE = TINY[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from minference_vllm.recall import LayerRecall, Recall
 
 
 def make_counters(tally) -> Counters:
-    return Counters(True, 0, tally, read=lambda: (0, 0, Recall()))
+    return Counters(0, tally, read=Snapshot)
 
 
 def test_threads_lose_no_tokens():
@@ -77,7 +77,8 @@ def test_snapshot_survives_json_and_arithmetic():
         tuple(range(10)), 3, {0: LayerRecall(9, (8.25, 7.5), (0.5, 0.25)), 4: LayerRecall(9, (9.0,), (1.0,))}
     )
     tokens, chunks = Counter({("sparse", "gate_open"): 7}), Counter({("sparse", "gate_open"): 1})
-    one = Snapshot(tokens, chunks, 2**63, 2**65, recall, 2**35, Counter({("block", "cuda"): 1}), Times(3, 0.5, 0.25))
+    engines, times = Counter({("block", "cuda"): 1}), Times(3, 0.5, 0.25)
+    one = Snapshot(tokens, chunks, 2**63, 2**65, recall, 2**35, engines, times, faults=4, broken_ranks=1)
     assert Snapshot.from_json(one.to_json()) == one
     assert one + one - one == one
     assert one - one == Snapshot()

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from minference_vllm.compat import engines
-from minference_vllm.config import CONFIG_FILE_VARIABLE
+from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig
+from minference_vllm.doctor import settings as doctors_settings
 from minference_vllm.doctor.check import Check, Status
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.doctor.settings import Limits, check_settings
+from minference_vllm.plan import Budget
 from minference_vllm.reason import Reason
 from tests.conftest import import_or_skip
 
@@ -80,10 +82,10 @@ def test_a_kernel_that_cannot_run_here_is_a_fault(tmp_path: Path) -> None:
     ("settings", "limits", "status", "says"),
     [
         ({}, LONG, Status.OK, "from 16384 tokens on"),
-        ({"min_seq_len": 65_537}, LONG, Status.FAILED, "minference.min_seq_len is 65537, above the 65536 tokens"),
+        ({"min_seq_len": 65_536}, LONG, Status.FAILED, "minference.min_seq_len is 65536, above the 65535 tokens"),
         ({"min_chunk": 8193}, LONG, Status.FAILED, "minference.min_chunk is 8193, above the 8192 rows"),
         ({}, Limits(), Status.SKIPPED, "--max-num-batched-tokens"),
-        ({}, Limits(max_model_len=8192), Status.FAILED, "above the 8192 tokens"),
+        ({}, Limits(max_model_len=8192), Status.FAILED, "above the 8191 tokens"),
         ({}, Limits(max_num_batched_tokens=8192), Status.SKIPPED, "--max-model-len"),
     ],
 )
@@ -93,6 +95,12 @@ def test_whether_the_gate_can_open(
     gate = check(tmp_path, settings, limits)["gate"]
     assert gate.status is status
     assert says in gate.what
+
+
+def test_a_gate_that_opens_only_for_who_is_alone_is_a_fault() -> None:
+    found = doctors_settings._check_gate(MInferenceConfig(min_chunk=4096), 65_535, Budget(8192, 2048))
+    assert found.status is Status.FAILED
+    assert "only for a request that is alone" in found.what and "--long-prefill-token-threshold" in found.what
 
 
 # A model
@@ -113,7 +121,7 @@ def test_of_a_model_vllm_says_heads_and_limits(model: str, tmp_path: Path) -> No
     assert checks["model"].what == f"{model}: 8 query heads over 2 KV heads of 64"
     assert checks["layers"].facts["layers"] == ["dense_layer", "sparse", "sparse", "sparse"]
     assert checks["layers"].what == "3 of 4 attention layers may run sparse; always dense: dense_layer 1"
-    assert (checks["gate"].status, checks["gate"].facts["max_model_len"]) == (Status.OK, 20_000)
+    assert (checks["gate"].status, checks["gate"].facts["longest_prompt"]) == (Status.OK, 19_999)
 
 
 def test_what_vllm_refuses_is_a_fault(model: str, tmp_path: Path) -> None:

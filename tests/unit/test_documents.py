@@ -15,7 +15,12 @@ import pytest
 from minference_vllm import cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "configs/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "configs/README.md",
+    ROOT / "benchmarks/results/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 # An indented line of its own, with the lines that it is continued on.
 COMMAND = re.compile(r"^ {4,}((?:minference-vllm|python -m benchmarks\.)(?:[^\n]*\\\n)*[^\n]*)$", re.MULTILINE)

@@ -3,8 +3,6 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -17,6 +15,7 @@ from minference_vllm.metrics import counters as counters_module
 from minference_vllm.metrics import exporter
 from minference_vllm.metrics.counters import Counters
 from minference_vllm.metrics.publisher import METRICS_DIR, MULTIPROC_DIR
+from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.recall import LayerRecall, Recall
 
 SPARSE = 'path="sparse",reason="gate_open"'
@@ -45,11 +44,15 @@ def scrape() -> str:
 class Worker:
     """Counters, and what the GPU has told."""
 
-    def __init__(self, publish: bool = True, log_every: float = 0) -> None:
+    def __init__(self, log_every: float = 0) -> None:
         self.pairs = 0, 0
         self.recall = Recall()
         self.set_up = 0, Counter()
-        self.counters = Counters(publish, log_every, tally=dict, read=lambda: (*self.pairs, self.recall, *self.set_up))
+        self.faults = 0, 0
+        self.counters = Counters(log_every, tally=dict, read=self.told)
+
+    def told(self) -> Snapshot:
+        return Snapshot(Counter(), Counter(), *self.pairs, self.recall, *self.set_up, Times(), *self.faults)
 
     def count(self, tokens: int) -> None:
         """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
@@ -76,11 +79,6 @@ def run_process(target, *args) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
-
-
-def run_script(script: str, *arguments: str, **environment: str) -> str:
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.check_output(command, env=os.environ | environment, text=True)
 
 
 def wait_until(condition) -> None:
@@ -116,17 +114,24 @@ def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, 
     assert [line.split(" prompt tokens")[0] for _, line in log_lines] == ["MInference: 1,000", "MInference: 234"]
 
 
-def test_other_ranks_export_and_log_nothing(tmp_path, monkeypatch, log_lines):
+def test_a_worker_with_nothing_to_tell_exports_and_logs_nothing(tmp_path, monkeypatch, log_lines):
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     monkeypatch.setenv(METRICS_DIR, str(tmp_path))
-    worker = Worker(publish=False, log_every=0.01)
-    worker.counters.start()
-    worker.count(100)
-    worker.counters.flush()
+    Worker(log_every=0.01).counters.start()
     time.sleep(0.1)
-    assert worker.counters.snapshot().tokens["sparse", "gate_open"] == 100
     assert not list(tmp_path.iterdir())
     assert not log_lines
+
+
+def test_faults_and_broken_ranks_are_summed_over_workers(tmp_path, new_process):
+    new_process(str(tmp_path))
+    exporter.install()
+    for faults in ((3, 1), (1, 0), (0, 0)):
+        worker = Worker()
+        worker.faults = faults
+        worker.counters.flush()
+    assert "minference_faults_total 4.0" in scrape()
+    assert "minference_broken_ranks 1.0" in scrape()
 
 
 def test_a_directory_that_vanishes_while_serving_costs_one_warning(log_lines):
@@ -222,75 +227,3 @@ def test_runs_that_share_a_users_directory_are_counted_apart(tmp_path, new_proce
         new_process(str(tmp_path / "made" / "if missing"))
         serve_one_step(tokens)
         assert f"minference_prefill_tokens_total{{{SPARSE}}} {tokens}.0" in scrape()
-
-
-FORKING_SERVER = """
-import os, sys
-from minference_vllm.metrics.exporter import install
-install()
-child = os.fork()
-if child == 0:
-    install()
-    sys.exit()
-os.waitpid(child, 0)
-print(os.path.isdir(os.environ["MINFERENCE_METRICS_DIR"]))
-"""
-
-
-def test_the_directory_outlives_forked_children_and_goes_with_its_owner(tmp_path):
-    assert run_script(FORKING_SERVER, TMPDIR=str(tmp_path)) == "True\n"
-    assert not list(tmp_path.iterdir())
-
-
-# A worker's last step is counted while its server is already ending.
-ENDING_SERVER = """
-import logging, multiprocessing.util, sys, time  # vLLM imports it before the plugin
-from minference_vllm.metrics.counters import Counters
-from minference_vllm.metrics.exporter import install
-from minference_vllm.recall import Recall
-logging.basicConfig(stream=sys.stdout, level=logging.INFO)
-
-def serve():
-    counters = Counters(publish=True, log_every=10, tally=dict, read=lambda: (0, 0, Recall()))
-    counters.start()
-    time.sleep(0.2)
-    counters.defer({("sparse", "gate_open"): (5, 1)})
-    counters.flush()  # as its thread does
-
-install()
-multiprocessing.get_context("fork").Process(target=serve).start()
-"""
-
-
-def test_a_server_that_ends_before_its_workers_costs_no_warning(tmp_path):
-    lines = run_script(ENDING_SERVER, TMPDIR=str(tmp_path)).splitlines()
-    assert [line.split(" prompt tokens")[0] for line in lines] == ["INFO:vllm.minference.metrics:MInference: 5"]
-    assert not list(tmp_path.iterdir())
-
-
-SHORT_RUN = """
-import logging, os, shutil, sys
-from minference_vllm.metrics.counters import Counters
-from minference_vllm.recall import Recall
-logging.basicConfig(stream=sys.stdout, level=logging.INFO)
-counters = Counters(publish=True, log_every=10, tally=dict, read=lambda: (0, 0, Recall()))
-counters.start()
-counters.defer({("sparse", "gate_open"): (5, 1)})
-if "fork" in sys.argv and (child := os.fork()):
-    os.waitpid(child, 0)
-if "remove" in sys.argv:
-    shutil.rmtree(os.environ["MINFERENCE_METRICS_DIR"])
-sys.exit()
-"""
-
-
-@pytest.mark.parametrize("fork", [(), ("fork",)], ids=["", "a forked child publishes nothing of its parent's"])
-def test_what_was_counted_last_is_published_and_logged_at_exit_once(fork, tmp_path):
-    assert run_script(SHORT_RUN, *fork, MINFERENCE_METRICS_DIR=str(tmp_path)).count("5 prompt tokens sparse") == 1
-    (snapshot,) = exporter.DirectoryCollector(str(tmp_path))._snapshots()
-    assert snapshot.chunks == {("sparse", "gate_open"): 1}
-
-
-def test_a_directory_that_is_gone_at_exit_costs_no_warning(tmp_path):
-    (line,) = run_script(SHORT_RUN, "remove", MINFERENCE_METRICS_DIR=str(tmp_path)).splitlines()
-    assert "5 prompt tokens sparse" in line

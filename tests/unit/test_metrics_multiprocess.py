@@ -26,7 +26,7 @@ import sys
 from collections import Counter
 from minference_vllm.metrics import publisher
 from minference_vllm.metrics.counters import Counters
-from minference_vllm.metrics.snapshot import Times
+from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.recall import LayerRecall, Recall
 publisher.HEADS_SECONDS = 0  # else only the first of the two steps shows
 number, *kept = map(int, sys.argv[1:])
@@ -34,7 +34,8 @@ for kept_pairs in kept:
     pairs = 0, 0
     recall, times = Recall(), Times()
     engine = Counter({("block", "cuda"): 1})
-    counters = Counters(publish=True, log_every=0, tally=dict, read=lambda: (*pairs, recall, 1000, engine, times))
+    told = lambda: Snapshot(Counter(), Counter(), *pairs, recall, 1000, engine, times, 2, 1)
+    counters = Counters(log_every=0, tally=dict, read=told)
     for step in (1, 2):
         counters.defer({("sparse", "gate_open"): (50, 1)})
         counters.flush()
@@ -77,6 +78,8 @@ def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path)
     assert "minference_guard_heads_total 6.0" in text
     assert 'minference_recall_worst{head="1",layer="0"} 0.1' in text
     assert "minference_scratch_bytes 3000.0" in text
+    assert "minference_faults_total 6.0" in text
+    assert "minference_broken_ranks 3.0" in text
     assert "minference_timed_layers_total 6.0" in text
     assert "minference_choose_seconds_total 1.5" in text
     assert "minference_attend_seconds_total 3.0" in text

@@ -13,6 +13,7 @@ from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics.exporter import DirectoryCollector
 from minference_vllm.metrics.publisher import METRICS_DIR, MULTIPROC_DIR
 from minference_vllm.pipeline import ONE_STAGE, Pipeline
+from minference_vllm.plan import Budget
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord
 from minference_vllm.runtime import Runtime
@@ -148,7 +149,7 @@ def test_settings_and_a_gate_that_cannot_open_are_said_by_one_stage(
         monkeypatch.setattr(f"minference_vllm.runtime.logger.{level}", lambda text, *_: said.append(text))
     for stage in make_stages(dense_layers=dense_layers, min_chunk=4096):
         stage.counters.start = lambda: None  # type: ignore[method-assign] # no thread a test
-        stage.start(max_seq_len=32_768, max_chunk=2048, has_sparse_layers=True)
+        stage.start(32_767, Budget(2048, 2048), has_sparse_layers=True)
     assert said.count("MInference: %s") == 1
     assert said.count("MInference: nothing will run sparse: %s.") == 1
 

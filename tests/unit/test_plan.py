@@ -268,6 +268,10 @@ def test_a_chunk_as_long_as_the_scheduler_lets_it_be_is_taken_for_a_part() -> No
     assert ends(Row(1024, 4096), Row(1000, 4096), rows=1024) == [False, True]
 
 
+def test_a_request_that_is_alone_is_not_cut_to_what_requests_beside_others_get() -> None:
+    assert ends(Row(1500, 4096), rows=1024) == [True]
+
+
 def test_a_gate_of_zero_takes_every_prompt_of_min_chunk_rows() -> None:
     config = MInferenceConfig(min_seq_len=0, min_chunk=1)
     batch = (DECODE, Row(2), SHORT, PADDING, Row(1, 3), Row(2, 3))

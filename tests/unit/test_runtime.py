@@ -2,6 +2,7 @@
 """What the layers of a worker process share: settings, scratch, counts, and what is said at start."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ from minference_vllm import runtime
 from minference_vllm.chunk import PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics import stopwatch
-from minference_vllm.metrics.snapshot import Times
+from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.ops import Kernel
+from minference_vllm.plan import Budget
 from minference_vllm.record import StepRecord
 from minference_vllm.scratch import ScratchShape, num_bytes
 
@@ -51,24 +53,27 @@ def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, said: li
 
 def test_nothing_is_claimed_on_the_device_before_the_scratch() -> None:
     # Layers are built in a memory pool that vLLM's sleep mode drops with the weights.
-    worker = make_runtime()
+    worker = make_runtime(publish=True)
     assert not any(isinstance(value, torch.Tensor) for value in vars(worker).values())
-    assert worker._density is None
+    assert not any(isinstance(value, torch.Tensor) for value in vars(worker.account).values())
+    assert worker.account._density is None
     with torch.inference_mode():  # as in vLLM's profiling run
         state = worker.layer_state(SHAPE, 0, 2)
     state.attend.kept_pairs.add_(7)
     state.budgets.fill_(3)
-    worker._density.copy(causal_pairs_so_far=9)
-    assert worker._read()[:2] == (7, 9)
+    worker.account.causal_pairs = 9
+    worker.account.collect()
+    told = worker.account.read()
+    assert (told.kept_pairs, told.causal_pairs) == (7, 9)
 
 
 def test_what_is_claimed_and_run_is_told_to_the_metrics() -> None:
-    worker = make_runtime()
-    assert worker._read()[3:] == (0, {("block", "reference"): 1}, Times())
+    worker = make_runtime(publish=True)
+    assert worker.account.read() == Snapshot(engines=Counter({("block", "reference"): 1}))
     state = worker.layer_state(SHAPE, 0, 2)
     worker.layer_state(SHAPE, 1, 2)
     claimed = num_bytes(state.buffers) + num_bytes(state.attend) + num_bytes(state.guard.buffers)
-    assert worker._read()[3] == claimed > 0
+    assert worker.account.read().scratch_bytes == claimed > 0
 
 
 def test_layers_of_one_shape_share_scratch_and_have_budgets_of_their_own() -> None:
@@ -102,7 +107,7 @@ def test_a_dry_run_is_not_counted() -> None:
     kept += 12
     worker.dry_run(SHAPE, page_size=16)
     assert kept.item() == 12
-    assert worker._causal_pairs == 0
+    assert worker.account.causal_pairs == 0
 
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
@@ -132,33 +137,53 @@ def test_one_layer_of_many_is_timed(publish: bool, monkeypatch: pytest.MonkeyPat
     assert (times.choose > 0 and times.attend > 0) == publish
 
 
-# A gate that can never open
+# Limits that keep the gate shut
+
+
+BUDGET = Budget(tokens=4096, rows=2048)
+MAX_PROMPT = 32_767
+ON_ROWS = ("nothing will run sparse: minference.min_chunk is 5000", "above the 4096 rows", "--max-num-batched-tokens")
+ON_LENGTH = ("nothing will run sparse: minference.min_seq_len is 32768", "32767 tokens", "--max-model-len")
+ON_SHARING = ("while there is no other: minference.min_chunk is 4096", "2048 rows", "--long-prefill-token-threshold")
+ON_PROMPTS = ("nothing will run sparse: minference.min_chunk is 40000", "above the 32767 tokens", "--max-model-len")
 
 
 @pytest.mark.parametrize(
-    ("settings", "said_of"),
+    ("settings", "budget", "said_of"),
     [
-        ({"min_chunk": 4096}, ("minference.min_chunk is 4096", "2048 rows", "--max-num-batched-tokens")),
-        ({"min_seq_len": 40_000}, ("minference.min_seq_len is 40000", "32768 tokens", "--max-model-len")),
+        ({"min_chunk": 5000}, BUDGET, ON_ROWS),
+        ({"min_seq_len": 32_768}, BUDGET, ON_LENGTH),
+        ({"min_chunk": 4096}, BUDGET, ON_SHARING),
+        ({"min_chunk": 40_000}, Budget(65_536, 65_536), ON_PROMPTS),
+        ({"min_chunk": 5000, "min_seq_len": 32_768}, BUDGET, ON_ROWS + ON_LENGTH[1:]),
     ],
+    ids=["a step's rows", "a prompt's tokens", "rows beside others", "a prompt shorter than a chunk", "two"],
 )
-def test_a_gate_that_can_never_open_is_warned_of_once(
-    settings: dict[str, int], said_of: tuple[str, ...], said: list[str]
+def test_limits_that_keep_the_gate_shut_are_warned_of_once(
+    settings: dict[str, int], budget: Budget, said_of: tuple[str, ...], said: list[str]
 ) -> None:
     worker = make_runtime(publish=True, **settings)
     for _ in range(2):  # KV cache groups
-        worker.start(max_seq_len=32_768, max_chunk=2048, has_sparse_layers=True)
+        worker.start(MAX_PROMPT, budget, has_sparse_layers=True)
     [warning] = [line for line in said if line.startswith("warning")]
     assert all(part in warning for part in said_of)
+    options = {"--max-num-batched-tokens", "--max-model-len", "--long-prefill-token-threshold"}
+    assert {option for option in options if option in warning} == options.intersection(said_of)
 
 
 @pytest.mark.parametrize(
-    ("publish", "has_sparse_layers", "min_chunk"),
-    [(True, True, 2048), (True, False, 4096), (False, True, 4096)],
+    ("publish", "has_sparse_layers", "settings"),
+    [
+        (True, True, {"min_chunk": 2048, "min_seq_len": 32_767}),
+        (True, False, {"min_chunk": 5000}),
+        (False, True, {"min_chunk": 5000}),
+    ],
     ids=["it can open", "no sparse layers", "another rank"],
 )
-def test_no_other_start_is_warned_of(publish: bool, has_sparse_layers: bool, min_chunk: int, said: list[str]) -> None:
-    worker = make_runtime(publish, min_chunk=min_chunk)
-    worker.start(max_seq_len=32_768, max_chunk=2048, has_sparse_layers=has_sparse_layers)
+def test_no_other_start_is_warned_of(
+    publish: bool, has_sparse_layers: bool, settings: dict[str, int], said: list[str]
+) -> None:
+    worker = make_runtime(publish, **settings)
+    worker.start(MAX_PROMPT, BUDGET, has_sparse_layers)
     assert [line for line in said if line.startswith("warning")] == []
     assert worker.has_sparse_layers is has_sparse_layers

@@ -18,7 +18,7 @@ from benchmarks import DENSE, SPARSE
 from benchmarks.soak import limits, watch
 from benchmarks.soak.client import Sent
 from benchmarks.soak.found import Found
-from benchmarks.soak.growth import Growth, growth
+from benchmarks.soak.growth import Growth
 from benchmarks.soak.latencies import STEP, Latencies
 from benchmarks.soak.merge import MergeError, details, make_rows, merge
 from benchmarks.soak.schedule import Fate, Mix, Request, requests
@@ -74,37 +74,6 @@ def test_latencies_of_two_runs_are_added() -> None:
     assert (both.total, both.quantile(0.75), both.quantile(0.76)) == (
         4, pytest.approx(0.001, rel=1e-3), pytest.approx(1.0, rel=1e-3),
     )  # fmt: skip
-
-
-# growth
-
-
-def test_memory_that_grows_by_a_line_grows_by_its_slope() -> None:
-    times = [2.0 * at for at in range(100)]
-    # The first half, warm-up, does not count.
-    found = growth(times, [5000.0 if at < 100 else 1000 + at / 36 for at in times])
-    assert found == Growth(*[pytest.approx(100.0, abs=0.01)] * 3)
-
-
-def test_the_interval_of_noise_holds_no_growth_19_times_of_20() -> None:
-    rng = random.Random(0)
-    times = [2.0 * at for at in range(80)]
-    found = [growth(times, [1000 + rng.gauss(0, 10) for _ in times]) for _ in range(400)]
-    assert sum(one is not None and one.low < 0 < one.high for one in found) == pytest.approx(380, abs=12)
-
-
-def test_waves_widen_the_interval() -> None:
-    times = [2.0 * at for at in range(400)]
-    wave = [10 * math.sin(at / 40) for at in times]
-    shuffled = random.Random(0).sample(wave, len(wave))
-    slow, quick = growth(times, wave), growth(times, shuffled)
-    assert slow is not None and quick is not None
-    assert slow.high - slow.low > 3 * (quick.high - quick.low)
-
-
-def test_few_samples_tell_no_slope() -> None:
-    assert growth([1.0 * at for at in range(30)], [0.0] * 30) is None
-    assert growth([1.0 * at for at in range(32)], [7.0] * 32) == Growth(0, 0, 0)
 
 
 # what is found of a server
@@ -181,6 +150,36 @@ def test_a_dense_server_that_runs_sparse_is_none() -> None:
 def test_growth_that_noise_explains_is_none() -> None:
     noisy = replace(make_found(SPARSE), growth={"host": Growth(9000, -100, 18000), "gpu": None})
     assert limits.exceeded({DENSE: make_found(DENSE), SPARSE: noisy}, ("host",)) == []
+
+
+def with_host(backend: str, level: float, step: float) -> Found:
+    return replace(make_found(backend), growth={"host": Growth(0, -9, 9, level, step), "gpu": None})
+
+
+@pytest.mark.parametrize(
+    ("level", "dense", "sparse", "fails"),
+    [
+        (2000, 0, 31, False),
+        (2000, 0, 33, True),
+        (20_000, 0, 99, False),
+        (20_000, 0, 101, True),
+        (2000, 50, 80, False),
+        (2000, 50, 83, True),
+        (2000, -50, 31, False),
+    ],
+)
+def test_a_step_beyond_denses_may_be_small(level: float, dense: float, sparse: float, fails: bool) -> None:
+    found = {DENSE: with_host(DENSE, level, dense), SPARSE: with_host(SPARSE, level, sparse)}
+    faults = limits.exceeded(found, ("host",))
+    assert faults == (
+        [f"host memory is {sparse - max(dense, 0)} MiB higher in the last third than in the second"] * fails
+    )
+
+
+def test_of_several_stretches_the_steepest_and_the_highest_count() -> None:
+    one, other = with_host(SPARSE, 100, 5), with_host(SPARSE, 90, 7)
+    assert (one + other).growth["host"] == Growth(0, -9, 9, 90, 7)
+    assert (one + replace(other, growth=dict.fromkeys(other.growth))).growth["host"] == one.growth["host"]
 
 
 # merging

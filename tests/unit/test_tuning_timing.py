@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from minference_vllm.attention import choose, prefill
 from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.index import EVERY_GROUP, GROUP, HALVES, TILE, HeadIndex, SparseIndex, TileIndex
-from minference_vllm.methods import Block, VerticalSlash
+from minference_vllm.methods import Block, Method, VerticalSlash
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
@@ -75,10 +76,7 @@ def test_for_a_share_without_bounds_the_sizes_that_go_without_one_are_drawn() ->
 
 
 def test_a_method_for_which_nothing_is_drawn_chooses_by_itself() -> None:
-    class Other(VerticalSlash):
-        """Not the method that keys are drawn for."""
-
-    method = Other(VerticalSlashSettings(), Kernel.REFERENCE)
+    method = Mock(spec=Method)
     assert drawn_choice(method, None, None, seed=0) is choose  # type: ignore[arg-type] # of neither anything is read
 
 
@@ -121,7 +119,8 @@ def test_block_chooses_in_full_and_attends_to_drawn_groups(rows: int, context_le
     q = torch.randn(rows, 2, 64)
     chunk = Chunk(q, torch.empty_like(q), kv, context_len, 0.125, may_end_prompt=False)
     index = prefill(chunk, method, state, drawn_choice(method, chunk, state, seed=7))
-    debug.check(chunk, index, state)
+    debug.check_index(chunk, index, state)
+    debug.check_output(chunk, state)
     assert (state.buffers.means != 0).any(), "the method has chosen, too"
     for tile in range(chunk.num_tiles):
         before = (chunk.first_tile + tile) * TILE

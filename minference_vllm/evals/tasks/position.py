@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """position: how well the model foresees the user's text, by how far into the prompt it is."""
 
-from minference_vllm.evals.material import SLACK, Material
-from minference_vllm.evals.sample import Kind, Sample
+from minference_vllm.evals.material import SLACK, Material, check_room
+from minference_vllm.evals.sample import POSITIONS, Kind, Sample
 
 
 def make(material: Material, tokens: int, samples: int) -> list[Sample]:
     """Passages of the text from random places."""
     start = material.tokenizer.start
     room = tokens - SLACK - len(start)
+    check_room("position", tokens, room, least=POSITIONS + 1)  # the first token has no log-probability
     return [
         Sample(
             task="position",

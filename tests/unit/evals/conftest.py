@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from minference_vllm import cli
 from minference_vllm.evals import plots, prepare, work
 from minference_vllm.evals.prepare import Header, Settings
 from minference_vllm.evals.sample import Kind, Sample
 from tests.unit.evals.fake_openai import FakeServer, fake_server
-from tests.unit.evals.runs import SAMPLES, samples
+from tests.unit.evals.runs import SAMPLES, SENTENCE, samples
+from tests.unit.evals.tokenizer import save_tokenizer
 
 SETTINGS = Settings(
     tokenizer="none",
@@ -73,3 +75,19 @@ def dense(knows: Callable[[dict[str, Any]], str], quick: None) -> Iterator[FakeS
 def sparse(knows: Callable[[dict[str, Any]], str]) -> Iterator[FakeServer]:
     with fake_server("sparse", knows) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tokenizer_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def prepare_with(tokenizer_name: str, tmp_path: Path) -> Callable[..., int]:
+    (tmp_path / "text.txt").write_text(SENTENCE * 400)
+
+    def run(*options: str) -> int:
+        made = ["--prepare", str(tmp_path / "made"), "--tokenizer", tokenizer_name]
+        return cli.main(["eval", *made, *options])
+
+    return run

@@ -11,6 +11,7 @@ from minference_vllm.evals.sample import Sample
 from tests.unit.evals.fake_openai import MODEL, FakeServer
 
 SAMPLES = 6  # of each task
+SENTENCE = "Sentence {} says little. "
 
 
 def samples(folder: Path) -> list[Sample]:

@@ -29,6 +29,7 @@ def make_report(**other: Any) -> dict[str, Any]:
         "date": "2026-01-01",
         "settings": {"seed": 0, "dense": SERVER, "sparse": SERVER},
         "warnings": [],
+        "notes": ["Something to know: c < d."],
         "left_out": {"ruler:qa_1 at 2048 tokens": "its generator failed: a < b"},
         "errors": [{"id": "needle/8192/3", "server": "sparse", "error": "<too long>"}],
         "rows": [row("needle", 8192), row("needle", 16384, low=None, high=None), row("facts", 8192, **nothing)],
@@ -75,7 +76,7 @@ def read(text: str) -> Checker:
 def test_the_page_is_whole_and_needs_no_other_file() -> None:
     found = read(make_page(make_report()))
     assert {link for link in found.links if not link.startswith(("#", "data:"))} == set()
-    for shown in ("0.850", "16,384", "<too long>", "a < b", "--model '<b>'", "a/model on vLLM 0.33.0"):
+    for shown in ("0.850", "16,384", "<too long>", "a < b", "c < d", "--model '<b>'", "a/model on vLLM 0.33.0"):
         assert shown in found.text
 
 

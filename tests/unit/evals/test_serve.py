@@ -137,6 +137,31 @@ def test_nor_can_it_be_in_vllms_other_spelling(spelt: str) -> None:
         serve.arguments("m", spelt, is_dense=False)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--max-num-batched-tokens 2048", "--max_model_len=9", "--dtype bfloat16", "--kv-cache-dtype fp8", "-tp 2",
+        "-O3", "--enforce-eager", "--seed=1", "--additional-config '{}' --seed 1", "--additional-config-file x",
+    ],
+)  # fmt: skip
+def test_the_sparse_server_alone_takes_nothing_but_the_plugins_settings(given: str) -> None:
+    name = [part.partition("=")[0].replace("_", "-") for part in given.split() if part.startswith("-")][-1]
+    said = f"--serve-sparse may hold --additional-config alone, and holds {name}: .* Put it into --serve"
+    with pytest.raises(ConfigError, match=said):
+        serve.arguments("m", "", is_dense=False, more=given)
+
+
+@pytest.mark.parametrize("given", ["--additional-config '{\"a\": -1}'", "--additional_config.minference.x=-1", ""])
+def test_the_plugins_settings_go_to_the_sparse_server(given: str) -> None:
+    found = serve.arguments("m", "--seed 1", is_dense=False, more=given)
+    assert found[4:] == ["--seed", "1", *shlex.split(given)]
+
+
+def test_a_quotation_mark_does_not_reach_from_one_option_into_the_other() -> None:
+    with pytest.raises(ConfigError, match="read as a shell does"):
+        serve.arguments("m", "--served-model-name 'a", is_dense=False, more="b' --additional-config x")
+
+
 def test_the_two_servers_differ_in_their_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def options(version: str, is_dense: bool) -> list[str]:
         monkeypatch.setattr(serve, "version", lambda name: version)

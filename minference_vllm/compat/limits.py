@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server admits, and into what its scheduler cuts it."""
+
+from typing import Any
+
+from minference_vllm.plan import Budget
+
+
+def budget(vllm_config: Any) -> Budget:
+    """By what the scheduler cuts prompts into chunks."""
+    scheduler = vllm_config.scheduler_config
+    tokens, shared = scheduler.max_num_batched_tokens, getattr(scheduler, "long_prefill_token_threshold", 0)
+    if shared and getattr(scheduler, "long_prefill_token_threshold_adaptive", False):
+        shared = max(shared, tokens // 2)  # what two requests get; more get less, but no less than the threshold
+    return Budget(tokens, min(shared or tokens, tokens))
+
+
+def longest_prompt(vllm_config: Any) -> int:
+    """Tokens of the longest prompt that is admitted: a model that generates needs room for one more."""
+    model = vllm_config.model_config
+    return int(model.max_model_len) - (getattr(model, "runner_type", "generate") == "generate")
