@@ -108,6 +108,6 @@ INFO = Family(
     lambda total: (((*engine, __version__), 1) for engine in total.engines), ("method", "kernel", "version"), "max",
 )  # fmt: skip
 FAMILIES = (
-    TOKENS, CHUNKS, FAULTS, BROKEN, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL, RECALL_SUM,
-    RECALL_MEAN, RECALL_WORST, SCRATCH, INFO,
+    TOKENS, CHUNKS, FAULTS, BROKEN, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL,
+    RECALL_SUM, RECALL_MEAN, RECALL_WORST, SCRATCH, INFO,
 )  # fmt: skip
