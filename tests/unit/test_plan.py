@@ -246,32 +246,6 @@ def test_flags_beyond_the_requests_are_not_looked_at() -> None:
     assert make_plan(stale, CONFIG, BUDGET) == make_plan(requests, CONFIG, BUDGET)
 
 
-def ends(*batch: Row, tokens: int = 4096, rows: int = 4096) -> list[bool]:
-    """Which of a step's sparse chunks may end their prompts."""
-    plan = make_plan(requests_of(batch), CONFIG, Budget(tokens, rows))
-    return [chunk.may_end_prompt for chunk in plan.chunks]
-
-
-def test_a_chunk_that_fills_the_step_alone_is_taken_for_a_part_of_its_prompt() -> None:
-    assert ends(Row(4096, 4096)) == [False]
-    assert ends(Row(4095, 4096)) == [True]
-    assert ends(DECODE, DECODE, Row(4094, 4096)) == [False], "decode rows are of the budget too"
-    assert ends(DECODE, Row(4094, 4096), PADDING, PADDING) == [True]
-
-
-def test_of_several_prompts_in_a_full_step_each_may_end() -> None:
-    assert ends(Row(2000, 4096), Row(2096, 4096)) == [True, True]
-    assert ends(SHORT, Row(4036, 4096)) == [True]
-
-
-def test_a_chunk_as_long_as_the_scheduler_lets_it_be_is_taken_for_a_part() -> None:
-    assert ends(Row(1024, 4096), Row(1000, 4096), rows=1024) == [False, True]
-
-
-def test_a_request_that_is_alone_is_not_cut_to_what_requests_beside_others_get() -> None:
-    assert ends(Row(1500, 4096), rows=1024) == [True]
-
-
 def test_a_gate_of_zero_takes_every_prompt_of_min_chunk_rows() -> None:
     config = MInferenceConfig(min_seq_len=0, min_chunk=1)
     batch = (DECODE, Row(2), SHORT, PADDING, Row(1, 3), Row(2, 3))
