@@ -190,7 +190,7 @@ class Budget(NamedTuple):
 
     def is_spent(self, requests: Requests) -> bool:
         """Whether nothing more would have fitted into a step."""
-        starts = requests.starts[: len(requests.seq_lens) + 1]
+        starts = requests.starts[: len(requests.seq_lens) + 1] if requests.seq_lens else requests.starts
         taken = self.slots and self.slots * sum(after > start for start, after in pairwise(starts))
         return starts[-1] >= self.scheduled or starts[-1] + taken >= self.tokens
 
@@ -212,6 +212,20 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
         if gate(rows, seq_len, config) is Reason.GATE_OPEN
     )
     return Plan(chunks, _dense_runs(chunks, requests)) if chunks else ALL_DENSE
+
+
+def cut_prompts(requests: Requests, budget: Budget) -> set[int]:
+    """The requests of a step whose prompts go on in another, as far as can be told.
+
+    A step that is full has cut one prompt, the one that came last to it. That is taken for the one with the fewest keys
+    before its rows, of several the last in the batch.
+    """
+    prompts = list(requests.prompts())
+    cut = {request for request, rows, _ in prompts if rows == budget.rows}
+    if prompts and budget.is_spent(requests):
+        last = min(prompts, key=lambda prompt: (prompt[2] - prompt[1], -prompt[0]))
+        cut.add(last[0])
+    return cut
 
 
 def gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:

@@ -94,6 +94,7 @@ class Runtime:
             has_sparse_layers: whether layers of this builder may run sparse.
         """
         self.has_sparse_layers |= has_sparse_layers
+        self.account.budget = budget
         self.counters.start()
         if self.counts_prompts and has_sparse_layers and not self._has_looked_at_limits:
             self._has_looked_at_limits = True
