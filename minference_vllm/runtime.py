@@ -76,7 +76,7 @@ class Runtime:
         self._layers: dict[tuple[ScratchShape, int, int], LayerState] = {}
         self._warm: set[tuple[ScratchShape, int]] = set()
         if self.counts_prompts:  # every rank has the same
-            logger.info("MInference: %s", config)
+            logger.info("MInference: %s", config.without_folders())
             if self.resolved.why:
                 logger.info("MInference: %s.", self.resolved.why)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING
 
+from minference_vllm.files import reason
 from minference_vllm.metrics.publisher import Publisher
 from minference_vllm.metrics.snapshot import Counts, Snapshot
 
@@ -100,7 +101,8 @@ class Counters:
                 is_expected = at_exit and isinstance(error, FileNotFoundError)
                 if not (is_expected or self._has_warned):
                     self._has_warned = True
-                    logger.warning("MInference metrics cannot be written: %s. Serving goes on without them.", error)
+                    why = reason(error)  # the folder is one that the server's environment names
+                    logger.warning("MInference metrics cannot be written: %s. Serving goes on without them.", why)
 
     def _run(self) -> None:
         while True:
