@@ -106,6 +106,8 @@ def _salt_of(vllm_config: Any) -> str:
     is_auto = isinstance(config.method, AutoSettings)
     resolved = resolve(config.method, served_model(vllm_config, rank=0) if is_auto else None)
     salt = salt_of(config, resolved)
-    if config.page_salt == "method":
-        logger.info("MInference: block hashes are salted with %s: servers of the same salt share pages.", salt[:16])
+    whose = (
+        f"with {salt[:16]}: servers of the same salt share pages" if config.page_salt == "method" else "by this start"
+    )
+    logger.info("MInference: block hashes are salted %s.", whose)
     return salt
