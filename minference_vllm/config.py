@@ -91,6 +91,12 @@ class MInferenceConfig(BaseModel):
             raise PydanticCustomError("method", allowed, {"names": names})
         return settings
 
+    def without_folders(self) -> "MInferenceConfig":
+        """The same for the log, which goes further than the machine: files by their names alone."""
+        if not isinstance(self.method, AutoSettings):
+            return self
+        return self.model_copy(update={"method": self.method.without_folder()})
+
 
 def load_config(
     additional_config: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ

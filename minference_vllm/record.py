@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step leaves to be counted, by another thread and later."""
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.plan import Requests, gate
+from minference_vllm.plan import Budget, Requests, cut_prompts, gate
 from minference_vllm.reason import Reason
 
-Tally = dict[tuple[str, str], tuple[int, int]]
-"""Tokens and chunks by path and reason."""
+Tally = dict[tuple[str, str], tuple[int, int, int]]
+"""Tokens, chunks and requests by path and reason."""
+
+UNLIMITED = Budget(math.inf, math.inf)
 
 
 @dataclass(slots=True)
@@ -32,15 +36,29 @@ class StepRecord:
     step_reason: Reason | None = None
     failed: set[int] = field(default_factory=set)
 
-    def tally(self, config: MInferenceConfig) -> Tally:
-        """Prefill tokens and chunks (requests' shares of the step); decode rows are not prefill."""
-        counts: Tally = {}
-        for request, rows, seq_len in self._requests().prompts():
+    def tally(self, config: MInferenceConfig, budget: Budget = UNLIMITED, before: Reason = Reason.SHORT_CHUNK) -> Tally:
+        """Prefill tokens, chunks (requests' shares of the step) and requests; decode rows are not prefill.
+
+        A request counts in the step that reads the end of its prompt, by its chunk there. A chunk that is short but has
+        the gate behind it is what the scheduler, or the prefix cache, left of a prompt that passed, and counts as that.
+
+        Args:
+            config: the gate.
+            budget: by what the scheduler cuts prompts, which tells those that end.
+            before: why what passed the gate before this step ran where it ran.
+        """
+        counts: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+        requests = self._requests()
+        cut = cut_prompts(requests, budget)
+        for request, rows, seq_len in requests.prompts():
             reason = self._reason(request, rows, seq_len, config)
-            label = "sparse" if reason is Reason.GATE_OPEN else "dense", reason.value
-            tokens, chunks = counts.get(label, (0, 0))
-            counts[label] = tokens + rows, chunks + 1
-        return counts
+            of_chunk = counts[_label(reason)]
+            of_chunk[0] += rows
+            of_chunk[1] += 1
+            if request not in cut:
+                is_rest = reason is Reason.SHORT_CHUNK and seq_len - rows >= config.min_seq_len
+                counts[_label(before if is_rest else reason)][2] += 1
+        return {label: (tokens, chunks, requests) for label, (tokens, chunks, requests) in counts.items()}
 
     def copy_fields(self) -> None:
         """Have lists in place of tensors that the next step overwrites."""
@@ -59,6 +77,18 @@ class StepRecord:
         return self.step_reason or reason if reason is Reason.GATE_OPEN else reason
 
 
+def _label(reason: Reason) -> tuple[str, str]:
+    return "sparse" if reason is Reason.GATE_OPEN else "dense", reason.value
+
+
+def reason_of_passed(tally: Tally) -> Reason | None:
+    """Why what passed the gate in a step ran where it ran; None if nothing did."""
+    kept_out = (Reason.BELOW_MIN_SEQ_LEN, Reason.SHORT_CHUNK)
+    return next(
+        (Reason(reason) for (_, reason), (_, chunks, _) in tally.items() if chunks and reason not in kept_out), None
+    )
+
+
 def faults_of(tally: Tally) -> Tally:
     """What of it a fault made dense.
 
@@ -69,7 +99,7 @@ def faults_of(tally: Tally) -> Tally:
 
 @dataclass(slots=True)
 class UntoldStep:
-    """A step whose requests cannot be told apart on the host: all its tokens count as one dense chunk.
+    """A step whose requests cannot be told apart on the host: all its tokens count as one dense chunk, of no request.
 
     Attributes:
         group: the KV cache group whose builder planned the step.
@@ -81,8 +111,8 @@ class UntoldStep:
     num_tokens: int
     reason: Reason
 
-    def tally(self, config: MInferenceConfig) -> Tally:
-        return {("dense", self.reason.value): (self.num_tokens, 1)}
+    def tally(self, *_: Any) -> Tally:
+        return {_label(self.reason): (self.num_tokens, 1, 0)}
 
 
 Record = StepRecord | UntoldStep

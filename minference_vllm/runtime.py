@@ -76,7 +76,7 @@ class Runtime:
         self._layers: dict[tuple[ScratchShape, int, int], LayerState] = {}
         self._warm: set[tuple[ScratchShape, int]] = set()
         if self.counts_prompts:  # every rank has the same
-            logger.info("MInference: %s", config)
+            logger.info("MInference: %s", config.without_folders())
             if self.resolved.why:
                 logger.info("MInference: %s.", self.resolved.why)
 
@@ -94,13 +94,16 @@ class Runtime:
             has_sparse_layers: whether layers of this builder may run sparse.
         """
         self.has_sparse_layers |= has_sparse_layers
+        self.account.budget = budget
         self.counters.start()
         if self.counts_prompts and has_sparse_layers and not self._has_looked_at_limits:
             self._has_looked_at_limits = True
             if obstacle := gate_obstacle(self.config, max_prompt, budget):
                 logger.warning("MInference: nothing will run sparse: %s.", obstacle)
             elif obstacle := sharing_obstacle(self.config, budget):
-                logger.warning("MInference: a prompt will run sparse only while there is no other: %s.", obstacle)
+                logger.warning(
+                    "MInference: a prompt will run sparse only while there is no other request: %s.", obstacle
+                )
 
     def layer_state(
         self, shape: ScratchShape, position: int, num_layers: int, index: int | None = None, number: int | None = None

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minference_vllm.cli.arguments import count
+from minference_vllm.cli.arguments import count, json_object
 from minference_vllm.config import CONFIG_FILE_VARIABLE
 
 CHECK_FAILED = 1
@@ -21,6 +21,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Check, print; the exit status."""
     # Before vLLM is imported: its log goes to stdout otherwise.
     os.environ.update(VLLM_LOGGING_STREAM="ext://sys.stderr", VLLM_LOGGING_LEVEL="WARNING")
+    additional_config = json_object("--additional-config", options.additional_config)
     if options.config:
         os.environ[CONFIG_FILE_VARIABLE] = str(options.config)
     from minference_vllm.doctor import diagnosis
@@ -29,7 +30,9 @@ def doctor(options: argparse.Namespace) -> int:
     limits = Limits(
         options.max_num_batched_tokens, options.max_model_len, options.kv_cache_dtype, options.tensor_parallel_size
     )
-    checks = diagnosis.diagnose(dict(os.environ), options.model, limits, expects_gpu=not options.no_gpu)
+    checks = diagnosis.diagnose(
+        dict(os.environ), options.model, limits, additional_config, expects_gpu=not options.no_gpu
+    )
     print(diagnosis.to_json(checks) if options.json else "\n".join(diagnosis.to_lines(checks)))
     return CHECK_FAILED if diagnosis.has_failed(checks) else 0
 
@@ -43,6 +46,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--model", help="directory, or name on the hub, that would be served")
     command.add_argument("--config", type=Path, help=f"settings in place of the file that {CONFIG_FILE_VARIABLE} names")
     server = command.add_argument_group("options of the server, as vllm serve takes them")
+    server.add_argument("--additional-config", metavar="JSON", default="{}", help='settings under "minference"')
     server.add_argument("--max-num-batched-tokens", type=count)
     server.add_argument("--max-model-len", type=count)
     server.add_argument("--kv-cache-dtype")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from minference_vllm.compat import pages
 from minference_vllm.pipeline import ONE_STAGE, Pipeline
 
 if TYPE_CHECKING:
@@ -229,8 +230,6 @@ def report_models_without_our_layers(platform: Any, ours: Any) -> None:
         platform: class of vLLM's current platform.
         ours: our member of vLLM's AttentionBackendEnum.
     """
-    from minference_vllm.compat import pages
-
     stock = platform.update_block_size_for_backend
     if getattr(stock, "reports_models_without_our_layers", False):
         return
@@ -248,14 +247,8 @@ def report_models_without_our_layers(platform: Any, ours: Any) -> None:
     platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
 
 
-def is_selected(vllm_config: Any, ours: Any) -> bool:
-    """Whether our member of vLLM's AttentionBackendEnum is the backend, of layers of some kind at least."""
-    attention = vllm_config.attention_config
-    return ours is attention.backend or ours in attention.backend_per_kind.values()
-
-
 def _report_if_none_is_ours(vllm_config: Any, ours: Any) -> None:
-    if not is_selected(vllm_config, ours):
+    if not pages.is_selected(vllm_config, ours):
         return
     layers = attention_layers(vllm_config)
     if any(is_ours(layer) and not is_draft_layer(name, layer, vllm_config) for name, layer in layers.items()):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server admits, and into what its scheduler cuts it."""
 
+import math
 from typing import Any
 
 from minference_vllm.plan import Budget
@@ -12,7 +13,9 @@ def budget(vllm_config: Any) -> Budget:
     tokens, shared = scheduler.max_num_batched_tokens, getattr(scheduler, "long_prefill_token_threshold", 0)
     if shared and getattr(scheduler, "long_prefill_token_threshold_adaptive", False):
         shared = max(shared, tokens // 2)  # what two requests get; more get less, but no less than the threshold
-    return Budget(tokens, min(shared or tokens, tokens))
+    scheduled = getattr(scheduler, "max_num_scheduled_tokens", None) or tokens
+    slots = getattr(getattr(vllm_config, "speculative_config", None), "max_num_new_slots_for_drafting", 0)
+    return Budget(tokens, min(shared or tokens, tokens), slots, scheduled if scheduled < tokens else math.inf)
 
 
 def longest_prompt(vllm_config: Any) -> int:

@@ -78,6 +78,12 @@ def require(config: "MInferenceConfig") -> None:
         )
 
 
+def is_selected(vllm_config: Any, ours: Any) -> bool:
+    """Whether our member of vLLM's AttentionBackendEnum is the backend, of layers of some kind at least."""
+    attention = vllm_config.attention_config
+    return ours is attention.backend or ours in attention.backend_per_kind.values()
+
+
 def _salt_of(vllm_config: Any) -> str:
     """The salt of an engine; empty if our backend is not selected, so that its pages are dense.
 
@@ -86,11 +92,10 @@ def _salt_of(vllm_config: Any) -> str:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from minference_vllm import compat
-
-    if vllm_config is None or not compat.is_selected(vllm_config, AttentionBackendEnum.CUSTOM):
+    if vllm_config is None or not is_selected(vllm_config, AttentionBackendEnum.CUSTOM):
         return ""
     # They bring PyTorch and every kernel, which a server of another backend has no use for.
+    from minference_vllm.compat import served_model
     from minference_vllm.config import load_config
     from minference_vllm.patterns import AutoSettings, resolve
     from minference_vllm.salt import salt_of
@@ -99,8 +104,10 @@ def _salt_of(vllm_config: Any) -> str:
     if config.page_salt == "off":
         return ""
     is_auto = isinstance(config.method, AutoSettings)
-    resolved = resolve(config.method, compat.served_model(vllm_config, rank=0) if is_auto else None)
+    resolved = resolve(config.method, served_model(vllm_config, rank=0) if is_auto else None)
     salt = salt_of(config, resolved)
-    if config.page_salt == "method":
-        logger.info("MInference: block hashes are salted with %s: servers of the same salt share pages.", salt[:16])
+    whose = (
+        f"with {salt[:16]}: servers of the same salt share pages" if config.page_salt == "method" else "by this start"
+    )
+    logger.info("MInference: block hashes are salted %s.", whose)
     return salt

@@ -21,13 +21,20 @@ SCHEMA_VERSION = 1
 logger = logging.getLogger("vllm.minference.doctor")
 
 
-def diagnose(environ: Mapping[str, str], model: str | None, limits: Limits, expects_gpu: bool = True) -> list[Check]:
+def diagnose(
+    environ: Mapping[str, str],
+    model: str | None,
+    limits: Limits,
+    additional_config: Mapping[str, Any] | None = None,
+    expects_gpu: bool = True,
+) -> list[Check]:
     """Look at everything.
 
     Args:
         environ: the process environment, as it is before vLLM loads any plugin.
         model: directory, or name on the hub.
         limits: what the server would be given.
+        additional_config: its `--additional-config`.
         expects_gpu: False while an image is built: what needs one is skipped, if there is none.
     """
     where = device()
@@ -37,7 +44,9 @@ def diagnose(environ: Mapping[str, str], model: str | None, limits: Limits, expe
         *_examine("gpu", check_gpu, expects_gpu),
         *_examine("metrics folder", check_metrics, environ),
         *_examine("plugin", check_registration, environ, expects_gpu),
-        *_examine("settings", check_settings, environ, model, limits, where if expects_gpu else None),
+        *_examine(
+            "settings", check_settings, environ, model, limits, where if expects_gpu else None, additional_config
+        ),
         *_examine("kernels", try_kernels, where),
     ]
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every operation by the kernels of this machine, against the reference."""
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +16,7 @@ from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.ops.kernel import HOPPER
 from minference_vllm.ops.means import FP8_CAPABILITY
+from minference_vllm.plan import SUPPORTED_HEAD_DIMS
 from minference_vllm.reference.dense import dense
 from minference_vllm.scratch import AttendBuffers
 
@@ -33,20 +33,24 @@ def try_kernels(device: torch.device) -> Iterator[Check]:
         yield skipped("kernels", "no GPU to run them on")
         yield from try_reference()
         return
-    capability, chunk = torch.cuda.get_device_capability(device), make_chunk(Shape(), device)
-    chunks = [chunk, in_fp8(chunk)] if capability >= FP8_CAPABILITY else [chunk]
-    kernels = [Kernel.TRITON]
+    capability = torch.cuda.get_device_capability(device)
+    of_kernels: dict[Kernel, tuple[int, ...]] = {Kernel.TRITON: SUPPORTED_HEAD_DIMS}
     if capability[0] == HOPPER and not library.why_missing():
-        kernels.append(Kernel.CUDA)
-    for kernel, of_dtype in itertools.product(kernels, chunks):
-        yield from try_kernel(of_dtype, kernel)
+        of_kernels[Kernel.CUDA] = library.SUPPORTED_HEAD_DIMS
+    for kernel, head_dims in of_kernels.items():
+        for head_dim in head_dims:
+            chunk = make_chunk(Shape(head_dim=head_dim), device)
+            yield from try_kernel(chunk, kernel)
+            if capability >= FP8_CAPABILITY:
+                yield from try_kernel(in_fp8(chunk), kernel)
 
 
 def try_kernel(chunk: Chunk, kernel: Kernel) -> Iterator[Check]:
     """Each operation of which this kernel has code of its own; over a cache in FP8 those that read it."""
     for trial in make_trials(chunk, kernel):
         if (kernel is not Kernel.CUDA or trial.has_cuda) and (trial.reads_cache or not chunk.is_quantized):
-            yield _compare(trial, kernel, ", cache in FP8" if chunk.is_quantized else "")
+            cache = ", cache in FP8" if chunk.is_quantized else ""
+            yield _compare(trial, kernel, f", heads of {chunk.head_dim}{cache}")
 
 
 def _compare(trial: Trial, kernel: Kernel, on_what: str) -> Check:

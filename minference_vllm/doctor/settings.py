@@ -5,13 +5,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from minference_vllm import compat, plugin
 from minference_vllm.compat import engines
 from minference_vllm.compat import limits as server_limits
-from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
+from minference_vllm.config import CONFIG_FILE_VARIABLE, CONFIG_KEY, MInferenceConfig, load_config
 from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.errors import ConfigError
@@ -31,14 +32,18 @@ class Limits:
 
 
 def check_settings(
-    environ: Mapping[str, str], model: str | None, limits: Limits, device: torch.device | None
+    environ: Mapping[str, str],
+    model: str | None,
+    limits: Limits,
+    device: torch.device | None,
+    additional_config: Mapping[str, Any] | None = None,
 ) -> Iterator[Check]:
     """The settings, the kernels that they choose here, and whether the gate can open; for a model, its layers too.
 
     No device: a GPU is not expected here.
     """
     try:
-        config = load_config(None, environ)
+        config = load_config(additional_config, environ)
     except ConfigError as error:
         yield failed("settings", on_one_line(error), "Correct it; docs/configuration.md has all settings")
         for name in ("kernel", "model", "method", "layers", "gate"):
@@ -46,6 +51,8 @@ def check_settings(
         return
     source = environ.get(CONFIG_FILE_VARIABLE)
     where = f"{CONFIG_FILE_VARIABLE}={source}" if source else f"defaults, since {CONFIG_FILE_VARIABLE} is not set"
+    if CONFIG_KEY in (additional_config or {}):
+        where = f"--additional-config over {where}"
     yield ok("settings", f"{where}: {config}", settings=config.model_dump(mode="json"))
     yield skipped("kernel", NO_GPU) if device is None else _check_kernel(config, device)
     if model is None:

@@ -15,6 +15,7 @@ from minference_vllm import ops
 from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.index import BANDS_PER_TILE, GROUPS_PER_TILE, HALVES, TILE, AnyIndex, HeadIndex
+from minference_vllm.kernels import cuda
 from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.methods.block_scratch import BlockBuffers
 from minference_vllm.methods.vertical_slash import VerticalSlash, VerticalSlashBuffers, VerticalSlashSettings
@@ -48,7 +49,7 @@ class Trial:
 
     Attributes:
         name: of the operation.
-        has_cuda: whether the CUDA library has code for it.
+        has_cuda: whether the CUDA library has code for it, for these heads and this cache.
         run: has the operation run by a kernel, into buffers of its own.
         reads_cache: whether it reads queries, keys or values, whose type then matters.
     """
@@ -143,7 +144,7 @@ def _trials_of_bands(chunk: Chunk) -> Iterator[Trial]:
         ops.band_lists(slash_indptr, num_bands, lists.bands, indptr, lists.band_halves, kernel)
         return [(lists.bands, EXACT), (indptr, EXACT), (lists.band_halves, EXACT)]
 
-    yield Trial("probe", True, probe)
+    yield Trial("probe", cuda.probe.supports(chunk, *settings.probe_counts), probe)
     yield Trial("select", False, select, reads_cache=False)
     yield Trial("share", False, share_sizes, reads_cache=False)
     yield Trial("band lists", False, band_lists, reads_cache=False)
@@ -245,7 +246,7 @@ def _trials_of_recall(chunk: Chunk) -> Iterator[Trial]:
         return [(buffers.recall, SUMMED), (listed, EXACT), (totals.flat, SUMMED)]
 
     some = HeadIndex(everyone.flip(0), torch.tensor([heads // 2], dtype=torch.int32, device=device))
-    yield Trial("recall", True, measure_recall)
+    yield Trial("recall", cuda.probe.supports_held_out(chunk), measure_recall)
     yield Trial("attend to all keys", True, _attending(chunk, some))
 
 

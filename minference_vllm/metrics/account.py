@@ -13,8 +13,9 @@ from minference_vllm.metrics.density import DensityMeter
 from minference_vllm.metrics.recall_meter import RecallMeter
 from minference_vllm.metrics.snapshot import Snapshot
 from minference_vllm.metrics.stopwatch import Stopwatch
+from minference_vllm.reason import Reason
 from minference_vllm.recall import Recall
-from minference_vllm.record import Record, Tally, faults_of
+from minference_vllm.record import UNLIMITED, Record, Tally, faults_of, reason_of_passed
 from minference_vllm.scratch import RecallTotals, ScratchShape
 
 
@@ -36,6 +37,7 @@ class Account:
         stopwatch: for the runs of layers.
         causal_pairs: of every sparse launch enqueued so far.
         scratch_bytes: claimed so far.
+        budget: of the scheduler; once it is known, requests are counted where their prompts end.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class Account:
         self._engine, self._faults = engine, faults
         self.stopwatch = Stopwatch(device)
         self.causal_pairs = self.scratch_bytes = 0
+        self.budget = UNLIMITED
         # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
         self._density: DensityMeter | None = None
         self._recalls: dict[tuple[ScratchShape, int], tuple[RecallTotals, RecallMeter]] = {}
         self._numbers: dict[tuple[ScratchShape, int, int], int] = {}
         self._is_collecting = True
         self._counted: set[str] = set()
+        self._passed = Reason.SHORT_CHUNK  # why what last passed the gate ran where it ran
 
     def kept_pairs(self, claimed: torch.Tensor) -> torch.Tensor:
         """The device's counter of kept pairs: the first that is claimed serves layers of all shapes."""
@@ -94,11 +98,12 @@ class Account:
         if record.group in self._counted:
             self._counted.clear()
         self._counted.add(record.group)
-        tally = record.tally(self._config) if len(self._counted) == 1 else {}
+        tally = record.tally(self._config, self.budget, self._passed) if len(self._counted) == 1 else {}
+        self._passed = reason_of_passed(tally) or self._passed
         return tally if self._counts_prompts else faults_of(tally)
 
     def read(self) -> Snapshot:
-        """What there is to tell beside tokens and chunks, of all sparse attention since start.
+        """What there is to tell beside tokens, chunks and requests, of all sparse attention since start.
 
         Pairs and recall are those whose copies have arrived, times those that the GPU had told at the end of a step.
         """

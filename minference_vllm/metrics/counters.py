@@ -10,6 +10,7 @@ from dataclasses import replace
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING
 
+from minference_vllm.files import reason
 from minference_vllm.metrics.publisher import Publisher
 from minference_vllm.metrics.snapshot import Counts, Snapshot
 
@@ -34,7 +35,7 @@ class Counters:
     Args:
         log_every: seconds between two log lines; 0 never logs.
         tally: says what to count of a record; called in the order of the steps, by one thread at a time.
-        read: gives all that a Snapshot holds but tokens and chunks, as far as the GPU has told.
+        read: gives all that a Snapshot holds but tokens, chunks and requests, as far as the GPU has told.
     """
 
     def __init__(self, log_every: float, tally: "Tallier", read: Callable[[], Snapshot]) -> None:
@@ -44,8 +45,7 @@ class Counters:
         # hold up; then the oldest records go uncounted.
         self.defer = self._deferred.append
         self._counting = threading.Lock()  # of the totals, and of who tallies; never held for I/O
-        self._tokens: Counts = Counter()
-        self._chunks: Counts = Counter()
+        self._totals: tuple[Counts, Counts, Counts] = Counter(), Counter(), Counter()  # tokens, chunks and requests
         self._reporting = threading.Lock()  # of what was published and logged
         self._publisher = Publisher()
         self._published = self._logged = Snapshot()
@@ -64,7 +64,8 @@ class Counters:
         """What was counted since start, all records that steps have left included."""
         with self._counting:
             self._count()
-            return replace(self._read(), tokens=self._tokens.copy(), chunks=self._chunks.copy())
+            tokens, chunks, requests = (counts.copy() for counts in self._totals)
+            return replace(self._read(), tokens=tokens, chunks=chunks, requests=requests)
 
     def _count(self) -> None:
         if len(self._deferred) == MOST_DEFERRED and not self._has_warned_of_loss:
@@ -76,9 +77,10 @@ class Counters:
             except Exception:
                 logger.exception("MInference could not count a step; serving and counting go on.")
                 continue
-            for label, (tokens, chunks) in tally.items():
-                self._tokens[label] += tokens
-                self._chunks[label] += chunks
+            for label, counts in tally.items():
+                for total, count in zip(self._totals, counts, strict=True):
+                    if count:
+                        total[label] += count
             time.sleep(0)  # a step may be waiting for the interpreter
 
     def flush(self, at_exit: bool = False) -> None:
@@ -99,7 +101,8 @@ class Counters:
                 is_expected = at_exit and isinstance(error, FileNotFoundError)
                 if not (is_expected or self._has_warned):
                     self._has_warned = True
-                    logger.warning("MInference metrics cannot be written: %s. Serving goes on without them.", error)
+                    why = reason(error)  # the folder is one that the server's environment names
+                    logger.warning("MInference metrics cannot be written: %s. Serving goes on without them.", why)
 
     def _run(self) -> None:
         while True:

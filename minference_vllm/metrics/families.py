@@ -46,6 +46,10 @@ CHUNKS = Family(
     "minference_prefill_chunks", "Prefill chunks by attention path, and why they took it.",
     lambda total: total.chunks.items(), PATH,
 )  # fmt: skip
+REQUESTS = Family(
+    "minference_requests", "Requests whose prompts were read to their end, by the path of that, and why they took it.",
+    lambda total: total.requests.items(), PATH,
+)  # fmt: skip
 FAULTS = number(
     "minference_faults", "Exceptions that the plugin met while it started or served, on all ranks.",
     lambda total: total.faults,
@@ -108,6 +112,6 @@ INFO = Family(
     lambda total: (((*engine, __version__), 1) for engine in total.engines), ("method", "kernel", "version"), "max",
 )  # fmt: skip
 FAMILIES = (
-    TOKENS, CHUNKS, FAULTS, BROKEN, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL,
+    TOKENS, CHUNKS, REQUESTS, FAULTS, BROKEN, KEPT_PAIRS, CAUSAL_PAIRS, DENSITY, CHOOSE, ATTEND, TIMED, REDONE, RECALL,
     RECALL_SUM, RECALL_MEAN, RECALL_WORST, SCRATCH, INFO,
 )  # fmt: skip

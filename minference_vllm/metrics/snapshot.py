@@ -12,7 +12,7 @@ from minference_vllm.recall import Recall
 
 Counts = Counter[tuple[str, str]]
 """By path and reason, or by other two words."""
-COUNTS = ("tokens", "chunks", "engines")
+COUNTS = ("tokens", "chunks", "requests", "engines")
 NUMBERS = ("kept_pairs", "causal_pairs", "scratch_bytes", "faults", "broken_ranks")
 
 
@@ -50,7 +50,7 @@ class Snapshot:
     """Totals since start, or what came between two of them.
 
     Attributes:
-        tokens, chunks: of prompts, by path and reason.
+        tokens, chunks, requests: of prompts, by path and reason.
         kept_pairs, causal_pairs: of all sparse attention.
         recall: of all sparse attention.
         scratch_bytes: claimed.
@@ -70,6 +70,7 @@ class Snapshot:
     times: Times = field(default_factory=Times)
     faults: int = 0
     broken_ranks: int = 0
+    requests: Counts = field(default_factory=Counter)
 
     @property
     def density(self) -> float | None:

@@ -26,6 +26,10 @@ class AutoSettings(MethodSettings):
     """A pattern file, which must fit the model. Null: the one that comes with the package for a model of this name; if
     there is none, the method is block with its default settings."""
 
+    def without_folder(self) -> "AutoSettings":
+        """The same, with the file's name alone."""
+        return self.model_copy(update={"pattern_file": self.pattern_file and Path(self.pattern_file).name})
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -81,7 +85,7 @@ class Resolved:
     Attributes:
         settings: of the method that chooses.
         pattern: what its heads keep, where a file says so.
-        why: for the log; empty if the settings were the method's own.
+        why: for the log, so without folders; empty if the settings were the method's own.
     """
 
     settings: MethodSettings
@@ -109,7 +113,7 @@ def resolve(settings: MethodSettings, model: ServedModel | None) -> Resolved:
     elif (in_package := shipped.find(model.names)) is not None:
         found = in_package
     else:
-        named = " or ".join(dict.fromkeys(model.names))
+        named = " or ".join(dict.fromkeys(map(shipped.shown, model.names)))
         return Resolved(BlockSettings(), why=f"no pattern file for {named}: the method is block")
     name, file = found
     if differences := file.geometry.differences(model.geometry):
@@ -118,5 +122,6 @@ def resolve(settings: MethodSettings, model: ServedModel | None) -> Resolved:
         )
     pattern = Pattern(file, name, model.rank)
     takes, settings = TAKES[file.method.name], file.settings
-    why = f"the method is {settings.name} with the {takes} of the pattern file {name} ({file.provenance.source})"
+    shown = f"the pattern file {Path(name).name} ({file.provenance.source})"
+    why = f"the method is {settings.name} with the {takes} of {shown}"
     return Resolved(settings, pattern, why)

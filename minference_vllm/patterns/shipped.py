@@ -2,6 +2,7 @@
 """The pattern files that come with the package, and which of them is a model's."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from importlib.resources import files
@@ -26,6 +27,13 @@ def find(names: Iterable[str]) -> tuple[str, PatternFile] | None:
         if wanted & {plain(model) for model in json.loads(text)["models"]}:
             return name, parse_pattern(text, name)
     return None
+
+
+def shown(name: str) -> str:
+    """A model's name for the log: of a folder its last part, or the name by which Hugging Face's cache keeps it."""
+    if cached := CACHED.search(f"{name}/"):
+        return cached[1]
+    return os.path.basename(name.rstrip("/")) if os.path.isabs(name) or os.path.isdir(name) else name
 
 
 def plain(name: str) -> str:

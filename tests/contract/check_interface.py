@@ -42,6 +42,7 @@ from minference_vllm.metadata import MInferenceBuilder
 from tests.contract.wheel import VERSION
 from tests.unit import test_compat
 from tests.unit.test_compat import *  # noqa: F403 - the same holds in this release
+from tests.unit.test_compat_limits import test_the_limits_are_vllms  # noqa: F401
 from tests.unit.test_compat_pipeline import *  # noqa: F403
 
 FORWARD = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"

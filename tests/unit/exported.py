@@ -22,7 +22,7 @@ def exported(folder: Path) -> dict[str, tuple[str, set[str]]]:
     recall = Recall(tuple(range(10)), 3, {0: LayerRecall(9, (8.25,), (0.5,))})
     write(
         folder / "worker.json",
-        Snapshot(counts, counts, 2, 3, recall, 4, Counter({("block", "cuda"): 1}), Times(1, 0.1, 0.2), 5, 1),
+        Snapshot(counts, counts, 2, 3, recall, 4, Counter({("block", "cuda"): 1}), Times(1, 0.1, 0.2), 5, 1, counts),
     )
     return {
         sample.name: (family.type, set(sample.labels))

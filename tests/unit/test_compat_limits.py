@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is read of a server's configuration: its limits, and which engine a configuration belongs to."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ from minference_vllm.plan import Budget
 from tests.conftest import import_or_skip
 
 
-def configuration(**scheduler: Any) -> Any:
-    return SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, **scheduler))
+def configuration(slots: int | None = None, **scheduler: Any) -> Any:
+    speculation = None if slots is None else SimpleNamespace(max_num_new_slots_for_drafting=slots)
+    limits = SimpleNamespace(max_num_batched_tokens=8192, **scheduler)
+    return SimpleNamespace(scheduler_config=limits, speculative_config=speculation)
 
 
 @pytest.mark.parametrize(
@@ -28,10 +31,22 @@ def configuration(**scheduler: Any) -> Any:
         ({"long_prefill_token_threshold": 2048, "long_prefill_token_threshold_adaptive": True}, Budget(8192, 4096)),
         ({"long_prefill_token_threshold": 6000, "long_prefill_token_threshold_adaptive": True}, Budget(8192, 6000)),
         ({"long_prefill_token_threshold": 0, "long_prefill_token_threshold_adaptive": True}, Budget(8192, 8192)),
+        ({"slots": 0, "max_num_scheduled_tokens": 8192}, Budget(8192, 8192)),
+        ({"slots": 1, "max_num_scheduled_tokens": 8192}, Budget(8192, 8192, slots=1)),
+        ({"max_num_scheduled_tokens": 4096}, Budget(8192, 8192, scheduled=4096)),
+        ({"max_num_scheduled_tokens": None}, Budget(8192, 8192)),
     ],
 )
 def test_the_budget_is_the_schedulers(scheduler: dict[str, Any], budget: Budget) -> None:
     assert limits.budget(configuration(**scheduler)) == budget
+
+
+def test_the_limits_are_vllms() -> None:
+    """Where an attribute is missing the budget is taken to be the whole step, and the prompt's end is not seen."""
+    config = import_or_skip("vllm.config")
+    assert isinstance(config.SpeculativeConfig.max_num_new_slots_for_drafting, property)
+    names = {field.name for field in dataclasses.fields(config.SchedulerConfig)}
+    assert names >= {"max_num_batched_tokens", "max_num_scheduled_tokens", "long_prefill_token_threshold"}
 
 
 @pytest.mark.parametrize(("runner", "longest"), [("generate", 511), ("pooling", 512)])

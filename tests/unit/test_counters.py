@@ -19,7 +19,7 @@ def test_threads_lose_no_tokens():
 
     def serve() -> None:
         for _ in range(500):
-            counters.defer({("dense", "short_chunk"): (3, 1)})
+            counters.defer({("dense", "short_chunk"): (3, 1, 0)})
             counters.snapshot()
 
     with ThreadPoolExecutor(8) as pool:
@@ -47,7 +47,7 @@ def test_a_step_does_no_more_than_append():
 
 def test_what_is_left_to_count_is_bounded_and_a_loss_reported_once(monkeypatch, log_lines):
     monkeypatch.setattr(counters_module, "MOST_DEFERRED", 3)
-    counters = make_counters(tally=lambda step: {("dense", "x"): (step, 1)})
+    counters = make_counters(tally=lambda step: {("dense", "x"): (step, 1, 0)})
     for total in (4 + 5 + 6, 2 * (4 + 5 + 6)):
         for step in range(1, 7):
             counters.defer(step)
@@ -56,7 +56,7 @@ def test_what_is_left_to_count_is_bounded_and_a_loss_reported_once(monkeypatch, 
 
 
 def test_a_step_that_cannot_be_tallied_is_reported_and_the_next_is_counted(log_lines):
-    counters = make_counters(tally=lambda tokens: {("dense", "x"): (12 // tokens, 1)})
+    counters = make_counters(tally=lambda tokens: {("dense", "x"): (12 // tokens, 1, 0)})
     for tokens in (0, 4):
         counters.defer(tokens)
     assert counters.snapshot().tokens["dense", "x"] == 3
@@ -67,7 +67,7 @@ def test_a_step_that_cannot_be_tallied_is_reported_and_the_next_is_counted(log_l
 def test_a_snapshot_is_a_value_of_its_time():
     counters = make_counters(tally=dict)
     before = counters.snapshot()
-    counters.defer({("dense", "x"): (3, 1)})
+    counters.defer({("dense", "x"): (3, 1, 0)})
     assert counters.snapshot().tokens["dense", "x"] == 3
     assert before == Snapshot()
 

@@ -75,10 +75,22 @@ def test_json_is_one_object_of_a_known_layout(found: Any, capsys: pytest.Capture
 def test_what_is_given_reaches_the_checks(found: Any) -> None:
     asked = found()
     limits = ("--max-num-batched-tokens", "8192", "--max-model-len", "65536", "--tensor-parallel-size", "2")
-    cli.main(["doctor", "--model", "a/b", "--config", "own.json", "--kv-cache-dtype", "fp8", *limits])
-    ((environ, model, given),) = asked
+    inline = {"minference": {"min_chunk": 256}}
+    settings = ("--config", "own.json", "--additional-config", json.dumps(inline))
+    cli.main(["doctor", "--model", "a/b", *settings, "--kv-cache-dtype", "fp8", *limits])
+    ((environ, model, given, additional),) = asked
     assert (environ["MINFERENCE_CONFIG"], model) == ("own.json", "a/b")
-    assert given == Limits(8192, 65536, "fp8", 2)
+    assert (given, additional) == (Limits(8192, 65536, "fp8", 2), inline)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"minference": {"debug": NaN}}'])
+def test_an_additional_config_that_is_no_json_object_is_refused(
+    text: str, found: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = found()
+    assert cli.main(["doctor", "--additional-config", text]) == 2
+    assert capsys.readouterr().err.startswith("--additional-config ")
+    assert asked == []
 
 
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:

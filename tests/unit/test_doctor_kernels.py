@@ -16,6 +16,7 @@ from minference_vllm.doctor.selftest import largest_error, try_kernel, try_kerne
 from minference_vllm.doctor.trials import Shape, in_fp8, make_chunk
 from minference_vllm.kernels import triton
 from minference_vllm.ops import Kernel
+from minference_vllm.plan import SUPPORTED_HEAD_DIMS
 
 SMALL = Shape(num_qo_heads=2, num_kv_heads=1, head_dim=64)
 TRIAL_OF = {
@@ -51,19 +52,27 @@ def named(checks: list[Check], status: Status) -> list[str]:
     return [check.name for check in checks if check.status is status]
 
 
-def try_triton(device: torch.device) -> list[Check]:
-    return list(try_kernel(make_chunk(SMALL, device), Kernel.TRITON))
+def named_with(name: str, head_dim: int) -> str:
+    """A trial of a CUDA kernel, as it is shown."""
+    operation, comma, cache = name.partition(", ")
+    return f"cuda: {operation}, heads of {head_dim}{comma}{cache}"
 
 
-def test_sound_kernels_pass(device: torch.device) -> None:
-    checks = try_triton(device)
-    assert named(checks, Status.OK) == [f"triton: {name}" for name in TRIALS]
+def try_triton(device: torch.device, head_dim: int = 64) -> list[Check]:
+    return list(try_kernel(make_chunk(SMALL._replace(head_dim=head_dim), device), Kernel.TRITON))
+
+
+@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
+def test_sound_kernels_pass(head_dim: int, device: torch.device) -> None:
+    checks = try_triton(device, head_dim)
+    assert named(checks, Status.OK) == [f"triton: {name}, heads of {head_dim}" for name in TRIALS]
     assert len(checks) == len(named(checks, Status.OK))
 
 
 def test_what_reads_a_cache_is_tried_in_fp8_too(device: torch.device) -> None:
     checks = list(try_kernel(in_fp8(make_chunk(SMALL, device)), Kernel.TRITON))
-    assert named(checks, Status.OK) == [f"triton: {name}, cache in FP8" for name in TRIALS if name not in OF_NUMBERS]
+    reading = [name for name in TRIALS if name not in OF_NUMBERS]
+    assert named(checks, Status.OK) == [f"triton: {name}, heads of 64, cache in FP8" for name in reading]
     assert len(checks) == len(named(checks, Status.OK))
 
 
@@ -75,7 +84,9 @@ def test_a_scale_that_is_forgotten_is_found(device: torch.device, monkeypatch: p
         attend(replace(chunk, kv=chunk.kv._replace(v_scale=torch.ones_like(chunk.kv.v_scale))), *rest)
 
     monkeypatch.setattr(triton, "attend_tiles", forgetful)
-    assert named(list(try_kernel(chunk, Kernel.TRITON)), Status.FAILED) == ["triton: attend to groups, cache in FP8"]
+    assert named(list(try_kernel(chunk, Kernel.TRITON)), Status.FAILED) == [
+        "triton: attend to groups, heads of 64, cache in FP8"
+    ]
 
 
 @pytest.mark.gpu
@@ -105,7 +116,7 @@ def test_a_kernel_that_raises_is_named_alone_with_what_it_says(
 
     monkeypatch.setattr(triton, "probe", refuse)
     [wrong] = [check for check in try_triton(device) if check.status is Status.FAILED]
-    assert (wrong.name, wrong.what) == ("triton: probe", "out of resources")
+    assert (wrong.name, wrong.what) == ("triton: probe, heads of 64", "out of resources")
 
 
 def test_without_a_gpu_the_reference_is_tried_and_the_kernels_are_skipped() -> None:
@@ -144,15 +155,27 @@ def test_what_is_no_number_is_no_small_error() -> None:
 def test_hopper_with_the_library_tries_its_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(selftest.library, "why_missing", str)
-    monkeypatch.setattr(selftest, "make_chunk", lambda shape, _: make_chunk(SMALL, torch.device("cpu")))
+    small = SMALL._asdict()
+    monkeypatch.setattr(
+        selftest,
+        "make_chunk",
+        lambda shape, _: make_chunk(Shape(**{**small, "head_dim": shape.head_dim}), torch.device("cpu")),
+    )
     monkeypatch.setattr(
         selftest, "_compare", lambda trial, kernel, on: Check(f"{kernel}: {trial.name}{on}", Status.OK, "")
     )
     names = [check.name for check in try_kernels(torch.device("cuda", 0))]
     of_groups = ["masses of boxes", "select boxes", "masses of groups", "select groups by tile", "attend to groups"]
-    expected = ["probe", "attend to bands", *of_groups, "recall", "attend to all keys"]
-    of_both = [*expected, *(f"{name}, cache in FP8" for name in expected if name not in OF_NUMBERS)]
-    assert [name for name in names if name.startswith("cuda")] == [f"cuda: {name}" for name in of_both]
+    made = ["probe", "attend to bands", *of_groups, "recall", "attend to all keys"]
+    in_fp8 = [name for name in made if name not in OF_NUMBERS]
+    # Of a cache in FP8 the CUDA probe, which the guard has too, reads heads of 128 alone.
+    by_triton = {"probe", "recall"}
+    of_64 = [*made, *(f"{name}, cache in FP8" for name in in_fp8 if name not in by_triton)]
+    of_128 = [*made, *(f"{name}, cache in FP8" for name in in_fp8)]
+    expected = [named_with(name, 64) for name in of_64] + [named_with(name, 128) for name in of_128]
+    assert [name for name in names if name.startswith("cuda")] == expected
+    of_triton = {name.partition(", heads of ")[2] for name in names if name.startswith("triton")}
+    assert of_triton == {f"{size}{dtype}" for size in (64, 128, 256) for dtype in ("", ", cache in FP8")}
     # FP8 begins with Ada.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     assert not [check.name for check in try_kernels(torch.device("cuda", 0)) if "FP8" in check.name]

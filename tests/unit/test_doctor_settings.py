@@ -39,11 +39,37 @@ def test_settings_are_shown_as_a_server_resolves_them(tmp_path: Path) -> None:
     json.dumps(dict(checks["settings"].facts))
 
 
+def test_settings_of_the_option_win_over_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"min_chunk": 512, "dense_layers": 2}))
+    inline = {"minference": {"min_chunk": 256}, "another": {}}
+    for environ, where in (({CONFIG_FILE_VARIABLE: str(path)}, f"{CONFIG_FILE_VARIABLE}={path}"), ({}, "defaults")):
+        settings, *_ = check_settings(environ, None, LONG, CPU, inline)
+        assert settings.what.startswith(f"--additional-config over {where}")
+        assert settings.facts["settings"]["min_chunk"] == 256
+        assert settings.facts["settings"]["dense_layers"] == (2 if environ else 0)
+
+
+def test_an_option_without_settings_of_ours_is_not_named() -> None:
+    settings, *_ = check_settings({}, None, LONG, CPU, {"another": {}})
+    assert settings.what.startswith("defaults")
+
+
 def test_settings_that_a_server_refuses_are_a_fault(tmp_path: Path) -> None:
     settings, *others = check(tmp_path, {"min_chunk": -3}).values()
     assert settings.status is Status.FAILED
     assert "minference.min_chunk=-3" in settings.what
     assert {other.status for other in others} == {Status.SKIPPED}
+
+
+def test_an_option_that_a_server_refuses_is_a_fault() -> None:
+    for inline, says in (
+        ({"min_chunk": -3}, "minference.min_chunk=-3"),
+        ([], '--additional-config "minference" is []'),
+    ):
+        settings, *_ = check_settings({}, None, LONG, CPU, {"minference": inline})
+        assert settings.status is Status.FAILED
+        assert says in settings.what
 
 
 def test_a_kernel_that_cannot_run_here_is_a_fault(tmp_path: Path) -> None:

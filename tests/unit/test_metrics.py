@@ -56,7 +56,7 @@ class Worker:
 
     def count(self, tokens: int) -> None:
         """One step: a sparse chunk of `tokens` tokens and two short dense ones; a quarter of the pairs kept."""
-        self.counters.defer({("sparse", "gate_open"): (tokens, 1), ("dense", "short_chunk"): (12, 2)})
+        self.counters.defer({("sparse", "gate_open"): (tokens, 1, 1), ("dense", "short_chunk"): (12, 2, 1)})
         self.pairs = tokens, 4 * tokens
 
 
@@ -106,9 +106,9 @@ def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, 
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     counters = Worker(log_every=0.02).counters
     counters.start()
-    counters.defer({("sparse", "gate_open"): (1000, 1)})
+    counters.defer({("sparse", "gate_open"): (1000, 1, 1)})
     wait_until(lambda: len(log_lines) == 1)
-    counters.defer({("sparse", "gate_open"): (234, 1)})
+    counters.defer({("sparse", "gate_open"): (234, 1, 1)})
     wait_until(lambda: len(log_lines) == 2)
     time.sleep(0.1)
     assert [line.split(" prompt tokens")[0] for _, line in log_lines] == ["MInference: 1,000", "MInference: 234"]
@@ -171,6 +171,7 @@ def test_engines_of_one_process_sum_in_one_scrape():
     assert f"minference_prefill_tokens_total{{{SPARSE}}} 400.0" in text
     assert f"minference_prefill_tokens_total{{{SHORT}}} 24.0" in text
     assert f"minference_prefill_chunks_total{{{SHORT}}} 4.0" in text
+    assert f"minference_requests_total{{{SHORT}}} 2.0" in text
     assert "minference_kept_pairs_total 400.0" in text
     assert "minference_causal_pairs_total 1600.0" in text
     assert "minference_density 0.25" in text

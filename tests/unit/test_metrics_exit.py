@@ -52,7 +52,7 @@ def serve():
     counters = Counters(log_every=10, tally=dict, read=Snapshot)
     counters.start()
     time.sleep(0.2)
-    counters.defer({("sparse", "gate_open"): (5, 1)})
+    counters.defer({("sparse", "gate_open"): (5, 1, 1)})
     counters.flush()  # as its thread does
 
 install()
@@ -73,7 +73,7 @@ from minference_vllm.metrics.snapshot import Snapshot
 logging.basicConfig(stream=sys.stdout, level=logging.INFO)
 counters = Counters(log_every=10, tally=dict, read=Snapshot)
 counters.start()
-counters.defer({("sparse", "gate_open"): (5, 1)})
+counters.defer({("sparse", "gate_open"): (5, 1, 1)})
 if "fork" in sys.argv and (child := os.fork()):
     os.waitpid(child, 0)
 if "remove" in sys.argv:

@@ -37,7 +37,7 @@ for kept_pairs in kept:
     told = lambda: Snapshot(Counter(), Counter(), *pairs, recall, 1000, engine, times, 2, 1)
     counters = Counters(log_every=0, tally=dict, read=told)
     for step in (1, 2):
-        counters.defer({("sparse", "gate_open"): (50, 1)})
+        counters.defer({("sparse", "gate_open"): (50, 1, 1)})
         counters.flush()
         pairs = step * kept_pairs // 2, step * 50 * (kept_pairs > 0)
         layer = LayerRecall(3 * step, (0.0, 2.0 * step), (1.0, kept_pairs / 100))
@@ -68,6 +68,7 @@ def test_multiprocess_mode_sums_engines_where_several_api_servers_read(tmp_path)
     text = scrape_multiprocess(tmp_path)
     assert f"minference_prefill_tokens_total{{{SPARSE}}} 300.0" in text
     assert f"minference_prefill_chunks_total{{{SPARSE}}} 6.0" in text
+    assert f"minference_requests_total{{{SPARSE}}} 6.0" in text
     assert "minference_kept_pairs_total 40.0" in text
     assert "minference_causal_pairs_total 200.0" in text
     assert "minference_density 0.2\n" in text

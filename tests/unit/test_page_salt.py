@@ -204,6 +204,18 @@ def test_an_engine_core_is_known_by_its_executor() -> None:
     assert bytes(found) == first_hash(engine(METHOD))
 
 
+@pytest.mark.parametrize("mode", ["off", "method", "server"])
+def test_the_log_says_what_pages_are_shared_by(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pages.logger, "info", lambda text, *values: said.append(text % values))
+    first_hash(engine({"page_salt": mode}))
+    first_hash(engine({"page_salt": mode}, Backend.FLASH_ATTN))
+    config = MInferenceConfig(page_salt=mode)
+    salt = salt_of(config, resolve(config.method, None))
+    by = {"off": [], "server": ["by this start"], "method": [f"with {salt[:16]}: servers of the same salt share pages"]}
+    assert said == [f"MInference: block hashes are salted {what}." for what in by[mode]]
+
+
 def test_salting_twice_salts_once() -> None:
     ours, resolve_seed = first_hash(engine(METHOD)), kv_cache_utils.resolve_none_hash_seed
     pages.salt_block_hashes()

@@ -78,7 +78,7 @@ def check(plan: Plan, batch: tuple[Row, ...], config: MInferenceConfig = CONFIG)
             request_of_row.append(request)
             tokens[label] += is_prefill
     assert plan.chunks == tuple(chunks)
-    assert tally_of(*batch, config=config) == {label: (tokens[label], count) for label, count in counts.items()}
+    assert tally_of(*batch, config=config) == {label: (tokens[label], count, count) for label, count in counts.items()}
     if chunks:
         check_runs(plan.dense_runs, path_of_row, request_of_row, batch)
     else:
@@ -116,7 +116,7 @@ def check_runs(
 )
 def test_the_gate(row: Row, label: tuple[str, Reason]) -> None:
     plan = plan_of(row)
-    assert tally_of(row) == {label: (row.rows, 1)}
+    assert tally_of(row) == {label: (row.rows, 1, 1)}
     assert bool(plan.chunks) == (label == OPEN)
     check(plan, (row,))
 
@@ -124,29 +124,29 @@ def test_the_gate(row: Row, label: tuple[str, Reason]) -> None:
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason is not Reason.GATE_OPEN])
 def test_a_reason_of_the_layers_is_counted_for_all_prompts(reason: Reason) -> None:
     tokens = LONG.rows + SHORT.rows + LATER_CHUNK.rows
-    assert tally_of(DECODE, LONG, SHORT, LATER_CHUNK, layer_reason=reason) == {("dense", reason.value): (tokens, 3)}
+    assert tally_of(DECODE, LONG, SHORT, LATER_CHUNK, layer_reason=reason) == {("dense", reason.value): (tokens, 3, 3)}
 
 
 def test_a_reason_of_the_step_is_counted_for_chunks_that_pass_the_gate() -> None:
     counts = tally_of(DECODE, SHORT, LONG, step_reason=Reason.NOT_CAUSAL)
-    assert counts == {TOO_SHORT: (SHORT.rows, 1), ("dense", "not_causal"): (LONG.rows, 1)}
+    assert counts == {TOO_SHORT: (SHORT.rows, 1, 1), ("dense", "not_causal"): (LONG.rows, 1, 1)}
 
 
 def test_requests_that_failed_are_counted_as_faults() -> None:
     counts = tally_of(LONG, DECODE, LATER_CHUNK, failed={2})
-    assert counts == {OPEN: (LONG.rows, 1), ("dense", "sparse_fault"): (LATER_CHUNK.rows, 1)}
+    assert counts == {OPEN: (LONG.rows, 1, 1), ("dense", "sparse_fault"): (LATER_CHUNK.rows, 1, 1)}
 
 
 def test_a_step_that_cannot_be_told_apart_counts_as_one_chunk() -> None:
     assert UntoldStep("a group", 5000, Reason.NO_HOST_METADATA).tally(CONFIG) == {
-        ("dense", "no_host_metadata"): (5000, 1)
+        ("dense", "no_host_metadata"): (5000, 1, 0)
     }
 
 
 def test_below_the_gate_lengths_are_not_needed() -> None:
     batch = (DECODE, SHORT, SHORT)
     without = requests_of(batch)._replace(seq_lens=[])
-    assert StepRecord("a group", *without).tally(CONFIG) == tally_of(*batch) == {TOO_SHORT: (120, 2)}
+    assert StepRecord("a group", *without).tally(CONFIG) == tally_of(*batch) == {TOO_SHORT: (120, 2, 2)}
 
 
 def test_a_record_may_hold_the_tensors_that_describe_the_step() -> None:
@@ -205,7 +205,7 @@ def test_a_dense_run_is_described_by_its_own_requests() -> None:
 
 
 def test_a_prefix_cache_hit_with_a_short_tail_is_dense() -> None:
-    assert tally_of(Row(56, 2944)) == {SHORT_CHUNK: (56, 1)}
+    assert tally_of(Row(56, 2944)) == {SHORT_CHUNK: (56, 1, 1)}
 
 
 def test_a_prefix_cache_hit_with_a_long_tail_is_sparse_after_its_context() -> None:
@@ -217,7 +217,7 @@ def test_a_resumed_request_past_its_prompt_is_dense_and_not_counted_as_prefill()
     resumed = Row(2000, 3000, prefill=False)
     assert plan_of(resumed) is ALL_DENSE
     assert tally_of(resumed) == {}
-    assert tally_of(resumed, LONG) == {OPEN: (LONG.rows, 1)}
+    assert tally_of(resumed, LONG) == {OPEN: (LONG.rows, 1, 1)}
     check(plan_of(resumed, LONG), (resumed, LONG))
 
 
@@ -228,7 +228,7 @@ def test_the_last_token_of_a_prompt_is_a_decode_row() -> None:
 
 
 def test_an_empty_request_that_is_prefilling_is_not_counted() -> None:
-    assert tally_of(Row(0, 5000), LONG) == {OPEN: (LONG.rows, 1)}
+    assert tally_of(Row(0, 5000), LONG) == {OPEN: (LONG.rows, 1, 1)}
 
 
 def test_flags_may_lack_the_padding_rows() -> None:
@@ -244,32 +244,6 @@ def test_flags_beyond_the_requests_are_not_looked_at() -> None:
     stale = requests._replace(is_prefilling=[*requests.is_prefilling, True, True])
     assert StepRecord("a group", *stale).tally(CONFIG) == tally_of(LONG, SHORT)
     assert make_plan(stale, CONFIG, BUDGET) == make_plan(requests, CONFIG, BUDGET)
-
-
-def ends(*batch: Row, tokens: int = 4096, rows: int = 4096) -> list[bool]:
-    """Which of a step's sparse chunks may end their prompts."""
-    plan = make_plan(requests_of(batch), CONFIG, Budget(tokens, rows))
-    return [chunk.may_end_prompt for chunk in plan.chunks]
-
-
-def test_a_chunk_that_fills_the_step_alone_is_taken_for_a_part_of_its_prompt() -> None:
-    assert ends(Row(4096, 4096)) == [False]
-    assert ends(Row(4095, 4096)) == [True]
-    assert ends(DECODE, DECODE, Row(4094, 4096)) == [False], "decode rows are of the budget too"
-    assert ends(DECODE, Row(4094, 4096), PADDING, PADDING) == [True]
-
-
-def test_of_several_prompts_in_a_full_step_each_may_end() -> None:
-    assert ends(Row(2000, 4096), Row(2096, 4096)) == [True, True]
-    assert ends(SHORT, Row(4036, 4096)) == [True]
-
-
-def test_a_chunk_as_long_as_the_scheduler_lets_it_be_is_taken_for_a_part() -> None:
-    assert ends(Row(1024, 4096), Row(1000, 4096), rows=1024) == [False, True]
-
-
-def test_a_request_that_is_alone_is_not_cut_to_what_requests_beside_others_get() -> None:
-    assert ends(Row(1500, 4096), rows=1024) == [True]
 
 
 def test_a_gate_of_zero_takes_every_prompt_of_min_chunk_rows() -> None:

@@ -22,10 +22,10 @@ from tests.conftest import import_or_skip
 registry = import_or_skip("vllm.v1.attention.backends.registry")
 platforms = import_or_skip("vllm.platforms")
 VllmConfig = import_or_skip("vllm.config").VllmConfig
-Executor = import_or_skip("vllm.v1.executor.abstract").Executor
-SEED = import_or_skip("vllm.v1.core.kv_cache_utils"), "resolve_none_hash_seed"
 OF_PLATFORM = [(type(platforms.current_platform), n) for n in ("get_attn_backend_cls", "update_block_size_for_backend")]
-WRAPPED = (*OF_PLATFORM, (VllmConfig, "try_verify_and_update_config"), (Executor, "__init__"), SEED)
+SEED = import_or_skip("vllm.v1.core.kv_cache_utils"), "resolve_none_hash_seed"
+EXECUTOR = import_or_skip("vllm.v1.executor.abstract").Executor, "__init__"
+WRAPPED = (*OF_PLATFORM, (VllmConfig, "try_verify_and_update_config"), EXECUTOR, SEED)
 ON_CPU = platforms.current_platform.is_cpu()
 OUR_PATH = plugin.CPU_BACKEND if ON_CPU else plugin.GPU_BACKEND
 CUSTOM = registry.AttentionBackendEnum.CUSTOM
@@ -51,8 +51,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def log_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
     """Level and text of what the plugin logs; vLLM's loggers do not propagate."""
     lines: list[tuple[str, str]] = []
-    logger = logging.getLogger("vllm.minference")
-    handler = logging.Handler()
+    logger, handler = logging.getLogger("vllm.minference"), logging.Handler()
     handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
     logger.addHandler(handler)
     monkeypatch.setattr(logger, "level", logging.INFO)

@@ -144,7 +144,12 @@ BUDGET = Budget(tokens=4096, rows=2048)
 MAX_PROMPT = 32_767
 ON_ROWS = ("nothing will run sparse: minference.min_chunk is 5000", "above the 4096 rows", "--max-num-batched-tokens")
 ON_LENGTH = ("nothing will run sparse: minference.min_seq_len is 32768", "32767 tokens", "--max-model-len")
-ON_SHARING = ("while there is no other: minference.min_chunk is 4096", "2048 rows", "--long-prefill-token-threshold")
+ON_SHARING = (
+    "while there is no other request: minference.min_chunk is 4096",
+    "2048 rows",
+    "--long-prefill-token-threshold",
+)
+ON_DECODING = ("while there is no other request: minference.min_chunk is 1024", "a step of 1024", *ON_ROWS[2:])
 ON_PROMPTS = ("nothing will run sparse: minference.min_chunk is 40000", "above the 32767 tokens", "--max-model-len")
 
 
@@ -154,10 +159,26 @@ ON_PROMPTS = ("nothing will run sparse: minference.min_chunk is 40000", "above t
         ({"min_chunk": 5000}, BUDGET, ON_ROWS),
         ({"min_seq_len": 32_768}, BUDGET, ON_LENGTH),
         ({"min_chunk": 4096}, BUDGET, ON_SHARING),
+        ({"min_chunk": 1024}, Budget(1024, 1024), (*ON_DECODING, "above the 960 rows")),
+        ({"min_chunk": 4000}, Budget(4096, 4096, slots=64), ("min_chunk is 4000", "above the 3968 rows", *ON_ROWS[2:])),
+        (
+            {"min_chunk": 4000},
+            Budget(4096, 4096, scheduled=3000),
+            ("nothing will", "above the 3000 rows", "--max-num-scheduled-tokens"),
+        ),
         ({"min_chunk": 40_000}, Budget(65_536, 65_536), ON_PROMPTS),
         ({"min_chunk": 5000, "min_seq_len": 32_768}, BUDGET, ON_ROWS + ON_LENGTH[1:]),
     ],
-    ids=["a step's rows", "a prompt's tokens", "rows beside others", "a prompt shorter than a chunk", "two"],
+    ids=[
+        "a step's rows",
+        "a prompt's tokens",
+        "rows beside others",
+        "rows beside decoding requests",
+        "drafts",
+        "scheduled",
+        "a prompt shorter than a chunk",
+        "two",
+    ],
 )
 def test_limits_that_keep_the_gate_shut_are_warned_of_once(
     settings: dict[str, int], budget: Budget, said_of: tuple[str, ...], said: list[str]
@@ -167,7 +188,12 @@ def test_limits_that_keep_the_gate_shut_are_warned_of_once(
         worker.start(MAX_PROMPT, budget, has_sparse_layers=True)
     [warning] = [line for line in said if line.startswith("warning")]
     assert all(part in warning for part in said_of)
-    options = {"--max-num-batched-tokens", "--max-model-len", "--long-prefill-token-threshold"}
+    options = {
+        "--max-num-batched-tokens",
+        "--max-num-scheduled-tokens",
+        "--max-model-len",
+        "--long-prefill-token-threshold",
+    }
     assert {option for option in options if option in warning} == options.intersection(said_of)
 
 
