@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles for Hopper the Triton kernels that read FP8, and prints what each multiplies on the tensor cores; run by
-test_warm_up.py, needs no GPU.
+"""Compiles all Triton kernels for Hopper and Ampere, and prints what those that are given FP8 multiply on the tensor
+cores; run by test_warm_up.py, needs no GPU.
 
 The interpreter, which the other tests run under without a GPU, has no types, and takes what the compiler refuses.
 """
@@ -21,38 +21,55 @@ from minference_vllm.ops import Kernel
 from minference_vllm.runtime import Runtime
 from tests.kernels.cases import Case
 
-CASE = Case("", head_dim=128, dtype=torch.bfloat16, has_fp8_kv=True, has_fp8_q=True, has_sinks=True)
-METHODS: list[dict[str, object]] = [{"name": "block", "score_dtype": "fp8"}, {"name": "vertical_slash"}]
+IN_FP8 = Case("", head_dim=128, dtype=torch.bfloat16, has_fp8_kv=True, has_fp8_q=True, has_sinks=True)
+IN_FP16 = Case("", head_dim=64, dtype=torch.float16)
+FAST: list[dict[str, object]] = [{"name": "block", "score_dtype": "fp8"}, {"name": "vertical_slash"}]
+OTHERS: list[dict[str, object]] = [
+    {"name": "block"},
+    {"name": "block", "coarse_from": 0, "rows_per_list": 64},
+    {"name": "vertical_slash", "probe_rows": "both", "share": 0.9},
+]
+RUNS = [(90, IN_FP8, FAST), (90, IN_FP16, OTHERS), (80, IN_FP16, OTHERS)]
+"""Compute capability, which FP8 needs 8.9 of, what is read, and by which methods."""
 PRODUCT = re.compile(r"wgmma\.mma_async\S*\.f32\.(\w+)\.(\w+)")
 NOT_INTERPRETED = {"UPCAST": False, "INTERPRETED": False}
 
 
-def compiler(found: set[str]):
-    """A stand-in for JITFunction.run that compiles kernels which are given FP8 and notes their products."""
+def compiler(found: dict[str, set[str]]):
+    """A stand-in for JITFunction.run that compiles in place of launching.
+
+    Args:
+        found: by kernel, receives the products of variants that are given FP8.
+    """
     compile_or_run = JITFunction.run
 
     def run(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        kwargs |= {name: value for name, value in NOT_INTERPRETED.items() if name in kwargs}
+        ptx = compile_or_run(self, *args, grid=grid, warmup=True, **kwargs).asm["ptx"]
+        products = found.setdefault(self.fn.__qualname__, set())
         if any(isinstance(value, torch.Tensor) and value.dtype == FP8 for value in args):
-            kwargs |= {name: value for name, value in NOT_INTERPRETED.items() if name in kwargs}
-            ptx = compile_or_run(self, *args, grid=grid, warmup=True, **kwargs).asm["ptx"]
-            products = sorted({"*".join(operands) for operands in PRODUCT.findall(ptx)})
-            found.add(" ".join([self.fn.__qualname__, *products]))
+            products |= {"*".join(operands) for operands in PRODUCT.findall(ptx)}
 
     return run
 
 
-def main() -> None:
-    target = GPUTarget("cuda", 90, 32)
-    current = {"target": target, "device": 0}
+def set_target(capability: int) -> None:
+    # A device of its own for each: what is compiled is kept by device.
+    current = {"target": GPUTarget("cuda", capability, 32), "device": capability}
     driver = {f"get_current_{name}": lambda value=value: value for name, value in current.items()}
     triton.runtime.driver.set_active(SimpleNamespace(**driver, get_current_stream=lambda device: 0))
-    found: set[str] = set()
+
+
+def main() -> None:
+    found: dict[str, set[str]] = {}
     JITFunction.run = compiler(found)
-    for method in METHODS:
-        runtime = Runtime(MInferenceConfig.model_validate({"method": method}), torch.device("cpu"), publish=False)
-        runtime.method.kernel = Kernel.TRITON
-        runtime.dry_run(replace(CASE.shape, max_seq_len=4096, max_chunk=2048), CASE.page_size)
-    sys.stdout.write("\n".join(sorted(found)))
+    for capability, case, methods in RUNS:
+        set_target(capability)
+        for method in methods:
+            runtime = Runtime(MInferenceConfig.model_validate({"method": method}), torch.device("cpu"), publish=False)
+            runtime.method.kernel = Kernel.TRITON
+            runtime.dry_run(replace(case.shape, max_seq_len=4096, max_chunk=2048), case.page_size)
+    sys.stdout.write("\n".join(" ".join([name, *sorted(products)]) for name, products in sorted(found.items())))
 
 
 if __name__ == "__main__":

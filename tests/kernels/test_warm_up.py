@@ -2,13 +2,17 @@
 """What is compiled before the first request is all that a request will need."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from minference_vllm.scratch import ScratchShape
+
+ROOT = Path(__file__).parents[2]
 
 
 def output_of(module: str) -> str:
@@ -25,17 +29,24 @@ def test_no_request_selects_a_kernel_variant_that_the_dry_run_did_not() -> None:
     assert output_of("tests.kernels.variants") == "796 launches checked\n"
 
 
-def test_kernels_that_read_fp8_compile_and_multiply_it_as_it_is() -> None:
-    assert output_of("tests.kernels.compiled").splitlines() == [
-        "_attend_heads_kernel e4m3*e4m3 f16*f16",
-        "_attend_kernel e4m3*e4m3 f16*f16",
-        "_attend_tiles_kernel e4m3*e4m3 f16*f16",
-        "_masses_kernel e4m3*e4m3",
-        "_means_kernel",
-        "_normalisers_kernel e4m3*e4m3",
-        "_probe_lse_kernel e4m3*e4m3",
-        "_probe_mass_kernel e4m3*e4m3",
-    ]
+def kernels() -> set[str]:
+    """Names of all Triton kernels of the package: of its jitted functions those that are launched."""
+    sources = (ROOT / "minference_vllm" / "kernels" / "triton").glob("*.py")
+    return {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source.read_text(), re.M)}
+
+
+def test_all_kernels_compile_and_multiply_fp8_as_it_is() -> None:
+    compiled = [line.split(" ", 1) for line in output_of("tests.kernels.compiled").splitlines()]
+    assert {name for name, *_ in compiled} == kernels()
+    assert {name: products for name, *rest in compiled for products in rest} == {
+        "_attend_heads_kernel": "e4m3*e4m3 f16*f16",
+        "_attend_kernel": "e4m3*e4m3 f16*f16",
+        "_attend_tiles_kernel": "e4m3*e4m3 f16*f16",
+        "_masses_kernel": "e4m3*e4m3",
+        "_normalisers_kernel": "e4m3*e4m3",
+        "_probe_lse_kernel": "e4m3*e4m3",
+        "_probe_mass_kernel": "e4m3*e4m3",
+    }
 
 
 @pytest.mark.gpu

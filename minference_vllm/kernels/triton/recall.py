@@ -73,8 +73,8 @@ def _recall_kernel(
         # number counts as nothing: a sum would never be one again.
         recall = tl.where(recall == recall, recall, 0.0)
         bucket = 0
-        for i in tl.static_range(NUM_EDGES):
-            bucket += tl.where(recall > EDGES[i], 1, 0)
+        for edge in tl.static_range(NUM_EDGES):
+            bucket += tl.where(recall > EDGES[edge], 1, 0)
         tl.atomic_add(totals_ptr + bucket, one, sem="relaxed")
         if i_h == 0:
             tl.store(p_chunks, tl.load(p_chunks) + 1)
