@@ -39,7 +39,10 @@ def load_engine(kind: str, spec: dict[str, Any]) -> Any:
     if kind == SPARSE:
         plugin.register()  # vLLM does it where the package is installed, not where it only lies in the path
         settings = {"minference": spec["minference"]}
-        return LLM(**spec["engine"], attention_backend=SPARSE_BACKEND, additional_config=settings)
+        llm = LLM(**spec["engine"], attention_backend=SPARSE_BACKEND, additional_config=settings)
+        if runtime().is_broken:
+            raise SystemExit("Sparse attention cannot run in this engine, as the log above says: nothing is measured.")
+        return llm
     return LLM(**spec["engine"], attention_backend=spec["dense_backend"])
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import aiohttp
 
+from benchmarks import SPARSE
 from benchmarks.soak.client import Target, send
 from benchmarks.soak.found import Found
 from benchmarks.soak.schedule import Fate, Mix, Request, requests
@@ -48,7 +49,9 @@ async def drive(traffic: Traffic, target: Target, backend: str, watch: Watch, is
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
         await _warm_up(session, traffic, target)
-        before = await asyncio.to_thread(_work, target)
+        before = await asyncio.to_thread(_settled_work, target)
+        if backend == SPARSE and not before.sparse_tokens:
+            raise SystemExit(f"{target.url} ran nothing of a long prompt sparse: its log says why.")
         watching = asyncio.create_task(watch.run())
         began = time.monotonic()
         try:

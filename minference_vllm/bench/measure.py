@@ -7,12 +7,11 @@ from pathlib import Path
 from minference_vllm.bench.load import Load, Point
 from minference_vllm.bench.request import Measured, Request
 from minference_vllm.bench.sender import send
-from minference_vllm.evals.answers import work_of
+from minference_vllm.evals.answers import work_after, work_of
 from minference_vllm.evals.client import Client
 from minference_vllm.evals.errors import ServerError
 from minference_vllm.evals.extras import need
 from minference_vllm.evals.line import Line, LineFile
-from minference_vllm.evals.work import settled
 
 WHAT = "a file of measurements of this version"
 
@@ -69,7 +68,7 @@ def measure(client: Client, load: Load, points: Sequence[Point], into: Measureme
             duration, requests = send(client, load, point, load.requests, log, client.timeout_s)
             _refuse_hopeless(requests, client.shown_url)
             read = [request.input_tokens for request in requests if not request.error]
-            after = work_of(client, is_dense) if is_dense else settled(client.work, before, sum(read), len(read))
+            after = work_after(client, is_dense, before, read)
             into.add(Measured(point=point, vllm=vllm, duration=duration, requests=requests, work=after - before))
             progress.update()
     finally:

@@ -27,7 +27,7 @@ def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurre
 
     Raises:
         ConfigError: something did.
-        ServerError: the server cannot be reached any more, or gives errors only.
+        ServerError: the server cannot be reached any more, gives errors only, or runs nothing sparse any more.
     """
     left = journal.left(samples)
     progress = need("tqdm").tqdm(
@@ -42,7 +42,7 @@ def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurre
             before = work_of(client, is_dense)
             replies = _ask(client, batch, pool, progress)
             read = [reply.prompt_tokens for reply in replies if not reply.error]
-            after = work_of(client, is_dense) if is_dense else settled(client.work, before, sum(read), len(read))
+            after = work_after(client, is_dense, before, read)
             work, date = after - before, now()
             journal.add(Batch(task=task, tokens=tokens, vllm=vllm, replies=tuple(replies), work=work, date=date))
             _refuse_hopeless(journal, client.shown_url)
@@ -72,11 +72,28 @@ def work_of(client: Client, is_dense: bool) -> Work:
 
     Raises:
         ConfigError: it has done something, and the server is to be the dense one.
+        ServerError: it can do nothing any more, and the server is to be the sparse one.
     """
     work = client.work()
     if is_dense:
         work.refuse_sparse(client.shown_url)
+    else:
+        work.refuse_broken(client.shown_url)
     return work
+
+
+def work_after(client: Client, is_dense: bool, before: Work, read: Sequence[int]) -> Work:
+    """As work_of, once the counts hold these prompts.
+
+    Args:
+        before: the counts before they were sent.
+        read: the tokens of each that was answered.
+    """
+    if is_dense:
+        return work_of(client, is_dense)
+    after = settled(client.work, before, sum(read), len(read))
+    after.refuse_broken(client.shown_url)
+    return after
 
 
 def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:

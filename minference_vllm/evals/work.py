@@ -41,6 +41,8 @@ class Work(Line):
     """What it is at most."""
     exported: bool = False
     """Whether the server has such metrics at all."""
+    broken_ranks: int = 0
+    """Ranks on which all runs dense, when the later of two readings was made."""
 
     @property
     def tokens(self) -> int:
@@ -81,6 +83,18 @@ class Work(Line):
                 "Serve it with another --attention-backend, FLASH_ATTN for one."
             )
 
+    def refuse_broken(self, url: str) -> None:
+        """Check that these are the counts of a server that can run sparse.
+
+        Raises:
+            ServerError: sparse attention has failed on it for good.
+        """
+        if self.broken_ranks:
+            raise ServerError(
+                f"Sparse attention has failed on {url}, where all runs dense until its next start: a comparison tells "
+                "nothing. Its log has the traceback; run this again once that is mended, to go on."
+            )
+
     def __add__(self, other: "Work") -> "Work":
         return self._with(other, 1)
 
@@ -89,10 +103,10 @@ class Work(Line):
 
     def _with(self, other: "Work", sign: int) -> "Work":
         counts = {name: getattr(self, name) + sign * getattr(other, name) for name in COUNTS}
-        return Work(**counts, exported=self.exported or other.exported)
+        return Work(**counts, exported=self.exported or other.exported, broken_ranks=self.broken_ranks)
 
 
-COUNTS = tuple(name for name in Work.model_fields if name != "exported")
+COUNTS = tuple(name for name in Work.model_fields if name not in ("exported", "broken_ranks"))
 
 
 def parse(text: str) -> Work:
@@ -134,6 +148,7 @@ def _counted(text: str) -> Work:
         least_recalls=sum(map(operator.mul, buckets, (0.0, *RECALL_EDGES))),
         most_recalls=sum(map(operator.mul, buckets, (*RECALL_EDGES, 1.0))),
         exported=any(sample.name == f"{names.KEPT_PAIRS.name}_total" for sample in samples),
+        broken_ranks=int(sum(sample.value for sample in samples if sample.name == names.BROKEN.name)),
     )
 
 

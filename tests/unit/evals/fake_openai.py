@@ -2,6 +2,7 @@
 """A server that speaks as vLLM does, in a thread: it knows no language, and says what a test wants it to."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class FakeServer(ThreadingHTTPServer):
         self.path, self.answer = path, answer
         self.asked: list[dict[str, Any]] = []
         self.logprob = -1.0
+        self.prompts_until_broken: float = math.inf
         self.step_tokens, self.step_logprob = (1, 2, 3, 4), -0.5
         self._lock, self._snapshot = Lock(), Snapshot()
 
@@ -59,7 +61,8 @@ class FakeServer(ThreadingHTTPServer):
         if self.path is None:
             return "# HELP vllm:other Nothing of ours.\n"
         with self._lock:
-            return exposed(self._snapshot)
+            is_broken = len(self.asked) >= self.prompts_until_broken
+            return exposed(self._snapshot + Snapshot(broken_ranks=int(is_broken)))
 
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:
         prompt = request["prompt"]

@@ -138,6 +138,19 @@ def test_a_sparse_server_that_runs_dense_is_no_success(
     assert "WARNING: No prompt token ran sparse" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("good_prompts", [0, 5])
+def test_an_evaluation_ends_where_sparse_attention_has_failed(
+    good_prompts: int, dense: FakeServer, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fake_server("sparse", dense.answer) as sparse:
+        sparse.prompts_until_broken = good_prompts
+        assert run(dense, sparse, prepared, tmp_path) == FAILED
+        # The batch that was being asked is asked to its end.
+        assert good_prompts <= len(sparse.asked) < len(dense.asked)
+    assert f"Sparse attention has failed on {sparse.url}" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_dense_server_that_ran_sparse_is_refused(
     sparse: FakeServer, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
