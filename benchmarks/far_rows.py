@@ -64,7 +64,7 @@ def measure(minference: dict[str, Any], tokens: int, rows: int, seed: int) -> di
     runtime = Runtime(MInferenceConfig.model_validate(minference), device, publish=False)
     shape = ScratchShape(NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, chunk.q.dtype, tokens, rows)
     layer = runtime.layer_state(shape, 0, 1)
-    if not runtime.run(chunk.q, chunk.out, chunk.kv, chunk.context_len, chunk.scale, layer):
+    if not runtime.run(lambda: chunk, layer):
         raise SystemExit("the sparse path failed; the log says why")
     wanted = torch.empty_like(chunk.q[middle])
     dense(chunk.q[middle], chunk.kv, chunk.context_len + middle.start, chunk.scale, wanted)

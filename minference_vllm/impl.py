@@ -2,6 +2,7 @@
 """The attention layer on a GPU: FlashAttention's, but for the chunks that the step's plan names."""
 
 import logging
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -10,7 +11,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
 
 from minference_vllm import compat
-from minference_vllm.chunk import FP8, PagedKV
+from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.compat import pages, quantization
 from minference_vllm.config import load_config
 from minference_vllm.errors import ConfigError
@@ -89,32 +90,30 @@ class SparseLayerMixin(SparseLayer):
         Returns:
             The chunks for which it failed: they are to run dense.
         """
-        try:
-            k, v = self.keys_and_values(kv_cache)
-            q_scale, k_scale, v_scale = self.scales(layer, query)
-        except Exception as error:
-            self.runtime.faults.in_layer(error, self.number)
-            self.runtime.failed.update(rows.request for rows in step.chunks)
-            return list(step.chunks)
         failed = []
         for rows in step.chunks:
-            span = slice(rows.query_start, rows.query_start + rows.num_rows)
-            kv = PagedKV(k, v, block_table, rows.request, k_scale, v_scale)
-            ran = not self.runtime.is_broken and self.runtime.run(
-                query[span],
-                output[span],
-                kv,
-                rows.context_len,
-                self.scale,
-                self.layer_state,
-                q_scale,
-                self.sinks,
-                rows.may_end_prompt,
-            )
-            if not ran:
+            make_chunk = partial(self.chunk, rows, layer, query, kv_cache, block_table, output)
+            if self.runtime.is_broken or not self.runtime.run(make_chunk, self.layer_state):
                 failed.append(rows)
                 self.runtime.failed.add(rows.request)
         return failed
+
+    def chunk(
+        self,
+        rows: SparseChunk,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
+    ) -> Chunk:
+        """One request's rows of the step; arguments as run_sparse's."""
+        span = slice(rows.query_start, rows.query_start + rows.num_rows)
+        k, v = self.keys_and_values(kv_cache)
+        q_scale, k_scale, v_scale = self.scales(layer, query)
+        kv = PagedKV(k, v, block_table, rows.request, k_scale, v_scale)
+        out, may_end = output[span], rows.may_end_prompt
+        return Chunk(query[span], out, kv, rows.context_len, self.scale, q_scale, self.sinks, may_end)
 
     def keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The two halves of the cache. Where they are FP8, vLLM hands them out as bytes."""

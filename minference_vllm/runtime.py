@@ -2,6 +2,7 @@
 """What the layers of one worker process share: configuration, method, scratch memory and counters."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -154,25 +155,17 @@ class Runtime:
             self._buffers[shape] = buffers, attend, recall
         return self._buffers[shape]
 
-    def run(
-        self,
-        q: torch.Tensor,
-        out: torch.Tensor,
-        kv: PagedKV,
-        context_len: int,
-        scale: float,
-        layer: LayerState,
-        q_scale: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        may_end_prompt: bool = True,
-    ) -> bool:
-        """Sparse attention of one layer for one chunk; arguments as Chunk's.
+    def run(self, make_chunk: Callable[[], Chunk], layer: LayerState) -> bool:
+        """Sparse attention of one layer for one chunk.
+
+        Args:
+            make_chunk: gives it; what it raises is a fault as any other.
 
         Returns:
-            Whether it could be done; if not, `out` is undefined.
+            Whether it could be done; if not, the chunk's output is undefined.
         """
         try:
-            chunk = Chunk(q, out, kv, context_len, scale, q_scale, sinks, may_end_prompt)
+            chunk = make_chunk()
             self._attend(chunk, layer)
         except Exception as error:
             self.faults.in_layer(error, layer.number)

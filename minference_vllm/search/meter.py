@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minference_vllm import compat, ops
-from minference_vllm.attention import LayerState, choose, watch
+from minference_vllm.attention import LayerState, choose, prefill
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import SparseIndex
 from minference_vllm.methods import Method
@@ -115,16 +115,17 @@ class Meter:
 
     def _try(self, contender: Contender, chunk: Chunk, layer: LayerState) -> tuple[SparseIndex, list[Marks]]:
         """Choose and attend as in service; `chunk.out` and the index are those of the last run."""
-        method, index = contender.method, None
+        index = None
 
         def run(mark: Callable[[], None]) -> None:
+            def marked(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
+                chosen = choose(method, chunk, layer)
+                mark()
+                return chosen
+
             nonlocal index
             mark()
-            index = choose(method, chunk, layer)
-            mark()
-            ops.attend(chunk, index, layer.attend, method.kernel)
-            if layer.guard is not None:
-                watch(chunk, method, layer, layer.guard)
+            index = prefill(chunk, contender.method, layer, marked)
             mark()
 
         marks = self._timed(run)

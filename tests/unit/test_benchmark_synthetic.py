@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is attended to where weights are made up: drawn sets that meet the budget, after a choice in full."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_an_engine_that_is_given_the_chooser_probes_in_full_and_keeps_the_drawn_
     def columns() -> list[list[int]]:
         q = torch.randn(rows, heads, head_dim)
         buffers.probe.lse.zero_()
-        assert runtime.run(q, torch.empty_like(q), kv, context_len, 0.1, state)
+        assert runtime.run(partial(Chunk, q, torch.empty_like(q), kv, context_len, 0.1), state)
         assert (buffers.probe.lse != 0).all()
         return buffers.index.columns.tolist()
 

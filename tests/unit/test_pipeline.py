@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under pipeline parallelism every stage publishes its own layers' numbers, and prompts are counted once."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import prometheus_client
 import pytest
 import torch
 
-from minference_vllm.chunk import PagedKV
+from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics.exporter import DirectoryCollector
 from minference_vllm.metrics.publisher import METRICS_DIR, MULTIPROC_DIR
@@ -65,7 +66,7 @@ def run_step(stage: Runtime, numbers: frozenset[int]) -> None:
     for position, number in enumerate(sorted(numbers)):
         if number in sparse:
             layer = stage.layer_state(SHAPE, position, len(numbers), number, number)
-            if not stage.run(q, torch.empty_like(q), kv, 0, 1.0, layer):
+            if not stage.run(partial(Chunk, q, torch.empty_like(q), kv, 0, 1.0), layer):
                 stage.failed.add(0)
     stage.finish_step(record)
 

@@ -4,12 +4,13 @@
 import logging
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from minference_vllm import runtime
-from minference_vllm.chunk import PagedKV
+from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics import stopwatch
 from minference_vllm.metrics.snapshot import Snapshot, Times
@@ -41,7 +42,7 @@ def run_one_chunk(worker: runtime.Runtime) -> None:
     keys = torch.zeros(32, 1, 16, 64, dtype=torch.bfloat16)
     kv = PagedKV(keys, keys, torch.arange(32, dtype=torch.int32)[None], 0)
     q = torch.zeros(ROWS, SHAPE.num_qo_heads, 64, dtype=torch.bfloat16)
-    assert worker.run(q, torch.empty_like(q), kv, 0, 1.0, worker.layer_state(SHAPE, 0, 2))
+    assert worker.run(partial(Chunk, q, torch.empty_like(q), kv, 0, 1.0), worker.layer_state(SHAPE, 0, 2))
 
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
