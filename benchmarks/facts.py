@@ -15,7 +15,7 @@ OPENING = "Below is a long text. Some special magic numbers are hidden in it. Me
 FACT = "The special magic number for {city} is {number}"
 QUESTION = "\n\nQuestion: What is the special magic number for {city} mentioned in the text?\nAnswer: "
 QUESTIONS_TOKENS = 1300  # about what questions, answers and facts take
-CHARACTERS_PER_TOKEN = 6  # more than any tokenizer takes on average
+CHARACTERS_PER_TOKEN = 6  # more than most texts have on average; indented code may have more
 
 
 class FactPrompt(NamedTuple):
@@ -58,12 +58,21 @@ def draw_numbers(lots: random.Random) -> dict[str, str]:
 
 
 def cut(tokenizer: Any, text: str, tokens: int, lots: random.Random) -> str:
-    """So many tokens from a random place of the first half of a text."""
+    """So many tokens from a random place of the first half of a text.
+
+    Raises:
+        ValueError: the text ends before.
+    """
     start = lots.randrange(len(text) // 2)
-    body = encode(tokenizer, text[start : start + tokens * CHARACTERS_PER_TOKEN])[:tokens]
+    window = 0
+    body: list[int] = []
+    # Grown only where it must be: tokens at its end, and so prompts of earlier results, depend on where it ends.
+    while len(body) < tokens and start + window < len(text):
+        window += tokens * CHARACTERS_PER_TOKEN
+        body = encode(tokenizer, text[start : start + window])
     if len(body) < tokens:
         raise ValueError(f"the text has {len(body)} tokens from character {start} on; {tokens} are asked for")
-    return str(tokenizer.decode(body))
+    return str(tokenizer.decode(body[:tokens]))
 
 
 def hide(text: str, numbers: dict[str, str], lots: random.Random) -> str:
