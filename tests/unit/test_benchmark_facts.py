@@ -77,6 +77,20 @@ def test_a_text_of_few_tokens_a_character_is_cut_as_long(width: int) -> None:
     assert list(map(int, found[1:])) == list(range(int(found[1]), int(found[1]) + 999))  # the first may be cut
 
 
+def test_no_prompt_reaches_what_is_searched() -> None:
+    # benchmarks.search takes what is behind the first half by more than a prompt's characters.
+    text = "".join(f"{number:>19} " for number in range(3000))
+    for seed in range(50):
+        found = cut(Words(), text, 1000, random.Random(seed)).split()
+        assert len(found) == 1000
+        assert 20 * (int(found[-1]) + 1) <= len(text) // 2 + 1000 * CHARACTERS_PER_TOKEN
+
+
 def test_a_text_that_ends_too_soon_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the text has \d+ tokens from character \d+ on; 1000 are asked for"):
         cut(Words(), "a word " * 500, 1000, random.Random(0))
+
+
+def test_a_prompt_that_is_all_questions_holds_no_text() -> None:
+    for seed in range(20):
+        assert cut(Letters(), TEXT, -300, random.Random(seed)) == ""
