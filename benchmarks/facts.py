@@ -15,7 +15,8 @@ OPENING = "Below is a long text. Some special magic numbers are hidden in it. Me
 FACT = "The special magic number for {city} is {number}"
 QUESTION = "\n\nQuestion: What is the special magic number for {city} mentioned in the text?\nAnswer: "
 QUESTIONS_TOKENS = 1300  # about what questions, answers and facts take
-CHARACTERS_PER_TOKEN = 6  # more than any tokenizer takes on average
+CHARACTERS_PER_TOKEN = 6  # more than most texts have on average; indented code may have more
+PLACES = 20  # of a text that are tried
 
 
 class FactPrompt(NamedTuple):
@@ -58,12 +59,32 @@ def draw_numbers(lots: random.Random) -> dict[str, str]:
 
 
 def cut(tokenizer: Any, text: str, tokens: int, lots: random.Random) -> str:
-    """So many tokens from a random place of the first half of a text."""
-    start = lots.randrange(len(text) // 2)
-    body = encode(tokenizer, text[start : start + tokens * CHARACTERS_PER_TOKEN])[:tokens]
-    if len(body) < tokens:
-        raise ValueError(f"the text has {len(body)} tokens from character {start} on; {tokens} are asked for")
-    return str(tokenizer.decode(body))
+    """So many tokens from a random place of the first half of a text.
+
+    They end less than CHARACTERS_PER_TOKEN times as many characters behind that half: who keeps to what comes later, as
+    benchmarks.search does, has seen none of them.
+
+    Raises:
+        ValueError: no place was found that has so many before that.
+    """
+    reach = len(text) // 2 + tokens * CHARACTERS_PER_TOKEN
+    for _ in range(PLACES):  # the first, but where it has too few
+        start = lots.randrange(len(text) // 2)
+        body = begin(tokenizer, text[start:reach], tokens)
+        if len(body) >= tokens:
+            return str(tokenizer.decode(body))
+    raise ValueError(f"the text has {len(body)} tokens from character {start} on; {tokens} are asked for")
+
+
+def begin(tokenizer: Any, text: str, tokens: int) -> list[int]:
+    """The first so many tokens of a text; all if it has fewer."""
+    body: list[int] = []
+    end = 0
+    # No more than needed: where it ends may change tokens, and prompts of earlier results are to stay what they are.
+    while len(body) < tokens and end < len(text):
+        end += tokens * CHARACTERS_PER_TOKEN
+        body = encode(tokenizer, text[:end])
+    return body[:tokens]
 
 
 def hide(text: str, numbers: dict[str, str], lots: random.Random) -> str:

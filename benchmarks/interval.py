@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 95% interval of a mean of few numbers, by Student's t: two standard errors would hold 91% of eight."""
+"""95% intervals: of a mean of few numbers by Student's t, for two standard errors would hold 91% of eight; of a median
+by the order of the numbers alone, however they are distributed."""
 
 import math
 import statistics
 from collections.abc import Sequence
 
+from minference_vllm.evals.paired import sign_test
+
 LEVEL = 0.95
 WIDEST = 16.0
 """Beyond the quantile of one degree of freedom."""
+FEWEST_OF_MEDIAN = 6
+"""Numbers below which not even the least and the greatest hold the median between them with the probability LEVEL."""
 
 
 def of_mean(numbers: Sequence[float]) -> tuple[float, float] | None:
@@ -17,6 +22,16 @@ def of_mean(numbers: Sequence[float]) -> tuple[float, float] | None:
     mean, error = statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
     reach = t_quantile(len(numbers) - 1) * error
     return mean - reach, mean + reach
+
+
+def of_median(numbers: Sequence[float]) -> tuple[float, float] | None:
+    """The ends of the median's: the numbers that the sign test rejects lie outside. None of few numbers."""
+    number = len(numbers)
+    rejected = 0  # at each end
+    while 2 * rejected < number and sign_test(rejected, number - rejected) <= 1 - LEVEL:
+        rejected += 1
+    ordered = sorted(numbers)
+    return (ordered[rejected - 1], ordered[-rejected]) if rejected else None
 
 
 def t_quantile(degrees: int) -> float:

@@ -6,7 +6,8 @@ large chunks, one at a time and many at once.
 
 The shape is that of Llama-3.1-8B with made-up weights and few layers. Both engines are up side by side, and answer the
 same prompts in turns; what is attended to sparsely is drawn, of the density that real prompts have. The exit status is
-1 if a cell's speed-up is below 0.98; all cells are measured and written first. In parts, and put together:
+1 if a cell's speed-up is below 0.98 with its whole 95% interval, or if that is so wide that nothing is known; all cells
+are measured and written first. One that is to run sparse and does not ends it at once. In parts, and put together:
 
     python -m benchmarks.never_slower --cells '1024/*' '2048/*' --out a.json
     python -m benchmarks.never_slower --cells '8192/*' '16384/*' --out b.json
@@ -39,6 +40,7 @@ from benchmarks import (
 )
 from benchmarks.made_up import LLAMA_8B, TINY, write_model
 from benchmarks.processes import EngineProcess, serve_requests
+from benchmarks.rounds import NO_LIMITS, ORDER, Limits, Rounds, judge
 from benchmarks.synthetic import GUARD, LOWEST_FLOORS
 from benchmarks.timing import say
 from benchmarks.ttft import MEMORY_OF_EACH, TINY_SETTINGS, WORK
@@ -49,7 +51,7 @@ from minference_vllm.index import SparseIndex
 from minference_vllm.methods import Method
 from minference_vllm.tuning.drawn import drawn_choice
 
-LEAST_SPEEDUP = 0.98
+LIMITS = Limits()
 CHUNKS = (1024, 2048, 8192, 16384)
 PROMPTS = {1: (2048, 8192, 16384, 32768, 65536), 8: (2048, 16384), 32: (2048, 16384)}
 """Lengths by how many prompts there are at once; 32 longer ones would fill the cache and take minutes."""
@@ -59,9 +61,8 @@ TINY_MEMORY = 0.1  # of the machine's, for each of two engines
 
 SECONDS = 3.0
 """Of timed rounds a cell: short prompts differ by percents from one time to the next, and are timed often."""
-FEWEST_ROUNDS, MOST_ROUNDS = 2, 60
-ATTEMPTS = 2
-"""A cell that comes out too slow is timed as often once more, and judged by all its rounds."""
+MOST_SECONDS = 20.0
+"""Of timed rounds of a cell that seems too slow, or about which nothing is known yet: it is judged by all of them."""
 
 Row = dict[str, Any]
 
@@ -127,48 +128,48 @@ def start(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[st
     return answer
 
 
-def time_cell(cell: Cell, dense: EngineProcess, sparse: EngineProcess, budget: float) -> Row:
-    """A row, from rounds in which both engines read the same prompts, after one round to warm up."""
+def time_cell(
+    cell: Cell, dense: EngineProcess, sparse: EngineProcess, config: MInferenceConfig, seconds: float, limits: Limits
+) -> Row:
+    """A row, from rounds in which both engines read the same prompts, after each has read them once to warm up.
+
+    Args:
+        seconds: of rounds where no doubt is left by then.
+
+    Raises:
+        SystemExit: nothing ran sparse where the gate is open: two dense engines would be compared.
+    """
     request = {"tokens": cell.tokens, "prompts": cell.prompts}
-    dense.ask(request)
-    found = sparse.ask(request)
-    seconds: dict[str, list[float]] = {DENSE: [], SPARSE: []}
 
-    def speedup() -> float:
-        return statistics.median(seconds[DENSE]) / statistics.median(seconds[SPARSE])
+    def read(engine: EngineProcess) -> dict[str, Any]:
+        answer: dict[str, Any] = engine.ask(request)
+        if engine is sparse and cell.goes_sparse(config) and not answer["sparse_tokens"]:
+            raise SystemExit(f"{cell}: nothing ran sparse, and its prompts pass the gate: the log above says why.")
+        return answer
 
-    for attempt in range(ATTEMPTS):
-        if attempt == 0 or speedup() < LEAST_SPEEDUP:
-            _time_rounds(request, dense, sparse, budget, seconds)
+    read(dense)
+    found, engines, rounds = read(sparse), {DENSE: dense, SPARSE: sparse}, Rounds()
+    rounds.time_until_settled(lambda kind: float(read(engines[kind])["seconds"]), seconds, MOST_SECONDS, limits)
+    low, high = rounds.interval or (None, None)
     return {
         **cell._asdict(),
-        "dense_s": round(statistics.median(seconds[DENSE]), 5),
-        "sparse_s": round(statistics.median(seconds[SPARSE]), 5),
-        "speedup": round(speedup(), 4),
+        "dense_s": round(statistics.median(rounds.seconds[DENSE]), 5),
+        "sparse_s": round(statistics.median(rounds.seconds[SPARSE]), 5),
+        "speedup": round(rounds.speedup, 4),
+        "low": None if low is None else round(low, 4),
+        "high": None if high is None else round(high, 4),
         **{name: found[name] for name in WORK},
-        "rounds": len(seconds[DENSE]),
+        "rounds": len(rounds.ratios),
     }
 
 
-def _time_rounds(
-    request: dict[str, int], dense: EngineProcess, sparse: EngineProcess, budget: float, seconds: dict[str, list[float]]
-) -> None:
-    """Add the times of some rounds to those of each engine."""
-    begin, rounds = time.monotonic(), 0
-    while rounds < FEWEST_ROUNDS or (rounds < MOST_ROUNDS and time.monotonic() - begin < budget):
-        # Who comes first changes: the clock depends on what ran before.
-        for engine in (dense, sparse) if rounds % 2 else (sparse, dense):
-            seconds[engine.kind].append(engine.ask(request)["seconds"])
-        rounds += 1
-
-
-def faults_of(rows: Sequence[Row], config: MInferenceConfig, least: float = LEAST_SPEEDUP) -> list[str]:
+def faults_of(rows: Sequence[Row], config: MInferenceConfig, limits: Limits = LIMITS) -> list[str]:
     """What is wrong with the rows, a sentence each."""
     faults = []
     for row in rows:
         cell = Cell(row["chunk"], row["tokens"], row["prompts"])
-        if row["speedup"] < least:
-            faults.append(f"{cell}: {row['speedup']:.3f} times as fast as dense, below {least}")
+        if fault := judge(row["speedup"], row["low"], row["high"], limits):
+            faults.append(f"{cell}: {fault}")
         if cell.goes_sparse(config) != (row["sparse_tokens"] > 0):
             faults.append(f"{cell}: {row['sparse_tokens']} tokens ran sparse, which is not what the gate says")
         if row["redone"]:
@@ -203,7 +204,9 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     own = ("model", "max_num_batched_tokens")
     return {
         "seconds": "wall time of LLM.generate for so many prompts at once and one token each, without detokenization, "
-        "on an idle engine; medians of rounds in which the dense and the sparse engine, up side by side, take turns",
+        "on an idle engine; medians. The engines are up side by side",
+        "rounds": f"each of them answers in each round, in this order: {', '.join(ORDER)}",
+        "speedup": "median over rounds of dense's seconds / sparse's; low, high: its 95% interval, by the sign test",
         "chunk": "max_num_batched_tokens, an engine of each kind for each",
         "sparse_tokens": "prompt tokens that ran sparse in one round; density: kept / causal pairs of their chunks",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "weights": "dummy"},
@@ -214,8 +217,15 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "engine": {key: value for key, value in spec["engine"].items() if key not in own},
         "dense": {"attention_backend": options.dense_backend},
         "sparse": {"attention_backend": SPARSE_BACKEND, "minference": resolved(spec["minference"])},
-        "least_speedup": LEAST_SPEEDUP,
+        "limits": LIMITS._asdict(),
     }
+
+
+def judged_by(options: argparse.Namespace) -> tuple[MInferenceConfig, Limits]:
+    """The settings of the sparse engine, as far as the gate has to do with them, and the limits."""
+    if options.tiny:
+        return MInferenceConfig.model_validate(TINY_SETTINGS), NO_LIMITS
+    return MInferenceConfig(), LIMITS
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
@@ -226,6 +236,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
         raise SystemExit(f"--cells {' '.join(options.cells)} fit none of the cells, which are {every}")
     results.describe_run(options.tiny)
     settings, rows = describe(options), []
+    config, limits = judged_by(options)
     for chunk, of_chunk in groupby(cells, lambda cell: cell.chunk):
         with tempfile.TemporaryDirectory(prefix="model-") as directory:
             spec = make_spec(options, directory, chunk)
@@ -235,7 +246,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
             ):
                 say(f"engines with chunks of {chunk} are up")
                 for cell in of_chunk:
-                    rows.append(time_cell(cell, dense, sparse, TINY_SECONDS if options.tiny else SECONDS))
+                    seconds = TINY_SECONDS if options.tiny else SECONDS
+                    rows.append(time_cell(cell, dense, sparse, config, seconds, limits))
                     say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
                     results.write(options.out, rows, options.tiny, settings=settings)
     return rows
@@ -266,9 +278,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = merge(options) if options.merge else measure(options)
     print(results.table(rows))
-    config = MInferenceConfig.model_validate(TINY_SETTINGS if options.tiny else {})
-    # A smoke test's times mean nothing.
-    if faults := faults_of(rows, config, 0.0 if options.tiny else LEAST_SPEEDUP):
+    if faults := faults_of(rows, *judged_by(options)):
         sys.exit("\n".join(faults))
 
 

@@ -9,6 +9,8 @@ In parts, and put together:
     python -m benchmarks.faults --model /tmp/qwen --cases 'NaN, debug on' … --out b.json
     python -m benchmarks.faults --merge a.json b.json --out benchmarks/results/faults.json
 
+Beside other jobs on the card: --serve '… --gpu-memory-utilization 0.15 --kv-cache-memory-bytes 2000000000'.
+
 Faults come from outside (benchmarks/faults/injection.py); benchmarks/faults/cases.py says what is promised.
 """
 
@@ -18,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import DENSE, SPARSE, argument_parser, resolved, results
 from benchmarks.faults import answers, trial
@@ -77,6 +81,9 @@ def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any])
 
     for name in options.cases:
         case = CASES[name]
+        if case.needs_gpu and not torch.cuda.is_available():
+            print(f"==> {name}: left out, there is no GPU", flush=True)
+            continue
         beside = None
         if case.stock is not None:
             # Cases that differ in the plugin's settings alone are one to stock vLLM.

@@ -49,7 +49,9 @@ class Case:
         settings: of the plugin, beside SETTINGS.
         said: what the plugin's server must say in its log.
         is_answered_right: whether the plugin's answers while the fault lasts are to be dense attention's.
-        stays_sparse: whether long prompts run sparse after it.
+        starts_sparse: whether long prompts run sparse before it.
+        stays_sparse: whether they do after it.
+        needs_gpu: whether there is nothing to break without one.
     """
 
     how: str
@@ -62,7 +64,9 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     said: str = ""
     is_answered_right: bool = True
+    starts_sparse: bool = True
     stays_sparse: bool = True
+    needs_gpu: bool = False
 
 
 CASES: dict[str, Case] = {
@@ -116,6 +120,18 @@ CASES: dict[str, Case] = {
         Outcome.REFUSES,
         Fault.NO_SCRATCH,
         said="OutOfMemoryError",
+    ),
+    "no launch at start": Case(
+        "the function that launches the attention kernel raises RuntimeError from the engine's start on: first in the "
+        "plugin's dry run, after which nothing may call it",
+        None,
+        Outcome.GOES_ON,
+        Fault.NO_LAUNCH,
+        times=1,
+        said="sparse attention cannot run here, and all runs dense",
+        starts_sparse=False,
+        stays_sparse=False,
+        needs_gpu=True,
     ),
     "no folder for metrics": Case(
         "MINFERENCE_METRICS_DIR lies below a plain file",

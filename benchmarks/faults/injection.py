@@ -33,6 +33,12 @@ class Fault(StrEnum):
     GIVES_NAN = "gives NaN"
     NO_SCRATCH = "no scratch"
     """Out of memory when the engine starts, where memory that is used once and for all is allocated."""
+    NO_LAUNCH = "no launch"
+    """An exception when the engine starts, where kernels are launched first: in the plugin's dry run, on a GPU only."""
+
+
+AT_START = {Fault.NO_SCRATCH, Fault.NO_LAUNCH}
+"""Faults that are there from the start, unarmed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +86,7 @@ class Injection:
 
     def fires(self) -> bool:
         """In the server: whether this call of attention is to fail."""
-        if self.fault is not Fault.NO_SCRATCH and not self._armed.exists():
-            return False
-        if self.fault is not Fault.NO_SCRATCH and self.fired >= int(self._armed.read_text()):
+        if self.fault not in AT_START and not (self._armed.exists() and self.fired < int(self._armed.read_text())):
             return False
         with self._fired.open("ab") as file:
             file.write(b".")
@@ -178,6 +182,6 @@ def fail(injection: Injection, attend: Callable[[], Any], output: Any) -> Any:
         result = attend()
         output.fill_(float("nan"))
         return result
-    if injection.fault is Fault.RAISES:
+    if injection.fault in (Fault.RAISES, Fault.NO_LAUNCH):
         raise RuntimeError(f"a kernel fails, {SAID}")
     raise torch.OutOfMemoryError(f"out of memory, {SAID}")

@@ -33,8 +33,10 @@ def _broken_by_us(case: Case, found: Finding, stock: Finding | None) -> list[str
         faults.append(f"its log does not say {case.said!r}")
     if found.left_folders:
         faults.append(f"{found.left_folders} folders for metrics are left behind")
-    if found.sparse_tokens_before == 0:
+    if case.starts_sparse and found.sparse_tokens_before == 0:
         faults.append("nothing ran sparse before the fault: nothing is shown")
+    if not case.starts_sparse and found.sparse_tokens_before:
+        faults.append(f"{found.sparse_tokens_before} tokens ran sparse, and none were to")
     if case.ours is Outcome.GOES_ON:
         faults += _broken_in_service(case, found)
     elif stock is not None and found.outcome is stock.outcome:
@@ -54,6 +56,11 @@ def _broken_in_service(case: Case, found: Finding) -> list[str]:
         faults.append("its answers after the fault are not dense attention's")
     if bool(found.sparse_tokens_after) != case.stays_sparse:
         faults.append(f"{found.sparse_tokens_after} tokens ran sparse after the fault")
-    if case.act is Act.ARM and case.is_answered_right and not found.fault_tokens:
+    if case.stays_sparse and found.broken_ranks:
+        faults.append(f"minference_broken_ranks is {found.broken_ranks}, and its sparse path is to go on")
+    if not case.stays_sparse and found.broken_ranks != 1:
+        faults.append(f"minference_broken_ranks is {found.broken_ranks}, and is to be 1")
+    counts_faults = case.act is Act.ARM or not case.starts_sparse
+    if counts_faults and case.is_answered_right and not found.fault_tokens:
         faults.append("no token is counted as sparse_fault")
     return faults

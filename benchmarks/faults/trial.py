@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.faults import answers
 from benchmarks.faults.answers import Answer
 from benchmarks.faults.cases import Act, Outcome
 from benchmarks.faults.server import Trial, descendants
+from benchmarks.soak.watch import scrape
 from minference_vllm.evals.errors import ServerError
 from minference_vllm.evals.serve import ServerProcess
+from minference_vllm.metrics.families import BROKEN
 
 END_TIMEOUT_S = 60.0
 """A server that still runs so long after its last answer goes on."""
@@ -40,6 +43,7 @@ class Finding:
         seconds_to_end: from the fault to that.
         sparse_tokens_before, sparse_tokens_after: prompt tokens that ran sparse before the fault, and once it was over.
         fault_tokens: prompt tokens that ran dense because the sparse path failed.
+        broken_ranks: on which that is given up, as /metrics says at last; None where it says nothing of it.
         says_so: whether the log holds what the case promises.
         left_processes: that a server which has ended by itself had started, and which still run; None for others.
         left_folders: for metrics, after the server's end.
@@ -56,6 +60,7 @@ class Finding:
     sparse_tokens_before: int | None = None
     sparse_tokens_after: int | None = None
     fault_tokens: int | None = None
+    broken_ranks: int | None = None
     says_so: bool | None = None
     left_processes: int | None = None
     left_folders: int = 0
@@ -102,6 +107,8 @@ def _break(trial: Trial, server: ServerProcess, text: str, expected: list[Answer
     found["after_equal"] = answers.all_agree(expected, answers.ask_all(server.url, trial.model, text))
     sparse, faults = _counted(trial, since=before or 0)
     found |= {"sparse_tokens_after": sparse, "fault_tokens": faults, "exit_status": server.process.poll()}
+    if found["exit_status"] is None:
+        found["broken_ranks"] = broken_ranks(scrape(server.url))
     return {**found, "outcome": Outcome.GOES_ON if found["exit_status"] is None else Outcome.ENDS}
 
 
@@ -116,6 +123,14 @@ def _ask_meanwhile(trial: Trial, server: ServerProcess, text: str) -> Answer:
         time.sleep(KILLED_AFTER_S)
         trial.act(server.process.pid)
         return asked.result()
+
+
+def broken_ranks(page: str) -> int | None:
+    """What a server's /metrics say of BROKEN."""
+    lines = "\n".join(line for line in page.splitlines() if line.startswith(BROKEN.name))
+    families = text_string_to_metric_families(f"{lines}\n")
+    found = [sample.value for family in families for sample in family.samples]
+    return int(sum(found)) if found else None
 
 
 def _counted(trial: Trial, since: int = 0) -> tuple[int | None, int | None]:

@@ -140,7 +140,7 @@ def run_both(options: argparse.Namespace, logs: Path) -> list[str]:
         "mix": asdict(mix),
         "itl": "time between two events of a stream, as a client sees them; late: after its time a request was sent",
         "memory": "slope by least squares over the second half, with its 95% interval; host: resident memory of all "
-        "the server's processes together, gpu: as nvidia-smi says",
+        "the server's processes together, gpu: of those in CUDA_VISIBLE_DEVICES, else of all, as nvidia-smi says",
     }
     watched = [] if options.dense_url else ["host", *(["gpu"] if torch.cuda.is_available() else [])]
     extra = {"settings": settings, "limits": limits.as_json(), "watched": watched, "seed": options.seed}

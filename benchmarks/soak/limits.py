@@ -25,6 +25,10 @@ MOST_STEP_SHARE = {"host": 0.005, "gpu": 0.0}
 dense server: a slope's interval is so wide in a few minutes that hardly any leak would fail. In four minutes at eight
 requests a second 32 MiB are a leak of 50 KiB a request. Of a GPU the allocator takes some MiB at once."""
 
+LEAST_SPARSE_TOKENS = 1
+"""Prompt tokens of the traffic that the sparse server must run sparse, in every stretch: else two dense servers were
+compared, which keep every other limit."""
+
 MOST_ITL_RATIO = 1.05
 """99th percentile of the time between two tokens of short requests, to dense's."""
 
@@ -38,6 +42,7 @@ def as_json() -> dict[str, Any]:
         "mib_per_hour_low": MOST_MIB_PER_HOUR,
         "step_mib": MOST_STEP_MIB,
         "step_share": MOST_STEP_SHARE,
+        "sparse_tokens": LEAST_SPARSE_TOKENS,
         "itl_short_p99_ratio": MOST_ITL_RATIO,
     }
 
@@ -59,11 +64,16 @@ def exceeded(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
         faults.append("no short request was answered: inter-token latency cannot be compared")
     elif sparse > MOST_ITL_RATIO * dense:
         faults.append(f"p99 inter-token latency of short requests is {sparse * 1e3:.2f} ms, dense {dense * 1e3:.2f} ms")
-    if not found[SPARSE].counts["sparse_tokens"]:
-        faults.append("nothing ran sparse: the traffic shows nothing")
+    faults += of_sparse_work(found)
     if found[DENSE].counts["sparse_tokens"]:
         faults.append("prompts ran sparse on the dense server: nothing is compared")
     return faults
+
+
+def of_sparse_work(found: Mapping[str, Found]) -> list[str]:
+    """What `exceeded` says of a sparse server that ran too little sparse."""
+    too_few = found[SPARSE].counts["sparse_tokens"] < LEAST_SPARSE_TOKENS
+    return ["nothing ran sparse: the traffic shows nothing"] * too_few
 
 
 def _of_memory(dense: Found, sparse: Found, watched: tuple[str, ...]) -> list[str]:

@@ -37,6 +37,7 @@ def merge(paths: Sequence[Path], out: Path) -> list[str]:
     """Write one result of several, and return the limits that it exceeds.
 
     Errors, restarts and tokens are added, latencies pooled; of memory the stretch counts that may have grown most.
+    Each must have run prompts sparse.
 
     Raises:
         MergeError: they differ in what was measured or with what, or two have one seed.
@@ -55,6 +56,12 @@ def merge(paths: Sequence[Path], out: Path) -> list[str]:
     rows = [row for number, found in enumerate(stretches, 1) for row in make_rows(found, number)]
     watched = tuple(first["watched"])
     faults = limits.exceeded(pooled, watched)
+    if not limits.of_sparse_work(pooled):  # which one stretch is enough for
+        faults += [
+            f"{path}: {fault}"
+            for path, found in zip(paths, stretches, strict=True)
+            for fault in limits.of_sparse_work(found)
+        ]
     run = {key: first[key] for key in OF_A_STRETCH}
     run |= {"command": " && ".join(record["command"] for record in records), "date": records[-1]["date"]}
     extra: dict[str, Any] = {key: first[key] for key in ("settings", "limits", "watched")}

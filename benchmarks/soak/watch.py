@@ -4,6 +4,7 @@
 import asyncio
 import http.client
 import itertools
+import os
 import subprocess
 import time
 import urllib.request
@@ -32,7 +33,7 @@ class Sample:
     Attributes:
         at_s: on the monotonic clock.
         host_mib: resident memory of its processes together; what they share counts in each. None if it is not ours.
-        gpu_mib: used on all GPUs that are seen, by whomever; None without one.
+        gpu_mib: used on the server's GPUs, by whomever; None without one.
         totals: of WATCHED on its /metrics; None if the page could not be read.
     """
 
@@ -129,7 +130,9 @@ def resident_mib(process: int) -> float | None:
 
 
 def gpu_mib() -> float:
-    """Used memory of all GPUs, as nvidia-smi says."""
+    """Used memory of the GPUs that a server started here sees, as nvidia-smi says: other jobs may run on the rest."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible.replace(' ', '')}")  # numbers or UUIDs
     said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return sum(map(float, said.split()))

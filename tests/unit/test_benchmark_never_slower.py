@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import DENSE, SPARSE, never_slower, results
-from benchmarks.never_slower import LEAST_SPEEDUP, Cell, faults_of, make_cells, time_cell
+from benchmarks.never_slower import LIMITS, Cell, faults_of, make_cells, time_cell
+from benchmarks.rounds import FEWEST_JUDGED, MOST_AT_ONCE
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.runtime import Runtime
@@ -23,9 +24,13 @@ CONFIG = MInferenceConfig()
 
 
 class Engine:
-    """Stands for an engine that reads a token in so many seconds, and says when it was asked."""
+    """Stands for an engine that reads a token in so many seconds, and says when it was asked.
+
+    After `sparse_answers` answers nothing runs sparse any more.
+    """
 
     asked: ClassVar[list[tuple[str, int]]] = []
+    sparse_answers: ClassVar[int] = 10**9
     slower: ClassVar[dict[str, float]] = {}
     each = 1e-6
 
@@ -43,6 +48,7 @@ class Engine:
         seconds = self.each * request["tokens"] * request["prompts"] * self.slower.get(self.kind, 1.0)
         chunk = self.spec["engine"]["max_num_batched_tokens"]
         sparse = Cell(chunk, request["tokens"], request["prompts"]).goes_sparse(CONFIG)
+        sparse &= sum(kind == SPARSE for kind, _ in self.asked) <= self.sparse_answers
         return {
             "seconds": seconds,
             "sparse_tokens": request["tokens"] if sparse else 0,
@@ -55,8 +61,10 @@ class Engine:
 def engines(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
     monkeypatch.setattr(Engine, "asked", [])
     monkeypatch.setattr(Engine, "slower", {})
+    monkeypatch.setattr(Engine, "sparse_answers", 10**9)
     monkeypatch.setattr(never_slower, "EngineProcess", Engine)
     monkeypatch.setattr(never_slower, "SECONDS", 0.0)
+    monkeypatch.setattr(never_slower, "MOST_SECONDS", 0.0)
     monkeypatch.setattr(results, "describe_run", lambda *_: RUN)
     return Engine
 
@@ -105,30 +113,49 @@ def test_prompts_are_cut_into_whole_chunks() -> None:
 
 
 def test_engines_take_turns_after_warming_up(engines: type[Engine]) -> None:
-    row = time_cell(Cell(2048, 16384, 8), *pair(2048), budget=0.0)
+    row = time_cell(Cell(2048, 16384, 8), *pair(2048), CONFIG, 0.0, LIMITS)
     assert [kind for kind, _ in engines.asked] == [DENSE, SPARSE, SPARSE, DENSE, DENSE, SPARSE]
     assert row == {
         "chunk": 2048, "tokens": 16384, "prompts": 8, "dense_s": 0.13107, "sparse_s": 0.13107, "speedup": 1.0,
-        "sparse_tokens": 16384, "density": None, "redone": None, "rounds": 2,
+        "low": None, "high": None, "sparse_tokens": 16384, "density": None, "redone": None, "rounds": 1,
     }  # fmt: skip
 
 
 def test_short_cells_are_timed_often_but_not_for_ever(engines: type[Engine]) -> None:
-    assert time_cell(Cell(2048, 2048, 1), *pair(2048), budget=30.0)["rounds"] == never_slower.MOST_ROUNDS
+    row = time_cell(Cell(2048, 2048, 1), *pair(2048), CONFIG, 30.0, LIMITS)
+    assert (row["rounds"], row["low"], row["high"]) == (MOST_AT_ONCE, 1.0, 1.0)
 
 
 def test_a_slow_cell_is_timed_again_and_judged_by_all_its_rounds(engines: type[Engine]) -> None:
     engines.slower[SPARSE] = 1.05
-    row = time_cell(Cell(2048, 16384, 8), *pair(2048), budget=0.0)
-    assert (row["rounds"], row["speedup"]) == (4, 0.9524)
+    row = time_cell(Cell(2048, 16384, 8), *pair(2048), CONFIG, 0.0, LIMITS)
+    assert (row["rounds"], row["speedup"], row["low"], row["high"]) == (FEWEST_JUDGED, 0.9524, 0.9524, 0.9524)
+
+
+@pytest.mark.parametrize("sparse_answers", [0, 2])
+def test_a_cell_that_is_to_run_sparse_and_does_not_ends_it_at_once(
+    sparse_answers: int, engines: type[Engine], run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "sparse_answers", sparse_answers)
+    with pytest.raises(SystemExit, match="1024/65536/1: nothing ran sparse, and its prompts pass the gate"):
+        run("--cells", "1024/65536/1", "8192/*")
+    assert sum(kind == SPARSE for kind, _ in engines.asked) == sparse_answers + 1
+    assert {tokens for _, tokens in engines.asked} == {65536}
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
         ({}, None),
-        ({"speedup": LEAST_SPEEDUP}, None),
-        ({"speedup": 0.979}, "2048/16384/8: 0.979 times as fast as dense, below 0.98"),
+        ({"speedup": 0.98, "low": 0.90, "high": 0.99}, None),
+        ({"speedup": 0.96, "low": 0.90, "high": 0.98}, None),
+        (
+            {"speedup": 0.96, "low": 0.90, "high": 0.979},
+            "2048/16384/8: 0.960 times as fast as dense (0.900 to 0.979), below 0.98",
+        ),
+        ({"speedup": 1.01, "low": 0.89, "high": 1.2}, "2048/16384/8: it is not known whether it is slower"),
+        ({"speedup": 1.0, "low": None, "high": None}, None),
+        ({"speedup": 0.97, "low": None, "high": None}, "2048/16384/8: 0.970 times as fast as dense in too few"),
         ({"sparse_tokens": 0}, "2048/16384/8: 0 tokens ran sparse"),
         ({"chunk": 512}, "512/16384/8: 5 tokens ran sparse"),
         ({"tokens": 16383}, "2048/16383/8: 5 tokens ran sparse"),
@@ -136,7 +163,8 @@ def test_a_slow_cell_is_timed_again_and_judged_by_all_its_rounds(engines: type[E
     ],
 )
 def test_a_cell_that_is_slower_or_ran_the_wrong_way_is_a_fault(changes: dict[str, Any], fault: str | None) -> None:
-    row = {"chunk": 2048, "tokens": 16384, "prompts": 8, "speedup": 1.2, "sparse_tokens": 5, "redone": 0.0, **changes}
+    row = {"chunk": 2048, "tokens": 16384, "prompts": 8, "speedup": 1.2, "low": 1.1, "high": 1.3}
+    row |= {"sparse_tokens": 5, "redone": 0.0, **changes}
     found = faults_of([row], CONFIG)
     assert len(found) == (fault is not None)
     assert fault is None or found[0].startswith(fault)

@@ -197,7 +197,7 @@ def test_a_server_that_ends_must_end_as_stock_vllm(changes: dict[str, Any]) -> N
 
 
 def test_a_broken_path_must_stay_dense() -> None:
-    faults = broken(CASES["a kernel raises always"], False, GOOD, ENDED)
+    faults = broken(CASES["a kernel raises always"], False, replace(GOOD, broken_ranks=1), ENDED)
     assert faults == ["9 tokens ran sparse after the fault"]
 
 

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks.soak draws, measures and judges. None starts a server."""
+"""What benchmarks.soak draws, judges and merges. None starts a server."""
 
 import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import DENSE, SPARSE
-from benchmarks.soak import limits, watch
+from benchmarks.soak import limits
 from benchmarks.soak.client import Sent
 from benchmarks.soak.found import Found
 from benchmarks.soak.growth import Growth
@@ -211,6 +209,14 @@ def test_stretches_are_pooled(tmp_path: Path) -> None:
     assert merged["exceeded"] and merged["gpu"] == "gpu"
 
 
+def test_a_stretch_that_ran_nothing_sparse_is_not_hidden_by_another(tmp_path: Path) -> None:
+    good, null = ({DENSE: make_found(DENSE), SPARSE: make_found(SPARSE, sparse_tokens=some)} for some in (100, 0))
+    paths = [write_stretch(tmp_path / f"{seed}.json", seed, found) for seed, found in ((1, good), (2, null))]
+    [fault] = merge(paths, tmp_path / "all.json")
+    assert fault == f"{paths[1]}: nothing ran sparse: the traffic shows nothing"
+    assert json.loads((tmp_path / "all.json").read_text())["exceeded"] == [fault]
+
+
 @pytest.mark.parametrize(
     ("second", "said"),
     [
@@ -229,43 +235,3 @@ def test_what_are_no_stretches_of_one_run_are_refused(tmp_path: Path, second: di
     with pytest.raises(MergeError, match=said):
         merge(paths, tmp_path / "all.json")
     assert not (tmp_path / "all.json").exists()
-
-
-# watching
-
-
-PAGE = """\
-# TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{engine="0"} 2.0
-vllm:num_requests_running{engine="1"} 3.0
-vllm:num_requests_waiting{engine="0"} 1.0
-vllm:num_preemptions_total{engine="0"} 7.0
-process_start_time_seconds 1.5
-vllm:kv_cache_usage_perc{engine="0"} 0.5
-"""
-
-
-def test_totals_are_summed_over_engines() -> None:
-    assert watch.read_totals(PAGE) == {
-        watch.RUNNING: 5.0, watch.WAITING: 1.0, watch.PREEMPTED: 7.0, watch.STARTED: 1.5,
-    }  # fmt: skip
-
-
-def test_a_server_that_another_process_answers_for_has_restarted() -> None:
-    watching = watch.Watch("http://nowhere", None, has_gpu=False)
-    for start in (1.0, 1.0, None, 2.0, 2.0):
-        totals = None if start is None else {watch.STARTED: start, watch.PREEMPTED: start}
-        watching.samples.append(watch.Sample(0.0, None, None, totals))
-    assert (watching.restarts, watching.unread, watching.preemptions) == (1, 1, 1)
-    assert watching.growth() == {"host": None, "gpu": None}
-
-
-def test_memory_is_that_of_all_processes_together() -> None:
-    holds = "x = b'1' * (64 << 20); print(flush=True); input()"
-    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {holds!r}])"
-    with subprocess.Popen([sys.executable, "-c", starts], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert (watch.resident_mib(process.pid) or 0) > 64
-        process.communicate(b"\n")
-    assert watch.resident_mib(process.pid) is None
