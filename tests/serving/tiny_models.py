@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -157,28 +158,30 @@ def answer(job: Job, folder: Path) -> Outcome:
     with engine(job, folder) as llm:
         if llm.model_config.runner_type == "pooling":
             outputs = llm.embed(PROMPTS[job.model](), use_tqdm=False)
-            return Outcome(vectors=[output.outputs.embedding for output in outputs])
+            return Outcome(vectors=[output.outputs.embedding for output in outputs], counted=counted(job))
         sampling = SamplingParams(
             temperature=0, max_tokens=NUM_GENERATED, logprobs=0, ignore_eos=True, detokenize=False
         )
         answers = [output.outputs[0] for output in llm.generate(PROMPTS[job.model](), sampling, use_tqdm=False)]
-    return Outcome(
-        [list(answer.token_ids) for answer in answers],
-        [[chosen[token].logprob for token, chosen in zip(a.token_ids, a.logprobs, strict=True)] for a in answers],
-    )
+        return Outcome(
+            [list(answer.token_ids) for answer in answers],
+            [[chosen[token].logprob for token, chosen in zip(a.token_ids, a.logprobs, strict=True)] for a in answers],
+            counted=counted(job),
+        )
 
 
-def counted() -> dict[str, int]:
-    """All prefill tokens that our runtimes of this process have counted since the last call."""
+def counted(job: Job) -> dict[str, int]:
+    """The prefill tokens that our runtime has counted, as long as the engine lives whose it is."""
+    if not job.is_ours:
+        return {}
     from minference_vllm import impl
 
-    tokens = {
-        f"{path} {reason}": number
-        for runtime in impl._runtimes.values()
-        for (path, reason), number in runtime.counters.snapshot().tokens.items()
-    }
+    tokens: Counter[str] = Counter()
+    for runtime in impl._runtimes.values():
+        for (path, reason), number in runtime.counters.snapshot().tokens.items():
+            tokens[f"{path} {reason}"] += number
     impl._runtimes.clear()  # the next engine makes a new one
-    return tokens
+    return dict(tokens)
 
 
 @contextmanager
@@ -203,7 +206,7 @@ def outcome(job: Job, folder: Path) -> Outcome:
         except Exception as error:
             logging.getLogger("vllm").exception("This job failed")
             result = Outcome(error=f"{type(error).__name__}: {error}")
-    return replace(result, counted=counted() if job.is_ours else {}, log=log)
+    return replace(result, log=log)
 
 
 def main() -> None:

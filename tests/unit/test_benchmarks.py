@@ -155,6 +155,17 @@ def test_what_ran_sparse_is_read_from_the_engine_of_this_process(monkeypatch):
     assert work.since(work).density is None
 
 
+def test_an_engine_in_which_sparse_attention_cannot_run_is_not_measured(monkeypatch):
+    import_or_skip("vllm")
+    monkeypatch.setattr("vllm.LLM", lambda **engine: object())
+    monkeypatch.setattr("minference_vllm.plugin.register", lambda: None)
+    monkeypatch.setattr(benchmarks, "runtime", lambda: SimpleNamespace(is_broken=True))
+    spec = {"engine": {}, "minference": {}, "dense_backend": "FLASH_ATTN"}
+    with pytest.raises(SystemExit, match="Sparse attention cannot run in this engine"):
+        benchmarks.load_engine(benchmarks.SPARSE, spec)
+    assert benchmarks.load_engine(benchmarks.DENSE, spec)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

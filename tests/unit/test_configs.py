@@ -56,6 +56,7 @@ def test_the_schema_describes_every_setting() -> None:
 def test_every_variable_that_the_package_reads_is_described() -> None:
     sources = [*(ROOT / "minference_vllm").rglob("*.py"), ROOT / "setup.py"]
     read = {name for path in sources for name in re.findall(r"MINFERENCE_[A-Z_]*[A-Z]", path.read_text())}
+    read -= {"MINFERENCE_SKIP_CUDA_BUILD"}  # of Microsoft's package, which published patterns come from
     assert read <= set(re.findall(r"`(MINFERENCE_\w+)`", DOCUMENT.read_text()))
 
 
