@@ -118,6 +118,9 @@ def _settled_work(target: Target) -> Work:
 
 
 def _count_work(found: Found, after: Work, before: Work) -> None:
+    if after.broken_ranks:
+        found.counts["errors"] += after.broken_ranks
+        found.errors["sparse attention failed, and all ran dense from then on"] += after.broken_ranks
     done = after - before
     for name in ("sparse_tokens", "kept_pairs", "causal_pairs"):
         found.counts[name] += getattr(done, name)

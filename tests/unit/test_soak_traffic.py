@@ -4,6 +4,7 @@
 import asyncio
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Awaitable, Callable
@@ -39,11 +40,13 @@ class FakeServer:
         refuses: whether it refuses what is invalid.
         pause_s: before each token.
         leaks: whether it goes on counting requests whose client has hung up.
+        answers_until_broken: after so many its metrics say that sparse attention has failed for good.
     """
 
     def __init__(self) -> None:
         self.status, self.lost, self.cuts, self.fails, self.refuses, self.leaks = 200, 0, False, False, True, False
         self.pause_s = 0.0
+        self.answers_until_broken = math.inf
         self.running = self.hung_up = self.answered = 0
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
@@ -86,7 +89,8 @@ class FakeServer:
     async def metrics(self, _: web.Request) -> web.Response:
         tokens = f'minference_prefill_tokens_total{{path="sparse",reason="gate_open"}} {self.answered}'
         pairs = f"minference_kept_pairs_total {self.answered}\nminference_causal_pairs_total {4 * self.answered}"
-        return web.Response(text=f"{watch.STARTED} 1\n{watch.RUNNING} {self.running}\n{tokens}\n{pairs}\n")
+        broken = f"minference_broken_ranks {int(self.answered >= self.answers_until_broken)}"
+        return web.Response(text=f"{watch.STARTED} 1\n{watch.RUNNING} {self.running}\n{tokens}\n{pairs}\n{broken}\n")
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": MODEL, "max_model_len": MOST_TOKENS}]})
@@ -193,6 +197,15 @@ def drive_fake(server: FakeServer, is_alive: Callable[[], bool] = lambda: True) 
         return await drive(Traffic(MIX, clients=8, seconds=1.0, seed=0), target, "sparse", watching, is_alive)
 
     return with_server(server, use)
+
+
+def test_a_server_that_gives_sparse_attention_up_in_the_middle_is_told(quick: None) -> None:
+    server = FakeServer()
+    server.answers_until_broken = 5
+    found = drive_fake(server)
+    assert (
+        found.errors == {"sparse attention failed, and all ran dense from then on": 1} and found.counts["errors"] == 1
+    )
 
 
 def test_traffic_of_all_kinds_leaves_a_good_server_without_errors(quick: None) -> None:
