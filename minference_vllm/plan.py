@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs sparse and what dense: every rule, for layers, steps and the rows of a step, from host data alone."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import compress, pairwise
 from typing import NamedTuple
 
+from minference_vllm.budget import Budget
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.reason import Reason
 
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
-DECODING = 64
-"""Requests that decode beside a prompt, each a row of its step at least: chunks that may be shorter by so many are to
-pass the gate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +137,11 @@ class Requests(NamedTuple):
     seq_lens: list[int]
     is_prefilling: list[bool]
 
+    @property
+    def bounds(self) -> list[int]:
+        """`starts`, without what follows the requests whose lengths are known: padding."""
+        return self.starts[: len(self.seq_lens) + 1] if self.seq_lens else self.starts
+
     def prompts(self) -> Iterator[tuple[int, int, int]]:
         """Request, rows and keys of what is prefill.
 
@@ -166,35 +168,6 @@ class Plan(NamedTuple):
 ALL_DENSE = Plan()
 
 
-class Budget(NamedTuple):
-    """By what the scheduler cuts prompts into chunks; infinite where that is not known.
-
-    Attributes:
-        tokens: most of a step (--max-num-batched-tokens).
-        rows: most of one request in a step, if there are others (--long-prefill-token-threshold); vLLM gives a request
-            that is alone the whole step.
-        slots: tokens of a step that each request takes beside its rows, for what a draft model adds to them.
-        scheduled: most rows of a step, where fewer are to fill it (--max-num-scheduled-tokens).
-    """
-
-    tokens: float
-    rows: float
-    slots: int = 0
-    scheduled: float = math.inf
-
-    @property
-    def alone(self) -> tuple[float, str]:
-        """Most rows of a request that is alone, and the option that says so."""
-        whole = self.tokens - self.slots, "--max-num-batched-tokens"
-        return min(whole, (self.scheduled, "--max-num-scheduled-tokens"))
-
-    def is_spent(self, requests: Requests) -> bool:
-        """Whether nothing more would have fitted into a step."""
-        starts = requests.starts[: len(requests.seq_lens) + 1] if requests.seq_lens else requests.starts
-        taken = self.slots and self.slots * sum(after > start for start, after in pairwise(starts))
-        return starts[-1] >= self.scheduled or starts[-1] + taken >= self.tokens
-
-
 def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> Plan:
     """Split a step into sparse chunks and dense runs.
 
@@ -205,7 +178,7 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
     prompts = list(requests.prompts())
     # vLLM does not tell where a prompt ends, but what it cuts fills its budget. Of several prompts in a step only one
     # is cut, and which cannot be seen. Who has more rows than requests beside others get is alone, and not cut by that.
-    is_full = len(prompts) == 1 and budget.is_spent(requests)
+    is_full = len(prompts) == 1 and budget.is_spent(requests.bounds)
     chunks = tuple(
         SparseChunk(request, requests.starts[request], rows, seq_len - rows, not (is_full or rows == budget.rows))
         for request, rows, seq_len in prompts
@@ -222,7 +195,7 @@ def cut_prompts(requests: Requests, budget: Budget) -> set[int]:
     """
     prompts = list(requests.prompts())
     cut = {request for request, rows, _ in prompts if rows == budget.rows}
-    if prompts and budget.is_spent(requests):
+    if prompts and budget.is_spent(requests.bounds):
         last = min(prompts, key=lambda prompt: (prompt[2] - prompt[1], -prompt[0]))
         cut.add(last[0])
     return cut
@@ -235,39 +208,6 @@ def gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
     if rows < config.min_chunk:
         return Reason.SHORT_CHUNK
     return Reason.GATE_OPEN
-
-
-def gate_obstacle(config: MInferenceConfig, max_prompt: float, budget: Budget) -> str:
-    """Why the gate can never open on a server with these limits; empty if it can.
-
-    Args:
-        config: the gate.
-        max_prompt: tokens of the longest prompt that the server admits.
-        budget: of its scheduler.
-    """
-    admitted = max_prompt, "tokens that a prompt may have (--max-model-len)"
-    rows, option = budget.alone
-    in_a_step = rows, f"rows that a step may give a request ({option})"
-    limits = (("min_chunk", *min(admitted, in_a_step)), ("min_seq_len", *admitted))
-    obstacles = (
-        f"minference.{setting} is {value}, above the {limit} {name}"
-        for setting, limit, name in limits
-        if (value := getattr(config, setting)) > limit
-    )
-    return "; ".join(obstacles)
-
-
-def sharing_obstacle(config: MInferenceConfig, budget: Budget) -> str:
-    """Why the gate opens for a request that is alone, and hardly while there are others; empty if it does."""
-    rows, option = budget.alone
-    beside = rows - DECODING
-    if config.min_chunk > budget.rows:
-        limit = f"{budget.rows} rows that a step gives a request beside others (--long-prefill-token-threshold)"
-    elif config.min_chunk > beside:
-        limit = f"{beside} rows that a step of {rows} ({option}) leaves a request beside {DECODING} that decode"
-    else:
-        return ""
-    return f"minference.min_chunk is {config.min_chunk}, above the {limit}"
 
 
 def _dense_runs(chunks: tuple[SparseChunk, ...], requests: Requests) -> tuple[DenseRun, ...]:

@@ -6,8 +6,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from minference_vllm.budget import Budget
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.plan import Budget, Requests, cut_prompts, gate
+from minference_vllm.plan import Requests, cut_prompts, gate
 from minference_vllm.reason import Reason
 
 Tally = dict[tuple[str, str], tuple[int, int, int]]

@@ -10,6 +10,7 @@ import torch
 
 from minference_vllm import debug
 from minference_vllm.attention import Chooser, Guard, LayerState, choose, prefill
+from minference_vllm.budget import Budget, gate_obstacle, sharing_obstacle
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.faults import Faults
@@ -20,7 +21,6 @@ from minference_vllm.metrics.counters import Counters
 from minference_vllm.ops import choose_kernel, report_shape
 from minference_vllm.patterns import ServedModel, resolve
 from minference_vllm.pipeline import ONE_STAGE, Pipeline
-from minference_vllm.plan import Budget, gate_obstacle, sharing_obstacle
 from minference_vllm.recall import Floors
 from minference_vllm.record import StepRecord
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes

@@ -4,7 +4,7 @@
 import math
 from typing import Any
 
-from minference_vllm.plan import Budget
+from minference_vllm.budget import Budget
 
 
 def budget(vllm_config: Any) -> Budget:

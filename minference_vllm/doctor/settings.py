@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from minference_vllm import compat, plugin
+from minference_vllm.budget import Budget, gate_obstacle, sharing_obstacle
 from minference_vllm.compat import engines
 from minference_vllm.compat import limits as server_limits
 from minference_vllm.config import CONFIG_FILE_VARIABLE, CONFIG_KEY, MInferenceConfig, load_config
@@ -18,7 +19,6 @@ from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.errors import ConfigError
 from minference_vllm.ops import choose_kernel
 from minference_vllm.patterns import resolve
-from minference_vllm.plan import Budget, gate_obstacle, sharing_obstacle
 
 
 @dataclass(frozen=True, slots=True)

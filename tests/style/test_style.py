@@ -40,6 +40,7 @@ LAYERS = (
     "compat",
     "salt",
     "plan",
+    "budget",
     "config",
     "pipeline",
     "reason",

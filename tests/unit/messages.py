@@ -20,8 +20,8 @@ SAYING = {
     "kernels.cuda.library._open",
     "ops.kernel._cuda_obstacle",
     "ops.kernel._gpu_obstacle",
-    "plan.gate_obstacle",
-    "plan.sharing_obstacle",
+    "budget.gate_obstacle",
+    "budget.sharing_obstacle",
 }
 # Where one of these sentences, or a whole exception, is passed on; nothing is added there.
 FORWARDING = {

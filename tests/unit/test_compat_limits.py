@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from minference_vllm import compat
+from minference_vllm.budget import Budget
 from minference_vllm.compat import engines, limits
-from minference_vllm.plan import Budget
 from tests.conftest import import_or_skip
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from minference_vllm.budget import Budget
 from minference_vllm.compat import engines
 from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig
 from minference_vllm.doctor import settings as doctors_settings
 from minference_vllm.doctor.check import Check, Status
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.doctor.settings import Limits, check_settings
-from minference_vllm.plan import Budget
 from minference_vllm.reason import Reason
 from tests.conftest import import_or_skip
 

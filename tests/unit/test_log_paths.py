@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from minference_vllm.budget import Budget
 from minference_vllm.config import load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.metrics.publisher import METRICS_DIR
 from minference_vllm.patterns import Geometry, ServedModel, resolve
-from minference_vllm.plan import Budget
 from minference_vllm.record import StepRecord
 from minference_vllm.runtime import Runtime
 from tests.unit.test_patterns import GEOMETRY, content

@@ -9,12 +9,12 @@ import prometheus_client
 import pytest
 import torch
 
+from minference_vllm.budget import Budget
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics.exporter import DirectoryCollector
 from minference_vllm.metrics.publisher import METRICS_DIR, MULTIPROC_DIR
 from minference_vllm.pipeline import ONE_STAGE, Pipeline
-from minference_vllm.plan import Budget
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord
 from minference_vllm.runtime import Runtime

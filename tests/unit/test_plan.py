@@ -9,8 +9,9 @@ from itertools import accumulate
 import pytest
 import torch
 
+from minference_vllm.budget import Budget
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.plan import ALL_DENSE, Budget, DenseRun, Plan, Requests, SparseChunk, make_plan
+from minference_vllm.plan import ALL_DENSE, DenseRun, Plan, Requests, SparseChunk, make_plan
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, Tally, UntoldStep
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which chunks may end their prompts, as far as the scheduler's budget tells."""
 
-from minference_vllm.plan import Budget, make_plan
+from minference_vllm.budget import Budget
+from minference_vllm.plan import make_plan
 from tests.unit.test_plan import CONFIG, DECODE, PADDING, SHORT, Row, requests_of
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from minference_vllm.plan import Budget
+from minference_vllm.budget import Budget
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, UntoldStep
 from tests.unit.test_plan import CONFIG, DECODE, OPEN, PADDING, SHORT_CHUNK, TOO_SHORT, Row, requests_of

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from minference_vllm import runtime
+from minference_vllm.budget import Budget
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.metrics import stopwatch
 from minference_vllm.metrics.snapshot import Snapshot, Times
 from minference_vllm.ops import Kernel
-from minference_vllm.plan import Budget
 from minference_vllm.record import StepRecord
 from minference_vllm.scratch import ScratchShape, num_bytes
 
