@@ -57,7 +57,7 @@ SETTINGS = {
     "attend_ms": "drawn groups where no lists are given, the same for both halves of a tile; of one tile's groups the "
     "next keeps minference_vllm.tuning.groups.STAYS; pages of 16 in random order",
     "density": "kept / causal pairs of the chunk, as the kernel counts them; attend_tflops counts kept pairs alone",
-    "guard_ms": "recall of 64 rows, and the look for heads below the floor, of which there are none",
+    "guard_ms": "recall of 64 rows of every 8,192, and the look for heads below the floor, of which there are none",
     "dense_ms": "flash_attn_varlen_func of vLLM, fa_version 3, on the same pages and rows",
     "speedup": "dense_ms / (choose_ms + attend_ms + guard_ms)",
     "relative_error": "largest over some tiles and heads, against minference_vllm.reference on the same index",

@@ -94,11 +94,7 @@ def _say(report: dict[str, Any], page: Path) -> None:
             f"{len(report['errors'])} requests failed, and are in no time. The first, request {first['request']} of "
             f"the {first['server']} server at {first['load']}: {first['error']}"
         )
-    for note in report["notes"]:
-        print(note)
-    for warning in report["warnings"]:
-        print(f"WARNING: {warning}")
-    print(f"The report is {page}.")
+    servers.say_end(report, page)
 
 
 def _rate(text: str) -> float:

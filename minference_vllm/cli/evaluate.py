@@ -99,11 +99,7 @@ def _say(report: dict[str, Any], page: Path) -> None:
         print(
             f"{len(report['errors'])} replies are errors, and in no score. The first, {first['id']}: {first['error']}"
         )
-    for note in report["notes"]:
-        print(note)
-    for warning in report["warnings"]:
-        print(f"WARNING: {warning}")
-    print(f"The report is {page}.")
+    servers.say_end(report, page)
 
 
 def add_parser(commands: Any) -> None:

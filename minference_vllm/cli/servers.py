@@ -5,6 +5,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from minference_vllm.cli.arguments import count_to
@@ -96,6 +97,15 @@ def run(work: Callable[[argparse.Namespace], int], options: argparse.Namespace) 
     except KeyboardInterrupt:
         print("Stopped; the same command goes on where it was.", file=sys.stderr)
         return STOPPED
+
+
+def say_end(report: dict[str, Any], page: Path) -> None:
+    """Print what a report's reader must know beside its rows, and where it is."""
+    for note in report["notes"]:
+        print(note)
+    for warning in report["warnings"]:
+        print(f"WARNING: {warning}")
+    print(f"The report is {page}.")
 
 
 def say_rows(rows: list[dict[str, Any]], shown: tuple[str, ...]) -> None:

@@ -63,13 +63,17 @@ def _split(options: str) -> list[str]:
 
 def _refuse_unequal(own: Sequence[str]) -> None:
     """Check that options of the sparse server alone are the plugin's; another chunk or model length is another test."""
-    for argument in own:
-        name = argument.partition("=")[0].replace("_", "-")
-        if name.startswith("-") and name != SETTINGS_OPTION and not name.startswith(f"{SETTINGS_OPTION}."):
+    arguments = iter(own)
+    for argument in arguments:
+        name, has_value, _ = argument.partition("=")
+        name = name.replace("_", "-")
+        if name != SETTINGS_OPTION and not name.startswith(f"{SETTINGS_OPTION}."):
             raise ConfigError(
                 f"--serve-sparse may hold {SETTINGS_OPTION} alone, and holds {name}: the servers would differ in more "
                 "than attention. Put it into --serve, for both."
             )
+        if not has_value:
+            next(arguments, None)
 
 
 def option_names(arguments: Iterable[str]) -> list[str]:

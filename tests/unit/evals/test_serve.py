@@ -144,14 +144,23 @@ def test_nor_can_it_be_in_vllms_other_spelling(spelt: str) -> None:
         "-O3", "--enforce-eager", "--seed=1", "--additional-config '{}' --seed 1", "--additional-config-file x",
     ],
 )  # fmt: skip
-def test_the_sparse_server_alone_takes_nothing_but_the_plugins_settings(given: str) -> None:
+def test_the_sparse_server_alone_takes_no_option_but_the_plugins_settings(given: str) -> None:
     name = [part.partition("=")[0].replace("_", "-") for part in given.split() if part.startswith("-")][-1]
     said = f"--serve-sparse may hold --additional-config alone, and holds {name}: .* Put it into --serve"
     with pytest.raises(ConfigError, match=said):
         serve.arguments("m", "", is_dense=False, more=given)
 
 
-@pytest.mark.parametrize("given", ["--additional-config '{\"a\": -1}'", "--additional_config.minference.x=-1", ""])
+@pytest.mark.parametrize("given", ["--additional-config {} extra", "extra"])
+def test_words_that_belong_to_no_option_are_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match="--serve-sparse may hold --additional-config alone, and holds extra"):
+        serve.arguments("m", "", is_dense=False, more=given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--additional-config '{\"a\": -1}'", "--additional_config.minference.x=-1", "--additional-config.a -1", ""],
+)
 def test_the_plugins_settings_go_to_the_sparse_server(given: str) -> None:
     found = serve.arguments("m", "--seed 1", is_dense=False, more=given)
     assert found[4:] == ["--seed", "1", *shlex.split(given)]
