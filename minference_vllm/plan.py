@@ -191,12 +191,12 @@ def cut_prompts(requests: Requests, budget: Budget) -> set[int]:
     """The requests of a step whose prompts go on in another, as far as can be told.
 
     A step that is full has cut one prompt, the one that came last to it. That is taken for the one with the fewest keys
-    before its rows, of several the last in the batch.
+    before its rows, of several the last in the batch; where no lengths are known, for the last.
     """
     prompts = list(requests.prompts())
     cut = {request for request, rows, _ in prompts if rows == budget.rows}
     if prompts and budget.is_spent(requests.bounds):
-        last = min(prompts, key=lambda prompt: (prompt[2] - prompt[1], -prompt[0]))
+        last = min(prompts, key=lambda prompt: (prompt[2] and prompt[2] - prompt[1], -prompt[0]))
         cut.add(last[0])
     return cut
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from minference_vllm.budget import Budget
+from minference_vllm.plan import Requests, cut_prompts
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, UntoldStep
 from tests.unit.test_plan import CONFIG, DECODE, OPEN, PADDING, SHORT_CHUNK, TOO_SHORT, Row, requests_of
@@ -54,6 +55,10 @@ def test_below_the_gate_lengths_are_not_needed() -> None:
     for batch, requests in (((DECODE, Row(20), Row(30)), 2), ((Row(STEP - 30), Row(30)), 1)):
         without = requests_of(batch)._replace(seq_lens=[])
         assert StepRecord("a group", *without).tally(CONFIG, BUDGET)[TOO_SHORT][2] == requests
+
+
+def test_of_prompts_without_lengths_the_last_is_cut() -> None:
+    assert cut_prompts(Requests([0, 5000, 8192], [], [True, True]), Budget(8192, 8192)) == {1}
 
 
 def test_a_short_rest_counts_as_what_passed_the_gate_before() -> None:
