@@ -51,6 +51,14 @@ def test_a_chunk_of_the_most_rows_beside_others_is_not_the_last() -> None:
     assert ended(Row(1024, STEP), Row(1000, STEP), budget=Budget(STEP, 1024)) == {OPEN: 1}
 
 
+def test_where_chunks_end_at_multiples_of_a_block_a_prompt_counts_once() -> None:
+    budget = Budget(STEP, STEP, grain=544)
+    batches = (Row(3808),), (Row(3808, 3808),), (Row(544, 7616),), (Row(300, 8160),)
+    counted = sum((ended(*batch, budget=budget, before=Reason.GATE_OPEN) for batch in batches), Counter())
+    assert counted == {OPEN: 1}
+    assert ended(Row(544), Row(300), budget=budget) == {TOO_SHORT: 1}
+
+
 def test_below_the_gate_lengths_are_not_needed() -> None:
     for batch, requests in (((DECODE, Row(20), Row(30)), 2), ((Row(STEP - 30), Row(30)), 1)):
         without = requests_of(batch)._replace(seq_lens=[])
