@@ -9,8 +9,7 @@ from typing import NamedTuple
 from minference_vllm.config import MInferenceConfig
 
 DECODING = 64
-"""Requests that decode beside a prompt, each a row of its step at least: chunks that may be shorter by so many are to
-pass the gate."""
+"""Rows of a step that are left for requests that decode beside a prompt."""
 
 
 class Budget(NamedTuple):
@@ -44,7 +43,7 @@ class Budget(NamedTuple):
         Args:
             starts: the first query row of each request, and the number of rows.
         """
-        taken = self.slots and self.slots * sum(after > start for start, after in pairwise(starts))
+        taken = self.slots * sum(after > start for start, after in pairwise(starts)) if self.slots else 0
         return starts[-1] >= self.scheduled or starts[-1] + taken >= self.tokens
 
     def is_cut(self, rows: int, seq_len: int) -> bool:
