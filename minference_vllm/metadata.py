@@ -11,7 +11,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 
-from minference_vllm.compat import limits, steps
+from minference_vllm.compat import limits, pages, steps
+from minference_vllm.errors import ConfigError
+from minference_vllm.impl import refused
 from minference_vllm.plan import ALL_DENSE, Plan, Requests, make_plan
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, UntoldStep
@@ -29,6 +31,10 @@ class PlanningMixin:
         """Have all layers decided, and make those of this group ready for their first request."""
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = [layer.impl for layer in layers.values()]
+        try:
+            pages.require_noted(impls[0].runtime.config, vllm_config)
+        except ConfigError as error:
+            raise refused(str(error)) from None
         for impl in impls:
             impl.decide()
         sparse = [impl for impl in impls if impl.dense_reason is None]

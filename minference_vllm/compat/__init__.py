@@ -238,6 +238,9 @@ def report_models_without_our_layers(platform: Any, ours: Any) -> None:
         result = stock(vllm_config, *args, **kwargs)
         try:
             pages.serve(vllm_config)
+        except Exception as error:
+            logger.warning("MInference cannot note the engine for its minference.page_salt: %r", error)
+        try:
             _report_if_none_is_ours(vllm_config, ours)
         except Exception as error:
             logger.warning("MInference cannot tell which of the model's layers are its own: %r", error)

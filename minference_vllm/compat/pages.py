@@ -40,6 +40,10 @@ class SaltedSeed:
     def __call__(self, hash_fn: Any) -> str:
         """vLLM's seed, which PYTHONHASHSEED may name or which may be random, and our salt if there is one."""
         seed = self._stock(hash_fn)
+        if not self._noted:
+            logger.warning(
+                "MInference: block hashes begin before an engine is known: no minference.page_salt is in them."
+            )
         engines = self.engines()
         salt = _salt_of(engines[-1]) if engines else ""
         return f"{seed}, minference {salt}" if salt else seed
@@ -86,6 +90,29 @@ def require(config: "MInferenceConfig") -> None:
         raise ConfigError(
             f'minference.page_salt="{config.page_salt}" has no effect on this vLLM: the log says why at registration. '
             'Set it to "off", and tell pages apart by PYTHONHASHSEED.'
+        )
+
+
+def require_noted(config: "MInferenceConfig", vllm_config: Any) -> None:
+    """Check that vLLM has told us of an engine, if its pages are to be salted. To be asked once it has its layers.
+
+    A worker that is a process of its own sees only what it was told itself, not the engine core.
+
+    Raises:
+        ConfigError: it has not, and so none of its pages is salted in this process.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    from minference_vllm.compat import engine_id
+    from minference_vllm.errors import ConfigError
+
+    if config.page_salt == "off":
+        return
+    this = engine_id(vllm_config)
+    if not any(engine_id(noted) == this for noted in kv_cache_utils.resolve_none_hash_seed.engines()):
+        raise ConfigError(
+            f'minference.page_salt="{config.page_salt}" has no effect on this engine: vLLM started it in a way that '
+            'the plugin does not see. Set it to "off", and tell pages apart by PYTHONHASHSEED.'
         )
 
 

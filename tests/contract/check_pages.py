@@ -4,8 +4,11 @@
 import ast
 from pathlib import Path
 
+import pytest
 import vllm
 
+from minference_vllm.errors import ConfigError
+from tests.contract.fakes import NAME, make_builder, make_impl, make_runtime
 from tests.contract.wheel import VERSION
 from tests.unit.test_page_salt import *  # noqa: F403 - the same holds in this release
 
@@ -37,3 +40,9 @@ def test_what_the_profiling_run_allocates_stays_while_a_server_sleeps() -> None:
     source = ast.unparse(function("v1/worker/gpu_worker.py", "determine_available_memory"))
     assert "profile_run(" in source
     assert "memory_pool" not in source
+
+
+def test_a_builder_of_an_engine_that_vllm_did_not_tell_of_refuses_to_salt_its_pages() -> None:
+    runtime = make_runtime(page_salt="method")
+    with pytest.raises(ConfigError, match=r'minference\.page_salt="method" has no effect on this engine'):
+        make_builder({NAME.format(0): make_impl(runtime)})

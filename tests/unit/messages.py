@@ -30,6 +30,7 @@ FORWARDING = {
     "impl.SparseLayerMixin.decide",
     "impl.runtime_of",
     "kernels.cuda.library.launch",
+    "metadata.PlanningMixin.attach_layers",
 }
 
 

@@ -257,3 +257,27 @@ def test_a_vllm_that_cannot_be_salted_is_told(monkeypatch: pytest.MonkeyPatch) -
     pages.require(MInferenceConfig())
     with pytest.raises(ConfigError, match=r'minference\.page_salt="method" .* Set it to "off"'):
         pages.require(config)
+
+
+def test_an_engine_that_vllm_did_not_tell_of_is_refused() -> None:
+    ours, part, other = (engine(METHOD) for _ in range(3))
+    layers: dict[str, Any] = {}
+    for config, context in ((ours, layers), (part, layers), (other, {"another's": None})):
+        config.compilation_config = SimpleNamespace(static_forward_context=context)
+    config = MInferenceConfig(page_salt="method")
+    with pytest.raises(ConfigError, match=r'minference\.page_salt="method" has no effect on this engine'):
+        pages.require_noted(config, ours)
+    pages.require_noted(MInferenceConfig(), ours)
+    pages.serve(ours)
+    pages.serve(other)
+    for told in (ours, part, other):  # vLLM has several configurations of an engine
+        pages.require_noted(config, told)
+
+
+def test_hashes_before_an_engine_is_known_are_told_of() -> None:
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages.logger, "warning", said.append)
+        kv_cache_utils.resolve_none_hash_seed(hashing.sha256)
+        first_hash(engine(METHOD))
+    assert said == ["MInference: block hashes begin before an engine is known: no minference.page_salt is in them."]
