@@ -257,12 +257,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return measured
 
 
+def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of several result files, put together in one."""
+    merged = results.merge_or_exit(options.merge, ROW)
+    merged.write(options.out)
+    return merged.rows
+
+
 def main() -> None:
     if serve_requests(start_engine):
         return
     options = parse()
-    merged = results.merge_or_exit(options.out, options.merge, ROW) if options.merge else measure(options)
-    print(results.table(merged))
+    print(results.table(merge(options) if options.merge else measure(options)))
 
 
 if __name__ == "__main__":

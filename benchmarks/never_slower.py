@@ -259,14 +259,15 @@ def merge(options: argparse.Namespace) -> list[Row]:
     Raises:
         SystemExit: they do not hold each cell once.
     """
-    rows = results.merge_or_exit(options.out, options.merge)
-    found = [Cell(row["chunk"], row["tokens"], row["prompts"]) for row in rows]
-    every = make_cells(options.tiny, ["*"])
+    merged = results.merge_or_exit(options.merge)
+    found = [Cell(row["chunk"], row["tokens"], row["prompts"]) for row in merged.rows]
+    every, parts = make_cells(options.tiny, ["*"]), " ".join(map(str, options.merge))
     if missing := [str(cell) for cell in every if cell not in found]:
-        raise SystemExit(f"{options.out} lacks cells: measure them too, --cells {' '.join(missing)}")
+        raise SystemExit(f"{parts} lack cells: measure them too, --cells {' '.join(missing)}")
     if len(found) > len(every):
-        raise SystemExit(f"{options.out} holds {len(found)} cells where there are {len(every)}: leave a part out")
-    return rows
+        raise SystemExit(f"{parts} hold {len(found)} cells where there are {len(every)}: leave a part out")
+    merged.write(options.out)
+    return merged.rows
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 COMMIT_VARIABLE = "MINFERENCE_COMMIT"
@@ -76,8 +76,23 @@ def write(
     write_as(path, describe_run(without_gpu, needs_gpu), rows, **extra)
 
 
-def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
-    """Write one result file from several of one benchmark, run in parts on cards of one kind, and give its rows.
+class Merged(NamedTuple):
+    """What several parts are together; nothing is written yet.
+
+    Attributes:
+        run: all keys of a result but its rows.
+        rows: of all parts.
+    """
+
+    run: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def write(self, path: Path) -> None:
+        write_as(path, self.run, self.rows)
+
+
+def merge(parts: Sequence[Path]) -> Merged:
+    """Put several parts of one benchmark together, run on cards of one kind.
 
     Raises:
         ResultError: they cannot be read, or differ in more than rows, command, date and what only some of them have,
@@ -91,18 +106,16 @@ def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
             raise ResultError(
                 f"{name} is no part of the same run as {parts[0]}: they differ in {', '.join(differing)}."
             )
-    rows = [row for part in loaded for row in part["rows"]]
     run = {
         **whole,
         "command": "; ".join(part["command"] for part in loaded),
         "date": max(part["date"] for part in loaded),
     }
-    write_as(path, run, rows)
-    return rows
+    return Merged(run, [row for part in loaded for row in part["rows"]])
 
 
-def merge_or_exit(path: Path, parts: Sequence[Path], names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """As `merge`, for a command.
+def merge_or_exit(parts: Sequence[Path], names: Sequence[str] = ()) -> Merged:
+    """As `merge`, for a command, which writes it once it has checked what else must be so.
 
     Args:
         names: of fields that tell rows apart, if there are any.
@@ -111,13 +124,13 @@ def merge_or_exit(path: Path, parts: Sequence[Path], names: Sequence[str] = ()) 
         SystemExit: they are no parts of one result, or measured the same.
     """
     try:
-        rows = merge(path, parts)
+        merged = merge(parts)
     except ResultError as error:
         raise SystemExit(str(error)) from None
-    found = Counter(tuple(row[name] for name in names) for row in rows)
+    found = Counter(tuple(row[name] for name in names) for row in merged.rows)
     if names and (twice := [of for of, count in found.items() if count > 1]):
-        raise SystemExit(f"{path} holds {twice[0]} {found[twice[0]]} times: leave a part out")
-    return rows
+        raise SystemExit(f"{' '.join(map(str, parts))} hold {twice[0]} {found[twice[0]]} times: leave a part out")
+    return merged
 
 
 def _join(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:

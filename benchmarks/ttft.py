@@ -285,11 +285,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of several result files, put together in one."""
+    merged = results.merge_or_exit(options.merge, ROW)
+    merged.write(options.out)
+    return merged.rows
+
+
 def main() -> None:
     if serve_requests(start_engine):
         return
     options = parse()
-    rows = results.merge_or_exit(options.out, options.merge, ROW) if options.merge else measure(options)
+    rows = merge(options) if options.merge else measure(options)
     print(results.table(rows))
 
 

@@ -125,11 +125,12 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         SystemExit: they are no parts of one run, or do not hold each case once.
     """
-    rows = results.merge_or_exit(options.out, options.merge)
-    found = [row["case"] for row in rows if row["backend"] == SPARSE]
+    merged = results.merge_or_exit(options.merge)
+    found = [row["case"] for row in merged.rows if row["backend"] == SPARSE]
     if sorted(found) != sorted(CASES):
-        raise SystemExit(f"{options.out} must hold each case once, it holds {', '.join(found)}")
-    return rows
+        raise SystemExit(f"the parts must hold each case once, they hold {', '.join(found)}")
+    merged.write(options.out)
+    return merged.rows
 
 
 def main() -> int:

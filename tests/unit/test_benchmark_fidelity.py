@@ -130,6 +130,7 @@ def test_lengths_and_methods_are_measured_in_parts(run: Callable[..., dict[str, 
     assert [row["text"] for row in one["rows"]] == ["a", "b", "all"]
     with pytest.raises(SystemExit, match="2 times: leave a part out"):
         run("whole.json", "--merge", "one.json", "two.json", "one.json")
+    assert json.loads(Path("whole.json").read_text()) == whole  # a refused merge writes nothing
 
 
 def test_parts_of_different_runs_are_refused(run: Callable[..., dict[str, Any]]) -> None:

@@ -201,11 +201,12 @@ def test_parts_that_do_not_fit_are_refused(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("--cells", "1024/*", out="one.json")
-    with pytest.raises(SystemExit, match="lacks cells: measure them too, --cells 2048/2048/1 "):
+    with pytest.raises(SystemExit, match="lack cells: measure them too, --cells 2048/2048/1 "):
         run("--merge", "one.json")
     run(out="all.json")
     with pytest.raises(SystemExit, match="45 cells where there are 36"):
         run("--merge", "one.json", "all.json")
+    assert not (tmp_path / "out.json").exists()
     monkeypatch.setattr(results, "describe_run", lambda *_: {**RUN, "gpu": "another"})
     run("--cells", "[!1]*", "16384/*", out="two.json")
     with pytest.raises(SystemExit, match=r"two\.json is no part of the same run as one\.json: they differ in gpu"):

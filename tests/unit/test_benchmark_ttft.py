@@ -107,6 +107,7 @@ def test_lengths_are_measured_in_parts(tmp_path, monkeypatch):
     assert whole["settings"] == one["settings"] == two["settings"]
     with pytest.raises(SystemExit, match="2 times: leave a part out"):
         main("whole.json", "--merge", "8192.json", "8192.json")
+    assert json.loads((tmp_path / "whole.json").read_text()) == whole  # a refused merge writes nothing
 
 
 def test_an_engine_on_several_gpus_is_a_process_for_each(tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ def test_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         merge(one)
     with pytest.raises(SystemExit, match="differ in gpu"):
         merge(one, part(tmp_path / "other", names[4:], gpu="another"))
+    assert json.loads(out.read_text()) == whole  # a refused merge writes nothing
     broken_row = {"case": names[-1], "backend": SPARSE, "broken": "it ended"}
     whole["rows"][-1] = broken_row
     assert merge(part(tmp_path / "bad", [], rows=whole["rows"])) == 1
