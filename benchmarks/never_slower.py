@@ -266,8 +266,7 @@ def merge(options: argparse.Namespace) -> list[Row]:
         raise SystemExit(f"{parts} lack cells: measure them too, --cells {' '.join(missing)}")
     if len(found) > len(every):
         raise SystemExit(f"{parts} hold {len(found)} cells where there are {len(every)}: leave a part out")
-    merged.write(options.out)
-    return merged.rows
+    return merged.write(options.out)
 
 
 def main() -> None:

@@ -87,8 +87,10 @@ class Merged(NamedTuple):
     run: dict[str, Any]
     rows: list[dict[str, Any]]
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path) -> list[dict[str, Any]]:
+        """Write them as one result file, and give its rows."""
         write_as(path, self.run, self.rows)
+        return self.rows
 
 
 def merge(parts: Sequence[Path]) -> Merged:

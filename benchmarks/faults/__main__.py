@@ -129,8 +129,7 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = [row["case"] for row in merged.rows if row["backend"] == SPARSE]
     if sorted(found) != sorted(CASES):
         raise SystemExit(f"the parts must hold each case once, they hold {', '.join(found)}")
-    merged.write(options.out)
-    return merged.rows
+    return merged.write(options.out)
 
 
 def main() -> int:
