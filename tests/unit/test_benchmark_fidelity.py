@@ -70,7 +70,9 @@ def test_the_gate_lets_the_shortest_prompts_through(tokens: int) -> None:
     assert tokens - facts.QUESTIONS_TOKENS + asked >= fidelity.GATE["min_seq_len"]
 
 
-@pytest.mark.parametrize("text", ['block:{"local_tokens": 1048576}', 'block:{"share": 1, "max_density": 1}'])
+@pytest.mark.parametrize(
+    "text", ['block:{"local_tokens": 1048576}', 'block:{"local_tokens": 16384}', 'block:{"share": 1, "max_density": 1}']
+)
 def test_a_control_keeps_everything(text: str) -> None:
     settings = MInferenceConfig.model_validate(resolved({"method": parse_method(text)}))
     method, device = make_method(settings.method, Kernel.REFERENCE), torch.device("cpu")
