@@ -8,6 +8,7 @@ objects. A field that cannot be found stops the benchmark: a figure whose origin
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,8 @@ NO_GPU = "none (cpu)"
 NEEDS_NONE = "none needed"
 # A result written a moment ago is no change of what is measured.
 MEASURED = (".", ":(exclude)benchmarks/results")
+ABSOLUTE_PATH = re.compile(r"""(?<![^\s=:,"'\[])/[^\s/:,"'\]][^\s:,"'\]]*""")
+"""In an argument, at its start or after what is no part of a path; not in a URL."""
 OF_A_PART = ("command", "date", "rows")
 """What differs between the parts of one result."""
 
@@ -57,7 +60,7 @@ def describe_run(without_gpu: bool = False, needs_gpu: bool = True) -> dict[str,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": _commit(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": _command(sys.orig_argv[1:]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -203,6 +206,19 @@ def _flat_json(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command without the folders of this machine: of absolute paths, alone or in an argument, the name is left."""
+    short = []
+    for argument in arguments:
+        is_path = argument.startswith("/") and " /" not in argument  # it may hold what else would end one
+        short.append(
+            (Path(argument).name or argument)
+            if is_path
+            else ABSOLUTE_PATH.sub(lambda path: Path(path[0]).name, argument)
+        )
+    return shlex.join(["python", *short])
 
 
 def _card() -> tuple[str, str]:
