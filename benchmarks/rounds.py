@@ -76,11 +76,12 @@ class Rounds:
 
         Args:
             ask: see add.
-            most_seconds: OF_LONG rounds are made where, by the first, FEWEST_JUDGED would take longer.
+            most_seconds: no more than OF_LONG are made where, by these, FEWEST_JUDGED would take longer.
         """
-        self.add(ask, 1)
-        is_long = FEWEST_JUDGED * sum(map(sum, self.seconds.values())) > most_seconds
-        self.add(ask, (OF_LONG if is_long else FEWEST_JUDGED) - 1)
+        self.add(ask, OF_LONG)
+        usual = statistics.median(self.seconds[DENSE] + self.seconds[SPARSE])  # one that stalled says nothing
+        if FEWEST_JUDGED * len(ORDER) * usual <= most_seconds:
+            self.add(ask, FEWEST_JUDGED - OF_LONG)
         if self.is_in_doubt(limits):
             self.add(ask, EXTENSION)
 

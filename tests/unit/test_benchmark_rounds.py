@@ -115,6 +115,11 @@ def test_a_long_cell_is_not_judged_unless_it_looks_slow() -> None:
     assert len(slow.ratios) == OF_LONG + EXTENSION and "below 0.98" in verdict(slow)
 
 
+def test_an_answer_that_stalls_does_not_make_a_cell_long() -> None:
+    first = iter([100.0])
+    assert len(timed(lambda kind: next(first, 1.0), 60.0).ratios) >= FEWEST_JUDGED
+
+
 def test_nothing_is_wrong_with_the_times_of_a_smoke_test() -> None:
     smoke = timed(noisy(0, noise=0.0, slower=9.0), 0.1, NO_LIMITS)
     assert len(smoke.ratios) == OF_LONG and judge(smoke.speedup, 0.1, 0.2, NO_LIMITS) == ""
