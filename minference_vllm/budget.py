@@ -9,8 +9,7 @@ from typing import NamedTuple
 from minference_vllm.config import MInferenceConfig
 
 DECODING = 64
-"""Requests that decode beside a prompt, each a row of its step at least: chunks that may be shorter by so many are to
-pass the gate."""
+"""Rows of a step that are left for requests that decode beside a prompt."""
 
 
 class Budget(NamedTuple):
@@ -22,12 +21,15 @@ class Budget(NamedTuple):
             that is alone the whole step.
         slots: tokens of a step that each request takes beside its rows, for what a draft model adds to them.
         scheduled: most rows of a step, where fewer are to fill it (--max-num-scheduled-tokens).
+        grain: keys of which every chunk but a prompt's last ends at a multiple, where vLLM caches the state of layers
+            without keys there; 1 elsewhere.
     """
 
     tokens: float
     rows: float
     slots: int = 0
     scheduled: float = math.inf
+    grain: int = 1
 
     @property
     def alone(self) -> tuple[float, str]:
@@ -41,8 +43,18 @@ class Budget(NamedTuple):
         Args:
             starts: the first query row of each request, and the number of rows.
         """
-        taken = self.slots and self.slots * sum(after > start for start, after in pairwise(starts))
+        taken = self.slots * sum(after > start for start, after in pairwise(starts)) if self.slots else 0
         return starts[-1] >= self.scheduled or starts[-1] + taken >= self.tokens
+
+    def is_cut(self, rows: int, seq_len: int) -> bool:
+        """Whether a prompt goes on after these rows, as far as they tell, whatever else is in the step.
+
+        Args:
+            rows: of the request in the step.
+            seq_len: its keys, the rows included; 0 if not known.
+        """
+        ends_on_grain = self.grain > 1 and seq_len > 0 and seq_len % self.grain == 0
+        return rows == self.rows or ends_on_grain
 
 
 def gate_obstacle(config: MInferenceConfig, max_prompt: float, budget: Budget) -> str:

@@ -94,15 +94,16 @@ class PlanningMixin:
         # A group whose layers are all dense plans too where another has sparse ones: vLLM may hand them this group's
         # metadata, with another block table (update_block_table).
         reason = None if self._runtime.has_sparse_layers else self._dense_reason
-        if self._runtime.is_broken:
-            reason = Reason.SPARSE_FAULT
+        fault = Reason.SPARSE_FAULT if self._runtime.is_broken else None
         requests, untold = _requests(common)
         if requests is None:
             if untold and self._counts:
-                self._defer(UntoldStep(self._group, common.num_actual_tokens, reason or Reason.NO_HOST_METADATA))
+                self._defer(
+                    UntoldStep(self._group, common.num_actual_tokens, fault or reason or Reason.NO_HOST_METADATA)
+                )
             return ALL_DENSE, None
-        plan = ALL_DENSE if reason else make_plan(requests, self._runtime.config, self._budget)
-        record = StepRecord(self._group, *requests, reason)
+        plan = ALL_DENSE if reason or fault else make_plan(requests, self._runtime.config, self._budget)
+        record = StepRecord(self._group, *requests, reason, fault)
         if plan.chunks:
             record.step_reason = steps.step_traits(common, metadata).dense_reason
             if record.step_reason is None:

@@ -180,7 +180,7 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
     # is cut, and which cannot be seen. Who has more rows than requests beside others get is alone, and not cut by that.
     is_full = len(prompts) == 1 and budget.is_spent(requests.bounds)
     chunks = tuple(
-        SparseChunk(request, requests.starts[request], rows, seq_len - rows, not (is_full or rows == budget.rows))
+        SparseChunk(request, requests.starts[request], rows, seq_len - rows, not (is_full or budget.is_cut(rows, seq_len)))
         for request, rows, seq_len in prompts
         if gate(rows, seq_len, config) is Reason.GATE_OPEN
     )
@@ -191,12 +191,12 @@ def cut_prompts(requests: Requests, budget: Budget) -> set[int]:
     """The requests of a step whose prompts go on in another, as far as can be told.
 
     A step that is full has cut one prompt, the one that came last to it. That is taken for the one with the fewest keys
-    before its rows, of several the last in the batch.
+    before its rows, of several the last in the batch; where no lengths are known, for the last.
     """
     prompts = list(requests.prompts())
-    cut = {request for request, rows, _ in prompts if rows == budget.rows}
+    cut = {request for request, rows, seq_len in prompts if budget.is_cut(rows, seq_len)}
     if prompts and budget.is_spent(requests.bounds):
-        last = min(prompts, key=lambda prompt: (prompt[2] - prompt[1], -prompt[0]))
+        last = min(prompts, key=lambda prompt: (prompt[2] and prompt[2] - prompt[1], -prompt[0]))
         cut.add(last[0])
     return cut
 

@@ -91,11 +91,12 @@ def reason_of_passed(tally: Tally) -> Reason | None:
 
 
 def faults_of(tally: Tally) -> Tally:
-    """What of it a fault made dense.
+    """What of it a fault made dense, tokens and chunks; its requests are counted where the prompts are.
 
     A pipeline stage counts this even where another counts the prompts, for only the stage itself knows of its faults.
     """
-    return {label: counts for label, counts in tally.items() if label == ("dense", Reason.SPARSE_FAULT.value)}
+    fault = "dense", Reason.SPARSE_FAULT.value
+    return {label: (tokens, chunks, 0) for label, (tokens, chunks, _) in tally.items() if label == fault}
 
 
 @dataclass(slots=True)

@@ -102,9 +102,7 @@ class Runtime:
             if obstacle := gate_obstacle(self.config, max_prompt, budget):
                 logger.warning("MInference: nothing will run sparse: %s.", obstacle)
             elif obstacle := sharing_obstacle(self.config, budget):
-                logger.warning(
-                    "MInference: a prompt will run sparse only while there is no other request: %s.", obstacle
-                )
+                logger.warning("MInference: a prompt will hardly run sparse beside other requests: %s.", obstacle)
 
     def layer_state(
         self, shape: ScratchShape, position: int, num_layers: int, index: int | None = None, number: int | None = None

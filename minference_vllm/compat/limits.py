@@ -15,7 +15,15 @@ def budget(vllm_config: Any) -> Budget:
         shared = max(shared, tokens // 2)  # what two requests get; more get less, but no less than the threshold
     scheduled = getattr(scheduler, "max_num_scheduled_tokens", None) or tokens
     slots = getattr(getattr(vllm_config, "speculative_config", None), "max_num_new_slots_for_drafting", 0)
-    return Budget(tokens, min(shared or tokens, tokens), slots, scheduled if scheduled < tokens else math.inf)
+    scheduled = scheduled if scheduled < tokens else math.inf
+    return Budget(tokens, min(shared or tokens, tokens), slots, scheduled, _grain(vllm_config))
+
+
+def _grain(vllm_config: Any) -> int:
+    """Keys of which the scheduler ends chunks at multiples; settled once a worker has its layers."""
+    cache = getattr(vllm_config, "cache_config", None)
+    is_aligned = getattr(cache, "mamba_cache_mode", "none") == "align"
+    return int(getattr(cache, "block_size", None) or 1) if is_aligned else 1
 
 
 def longest_prompt(vllm_config: Any) -> int:

@@ -7,6 +7,7 @@ one function for the seed, once the engine core has its executor or the worker i
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +20,28 @@ logger = logging.getLogger("vllm.minference")
 class SaltedSeed:
     """In place of vLLM's resolve_none_hash_seed.
 
-    Attributes:
-        vllm_config: of the engine of this process; of the last, where there are several, as vLLM's own seed is.
+    It keeps no engine: a configuration has the layers, their weights and scratch, and an engine may end before its
+    process does.
     """
 
     def __init__(self, stock: Callable[[Any], str]) -> None:
         self._stock = stock
-        self.vllm_config: Any = None
+        self._noted: list[weakref.ref[Any]] = []
+
+    def note(self, vllm_config: Any) -> None:
+        """Add an engine of this process."""
+        self._noted = [weakref.ref(noted) for noted in self.engines() if noted is not vllm_config]
+        self._noted.append(weakref.ref(vllm_config))
+
+    def engines(self) -> list[Any]:
+        """The configurations of the engines that have not ended, the last at the end: vLLM's own seed is the last's."""
+        return [vllm_config for noted in self._noted if (vllm_config := noted()) is not None]
 
     def __call__(self, hash_fn: Any) -> str:
         """vLLM's seed, which PYTHONHASHSEED may name or which may be random, and our salt if there is one."""
         seed = self._stock(hash_fn)
-        salt = _salt_of(self.vllm_config)
+        engines = self.engines()
+        salt = _salt_of(engines[-1]) if engines else ""
         return f"{seed}, minference {salt}" if salt else seed
 
 
@@ -57,7 +68,7 @@ def serve(vllm_config: Any) -> None:
     from vllm.v1.core import kv_cache_utils
 
     if isinstance(kv_cache_utils.resolve_none_hash_seed, SaltedSeed):
-        kv_cache_utils.resolve_none_hash_seed.vllm_config = vllm_config
+        kv_cache_utils.resolve_none_hash_seed.note(vllm_config)
 
 
 def require(config: "MInferenceConfig") -> None:
@@ -92,7 +103,7 @@ def _salt_of(vllm_config: Any) -> str:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if vllm_config is None or not is_selected(vllm_config, AttentionBackendEnum.CUSTOM):
+    if not is_selected(vllm_config, AttentionBackendEnum.CUSTOM):
         return ""
     # They bring PyTorch and every kernel, which a server of another backend has no use for.
     from minference_vllm.compat import served_model

@@ -124,7 +124,8 @@ def _check_gate(config: MInferenceConfig, max_prompt: float, budget: Budget) -> 
     if math.inf in (max_prompt, budget.tokens):
         return skipped("gate", "give --model, or --max-model-len and --max-num-batched-tokens")
     if obstacle := sharing_obstacle(config, budget):
-        return failed("gate", f"it opens only for a request that is alone: {obstacle}", remedy)
+        return failed("gate", f"it hardly opens beside other requests: {obstacle}", remedy)
     found = f"it opens from {config.min_seq_len} tokens on, in chunks of {config.min_chunk} and more"
-    facts = {"longest_prompt": max_prompt, "longest_chunk": budget.tokens}
-    return ok("gate", f"{found}; a prompt has up to {max_prompt}, and gets up to {budget.tokens} a step", **facts)
+    longest_chunk, _ = budget.alone
+    facts = {"longest_prompt": max_prompt, "longest_chunk": longest_chunk}
+    return ok("gate", f"{found}; a prompt has up to {max_prompt}, and gets up to {longest_chunk} a step", **facts)

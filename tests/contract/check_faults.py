@@ -109,6 +109,13 @@ def test_after_three_faults_in_a_row_all_runs_dense(log: list[str]) -> None:
     assert "until the server is started again" in log[-1]
 
 
+def test_after_that_short_prompts_beside_long_ones_still_count_as_short(log: list[str]) -> None:
+    runtime, builder, _ = one_group()
+    runtime.faults.is_broken = True
+    builder.build(0, make_common(*MIXED))
+    assert counted(runtime) == {("dense", "sparse_fault"): 2 * LONG.rows, SHORT_DENSE: SHORT.rows}
+
+
 @pytest.mark.parametrize("part", ["keys_and_values", "scales"])
 def test_a_layer_that_cannot_be_read_runs_the_steps_chunks_dense(
     part: str, log: list[str], monkeypatch: pytest.MonkeyPatch

@@ -41,12 +41,20 @@ def test_the_budget_is_the_schedulers(scheduler: dict[str, Any], budget: Budget)
     assert limits.budget(configuration(**scheduler)) == budget
 
 
+@pytest.mark.parametrize(("mode", "grain"), [("align", 544), ("none", 1), ("all", 1)])
+def test_where_vllm_caches_states_at_blocks_it_cuts_prompts_there(mode: str, grain: int) -> None:
+    config = configuration()
+    config.cache_config = SimpleNamespace(mamba_cache_mode=mode, block_size=544)
+    assert limits.budget(config).grain == grain
+
+
 def test_the_limits_are_vllms() -> None:
     """Where an attribute is missing the budget is taken to be the whole step, and the prompt's end is not seen."""
     config = import_or_skip("vllm.config")
     assert isinstance(config.SpeculativeConfig.max_num_new_slots_for_drafting, property)
     names = {field.name for field in dataclasses.fields(config.SchedulerConfig)}
     assert names >= {"max_num_batched_tokens", "max_num_scheduled_tokens", "long_prefill_token_threshold"}
+    assert {field.name for field in dataclasses.fields(config.CacheConfig)} >= {"mamba_cache_mode", "block_size"}
 
 
 @pytest.mark.parametrize(("runner", "longest"), [("generate", 511), ("pooling", 512)])

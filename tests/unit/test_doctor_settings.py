@@ -97,10 +97,15 @@ def test_whether_the_gate_can_open(
     assert says in gate.what
 
 
-def test_a_gate_that_opens_only_for_who_is_alone_is_a_fault() -> None:
+def test_what_a_draft_model_takes_of_a_step_no_prompt_gets() -> None:
+    found = doctors_settings._check_gate(MInferenceConfig(), 65_535, Budget(8192, 8192, slots=4))
+    assert found.facts["longest_chunk"] == 8188 and "up to 8188 a step" in found.what
+
+
+def test_a_gate_that_hardly_opens_beside_others_is_a_fault() -> None:
     found = doctors_settings._check_gate(MInferenceConfig(min_chunk=4096), 65_535, Budget(8192, 2048))
     assert found.status is Status.FAILED
-    assert "only for a request that is alone" in found.what and "--long-prefill-token-threshold" in found.what
+    assert "hardly opens beside other requests" in found.what and "--long-prefill-token-threshold" in found.what
 
 
 # A model

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block hashes of sparse servers, made by the vLLM that is installed. The contract tests run it too."""
 
+import gc
 import multiprocessing
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,9 +40,13 @@ def salting(monkeypatch: pytest.MonkeyPatch) -> None:
     pages.salt_block_hashes()
 
 
+class Config(SimpleNamespace):
+    """A VllmConfig that can be referred to weakly, as vLLM's can."""
+
+
 def engine(settings: dict[str, Any] | None, backend: Any = Backend.CUSTOM, **of_kinds: Any) -> Any:
     """The parts of a VllmConfig that are asked for."""
-    return SimpleNamespace(
+    return Config(
         additional_config={} if settings is None else {"minference": settings},
         attention_config=SimpleNamespace(backend=backend, backend_per_kind=of_kinds),
         model_config=None,
@@ -62,7 +68,6 @@ pytestmark = pytest.mark.usefixtures("salting")
 
 
 def test_by_default_pages_are_known_as_without_the_plugin() -> None:
-    pages.serve(None)
     stock = kv_cache_utils.DEFAULT_NONE_HASH_SEED
     for config in (engine(None), engine({"page_salt": "off"})):
         first_hash(config)
@@ -121,7 +126,8 @@ def test_peers_that_compare_seeds_see_the_salt() -> None:
 
 
 def test_without_a_cryptographic_hash_the_seed_stays_random() -> None:
-    pages.serve(engine(METHOD))
+    config = engine(METHOD)
+    pages.serve(config)
     one, other = (kv_cache_utils.resolve_none_hash_seed(hashing.xxhash) for _ in range(2))
     assert one != other
 
@@ -197,7 +203,7 @@ NoWorkers.__abstractmethods__ = frozenset()
 def test_an_engine_core_is_known_by_its_executor() -> None:
     names = "model cache lora load parallel scheduler device speculative observability"
     others = {f"{name}_config": None for name in names.split()}
-    config = SimpleNamespace(**(vars(engine(METHOD)) | {name: None for name in others if name != "model_config"}))
+    config = Config(**(vars(engine(METHOD)) | {name: None for name in others if name != "model_config"}))
     NoWorkers(config)
     kv_cache_utils.init_none_hash(hashing.sha256)
     found = kv_cache_utils.hash_block_tokens(hashing.sha256, None, TOKENS)
@@ -221,6 +227,22 @@ def test_salting_twice_salts_once() -> None:
     pages.salt_block_hashes()
     assert kv_cache_utils.resolve_none_hash_seed is resolve_seed
     assert first_hash(engine(METHOD)) == ours
+
+
+def test_vllms_configurations_can_be_referred_to_weakly() -> None:
+    kind = import_or_skip("vllm.config").VllmConfig
+    vllm_config = kind.__new__(kind)
+    assert weakref.ref(vllm_config)() is vllm_config
+
+
+def test_an_engine_that_ended_is_not_kept() -> None:
+    config = engine(METHOD)
+    first_hash(config)
+    gone = weakref.ref(config)
+    del config
+    gc.collect()
+    assert gone() is None
+    assert kv_cache_utils.resolve_none_hash_seed(hashing.sha256) == kv_cache_utils.DEFAULT_NONE_HASH_SEED
 
 
 def test_settings_that_are_refused_stop_the_engine() -> None:

@@ -138,6 +138,7 @@ def test_a_fault_of_a_stage_that_does_not_count_prompts_is_shown(page: Any, capl
     with caplog.at_level("ERROR", "vllm.minference"):
         shown = page(stages)
     assert tokens(shown) == {SPARSE: ROWS, FAULTY: ROWS}
+    assert sum(count for name, count in shown.items() if name.startswith("minference_requests_total")) == 1
     assert measured_layers(shown) == {"0", "1"}
 
 

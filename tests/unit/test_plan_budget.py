@@ -46,6 +46,14 @@ def test_what_drafts_take_of_a_step_is_of_its_budget() -> None:
     assert ends_with_drafts(Row(2000, 4096), Row(6190, 4096)) == [True, True], "which of them is cut cannot be seen"
 
 
+def test_where_chunks_end_at_multiples_of_a_block_such_an_end_is_not_the_prompts() -> None:
+    budget = Budget(8192, 8192, grain=544)
+    batches = (Row(8160, 0),), (Row(1632, 8160),), (Row(1000, 9792),), (Row(8160, 0), Row(1000, 1088))
+    plans = [make_plan(requests_of(batch), CONFIG, budget) for batch in batches]
+    found = [[chunk.may_end_prompt for chunk in plan.chunks] for plan in plans]
+    assert found == [[False], [False], [True], [False, True]]
+
+
 def test_what_the_scheduler_may_give_out_can_be_less_than_what_fits_a_step() -> None:
     plan = make_plan(requests_of((Row(4096, 4096),)), CONFIG, Budget(8192, 8192, scheduled=4096))
     assert [chunk.may_end_prompt for chunk in plan.chunks] == [False]

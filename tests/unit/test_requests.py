@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from minference_vllm.budget import Budget
+from minference_vllm.plan import Requests, cut_prompts
 from minference_vllm.reason import Reason
 from minference_vllm.record import StepRecord, UntoldStep
 from tests.unit.test_plan import CONFIG, DECODE, OPEN, PADDING, SHORT_CHUNK, TOO_SHORT, Row, requests_of
@@ -50,10 +51,22 @@ def test_a_chunk_of_the_most_rows_beside_others_is_not_the_last() -> None:
     assert ended(Row(1024, STEP), Row(1000, STEP), budget=Budget(STEP, 1024)) == {OPEN: 1}
 
 
+def test_where_chunks_end_at_multiples_of_a_block_a_prompt_counts_once() -> None:
+    budget = Budget(STEP, STEP, grain=544)
+    batches = (Row(3808),), (Row(3808, 3808),), (Row(544, 7616),), (Row(300, 8160),)
+    counted = sum((ended(*batch, budget=budget, before=Reason.GATE_OPEN) for batch in batches), Counter())
+    assert counted == {OPEN: 1}
+    assert ended(Row(544), Row(300), budget=budget) == {TOO_SHORT: 1}
+
+
 def test_below_the_gate_lengths_are_not_needed() -> None:
     for batch, requests in (((DECODE, Row(20), Row(30)), 2), ((Row(STEP - 30), Row(30)), 1)):
         without = requests_of(batch)._replace(seq_lens=[])
         assert StepRecord("a group", *without).tally(CONFIG, BUDGET)[TOO_SHORT][2] == requests
+
+
+def test_of_prompts_without_lengths_the_last_is_cut() -> None:
+    assert cut_prompts(Requests([0, 5000, 8192], [], [True, True]), Budget(8192, 8192)) == {1}
 
 
 def test_a_short_rest_counts_as_what_passed_the_gate_before() -> None:

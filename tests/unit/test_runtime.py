@@ -146,11 +146,11 @@ MAX_PROMPT = 32_767
 ON_ROWS = ("nothing will run sparse: minference.min_chunk is 5000", "above the 4096 rows", "--max-num-batched-tokens")
 ON_LENGTH = ("nothing will run sparse: minference.min_seq_len is 32768", "32767 tokens", "--max-model-len")
 ON_SHARING = (
-    "while there is no other request: minference.min_chunk is 4096",
+    "hardly run sparse beside other requests: minference.min_chunk is 4096",
     "2048 rows",
     "--long-prefill-token-threshold",
 )
-ON_DECODING = ("while there is no other request: minference.min_chunk is 1024", "a step of 1024", *ON_ROWS[2:])
+ON_DECODING = ("hardly run sparse beside other requests: minference.min_chunk is 1024", "a step of 1024", *ON_ROWS[2:])
 ON_PROMPTS = ("nothing will run sparse: minference.min_chunk is 40000", "above the 32767 tokens", "--max-model-len")
 
 
