@@ -13,10 +13,10 @@ A method is named by its name alone, by the sizes of vertical_slash, or by a nam
 
 A control, which keeps everything, so that what it differs by is rounding: 'block:{"local_tokens": 1048576}'.
 
-In parts, on several cards, and put together:
+In parts by length, chunk or method, on several cards, and put together; all of the same texts, which are pooled:
 
-    python -m benchmarks.fidelity --model /tmp/qwen --texts stdlib --tokens 28672 --out a.json
-    python -m benchmarks.fidelity --model /tmp/qwen --texts stdlib --tokens 4096 8192 16384 --out b.json
+    python -m benchmarks.fidelity --model /tmp/qwen --texts austen.txt.xz stdlib --tokens 28672 --out a.json
+    python -m benchmarks.fidelity --model /tmp/qwen --texts austen.txt.xz stdlib --tokens 4096 8192 --out b.json
     python -m benchmarks.fidelity --merge a.json b.json --out benchmarks/results/h100-fidelity.json
 """
 
@@ -36,6 +36,7 @@ from benchmarks import (
     SparseWork,
     argument_parser,
     facts,
+    haystack,
     load_engine,
     parse_method,
     resolved,
@@ -218,6 +219,8 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
         "prompts": "twenty facts hidden in a text, all asked for at its end, the answers given (benchmarks.facts); one "
         f"request at a time. Scored are the text's last {SCORED_TEXT} tokens, the questions and the answers, over the "
         "whole vocabulary. answers: share of the answers' tokens that are the model's first choice",
+        "model": haystack.identify_model(options.model),
+        "seed": options.seed,
         "texts_sha256": texts,
         # Parts of one result may read prompts of other lengths.
         "engine": {
@@ -257,12 +260,25 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return measured
 
 
+def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of several result files, put together in one.
+
+    Raises:
+        SystemExit: they do not fit, or are of different texts: rows of "all" texts would be of some of them.
+    """
+    merged = results.merge_or_exit(options.merge, ROW)
+    texts = merged.run["settings"]["texts_sha256"]
+    for part in options.merge:
+        if lacking := texts.keys() - results.read(part)["settings"]["texts_sha256"].keys():
+            raise SystemExit(f"{part} lacks texts that another part has: {', '.join(sorted(lacking))}")
+    return merged.write(options.out)
+
+
 def main() -> None:
     if serve_requests(start_engine):
         return
     options = parse()
-    merged = results.merge_or_exit(options.out, options.merge, ROW) if options.merge else measure(options)
-    print(results.table(merged))
+    print(results.table(merge(options) if options.merge else measure(options)))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,18 @@ def identify(options: argparse.Namespace) -> dict[str, Any]:
     return found | ({"model": json.loads(config.read_text())} if config.exists() else {})
 
 
+def identify_model(folder: str) -> dict[str, str]:
+    """What tells a model from others, on one line of the record: its folder's name and the hash of its config.json.
+
+    Raises:
+        SystemExit: it is no model's folder.
+    """
+    config = Path(folder, "config.json")
+    if not config.is_file():
+        raise SystemExit(f"{folder} holds no config.json: name a model's folder")
+    return {"name": config.absolute().parent.name, "config_sha256": sha256(config.read_bytes()).hexdigest()}
+
+
 def load(options: argparse.Namespace) -> Haystack:
     from transformers import AutoTokenizer
 

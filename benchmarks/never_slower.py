@@ -7,7 +7,9 @@ large chunks, one at a time and many at once.
 The shape is that of Llama-3.1-8B with made-up weights and few layers. Both engines are up side by side, and answer the
 same prompts in turns; what is attended to sparsely is drawn, of the density that real prompts have. The exit status is
 1 if a cell's speed-up is below 0.98 with its whole 95% interval, or if that is so wide that nothing is known; all cells
-are measured and written first. One that is to run sparse and does not ends it at once. In parts, and put together:
+are measured and written first, in about ten minutes, or twenty if all leave a doubt. Of the longest there are too few
+rounds to judge, unless these look slow. One that is to run sparse and does not ends it at once. In parts, and put
+together:
 
     python -m benchmarks.never_slower --cells '1024/*' '2048/*' --out a.json
     python -m benchmarks.never_slower --cells '8192/*' '16384/*' --out b.json
@@ -40,7 +42,7 @@ from benchmarks import (
 )
 from benchmarks.made_up import LLAMA_8B, TINY, write_model
 from benchmarks.processes import EngineProcess, serve_requests
-from benchmarks.rounds import NO_LIMITS, ORDER, Limits, Rounds, judge
+from benchmarks.rounds import NO_LIMITS, ORDER, ROUNDS, Limits, Rounds, judge
 from benchmarks.synthetic import GUARD, LOWEST_FLOORS
 from benchmarks.timing import say
 from benchmarks.ttft import MEMORY_OF_EACH, TINY_SETTINGS, WORK
@@ -59,10 +61,9 @@ TINY_CHUNKS, TINY_PROMPTS, TINY_SECONDS = (128,), {1: (100, 300), 3: (260,)}, 0.
 LAYERS, TINY_LAYERS = 8, 2
 TINY_MEMORY = 0.1  # of the machine's, for each of two engines
 
-SECONDS = 3.0
-"""Of timed rounds a cell: short prompts differ by percents from one time to the next, and are timed often."""
-MOST_SECONDS = 20.0
-"""Of timed rounds of a cell that seems too slow, or about which nothing is known yet: it is judged by all of them."""
+LONG_SECONDS = 60.0
+"""A cell is long if as many rounds as are judged would take longer: an H100 takes four seconds for 32 x 16384 tokens,
+and is asked for them four times a round."""
 
 Row = dict[str, Any]
 
@@ -129,12 +130,12 @@ def start(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[st
 
 
 def time_cell(
-    cell: Cell, dense: EngineProcess, sparse: EngineProcess, config: MInferenceConfig, seconds: float, limits: Limits
+    cell: Cell, dense: EngineProcess, sparse: EngineProcess, config: MInferenceConfig, long: float, limits: Limits
 ) -> Row:
     """A row, from rounds in which both engines read the same prompts, after each has read them once to warm up.
 
     Args:
-        seconds: of rounds where no doubt is left by then.
+        long: seconds, see Rounds.time.
 
     Raises:
         SystemExit: nothing ran sparse where the gate is open: two dense engines would be compared.
@@ -149,7 +150,7 @@ def time_cell(
 
     read(dense)
     found, engines, rounds = read(sparse), {DENSE: dense, SPARSE: sparse}, Rounds()
-    rounds.time_until_settled(lambda kind: float(read(engines[kind])["seconds"]), seconds, MOST_SECONDS, limits)
+    rounds.time(lambda kind: float(read(engines[kind])["seconds"]), long, limits)
     low, high = rounds.interval or (None, None)
     return {
         **cell._asdict(),
@@ -160,6 +161,7 @@ def time_cell(
         "high": None if high is None else round(high, 4),
         **{name: found[name] for name in WORK},
         "rounds": len(rounds.ratios),
+        "judged": rounds.interval is not None,
     }
 
 
@@ -205,11 +207,13 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": "wall time of LLM.generate for so many prompts at once and one token each, without detokenization, "
         "on an idle engine; medians. The engines are up side by side",
-        "rounds": f"each of them answers in each round, in this order: {', '.join(ORDER)}",
-        "speedup": "median over rounds of dense's seconds / sparse's; low, high: its 95% interval, by the sign test",
+        "rounds": f"each of them answers in each round, in this order: {', '.join(ORDER)}; {ROUNDS}",
+        "speedup": "median over rounds of dense's seconds / sparse's; low, high: its 95% interval by the sign test, of "
+        "all rounds, as if their number were fixed in advance, which it is but for the one extension",
         "chunk": "max_num_batched_tokens, an engine of each kind for each",
         "sparse_tokens": "prompt tokens that ran sparse in one round; density: kept / causal pairs of their chunks",
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "weights": "dummy"},
+        "seed": options.seed,
         "layers": TINY_LAYERS if options.tiny else LAYERS,
         "prompts": "random token ids; those longer than a chunk fill all of theirs, so that no last rows are dense",
         "selection": "the choice runs in full; drawn groups are attended to, see minference_vllm.tuning.drawn",
@@ -246,8 +250,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
             ):
                 say(f"engines with chunks of {chunk} are up")
                 for cell in of_chunk:
-                    seconds = TINY_SECONDS if options.tiny else SECONDS
-                    rows.append(time_cell(cell, dense, sparse, config, seconds, limits))
+                    long = TINY_SECONDS if options.tiny else LONG_SECONDS
+                    rows.append(time_cell(cell, dense, sparse, config, long, limits))
                     say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
                     results.write(options.out, rows, options.tiny, settings=settings)
     return rows
@@ -259,14 +263,14 @@ def merge(options: argparse.Namespace) -> list[Row]:
     Raises:
         SystemExit: they do not hold each cell once.
     """
-    rows = results.merge_or_exit(options.out, options.merge)
-    found = [Cell(row["chunk"], row["tokens"], row["prompts"]) for row in rows]
-    every = make_cells(options.tiny, ["*"])
+    merged = results.merge_or_exit(options.merge)
+    found = [Cell(row["chunk"], row["tokens"], row["prompts"]) for row in merged.rows]
+    every, parts = make_cells(options.tiny, ["*"]), " ".join(map(str, options.merge))
     if missing := [str(cell) for cell in every if cell not in found]:
-        raise SystemExit(f"{options.out} lacks cells: measure them too, --cells {' '.join(missing)}")
+        raise SystemExit(f"{parts} lack cells: measure them too, --cells {' '.join(missing)}")
     if len(found) > len(every):
-        raise SystemExit(f"{options.out} holds {len(found)} cells where there are {len(every)}: leave a part out")
-    return rows
+        raise SystemExit(f"{parts} hold {len(found)} cells where there are {len(every)}: leave a part out")
+    return merged.write(options.out)
 
 
 def main() -> None:

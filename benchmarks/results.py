@@ -8,13 +8,14 @@ objects. A field that cannot be found stops the benchmark: a figure whose origin
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 COMMIT_VARIABLE = "MINFERENCE_COMMIT"
@@ -22,6 +23,8 @@ NO_GPU = "none (cpu)"
 NEEDS_NONE = "none needed"
 # A result written a moment ago is no change of what is measured.
 MEASURED = (".", ":(exclude)benchmarks/results")
+ABSOLUTE_PATH = re.compile(r"""(?<![^\s=:,"'\[])/[^\s/:,"'\]][^\s:,"'\]]*""")
+"""In an argument, at its start or after what is no part of a path; not in a URL."""
 OF_A_PART = ("command", "date", "rows")
 """What differs between the parts of one result."""
 
@@ -57,7 +60,7 @@ def describe_run(without_gpu: bool = False, needs_gpu: bool = True) -> dict[str,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": _commit(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": _command(sys.orig_argv[1:]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -76,8 +79,25 @@ def write(
     write_as(path, describe_run(without_gpu, needs_gpu), rows, **extra)
 
 
-def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
-    """Write one result file from several of one benchmark, run in parts on cards of one kind, and give its rows.
+class Merged(NamedTuple):
+    """What several parts are together; nothing is written yet.
+
+    Attributes:
+        run: all keys of a result but its rows.
+        rows: of all parts.
+    """
+
+    run: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def write(self, path: Path) -> list[dict[str, Any]]:
+        """Write them as one result file, and give its rows."""
+        write_as(path, self.run, self.rows)
+        return self.rows
+
+
+def merge(parts: Sequence[Path]) -> Merged:
+    """Put several parts of one benchmark together, run on cards of one kind.
 
     Raises:
         ResultError: they cannot be read, or differ in more than rows, command, date and what only some of them have,
@@ -91,18 +111,16 @@ def merge(path: Path, parts: Sequence[Path]) -> list[dict[str, Any]]:
             raise ResultError(
                 f"{name} is no part of the same run as {parts[0]}: they differ in {', '.join(differing)}."
             )
-    rows = [row for part in loaded for row in part["rows"]]
     run = {
         **whole,
         "command": "; ".join(part["command"] for part in loaded),
         "date": max(part["date"] for part in loaded),
     }
-    write_as(path, run, rows)
-    return rows
+    return Merged(run, [row for part in loaded for row in part["rows"]])
 
 
-def merge_or_exit(path: Path, parts: Sequence[Path], names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """As `merge`, for a command.
+def merge_or_exit(parts: Sequence[Path], names: Sequence[str] = ()) -> Merged:
+    """As `merge`, for a command, which writes it once it has checked what else must be so.
 
     Args:
         names: of fields that tell rows apart, if there are any.
@@ -111,13 +129,13 @@ def merge_or_exit(path: Path, parts: Sequence[Path], names: Sequence[str] = ()) 
         SystemExit: they are no parts of one result, or measured the same.
     """
     try:
-        rows = merge(path, parts)
+        merged = merge(parts)
     except ResultError as error:
         raise SystemExit(str(error)) from None
-    found = Counter(tuple(row[name] for name in names) for row in rows)
+    found = Counter(tuple(row[name] for name in names) for row in merged.rows)
     if names and (twice := [of for of, count in found.items() if count > 1]):
-        raise SystemExit(f"{path} holds {twice[0]} {found[twice[0]]} times: leave a part out")
-    return rows
+        raise SystemExit(f"{' '.join(map(str, parts))} hold {twice[0]} {found[twice[0]]} times: leave a part out")
+    return merged
 
 
 def _join(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:
@@ -188,6 +206,19 @@ def _flat_json(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command without the folders of this machine: of absolute paths, alone or in an argument, the name is left."""
+    short = []
+    for argument in arguments:
+        is_path = argument.startswith("/") and " /" not in argument  # it may hold what else would end one
+        short.append(
+            (Path(argument).name or argument)
+            if is_path
+            else ABSOLUTE_PATH.sub(lambda path: Path(path[0]).name, argument)
+        )
+    return shlex.join(["python", *short])
 
 
 def _card() -> tuple[str, str]:

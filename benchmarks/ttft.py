@@ -28,6 +28,7 @@ from benchmarks import (
     SPARSE_BACKEND,
     argument_parser,
     facts,
+    haystack,
     load_engine,
     parse_method,
     resolved,
@@ -196,7 +197,8 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
     return {
         "ttft": TTFT + (IN_TURN if options.in_turn else SIDE_BY_SIDE),
         "gpus": options.gpus,
-        "model": "real weights" if options.model else made_up,
+        "model": haystack.identify_model(options.model) if options.model else made_up,
+        "seed": options.seed,
         "prompts": f"from {Path(options.text).name}" if options.text else "random token ids",
         # Parts of one result may read prompts of other lengths.
         "engine": {
@@ -289,7 +291,7 @@ def main() -> None:
     if serve_requests(start_engine):
         return
     options = parse()
-    rows = results.merge_or_exit(options.out, options.merge, ROW) if options.merge else measure(options)
+    rows = results.merge_or_exit(options.merge, ROW).write(options.out) if options.merge else measure(options)
     print(results.table(rows))
 
 

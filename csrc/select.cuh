@@ -89,15 +89,16 @@ __device__ __forceinline__ T sum_up_to(T value, int lane) {
     return value;
 }
 
-// The same over all threads; `total` receives the sum of all. Two calls that follow each other need other `sums`.
-template <typename T>
-__device__ __forceinline__ T sum_up_to(T value, T (&sums)[WARPS], T& total, int warp, int lane) {
+// The same over all threads, of so many warps; `total` receives the sum of all. Two calls that follow each other need
+// other `sums`.
+template <typename T, int NUM_WARPS>
+__device__ __forceinline__ T sum_up_to(T value, T (&sums)[NUM_WARPS], T& total, int warp, int lane) {
     value = sum_up_to(value, lane);
     if (lane == hopper::WARP - 1) sums[warp] = value;
     __syncthreads();
     total = 0;
 #pragma unroll
-    for (int i = 0; i < WARPS; ++i) {
+    for (int i = 0; i < NUM_WARPS; ++i) {
         if (i < warp) value += sums[i];
         total += sums[i];
     }
@@ -167,8 +168,8 @@ struct Tile {
         for (int i = 0; i < WARPS; ++i) count += shared.tallies[i][thread];
         int64_t all, edges;
         const int64_t dropped = sum_up_to(count * codes::weight(thread), shared.sums[0], all, warp, lane);
-        // Of all groups that no row's normaliser has seen: the free ones are counted, but the first among them too, and
-        // those that are not free are not.
+        // `all` is the mass of the groups that may be dropped. To have that of all groups which no row's normaliser has
+        // seen, add those that are always kept, and take away those that may be dropped and have been seen.
         const int64_t edge = weight_between(max(local, p.first_counted), num_groups) +
                              weight_between(p.first_counted, sinks) -
                              weight_between(sinks, min(p.first_counted, local));

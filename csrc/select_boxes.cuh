@@ -146,18 +146,9 @@ struct Block {
 
     __device__ __forceinline__ int num_boxes() const { return shared.lists[LISTS - 1].before; }
 
-    // Sum over the threads up to this one, as sum_up_to in select.cuh.
+    // Sum over the threads up to this one.
     __device__ __forceinline__ int sum_up_to_this(int value, int turn, int& total) {
-        value = sum_up_to(value, lane);
-        if (lane == hopper::WARP - 1) shared.numbers[turn][warp] = value;
-        __syncthreads();
-        total = 0;
-#pragma unroll
-        for (int i = 0; i < LISTS; ++i) {
-            if (i < warp) value += shared.numbers[turn][i];
-            total += shared.numbers[turn][i];
-        }
-        return value;
+        return sum_up_to(value, shared.numbers[turn], total, warp, lane);
     }
 
     __device__ __forceinline__ void count_margins() {

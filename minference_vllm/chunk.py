@@ -130,8 +130,14 @@ class Chunk:
         """Some rows of the chunk that follow each other, as a chunk of their own; those before them are its context."""
         if count == self.num_rows:
             return self
-        rows = slice(first, first + count)
-        return replace(self, q=self.q[rows], out=self.out[rows], context_len=self.context_len + first)
+        end = first + count
+        return replace(
+            self,
+            q=self.q[first:end],
+            out=self.out[first:end],
+            context_len=self.context_len + first,
+            may_end_prompt=self.may_end_prompt and end == self.num_rows,
+        )
 
     def of_heads(self, first: int, count: int) -> "Chunk":
         """The chunk under some of its query heads: all those of some KV heads, or some of one KV head's."""

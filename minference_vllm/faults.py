@@ -2,6 +2,7 @@
 """Exceptions that the plugin met: what is said of them, and when the sparse path is given up."""
 
 import logging
+import traceback
 
 from minference_vllm.errors import printable
 
@@ -12,7 +13,8 @@ logger = logging.getLogger("vllm.minference")
 
 
 class Faults:
-    """Exceptions of one engine on this worker. Each kind is logged once, with its traceback; all are counted.
+    """Exceptions of one engine on this worker. Each is logged once, with its traceback: of its kind and type from
+    the same place; all are counted.
 
     Those who handle an exception tell it here, inside their `except`.
 
@@ -29,7 +31,7 @@ class Faults:
         self.total = 0
         self.is_broken = False
         self._in_a_row = 0  # since a chunk last ran sparse
-        self._told: set[str] = set()
+        self._told: set[tuple[object, ...]] = set()
 
     def in_start(self, error: Exception) -> None:
         """Sparse attention of made-up keys has failed, before the first request."""
@@ -66,12 +68,14 @@ class Faults:
         self._in_a_row = 0
 
     def _is_new(self, kind: str, error: Exception) -> bool:
-        """Count an exception; whether it is the first of its kind."""
+        """Count an exception; whether it has not been logged yet."""
         if self._raises:
             raise error
         self.total += 1
-        is_new = kind not in self._told
-        self._told.add(kind)
+        frames = traceback.walk_tb(error.__traceback__)
+        told = kind, type(error), *((frame.f_code.co_filename, line) for frame, line in frames)
+        is_new = told not in self._told
+        self._told.add(told)
         return is_new
 
     def _extend_row(self) -> None:

@@ -181,7 +181,11 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
     is_full = len(prompts) == 1 and budget.is_spent(requests.bounds)
     chunks = tuple(
         SparseChunk(
-            request, requests.starts[request], rows, seq_len - rows, not (is_full or budget.is_cut(rows, seq_len))
+            request,
+            requests.starts[request],
+            rows,
+            context_len=seq_len - rows,
+            may_end_prompt=not (is_full or budget.is_cut(rows, seq_len)),
         )
         for request, rows, seq_len in prompts
         if gate(rows, seq_len, config) is Reason.GATE_OPEN

@@ -23,6 +23,8 @@ LOST_ROWS = 2
 
 def parts_of(num_rows: int) -> list[range]:
     """Equal parts of a chunk's rows, as few as hold ROWS_PER_PART each. Each has its HELD_OUT_ROWS."""
+    if num_rows == 0:
+        return []
     count = -(-num_rows // ROWS_PER_PART)
     bounds = [num_rows * number // count for number in range(count + 1)]
     return [range(begin, end) for begin, end in itertools.pairwise(bounds)]

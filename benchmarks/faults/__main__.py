@@ -18,6 +18,7 @@ import argparse
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,6 @@ def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any])
 
     for name in options.cases:
         case = CASES[name]
-        if case.needs_gpu and not torch.cuda.is_available():
-            print(f"==> {name}: left out, there is no GPU", flush=True)
-            continue
         beside = None
         if case.stock is not None:
             # Cases that differ in the plugin's settings alone are one to stock vLLM.
@@ -99,8 +97,23 @@ def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any])
     return rows
 
 
+def runnable(cases: Sequence[str], has_gpu: bool) -> list[str]:
+    """Those of the cases that have something to break on such a machine."""
+    return [name for name in cases if has_gpu or not CASES[name].needs_gpu]
+
+
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of the cases that are asked for."""
+    """The rows of the cases that are asked for and can run here.
+
+    Raises:
+        SystemExit: none can.
+    """
+    asked, options.cases = options.cases, runnable(options.cases, torch.cuda.is_available())
+    for name in asked:
+        if name not in options.cases:
+            print(f"==> {name}: left out, there is no GPU", flush=True)
+    if not options.cases:
+        sys.exit("Nothing is measured: each of these cases needs a GPU, and there is none.")
     results.describe_run(options.tiny)
     settings: dict[str, Any] = {
         "model": Path(options.model).name,
@@ -123,13 +136,13 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of several result files, put together in one.
 
     Raises:
-        SystemExit: they are no parts of one run, or do not hold each case once.
+        SystemExit: they are no parts of one run, or do not hold each case once that can run on their machine.
     """
-    rows = results.merge_or_exit(options.out, options.merge)
-    found = [row["case"] for row in rows if row["backend"] == SPARSE]
-    if sorted(found) != sorted(CASES):
-        raise SystemExit(f"{options.out} must hold each case once, it holds {', '.join(found)}")
-    return rows
+    merged = results.merge_or_exit(options.merge)
+    found = [row["case"] for row in merged.rows if row["backend"] == SPARSE]
+    if sorted(found) != sorted(runnable(list(CASES), merged.run["gpu"] != results.NO_GPU)):
+        raise SystemExit(f"the parts must hold each case once, they hold {', '.join(found)}")
+    return merged.write(options.out)
 
 
 def main() -> int:

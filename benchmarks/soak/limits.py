@@ -48,17 +48,21 @@ def as_json() -> dict[str, Any]:
 
 
 def exceeded(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
-    """Limits that are exceeded, in sentences; empty if all are kept.
+    """Limits that one stretch exceeds, in sentences; empty if all are kept.
 
     Args:
         found: by backend, both.
         watched: memories that must have been measured.
     """
+    return of_memory(found, watched) + of_traffic(found)
+
+
+def of_traffic(found: Mapping[str, Found]) -> list[str]:
+    """What `exceeded` says of all but memory, of one stretch or of several together."""
     faults = []
     for backend, one in found.items():
         limits = (("errors", MOST_ERRORS), ("restarts", MOST_RESTARTS), ("left_requests", MOST_LEFT_REQUESTS))
         faults += [f"{backend}: {one.counts[name]} {name}" for name, most in limits if one.counts[name] > most]
-    faults += _of_memory(found[DENSE], found[SPARSE], watched)
     dense, sparse = (found[backend].times["itl_short"].quantile(0.99) for backend in (DENSE, SPARSE))
     if dense is None or sparse is None:
         faults.append("no short request was answered: inter-token latency cannot be compared")
@@ -76,7 +80,9 @@ def of_sparse_work(found: Mapping[str, Found]) -> list[str]:
     return ["nothing ran sparse: the traffic shows nothing"] * too_few
 
 
-def _of_memory(dense: Found, sparse: Found, watched: tuple[str, ...]) -> list[str]:
+def of_memory(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
+    """What `exceeded` says of memory: of one stretch, for dense's step of another says nothing about this one."""
+    dense, sparse = found[DENSE], found[SPARSE]
     faults = []
     for name in MEMORIES:
         grown, most = sparse.growth[name], MOST_MIB_PER_HOUR[name]

@@ -36,8 +36,8 @@ def read(path: Path) -> dict[str, Found]:
 def merge(paths: Sequence[Path], out: Path) -> list[str]:
     """Write one result of several, and return the limits that it exceeds.
 
-    Errors, restarts and tokens are added, latencies pooled; of memory the stretch counts that may have grown most.
-    Each must have run prompts sparse.
+    Errors, restarts and tokens are added, latencies pooled. Memory is judged in each stretch, sparse's against dense's
+    of the same one; the rows of all hold the most that it may have grown in any. Each must have run prompts sparse.
 
     Raises:
         MergeError: they differ in what was measured or with what, or two have one seed.
@@ -55,13 +55,11 @@ def merge(paths: Sequence[Path], out: Path) -> list[str]:
     pooled = {backend: sum((found[backend] for found in stretches), Found(backend)) for backend in (DENSE, SPARSE)}
     rows = [row for number, found in enumerate(stretches, 1) for row in make_rows(found, number)]
     watched = tuple(first["watched"])
-    faults = limits.exceeded(pooled, watched)
-    if not limits.of_sparse_work(pooled):  # which one stretch is enough for
-        faults += [
-            f"{path}: {fault}"
-            for path, found in zip(paths, stretches, strict=True)
-            for fault in limits.of_sparse_work(found)
-        ]
+    faults = limits.of_traffic(pooled)
+    is_any_sparse = not limits.of_sparse_work(pooled)  # which one stretch is enough for
+    for path, found in zip(paths, stretches, strict=True):
+        of_one = limits.of_memory(found, watched) + limits.of_sparse_work(found) * is_any_sparse
+        faults += [f"{path}: {fault}" for fault in of_one]
     run = {key: first[key] for key in OF_A_STRETCH}
     run |= {"command": " && ".join(record["command"] for record in records), "date": records[-1]["date"]}
     extra: dict[str, Any] = {key: first[key] for key in ("settings", "limits", "watched")}

@@ -48,9 +48,10 @@ async def drive(traffic: Traffic, target: Target, backend: str, watch: Watch, is
     # No connection is used twice: one that the server closes for idleness at that moment would look like an error.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
+        at_start = await asyncio.to_thread(_work, target)
         await _warm_up(session, traffic, target)
         before = await asyncio.to_thread(_settled_work, target)
-        if backend == SPARSE and not before.sparse_tokens:
+        if backend == SPARSE and not (before - at_start).sparse_tokens:
             raise SystemExit(f"{target.url} ran nothing of a long prompt sparse: its log says why.")
         watching = asyncio.create_task(watch.run())
         began = time.monotonic()

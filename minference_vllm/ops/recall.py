@@ -27,11 +27,11 @@ def measure_recall(
     parts = parts_of(chunk.num_rows)
     for number, rows in enumerate(parts):
         part, of_part = chunk.of_rows(rows.start, len(rows)), lse[:, rows.start :]
-        sums = cuda.probe.held_out_sums if is_cuda(kernel, part) else triton.held_out_sums
+        sums = cuda.probe.held_out_sums if _has_cuda_probe(kernel, part) else triton.held_out_sums
         ranges = sums(part, buffers)
         triton.measure_recall(part, of_part, floors, layer, ranges, number, len(parts), buffers, totals)
 
 
-def is_cuda(kernel: Kernel, chunk: Chunk) -> bool:
+def _has_cuda_probe(kernel: Kernel, chunk: Chunk) -> bool:
     """Whether the CUDA kernel makes the partial softmaxes."""
     return kernel is Kernel.CUDA and cuda.probe.supports_held_out(chunk)

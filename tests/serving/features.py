@@ -72,9 +72,9 @@ def sparse_tokens(outcome: Outcome, until: int = -1, since: int | None = None) -
     return int(outcome.counted[until][0]["tokens"].get(SPARSE, 0) - before)
 
 
-def density(outcome: Outcome) -> float:
-    """Kept of all causal pairs of sparse attention."""
-    last = outcome.counted[-1][0]
+def density(outcome: Outcome, rank: int = 0) -> float:
+    """Kept of all causal pairs of sparse attention, of one worker."""
+    last = outcome.counted[-1][rank]
     return last["kept"] / last["causal"]
 
 

@@ -70,7 +70,9 @@ def test_the_gate_lets_the_shortest_prompts_through(tokens: int) -> None:
     assert tokens - facts.QUESTIONS_TOKENS + asked >= fidelity.GATE["min_seq_len"]
 
 
-@pytest.mark.parametrize("text", ['block:{"local_tokens": 1048576}', 'block:{"share": 1, "max_density": 1}'])
+@pytest.mark.parametrize(
+    "text", ['block:{"local_tokens": 1048576}', 'block:{"local_tokens": 16384}', 'block:{"share": 1, "max_density": 1}']
+)
 def test_a_control_keeps_everything(text: str) -> None:
     settings = MInferenceConfig.model_validate(resolved({"method": parse_method(text)}))
     method, device = make_method(settings.method, Kernel.REFERENCE), torch.device("cpu")
@@ -109,6 +111,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
         lambda options, _: {(at, name): [{"answers": 0.5}] for name in options.texts for at in options.tokens},
     )
 
+    for name in ("m", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+
     def main(out: str, *arguments: str) -> dict[str, Any]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["fidelity", "--out", out, *arguments])
@@ -130,13 +136,32 @@ def test_lengths_and_methods_are_measured_in_parts(run: Callable[..., dict[str, 
     assert [row["text"] for row in one["rows"]] == ["a", "b", "all"]
     with pytest.raises(SystemExit, match="2 times: leave a part out"):
         run("whole.json", "--merge", "one.json", "two.json", "one.json")
+    assert json.loads(Path("whole.json").read_text()) == whole  # a refused merge writes nothing
 
 
-def test_parts_of_different_runs_are_refused(run: Callable[..., dict[str, Any]]) -> None:
-    of = ("--model", "m", "--texts", "a", "--methods", "block")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (("--kv-cache-dtype", "fp8"), r"they differ in settings\.engine\.kv_cache_dtype\."),
+        (("--model", "other"), r"they differ in settings\.model\.config_sha256, settings\.model\.name\."),
+        (("--seed", "7"), r"they differ in settings\.seed\."),
+        (("--texts", "a"), r"^two\.json lacks texts that another part has: b$"),
+        (("--texts", "a", "b", "c"), r"^one\.json lacks texts that another part has: c$"),
+    ],
+)
+def test_parts_of_different_runs_are_refused(
+    changes: tuple[str, ...], said: str, run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    of = ("--model", "m", "--texts", "a", "b", "--methods", "block")
     run("one.json", *of, "--tokens", "28672")
-    run("two.json", *of, "--tokens", "8192", "--kv-cache-dtype", "fp8")
-    with pytest.raises(SystemExit, match=r"they differ in settings\.engine\.kv_cache_dtype\."):
+    run("two.json", *of, "--tokens", "8192", *changes)
+    with pytest.raises(SystemExit, match=said):
         run("whole.json", "--merge", "one.json", "two.json")
+    assert not (tmp_path / "whole.json").exists()
+
+
+def test_what_is_to_be_measured_must_be_named(run: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(SystemExit):
         run("none.json", "--model", "m")
+    with pytest.raises(SystemExit, match=r"nowhere holds no config\.json: name a model's folder"):
+        run("none.json", "--model", "nowhere", "--texts", "a")

@@ -107,6 +107,29 @@ def test_lengths_are_measured_in_parts(tmp_path, monkeypatch):
     assert whole["settings"] == one["settings"] == two["settings"]
     with pytest.raises(SystemExit, match="2 times: leave a part out"):
         main("whole.json", "--merge", "8192.json", "8192.json")
+    assert json.loads((tmp_path / "whole.json").read_text()) == whole  # a refused merge writes nothing
+
+
+def test_parts_of_two_models_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "describe_run", lambda *_: {"command": "python -m it", "date": "2026-01-01"})
+    monkeypatch.setattr(ttft, "EngineProcess", lambda module, kind, *_: nullcontext(Taker(kind, 1.0, [])))
+    monkeypatch.chdir(tmp_path)
+
+    def main(out, *arguments):
+        monkeypatch.setattr(sys, "argv", ["ttft", "--out", out, *arguments])
+        ttft.main()
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+        main(f"{name}.json", "--model", str(tmp_path / name), "--text", "t", "--tokens", "8192")
+    assert json.loads((tmp_path / "one.json").read_text())["settings"]["model"]["name"] == "one"
+    with pytest.raises(SystemExit, match=r"settings\.model\.config_sha256, settings\.model\.name"):
+        main("whole.json", "--merge", "one.json", "two.json")
+    main("seed.json", "--model", "two", "--text", "t", "--tokens", "131072", "--seed", "5")
+    with pytest.raises(SystemExit, match=r"they differ in settings\.seed"):
+        main("whole.json", "--merge", "two.json", "seed.json")
+    assert not (tmp_path / "whole.json").exists()
 
 
 def test_an_engine_on_several_gpus_is_a_process_for_each(tmp_path, monkeypatch):

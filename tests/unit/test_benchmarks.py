@@ -115,6 +115,28 @@ def test_a_benchmark_that_needs_no_card_says_so_and_names_none(monkeypatch):
     assert (found["gpu"], found["driver"]) == ("none needed", "none needed")
 
 
+@pytest.mark.parametrize(
+    ("argument", "left"),
+    [
+        ("/root/out/x.json", "x.json"),
+        ("/tmp/qwen/", "qwen"),
+        ("/tmp/my models/a, b.json", "'a, b.json'"),
+        ("--out=/root/out/x.json", "--out=x.json"),
+        ("out/x.json", "out/x.json"),
+        ("../x.json", "../x.json"),
+        ("1024/*/8", "'1024/*/8'"),
+        ("http://127.0.0.1:8000/v1/models", "http://127.0.0.1:8000/v1/models"),
+        ("--seed 1 --chat-template /root/t.jinja --x a/b", "'--seed 1 --chat-template t.jinja --x a/b'"),
+        ("/root/a.txt /root/b.txt", "'a.txt b.txt'"),
+        ('auto:{"pattern_file":"/root/p.json","x":1}', """'auto:{"pattern_file":"p.json","x":1}'"""),
+        ("/", "/"),
+    ],
+)
+def test_a_command_names_no_folder_of_the_machine(argument, left):
+    command = results._command(["-m", "benchmarks.it", argument, "--tiny"])
+    assert command == f"python -m benchmarks.it {left} --tiny"
+
+
 # workers
 
 

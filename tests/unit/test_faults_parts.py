@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import SPARSE
+from benchmarks import SPARSE, results
 from benchmarks.faults import __main__ as faults
 from benchmarks.faults.cases import CASES
 
@@ -34,6 +34,23 @@ def test_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         merge(one)
     with pytest.raises(SystemExit, match="differ in gpu"):
         merge(one, part(tmp_path / "other", names[4:], gpu="another"))
+    assert json.loads(out.read_text()) == whole  # a refused merge writes nothing
     broken_row = {"case": names[-1], "backend": SPARSE, "broken": "it ended"}
     whole["rows"][-1] = broken_row
     assert merge(part(tmp_path / "bad", [], rows=whole["rows"])) == 1
+
+
+def test_of_a_machine_without_a_gpu_cases_that_need_one_are_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [name for name, case in CASES.items() if not case.needs_gpu]
+    assert len(names) < len(CASES)
+
+    def merge(**changes: Any) -> int:
+        one, two = (part(tmp_path / f"part {at}", some, **changes) for at, some in enumerate((names[:4], names[4:])))
+        monkeypatch.setattr(sys, "argv", ["faults", "--merge", str(one), str(two), "--out", str(tmp_path / "out")])
+        return faults.main()
+
+    assert merge(gpu=results.NO_GPU) == 0
+    with pytest.raises(SystemExit, match="must hold each case once"):
+        merge()

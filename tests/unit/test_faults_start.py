@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import results
 from benchmarks.faults import __main__ as faults
 from benchmarks.faults import injection
-from benchmarks.faults.answers import Answer
 from benchmarks.faults.cases import CASES, Outcome
 from benchmarks.faults.injection import VARIABLE, Fault, Injection
 from benchmarks.faults.promises import broken
@@ -87,11 +87,21 @@ def test_broken_ranks_are_read_from_metrics() -> None:
     assert broken_ranks("") is None
 
 
+@pytest.mark.parametrize("more", [[], ["no folder for metrics"]])
 def test_without_a_gpu_there_is_nothing_to_break(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ran: list[list[str]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(faults, "control", lambda *_: [Answer(200, (1,), (9.0,))])
-    monkeypatch.setattr("sys.argv", ["faults", "--model", "m", "--cases", "no launch at start", "--out", "o.json"])
-    assert faults.run_all(faults.parse(), tmp_path, {}) == []
+    monkeypatch.setattr(results, "describe_run", lambda *_: {})
+    monkeypatch.setattr(faults, "run_all", lambda options, *_: ran.append(options.cases) or [])
+    monkeypatch.setattr(
+        "sys.argv", ["faults", "--model", "m", "--cases", "no launch at start", *more, "--out", "o.json"]
+    )
+    if more:
+        assert faults.main() == 0
+    else:
+        with pytest.raises(SystemExit, match="Nothing is measured: each of these cases needs a GPU"):
+            faults.main()
+    assert ran == [more] * bool(more)
     assert "no launch at start: left out, there is no GPU" in capsys.readouterr().out

@@ -198,7 +198,8 @@ def test_stretches_are_pooled(tmp_path: Path) -> None:
         write_stretch(tmp_path / "1.json", 1, {DENSE: make_found(DENSE), SPARSE: make_found(SPARSE)}),
         write_stretch(tmp_path / "2.json", 2, {DENSE: make_found(DENSE, itl_s=0.5), SPARSE: grows}),
     ]
-    assert merge(paths, tmp_path / "all.json") == ["host memory grows by 300 MiB an hour or more; 256 are allowed"]
+    [fault] = merge(paths, tmp_path / "all.json")
+    assert fault == f"{paths[1]}: host memory grows by 300 MiB an hour or more; 256 are allowed"
     merged = json.loads((tmp_path / "all.json").read_text())
     assert [(row["stretch"], row["backend"]) for row in merged["rows"]] == [
         (1, DENSE), (1, SPARSE), (2, DENSE), (2, SPARSE), ("all", DENSE), ("all", SPARSE),
@@ -207,6 +208,24 @@ def test_stretches_are_pooled(tmp_path: Path) -> None:
     assert (pooled["answered_short"], pooled["sparse_tokens"], pooled["density"]) == (2, 200, 0.25)
     assert pooled["itl_short_p99_ms"] == pytest.approx(500, rel=1e-3)
     assert merged["exceeded"] and merged["gpu"] == "gpu"
+
+
+def test_memory_is_judged_stretch_by_stretch(tmp_path: Path) -> None:
+    steps = ((1, 40, 0), (2, 0, 40))  # dense's step in one does not excuse sparse's in the other
+    paths = [
+        write_stretch(
+            tmp_path / f"{seed}.json",
+            seed,
+            {DENSE: with_host(DENSE, 2000, dense), SPARSE: with_host(SPARSE, 2000, sparse)},
+        )
+        for seed, dense, sparse in steps
+    ]
+    [fault] = merge(paths, tmp_path / "all.json")
+    assert fault == f"{paths[1]}: host memory is 40 MiB higher in the last third than in the second"
+    unwatched = replace(make_found(SPARSE), growth={"host": None, "gpu": None})
+    write_stretch(paths[1], 2, {DENSE: make_found(DENSE), SPARSE: unwatched})
+    [fault] = merge(paths, tmp_path / "all.json")
+    assert fault == f"{paths[1]}: too few samples of host memory: let the traffic run longer"
 
 
 def test_a_stretch_that_ran_nothing_sparse_is_not_hidden_by_another(tmp_path: Path) -> None:

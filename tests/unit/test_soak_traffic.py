@@ -41,12 +41,13 @@ class FakeServer:
         pause_s: before each token.
         leaks: whether it goes on counting requests whose client has hung up.
         answers_until_broken: after so many its metrics say that sparse attention has failed for good.
+        answers_until_dense: after so many nothing runs sparse any more.
     """
 
     def __init__(self) -> None:
         self.status, self.lost, self.cuts, self.fails, self.refuses, self.leaks = 200, 0, False, False, True, False
         self.pause_s = 0.0
-        self.answers_until_broken = math.inf
+        self.answers_until_broken = self.answers_until_dense = math.inf
         self.running = self.hung_up = self.answered = 0
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
@@ -87,7 +88,8 @@ class FakeServer:
         self.answered += 1
 
     async def metrics(self, _: web.Request) -> web.Response:
-        tokens = f'minference_prefill_tokens_total{{path="sparse",reason="gate_open"}} {self.answered}'
+        sparse = min(self.answered, self.answers_until_dense)
+        tokens = f'minference_prefill_tokens_total{{path="sparse",reason="gate_open"}} {sparse}'
         pairs = f"minference_kept_pairs_total {self.answered}\nminference_causal_pairs_total {4 * self.answered}"
         broken = f"minference_broken_ranks {int(self.answered >= self.answers_until_broken)}"
         return web.Response(text=f"{watch.STARTED} 1\n{watch.RUNNING} {self.running}\n{tokens}\n{pairs}\n{broken}\n")
@@ -206,6 +208,13 @@ def test_a_server_that_gives_sparse_attention_up_in_the_middle_is_told(quick: No
     assert (
         found.errors == {"sparse attention failed, and all ran dense from then on": 1} and found.counts["errors"] == 1
     )
+
+
+def test_what_ran_sparse_before_the_traffic_does_not_count(quick: None) -> None:
+    server = FakeServer()
+    server.answered = server.answers_until_dense = 5
+    with pytest.raises(SystemExit, match="ran nothing of a long prompt sparse"):
+        drive_fake(server)
 
 
 def test_traffic_of_all_kinds_leaves_a_good_server_without_errors(quick: None) -> None:

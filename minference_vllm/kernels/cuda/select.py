@@ -72,8 +72,8 @@ def select_groups(
 ) -> None:
     """See minference_vllm.reference.select_groups, by tile.
 
-    `share` and the last dimension of the others are contiguous. Rows of `masses` are read in pieces of 16, so they hold
-    a multiple of that.
+    `share` and the last dimension of the others are contiguous, of counts the last two. Rows of `masses` are read in
+    pieces of 16, so they hold a multiple of that.
     """
     groups, counts = index.groups, index.counts
     arguments = _Groups(

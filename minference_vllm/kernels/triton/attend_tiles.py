@@ -22,6 +22,9 @@ from minference_vllm.kernels.triton.attend import (
 from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides, scaled, scaled_scores
 from minference_vllm.scratch import AttendBuffers
 
+_TILES_AHEAD = tl.constexpr(2)
+"""As many as a prompt's last rows lie in, with the default of last_tokens."""
+
 
 @triton.jit
 def _place(num_tiles, GROUP_SIZE: tl.constexpr):
@@ -32,7 +35,7 @@ def _place(num_tiles, GROUP_SIZE: tl.constexpr):
     last rows of a prompt do, before any other.
     """
     number = tl.program_id(0)
-    ahead = tl.minimum(num_tiles, 2)
+    ahead = tl.minimum(num_tiles, _TILES_AHEAD)
     of_ahead = ahead * (tl.num_programs(0) // num_tiles)
     is_ahead = number < of_ahead
     number = tl.where(is_ahead, number, number - of_ahead)

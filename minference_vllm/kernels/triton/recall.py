@@ -21,7 +21,28 @@ def _held_out_rows(number, num_rows, context_len, ROWS: tl.constexpr, TILE: tl.c
     return tl.minimum(tl.maximum(positions - context_len, 0), num_rows - 1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "context_len", "num_ranges", "part", "parts", "layer", "num_layers"])
+@triton.jit
+def _add_to_totals(totals_ptr, recall, layer, num_layers, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr):
+    """Count this program's head. The totals' parts follow each other, see RecallTotals."""
+    i_h, num_qo_heads = tl.program_id(0), tl.num_programs(0)
+    # What is no number counts as nothing: a sum would never be one again.
+    recall = tl.where(recall == recall, recall, 0.0)
+    bucket = 0
+    for edge in tl.static_range(NUM_EDGES):
+        bucket += tl.where(recall > EDGES[edge], 1, 0)
+    tl.atomic_add(totals_ptr + bucket, tl.full([], 1.0, tl.float64), sem="relaxed")
+    # Only this program touches these.
+    p_sum = totals_ptr + NUM_EDGES + 1 + 2 * num_layers + layer * num_qo_heads + i_h
+    p_worst = p_sum + num_layers * num_qo_heads
+    tl.store(p_sum, tl.load(p_sum) + recall)
+    tl.store(p_worst, tl.minimum(tl.load(p_worst), recall.to(tl.float64)))
+
+
+# A part of a chunk begins at any row.
+@triton.jit(
+    do_not_specialize=["num_rows", "context_len", "num_ranges", "part", "parts", "layer", "num_layers"],
+    do_not_specialize_on_alignment=["lse_ptr"],
+)
 def _recall_kernel(
     max_ptr, sum_ptr, lse_ptr, recall_ptr, lost_ptr, heads_ptr, num_heads_ptr, totals_ptr,
     num_rows, context_len, num_ranges, part, parts, layer, num_layers, head_floor, row_floor,
@@ -30,7 +51,6 @@ def _recall_kernel(
     LOG2_E: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0)
-    num_qo_heads = tl.num_programs(0)
     o_r = tl.arange(0, ROWS)
     max_ptr += i_h.to(tl.int64) * stride_partial
     sum_ptr += i_h.to(tl.int64) * stride_partial
@@ -69,19 +89,9 @@ def _recall_kernel(
             tl.store(heads_ptr + place, i_h)
             tl.atomic_add(p_chunks + num_layers, one, sem="relaxed")
 
-        # The totals' parts follow each other, see RecallTotals. Only this program touches its head's. What is no
-        # number counts as nothing: a sum would never be one again.
-        recall = tl.where(recall == recall, recall, 0.0)
-        bucket = 0
-        for edge in tl.static_range(NUM_EDGES):
-            bucket += tl.where(recall > EDGES[edge], 1, 0)
-        tl.atomic_add(totals_ptr + bucket, one, sem="relaxed")
         if i_h == 0:
             tl.store(p_chunks, tl.load(p_chunks) + 1)
-        p_sum = totals_ptr + NUM_EDGES + 1 + 2 * num_layers + layer * num_qo_heads + i_h
-        p_worst = p_sum + num_layers * num_qo_heads
-        tl.store(p_sum, tl.load(p_sum) + recall)
-        tl.store(p_worst, tl.minimum(tl.load(p_worst), recall.to(tl.float64)))
+        _add_to_totals(totals_ptr, recall, layer, num_layers, EDGES, NUM_EDGES)
 
 
 def measure_recall(
