@@ -141,9 +141,13 @@ def our_layer(**attributes: Any) -> Any:
     return layer(impl=our_implementation(), **attributes)
 
 
+class Config(SimpleNamespace):
+    """Stands for vLLM's, to which there can be weak references."""
+
+
 def model(layers: dict[str, Any], selected: Any = OURS, **changes: Any) -> Any:
     """The parts of a VllmConfig that tell of a model's layers."""
-    return SimpleNamespace(
+    return Config(
         attention_config=vllm_config_module.AttentionConfig(backend=selected, **changes),
         compilation_config=SimpleNamespace(static_forward_context=layers),
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS)),

@@ -278,6 +278,10 @@ def test_hashes_before_an_engine_is_known_are_told_of() -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages.logger, "warning", said.append)
-        kv_cache_utils.resolve_none_hash_seed(hashing.sha256)
-        first_hash(engine(METHOD))
+        # Checks before this one have noted engines with the one that is in place.
+        seed = pages.SaltedSeed(lambda hash_fn: "vLLM's own")
+        assert seed(hashing.sha256) == "vLLM's own"
+        noted = engine(METHOD)
+        seed.note(noted)
+        assert seed(hashing.sha256) != "vLLM's own"
     assert said == ["MInference: block hashes begin before an engine is known: no minference.page_salt is in them."]
