@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from minference_vllm import ops
 from minference_vllm import step as step_module
@@ -15,14 +14,10 @@ from minference_vllm.compat import steps
 from minference_vllm.impl import MInferenceImpl
 from minference_vllm.runtime import Runtime
 from tests.contract.check_faults import fail, start_with
-from tests.contract.check_layer import attend, flash_attention, make_step
+from tests.contract.check_layer import attend, make_step
 from tests.contract.fakes import LONG, MIXED, NAME, make_builder, make_common, make_impl, make_runtime
 
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FlashAttentionImpl, "forward", flash_attention)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 def debugged_layer() -> tuple[Runtime, Any, MInferenceImpl]:

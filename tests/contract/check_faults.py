@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from minference_vllm import faults as faults_module
 from minference_vllm import step as step_module
@@ -18,7 +17,7 @@ from minference_vllm.faults import MOST_FAULTS
 from minference_vllm.impl import MInferenceImpl
 from minference_vllm.plan import ALL_DENSE
 from minference_vllm.runtime import Runtime
-from tests.contract.check_layer import attend, flash_attention, make_step
+from tests.contract.check_layer import attend, make_step
 from tests.contract.fakes import (
     LONG,
     MIXED,
@@ -35,11 +34,7 @@ from tests.contract.fakes import (
     one_group,
 )
 
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FlashAttentionImpl, "forward", flash_attention)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from minference_vllm import impl as impl_module
 from minference_vllm.backend import MInferenceBackend
 from minference_vllm.reason import Reason
 from minference_vllm.runtime import Runtime
-from tests.contract.check_layer import attend, flash_attention, make_step
+from tests.contract.check_layer import attend, make_step
 from tests.contract.fakes import (
     DECODE,
     HEAD_DIM,
@@ -38,11 +38,7 @@ from tests.contract.fakes import (
     one_group,
 )
 
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FlashAttentionImpl, "forward", flash_attention)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 # Subclasses

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coarse scores first: which boxes are scored finely, each kernel against its plain-torch twin."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -58,13 +59,26 @@ def share_of(chunk: Chunk, share: float) -> torch.Tensor:
 
 
 def check_boxes(chunk: Chunk, rows_per_half: int, share: float, room: int, seed: int = 0, largest: int = 230) -> Boxes:
-    num_heads = chunk.num_qo_heads
-    codes = random_codes(chunk, num_heads, rows_per_half, seed, largest)
+    codes = random_codes(chunk, chunk.num_qo_heads, rows_per_half, seed, largest)
+    return check_against_reference(
+        triton.select_boxes, codes, chunk, share_of(chunk, share), rows_per_half, (1, 2), room
+    )
+
+
+def check_against_reference(
+    select_boxes: Callable[..., None],
+    codes: torch.Tensor,
+    chunk: Chunk,
+    share: torch.Tensor,
+    rows_per_half: int,
+    forced: tuple[int, int],
+    room: int,
+) -> Boxes:
+    """That a kernel keeps what the reference does, which is returned; arguments as ops.select_boxes'."""
     results = []
-    for select_boxes in (reference.select_boxes, triton.select_boxes):
-        boxes = make_boxes(chunk, rows_per_half, room)
-        masses = make_masses(chunk, num_heads, rows_per_half)
-        select_boxes(codes, chunk, share_of(chunk, share), rows_per_half, 1, 2, boxes, masses)
+    for select in (reference.select_boxes, select_boxes):
+        boxes, masses = make_boxes(chunk, rows_per_half, room), make_masses(chunk, chunk.num_qo_heads, rows_per_half)
+        select(codes, chunk, share, rows_per_half, *forced, boxes, masses)
         results.append((boxes, masses))
     (expected, of_expected), (actual, of_actual) = results
     assert torch.equal(actual.counts, expected.counts)

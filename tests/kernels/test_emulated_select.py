@@ -18,10 +18,10 @@ from minference_vllm.kernels.cuda.select import select_boxes, select_groups, sup
 from minference_vllm.reference.codes import ONE
 from tests.conftest import ON_CI
 from tests.emulator.build import Build
-from tests.kernels.blocks import CASES, SPARSE, make_boxes, make_index, make_masses, parts_of
+from tests.kernels.blocks import CASES, SPARSE, make_boxes, make_index, parts_of
 from tests.kernels.cases import Case, make_chunk
 from tests.kernels.test_block import SHARES, all_codes, assert_same_lists
-from tests.kernels.test_boxes import random_codes
+from tests.kernels.test_boxes import check_against_reference, random_codes
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None and not ON_CI, reason="needs g++"),
@@ -120,19 +120,8 @@ def check_boxes(
     room = max(room, sum(forced) + LISTS)
     codes = random_codes(chunk, chunk.num_qo_heads, rows_per_half, 0, largest)
     codes = pad(codes, (0, -codes.shape[2] % 16))
-    shares, results = torch.full((chunk.num_qo_heads,), share), []
-    for run in (reference.select_boxes, select_boxes):
-        boxes, masses = make_boxes(chunk, rows_per_half, room), make_masses(chunk, chunk.num_qo_heads, rows_per_half)
-        run(codes, chunk, shares, rows_per_half, *forced, boxes, masses)
-        results.append((boxes, masses))
-    (expected, of_expected), (actual, of_actual) = results
-    assert torch.equal(actual.counts, expected.counts)
-    for number, count in zip(actual.numbers.flatten(0, 1), expected.counts.flatten().tolist(), strict=True):
-        number[max(count, 0) :] = -7  # what lies behind is scrap
-    assert torch.equal(actual.numbers, expected.numbers)
-    assert torch.equal(actual.left_out, expected.left_out)
-    assert torch.equal(of_actual, of_expected)
-    return expected
+    shares = torch.full((chunk.num_qo_heads,), share)
+    return check_against_reference(select_boxes, codes, chunk, shares, rows_per_half, forced, room)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
