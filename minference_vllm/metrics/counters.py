@@ -51,6 +51,7 @@ class Counters:
         self._published = self._logged = Snapshot()
         self._logged_at = 0.0
         self._has_started = self._has_warned = self._has_warned_of_loss = False
+        self._closing = threading.Event()
 
     def start(self) -> None:
         """Report each second and at exit. Starting twice is starting once."""
@@ -58,7 +59,7 @@ class Counters:
             self._has_started, self._logged_at = True, time.monotonic()
             threading.Thread(target=self._run, name="minference-metrics", daemon=True).start()
             # Unlike atexit's handlers, it runs in workers that were forked, and not in forks of this process.
-            Finalize(None, self._finish, exitpriority=0)
+            Finalize(None, self.close, exitpriority=0)
 
     def snapshot(self) -> Snapshot:
         """What was counted since start, all records that steps have left included."""
@@ -105,13 +106,14 @@ class Counters:
                     logger.warning("MInference metrics cannot be written: %s. Serving goes on without them.", why)
 
     def _run(self) -> None:
-        while True:
-            time.sleep(PUBLISH_SECONDS)
+        while not self._closing.wait(PUBLISH_SECONDS):
             self.flush()
             if time.monotonic() - self._logged_at >= self._log_every > 0:
                 self._log()
 
-    def _finish(self) -> None:
+    def close(self) -> None:
+        """Report for the last time. A process calls it at its end; nothing is reported after it."""
+        self._closing.set()
         self.flush(at_exit=True)
         if self._log_every > 0:
             self._log()

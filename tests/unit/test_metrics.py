@@ -37,6 +37,17 @@ def new_process(tmp_path, monkeypatch):
     return start
 
 
+@pytest.fixture(autouse=True)
+def threads_end_with_their_test(new_process, monkeypatch):
+    """Else one that a busy machine held up would publish into the folder of the next test."""
+    started: list[Counters] = []
+    start = Counters.start
+    monkeypatch.setattr(Counters, "start", lambda counters: (started.append(counters), start(counters)))
+    yield
+    for counters in started:
+        counters.close()
+
+
 def scrape() -> str:
     return prometheus_client.generate_latest(prometheus_client.REGISTRY).decode()
 
@@ -112,6 +123,21 @@ def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, 
     wait_until(lambda: len(log_lines) == 2)
     time.sleep(0.1)
     assert [line.split(" prompt tokens")[0] for _, line in log_lines] == ["MInference: 1,000", "MInference: 234"]
+
+
+def test_a_closed_worker_has_told_all_and_tells_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
+    monkeypatch.setenv(METRICS_DIR, str(tmp_path))
+    worker = Worker()
+    worker.counters.start()
+    worker.count(100)
+    worker.counters.close()
+    assert list(exporter.DirectoryCollector(str(tmp_path))._snapshots()) == [worker.counters.snapshot()]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    worker.count(100)
+    time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_with_nothing_to_tell_exports_and_logs_nothing(tmp_path, monkeypatch, log_lines):
