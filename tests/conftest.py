@@ -2,7 +2,9 @@
 """Without a GPU the Triton kernels run under Triton's interpreter; the switch must be set before Triton is imported."""
 
 import importlib
+import logging
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -27,6 +29,38 @@ def import_or_skip(name: str) -> ModuleType:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[tuple[str, str]]]:
+    """Level and text of what the plugin logs. vLLM's loggers do not propagate, so caplog hears of it at times only."""
+    lines: list[tuple[str, str]] = []
+    logger, handler = logging.getLogger("vllm.minference"), logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def counts_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """End the threads that a test has started: one would publish into the folder, or the log, of a later test."""
+    from minference_vllm.metrics.counters import Counters
+
+    started: list[Counters] = []
+    start = Counters.start
+
+    def start_and_note(counters: Counters) -> None:
+        started.append(counters)
+        start(counters)
+
+    monkeypatch.setattr(Counters, "start", start_and_note)
+    yield
+    for counters in started:
+        counters.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

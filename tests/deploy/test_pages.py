@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pages about deployment promise: log lines, metrics and manifests that there are, sizes that are claimed."""
 
-import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -25,49 +23,34 @@ DEPLOYMENT = (ROOT / "docs/deployment.md").read_text()
 PAGES = pytest.mark.parametrize("page", [QUICKSTART, DEPLOYMENT], ids=["quickstart", "deployment"])
 
 
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What the plugin's logger says."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.minference")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.setLevel(level)
-    logger.removeHandler(handler)
-
-
 def log_line(start: str) -> str:
     """The one line of the quickstart's log that starts so."""
     (line,) = re.findall(rf"^    (MInference: {start}.*)$", QUICKSTART, re.MULTILINE)
     return line
 
 
-def test_the_line_about_kernels(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+def test_the_line_about_kernels(monkeypatch: pytest.MonkeyPatch, log_lines: list[tuple[str, str]]) -> None:
     line = log_line("kernel")
     monkeypatch.setattr(kernel, "_cuda_obstacle", lambda device: "")
     monkeypatch.setattr(kernel, "describe", lambda device: line.partition("this is ")[2])
     assert kernel.choose_kernel("auto", torch.device("cuda")) is Kernel.CUDA
-    assert said == [line]
+    assert log_lines == [("INFO", line)]
 
 
-def test_the_line_about_layers(said: list[str]) -> None:
+def test_the_line_about_layers(log_lines: list[tuple[str, str]]) -> None:
     line = log_line("28 of 28")
     layers._report([SimpleNamespace(dense_reason=None)] * 28, {})
-    assert said == [line]
+    assert log_lines == [("INFO", line)]
 
 
-def test_the_line_about_scratch(said: list[str]) -> None:
+def test_the_line_about_scratch(log_lines: list[tuple[str, str]]) -> None:
     line = log_line("51 MiB")
     served = {name: int(value) for name, value in re.findall(r"--(max-[\w-]+) (\d+)", QUICKSTART)}
     shape = ScratchShape(28, 4, 128, torch.bfloat16, served["max-model-len"], served["max-num-batched-tokens"])
     config = MInferenceConfig.model_validate({"method": {"name": "block", "score_dtype": "fp8"}})
     runtime.Runtime(config, torch.device("meta"), publish=False)._claim(shape)
     assert line.endswith("…")
-    assert said[-1].startswith(line.removesuffix("…"))
+    assert log_lines[-1][1].startswith(line.removesuffix("…"))
 
 
 def test_the_line_about_prompts() -> None:

@@ -2,8 +2,6 @@
 """What we ask of vLLM beyond a backend's interface, in the vLLM that is installed. The contract tests run it too."""
 
 import functools
-import logging
-from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -27,16 +25,6 @@ Backend = registry.AttentionBackendEnum
 OURS = Backend.CUSTOM
 LAYERS = 4
 NAME = "model.layers.{}.self_attn.attn"
-
-
-@pytest.fixture
-def log_lines() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    compat.logger.addHandler(handler)
-    yield lines
-    compat.logger.removeHandler(handler)
 
 
 # Models that ask for FLASH_ATTN by name.
@@ -195,35 +183,35 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return platform.update_block_size_for_backend  # type: ignore[attr-defined]
 
 
-def test_a_model_without_a_layer_of_ours_is_reported_once(load: Any, log_lines: list[str]) -> None:
+def test_a_model_without_a_layer_of_ours_is_reported_once(load: Any, log_lines: list[tuple[str, str]]) -> None:
     layers = {NAME.format(i): layer() for i in range(3)}
     layers[NAME.format(3)] = layer(backend="TritonAttentionDiffKVBackend")
     assert load(model(layers)) == "settled"
-    assert log_lines == [
+    assert [line for _, line in log_lines] == [
         "MInference: none of the model's 4 attention layers is ours (they choose their own backend: "
         "FlashAttentionDiffKVBackend, TritonAttentionDiffKVBackend); everything runs as without the plugin."
     ]
 
 
-def test_so_is_one_for_whose_full_attention_we_are_selected(load: Any, log_lines: list[str]) -> None:
+def test_so_is_one_for_whose_full_attention_we_are_selected(load: Any, log_lines: list[tuple[str, str]]) -> None:
     load(model({NAME.format(0): layer()}, selected=None, backend_per_kind={"full_attention": OURS}))
     assert len(log_lines) == 1
 
 
-def test_a_drafters_layers_of_ours_do_not_count(load: Any, log_lines: list[str]) -> None:
+def test_a_drafters_layers_of_ours_do_not_count(load: Any, log_lines: list[tuple[str, str]]) -> None:
     load(model({NAME.format(0): layer(), NAME.format(LAYERS): our_layer()}))
     assert len(log_lines) == 1
 
 
-def test_a_model_of_states_alone_is_reported(load: Any, log_lines: list[str]) -> None:
+def test_a_model_of_states_alone_is_reported(load: Any, log_lines: list[tuple[str, str]]) -> None:
     load(model({"mamba": layer(mamba.MambaBase)}))
-    assert log_lines == [
+    assert [line for _, line in log_lines] == [
         "MInference: the model has no attention layers that could be ours; everything runs as without the plugin."
     ]
 
 
 def test_nothing_is_said_of_other_models_and_by_other_ranks(
-    load: Any, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
+    load: Any, log_lines: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign = {NAME.format(0): layer()}
     load(model({**foreign, NAME.format(1): our_layer()}))
@@ -234,7 +222,9 @@ def test_nothing_is_said_of_other_models_and_by_other_ranks(
     assert log_lines == []
 
 
-def test_a_report_that_fails_harms_no_worker(load: Any, log_lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_fails_harms_no_worker(
+    load: Any, log_lines: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compat, "attention_layers", None)
     assert load(model({})) == "settled"
     assert len(log_lines) == 1

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernels run where, what the log says of it, and what is refused."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,12 @@ import torch
 import minference_vllm
 from minference_vllm.errors import ConfigError
 from minference_vllm.kernels.cuda import library
-from minference_vllm.ops import Kernel, choose_kernel, kernel, means_dtype, report_shape
+from minference_vllm.ops import Kernel, choose_kernel, means_dtype, report_shape
 from minference_vllm.scratch import FP8, ScratchShape
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 H100, A100, B200 = (9, 0), (8, 0), (10, 0)
 NAMES = {H100: "NVIDIA H100 80GB HBM3", A100: "NVIDIA A100-SXM4-80GB", B200: "NVIDIA B200"}
-
-
-@pytest.fixture
-def log_lines() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")  # type: ignore[method-assign]
-    before = kernel.logger.level
-    kernel.logger.addHandler(handler)
-    kernel.logger.setLevel(logging.INFO)
-    yield lines
-    kernel.logger.setLevel(before)
-    kernel.logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -61,48 +47,49 @@ def refusal(asked: str, device: torch.device = GPU) -> str:
     return message
 
 
-def test_hopper_with_the_library_takes_cuda(machine: Any, log_lines: list[str]) -> None:
+def test_hopper_with_the_library_takes_cuda(machine: Any, log_lines: list[tuple[str, str]]) -> None:
     machine(H100)
     assert choose_kernel("auto", GPU) is Kernel.CUDA
-    assert log_lines == ["INFO MInference: kernel cuda: this is NVIDIA H100 80GB HBM3, compute capability 9.0"]
+    assert log_lines == [("INFO", "MInference: kernel cuda: this is NVIDIA H100 80GB HBM3, compute capability 9.0")]
 
 
-def test_hopper_without_the_library_takes_triton_and_says_why(machine: Any, log_lines: list[str]) -> None:
+def test_hopper_without_the_library_takes_triton_and_says_why(machine: Any, log_lines: list[tuple[str, str]]) -> None:
     machine(H100, built=False)
     assert choose_kernel("auto", GPU) is Kernel.TRITON
-    (line,) = log_lines
-    assert line.startswith("INFO MInference: kernel triton: no CUDA library in this installation (built without nvcc")
+    ((level, line),) = log_lines
+    assert level == "INFO"
+    assert line.startswith("MInference: kernel triton: no CUDA library in this installation (built without nvcc")
 
 
-def test_a_library_that_does_not_load_is_no_library(machine: Any, log_lines: list[str]) -> None:
+def test_a_library_that_does_not_load_is_no_library(machine: Any, log_lines: list[tuple[str, str]]) -> None:
     machine(H100, broken=True)
     assert choose_kernel("auto", GPU) is Kernel.TRITON
-    (line,) = log_lines
+    ((_, line),) = log_lines
     assert "the CUDA library cannot be loaded" in line
     assert "_hopper.so" in line
 
 
 @pytest.mark.parametrize("capability", [A100, B200])
 def test_other_gpus_take_triton_whether_or_not_there_is_a_library(
-    capability: tuple[int, int], machine: Any, log_lines: list[str]
+    capability: tuple[int, int], machine: Any, log_lines: list[tuple[str, str]]
 ) -> None:
     machine(capability)
     assert choose_kernel("auto", GPU) is Kernel.TRITON
-    (line,) = log_lines
+    ((_, line),) = log_lines
     assert NAMES[capability] in line
     assert "H100" in line
 
 
-def test_no_gpu_takes_the_reference(log_lines: list[str]) -> None:
+def test_no_gpu_takes_the_reference(log_lines: list[tuple[str, str]]) -> None:
     assert choose_kernel("auto", CPU) is Kernel.REFERENCE
-    assert log_lines == ["INFO MInference: kernel reference: no GPU (the device is cpu)"]
+    assert log_lines == [("INFO", "MInference: kernel reference: no GPU (the device is cpu)")]
 
 
 @pytest.mark.parametrize("asked", Kernel)
-def test_what_is_asked_for_and_can_run_runs(asked: Kernel, machine: Any, log_lines: list[str]) -> None:
+def test_what_is_asked_for_and_can_run_runs(asked: Kernel, machine: Any, log_lines: list[tuple[str, str]]) -> None:
     machine(H100)
     assert choose_kernel(asked.value, GPU) is asked
-    assert log_lines == [f"INFO MInference: kernel {asked}: asked for"]
+    assert log_lines == [("INFO", f"MInference: kernel {asked}: asked for")]
 
 
 def test_cuda_without_the_library_is_refused(machine: Any) -> None:
@@ -143,15 +130,16 @@ def shape_of(head_dim: int, dtype: torch.dtype = torch.bfloat16, **fp8: bool) ->
 )
 @pytest.mark.parametrize(("asked", "level"), [("auto", "INFO"), ("cuda", "WARNING")])
 def test_layers_that_the_cuda_kernels_are_not_made_for_are_named(
-    shape: ScratchShape, what: str, why: str, asked: str, level: str, log_lines: list[str]
+    shape: ScratchShape, what: str, why: str, asked: str, level: str, log_lines: list[tuple[str, str]]
 ) -> None:
     report_shape(Kernel.CUDA, asked, shape)
-    (line,) = log_lines
-    assert line.startswith(f"{level} MInference: kernel triton instead of cuda {what} ScratchShape(")
+    ((logged, line),) = log_lines
+    assert logged == level
+    assert line.startswith(f"MInference: kernel triton instead of cuda {what} ScratchShape(")
     assert line.endswith(why)
 
 
-def test_nothing_is_said_of_layers_that_run_as_chosen(log_lines: list[str]) -> None:
+def test_nothing_is_said_of_layers_that_run_as_chosen(log_lines: list[tuple[str, str]]) -> None:
     report_shape(Kernel.CUDA, "cuda", shape_of(128))
     report_shape(Kernel.CUDA, "cuda", shape_of(128, has_fp8_kv=True, has_fp8_q=True))
     for kind in (Kernel.TRITON, Kernel.REFERENCE):

@@ -2,8 +2,6 @@
 """What a running server logs names files, and no folders: logs go further than the machine that they are of."""
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,19 +27,6 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """All that the plugin logs."""
-    said: list[str] = []
-    logger, handler = logging.getLogger("vllm.minference"), logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    for name in ("vllm.minference", "vllm.minference.metrics"):
-        monkeypatch.setattr(logging.getLogger(name), "level", logging.INFO)
-    yield said
-    logger.removeHandler(handler)
-
-
 def serve(folder: Path, model: str, **method: str) -> Runtime:
     """A worker of a server whose model and files are in the folder."""
     config = load_config({"minference": {"method": {"name": "auto", **method}, "min_chunk": 5000}}, {})
@@ -50,12 +35,12 @@ def serve(folder: Path, model: str, **method: str) -> Runtime:
     return runtime
 
 
-def test_a_pattern_file_is_named_without_its_folder(folder: Path, lines: list[str]) -> None:
+def test_a_pattern_file_is_named_without_its_folder(folder: Path, log_lines: list[tuple[str, str]]) -> None:
     path = folder / "heads.json"
     path.write_text(json.dumps(content()))
     serve(folder, "model", pattern_file=str(path))
-    assert len([line for line in lines if "heads.json" in line]) == 2, "the settings, and what they come to"
-    assert [line for line in lines if FOLDER in line] == []
+    assert len([line for _, line in log_lines if "heads.json" in line]) == 2, "the settings, and what they come to"
+    assert [line for _, line in log_lines if FOLDER in line] == []
 
 
 @pytest.mark.parametrize(
@@ -80,16 +65,16 @@ def test_a_model_of_the_hub_keeps_its_organisation() -> None:
 
 
 def test_counts_that_cannot_be_written_are_warned_of_by_why(
-    folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, log_lines: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setenv(METRICS_DIR, str(folder / "gone"))
     runtime = serve(folder, "model")
     runtime.counters.defer(StepRecord("a group", [0, 5], [5], [True]))
     runtime.counters.flush()
-    [line] = [line for line in lines if "cannot be written" in line]
+    [line] = [line for _, line in log_lines if "cannot be written" in line]
     assert line.startswith("MInference metrics cannot be written: No such file or directory.")
-    assert [line for line in lines if FOLDER in line] == []
+    assert [line for _, line in log_lines if FOLDER in line] == []
 
 
 def test_a_start_that_fails_names_the_file_as_it_was_given(folder: Path) -> None:

@@ -37,17 +37,6 @@ def new_process(tmp_path, monkeypatch):
     return start
 
 
-@pytest.fixture(autouse=True)
-def threads_end_with_their_test(new_process, monkeypatch):
-    """Else one that a busy machine held up would publish into the folder of the next test."""
-    started: list[Counters] = []
-    start = Counters.start
-    monkeypatch.setattr(Counters, "start", lambda counters: (started.append(counters), start(counters)))
-    yield
-    for counters in started:
-        counters.close()
-
-
 def scrape() -> str:
     return prometheus_client.generate_latest(prometheus_client.REGISTRY).decode()
 

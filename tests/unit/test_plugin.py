@@ -3,7 +3,6 @@
 
 import importlib.metadata
 import inspect
-import logging
 import multiprocessing
 import os
 import subprocess
@@ -45,18 +44,6 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     registry.AttentionBackendEnum._member_map_.pop(plugin.NAME, None)
     compat.warn_if_untested.cache_clear()
-
-
-@pytest.fixture
-def log_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
-    """Level and text of what the plugin logs; vLLM's loggers do not propagate."""
-    lines: list[tuple[str, str]] = []
-    logger, handler = logging.getLogger("vllm.minference"), logging.Handler()
-    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
 
 
 def selector_config(**changes: Any) -> Any:
