@@ -14,7 +14,7 @@ CHECK_FAILED = 1
 DOCTOR = f"""\
 Looks at versions, GPU, plugin, settings and metrics as a server would find them, runs each kernel against the reference
 and, for a model, says which layers may run sparse and whether the gate can open. No weights are read.
-Exit status: 0 nothing is wrong, {CHECK_FAILED} a check failed, 2 wrong usage."""
+Exit status: 0 no check failed, {CHECK_FAILED} one did, 2 wrong usage."""
 
 
 def doctor(options: argparse.Namespace) -> int:

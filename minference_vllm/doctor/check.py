@@ -16,6 +16,7 @@ class Status(StrEnum):
     """How a check ended."""
 
     OK = "ok"
+    WARNING = "warning"
     FAILED = "failed"
     SKIPPED = "skipped"
 
@@ -28,7 +29,7 @@ class Check:
         name: of the thing.
         status: how it ended.
         what: was found, or why it was skipped.
-        remedy: what to do; of a failed check only.
+        remedy: what to do; of a warning and of a failed check only.
         facts: the same for programs, where `what` is not enough; values as JSON has them.
     """
 
@@ -42,6 +43,11 @@ class Check:
 def ok(name: str, what: str, **facts: Any) -> Check:
     """All is as it should be."""
     return Check(name, Status.OK, what, facts=facts)
+
+
+def warning(name: str, what: str, remedy: str, **facts: Any) -> Check:
+    """It serves, if not as it might; the remedy says what to do."""
+    return Check(name, Status.WARNING, what, remedy, facts)
 
 
 def failed(name: str, what: str, remedy: str, **facts: Any) -> Check:

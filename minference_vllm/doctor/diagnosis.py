@@ -72,7 +72,7 @@ def to_json(checks: Sequence[Check]) -> str:
 
 
 def to_lines(checks: Sequence[Check]) -> list[str]:
-    """For people: aligned lines, and under each failed check what to do."""
+    """For people: aligned lines, and under each that is not as it should be what to do."""
     width = max((len(check.name) for check in checks), default=0)
     lines = []
     for check in checks:

@@ -14,7 +14,7 @@ from minference_vllm.budget import Budget, gate_obstacle, sharing_obstacle
 from minference_vllm.compat import engines
 from minference_vllm.compat import limits as server_limits
 from minference_vllm.config import CONFIG_FILE_VARIABLE, CONFIG_KEY, MInferenceConfig, load_config
-from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped
+from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped, warning
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.errors import ConfigError
 from minference_vllm.ops import choose_kernel
@@ -124,7 +124,7 @@ def _check_gate(config: MInferenceConfig, max_prompt: float, budget: Budget) -> 
     if math.inf in (max_prompt, budget.tokens):
         return skipped("gate", "give --model, or --max-model-len and --max-num-batched-tokens")
     if obstacle := sharing_obstacle(config, budget):
-        return failed("gate", f"it hardly opens beside other requests: {obstacle}", remedy)
+        return warning("gate", f"it hardly opens beside other requests: {obstacle}", remedy)
     found = f"it opens from {config.min_seq_len} tokens on, in chunks of {config.min_chunk} and more"
     longest_chunk, _ = budget.alone
     facts = {"longest_prompt": max_prompt, "longest_chunk": longest_chunk}

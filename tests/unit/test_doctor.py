@@ -14,7 +14,7 @@ import torch
 
 from minference_vllm import cli, compat
 from minference_vllm.doctor import diagnosis, gpu, versions
-from minference_vllm.doctor.check import NO_GPU, Check, Status, failed, ok, skipped
+from minference_vllm.doctor.check import NO_GPU, Check, Status, failed, ok, skipped, warning
 from minference_vllm.doctor.metrics import check_metrics
 from minference_vllm.doctor.settings import Limits
 from minference_vllm.kernels.cuda import library
@@ -59,6 +59,15 @@ def test_lines_are_aligned_and_a_failed_check_says_what_to_do(found: Any, capsys
 def test_nothing_wrong_is_status_0_and_skipped_is_not_wrong(found: Any) -> None:
     found(ok("torch", "2"), skipped("gpu", "none"))
     assert cli.main(["doctor"]) == 0
+
+
+def test_a_warning_says_what_to_do_and_fails_nothing(found: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found(warning("gate", "hardly opens", "Lower the setting"))
+    assert cli.main(["doctor"]) == 0
+    [line, remedy] = capsys.readouterr().out.splitlines()
+    assert (line, remedy.split()) == ("warning  gate  hardly opens", ["->", "Lower", "the", "setting."])
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "ok"
 
 
 def test_json_is_one_object_of_a_known_layout(found: Any, capsys: pytest.CaptureFixture[str]) -> None:
