@@ -86,6 +86,13 @@ def test_both_dashboards_show_the_same() -> None:
     }
 
 
+def test_both_dashboards_draw_the_same() -> None:
+    kinds = {"stat": "StatChart", "table": "Table", "timeseries": "TimeSeriesChart"}
+    assert {panel["title"]: kinds[panel["type"]] for panel in GRAFANA["panels"] if panel["type"] != "row"} == {
+        panel["spec"]["display"]["name"]: panel["spec"]["plugin"]["kind"] for panel in PERSES["spec"]["panels"].values()
+    }
+
+
 def test_every_panel_is_placed_once() -> None:
     items = [item for grid in PERSES["spec"]["layouts"] for item in grid["spec"]["items"]]
     placed = [item["content"]["$ref"].removeprefix("#/spec/panels/") for item in items]
