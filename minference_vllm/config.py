@@ -143,16 +143,34 @@ def _sentence(error: ValidationError) -> str:
 def _describe(fault: dict[str, Any]) -> str:
     path = _without_tag(fault["loc"])
     field = ".".join([CONFIG_KEY, *(shortened(part, str) for part in path)])
+    allowed: type[BaseModel] = MInferenceConfig if len(path) == 1 else _method_settings(fault)
     if fault["type"] != "extra_forbidden":
-        reason = fault["msg"][0].lower() + fault["msg"][1:]
+        numbers = allowed_numbers(allowed.model_json_schema()["properties"].get(path[-1], {}))
+        reason = f"it takes a {numbers}" if numbers else fault["msg"][0].lower() + fault["msg"][1:]
         return f"{field}={shortened(fault['input'])} is not allowed: {reason}."
     owner = next((settings for settings in SETTINGS if path[-1] in _own_settings(settings)), None)
     if len(path) == 1 and owner:
         name = owner.model_fields["name"].default
         example = f'"method": {{"name": "{name}", "{path[0]}": {shortened(fault["input"], json.dumps)}}}'
         return f"{field} is a setting of the method {name}: write {example}."
-    allowed: type[BaseModel] = MInferenceConfig if len(path) == 1 else _method_settings(fault)
     return f"{field} is not a setting; the settings are {', '.join(allowed.model_fields)}."
+
+
+def allowed_numbers(schema: Mapping[str, Any]) -> str:
+    """What a setting that is a number may be, in words; empty for others.
+
+    Args:
+        schema: of the setting, as JSON schema has it.
+    """
+    if "anyOf" in schema:
+        numbers = allowed_numbers(schema["anyOf"][0])
+        return numbers and f"{numbers}, or null"
+    kind = {"integer": "whole number", "number": "number"}.get(schema.get("type", ""))
+    if kind is None:
+        return ""
+    if "exclusiveMinimum" in schema:
+        return f"{kind} above {schema['exclusiveMinimum']}, at most {schema['maximum']:,}"
+    return f"{kind} from {schema['minimum']} to {schema['maximum']:,}"
 
 
 def _without_tag(loc: Sequence[int | str]) -> list[int | str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from minference_vllm.config import MInferenceConfig
+from minference_vllm.config import MInferenceConfig, allowed_numbers
 from minference_vllm.methods import METHODS
 from minference_vllm.patterns.auto import AutoSettings
 
@@ -77,7 +77,4 @@ def _allowed(schema: dict[str, Any]) -> str:
         return "`true` or `false`"
     if schema["type"] == "string":
         return f"Text of {schema['minLength']} to {schema['maxLength']:,} characters"
-    kind = {"integer": "Whole number", "number": "Number"}[schema["type"]]
-    if "exclusiveMinimum" in schema:
-        return f"{kind} above {schema['exclusiveMinimum']}, at most {schema['maximum']:,}"
-    return f"{kind} from {schema['minimum']} to {schema['maximum']:,}"
+    return allowed_numbers(schema).capitalize()

@@ -106,12 +106,10 @@ def test_a_number_is_taken_within_its_bounds(field: str) -> None:
     lowest, highest = BOUNDS[field]
     for value in (lowest, lowest + 1, highest):
         assert getattr(load(**{field: value}), field) == value
-    message = refusal({"minference": {field: lowest - 1}})
-    assert f"minference.{field}={lowest - 1!r}" in message
-    assert f"greater than or equal to {lowest:g}" in message
-    message = refusal({"minference": {field: highest + 1}})
-    assert f"minference.{field}={highest + 1!r}" in message
-    assert f"less than or equal to {highest:.0f}" in message
+    for value in (lowest - 1, highest + 1):
+        message = refusal({"minference": {field: value}})
+        assert f"minference.{field}={value!r}" in message
+        assert f"number from {lowest:g} to {highest:,.0f}." in message
 
 
 @pytest.mark.parametrize(
@@ -126,10 +124,10 @@ def test_a_number_is_taken_within_its_bounds(field: str) -> None:
 def test_a_number_of_a_method_is_taken_within_its_bounds(method: type, field: str, lowest: int, highest: int) -> None:
     for value in (lowest, highest):
         assert getattr(load(method={"name": name_of(method), field: value}).method, field) == value
-    for value, bound in ((lowest - 1, lowest), (highest + 1, highest), (10**30, highest)):
+    for value in (lowest - 1, highest + 1, 10**30):
         message = refusal({"minference": {"method": {"name": name_of(method), field: value}}})
         assert f"minference.method.{field}={value!r}" in message
-        assert f"equal to {bound}" in message
+        assert f"number from {lowest} to {highest:,}." in message
 
 
 @pytest.mark.parametrize("field", [field for field in BOUNDS if MInferenceConfig.model_fields[field].annotation is int])
@@ -137,7 +135,21 @@ def test_a_number_of_any_size_is_refused_by_field_and_bound(field: str) -> None:
     for value in (10**30, -(10**30), 10**5000):
         message = refusal({"minference": {field: value}})
         assert f"minference.{field}=" in message
-        assert "than or equal to" in message
+        assert f"whole number from {BOUNDS[field][0]} to {BOUNDS[field][1]:,}." in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({"min_seq_len": "16384"}, "a whole number from 0 to 16,777,216"),
+        ({"recall_floor": float("nan")}, "a number from 0 to 1"),
+        ({"method": {"name": "block", "share": 84}}, "a number above 0, at most 1"),
+        ({"method": {"name": "vertical_slash", "share": 0}}, "a number above 0, at most 1, or null"),
+    ],
+    ids=str,
+)
+def test_a_refused_number_is_told_both_ends_of_what_is_allowed(settings: dict[str, Any], allowed: str) -> None:
+    assert refusal({"minference": settings}).endswith(f" is not allowed: it takes {allowed}.")
 
 
 @pytest.mark.parametrize("field", CHOICES)

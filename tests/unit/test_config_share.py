@@ -36,24 +36,10 @@ def test_settings_that_are_written_out_mean_what_they_meant(settings: dict[str, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (0, "greater than 0"),
-        (-0.1, "greater than 0"),
-        (1.01, "less than or equal to 1"),
-        (90, "less than or equal to 1"),
-        (math.inf, "less than or equal to 1"),
-        (math.nan, "than"),
-        ("0.9", "valid number"),
-        ([0.9], "valid number"),
-        (True, "valid number"),
-    ],
-)
-def test_a_share_is_above_0_and_up_to_1(method: type, value: Any, reason: str) -> None:
+@pytest.mark.parametrize("value", [0, -0.1, 1.01, 90, math.inf, math.nan, "0.9", [0.9], True])
+def test_a_share_is_above_0_and_up_to_1(method: type, value: Any) -> None:
     for share in (0.001, 0.9, 1.0, 1):
         assert load(method={"name": name_of(method), "share": share}).method.share == share
     message = refusal({"minference": {"method": {"name": name_of(method), "share": value}}})
-    assert message.startswith(f"minference.method.share={value!r} is not allowed: input should be ")
-    assert reason in message
-    assert message.count("minference.") == 1
+    said = f"minference.method.share={value!r} is not allowed: it takes a number above 0, at most 1"
+    assert message in (f"{said}.", f"{said}, or null.")
