@@ -46,10 +46,10 @@ class VerticalSlashSettings(MethodSettings):
     given, as many as hold it."""
 
     sink_tokens: int = Field(default=30, ge=0, le=MAX_TOKENS)
-    """First key columns that are always kept; they count towards vertical_size."""
+    """First key columns that are always kept, as far as vertical_size allows: they count towards it."""
 
     local_tokens: int = Field(default=100, ge=1, le=MAX_TOKENS)
-    """Diagonals nearest to the row that are always kept; they count towards slash_size."""
+    """Diagonals nearest to the row that are always kept, as far as slash_size allows: they count towards it."""
 
     @model_validator(mode="before")
     @classmethod
