@@ -60,6 +60,9 @@ class SparseLayerMixin(SparseLayer):
         """Have decided which of the model's layers may run sparse, and claim scratch if this is one of them.
 
         First called in the profiling run: vLLM sizes the KV cache with what is allocated then.
+
+        Raises:
+            ConfigError: the pattern file does not fit the layer, or the kernels cannot have what the settings ask for.
         """
         if not self.is_decided:
             decide_layers(self._vllm_config, self.runtime.publish, self.runtime.dense_layers)
@@ -83,9 +86,12 @@ class SparseLayerMixin(SparseLayer):
         """Sparse attention for every chunk of the step.
 
         Args:
+            step: names the chunks.
             layer: vLLM's, which holds the scales of FP8.
-            query, output: [num_tokens, num_heads, head_size].
-            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any strides.
+            query, output: [num_tokens, num_heads, head_size], in the model's dtype; queries may be FP8.
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any strides, in the model's dtype or, for
+                FP8, as bytes.
+            block_table: [num_reqs, max_blocks] int32.
 
         Returns:
             The chunks for which it failed: they are to run dense.
@@ -132,6 +138,9 @@ def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
     """The runtime of this engine and device: a process may hold several engines, also of the same settings.
 
     A draft model's layers, which never run sparse, are the main model's guests: no pattern file need fit them.
+
+    Raises:
+        ConfigError: the settings, or the pattern file that they name, cannot be served.
     """
     try:
         config = load_config(vllm_config.additional_config)

@@ -28,7 +28,11 @@ class PlanningMixin:
     """Planning, for a builder of whatever vLLM backend. Expects vLLM's AttentionMetadataBuilder beside it."""
 
     def attach_layers(self, vllm_config: VllmConfig, layer_names: list[str], kv_cache_spec: Any) -> None:
-        """Have all layers decided, and make those of this group ready for their first request."""
+        """Have all layers decided, and make those of this group ready for their first request.
+
+        Raises:
+            ConfigError: of SparseLayerMixin.decide, or the setting page_salt has no effect on this engine.
+        """
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = [layer.impl for layer in layers.values()]
         try:

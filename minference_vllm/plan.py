@@ -174,6 +174,7 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
     Args:
         requests: of the step, with their lengths.
         config: the gate.
+        budget: of the scheduler, by which it cuts prompts into chunks.
     """
     prompts = list(requests.prompts())
     # vLLM does not tell where a prompt ends, but what it cuts fills its budget. Of several prompts in a step only one

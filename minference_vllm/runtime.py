@@ -158,6 +158,7 @@ class Runtime:
 
         Args:
             make_chunk: gives it; what it raises is a fault as any other.
+            layer: whose budgets and scratch are used.
 
         Returns:
             Whether it could be done; if not, the chunk's output is undefined.

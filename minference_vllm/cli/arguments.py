@@ -33,7 +33,11 @@ count = count_to(MAX_TOKENS)
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:
-    """What an option takes as a JSON object."""
+    """What an option takes as a JSON object.
+
+    Raises:
+        ConfigError: it was given something else.
+    """
     value = parse_json(text, option)
     if not isinstance(value, dict):
         raise ConfigError(f"{option} must be a JSON object, and is {type(value).__name__}.")

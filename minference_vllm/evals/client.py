@@ -70,7 +70,11 @@ class Client:
         return parse(self._get("/metrics"))
 
     def version(self) -> str:
-        """vLLM's, as the server says."""
+        """vLLM's, as the server says.
+
+        Raises:
+            ServerError: it does not say it.
+        """
         try:
             return str(json.loads(self._get("/version"))["version"])
         except (LookupError, TypeError, ValueError):

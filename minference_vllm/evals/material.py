@@ -66,7 +66,11 @@ class Tokenizer:
         return self.converse([{"role": "user", "content": question}], answer_start.lstrip())
 
     def converse(self, messages: list[dict[str, Any]], answer_start: str = "") -> dict[str, Any]:
-        """As `ask`, of a conversation, always in the chat template."""
+        """As `ask`, of a conversation, always in the chat template.
+
+        Raises:
+            ConfigError: the tokenizer has no template, or its template refuses the conversation.
+        """
         if not self._tokenizer.chat_template:
             raise ConfigError("Prompts of messages need a tokenizer with a chat template: give texts instead.")
         try:

@@ -125,7 +125,11 @@ def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | No
 
 
 def log_file(path: Path) -> BinaryIO:
-    """A file for the output of a process, which is added to what it holds."""
+    """A file for the output of a process, which is added to what it holds.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("ab")

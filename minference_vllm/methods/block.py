@@ -117,7 +117,11 @@ class Block(Method):
         return shapes_of(heads, head_dim, settings.rows_per_half, seq_len, tiles, max_boxes)
 
     def buffers(self, chunk: Chunk, scratch: BlockScratch) -> BlockBuffers:
-        """What scratch gives a chunk, under as many of its heads as it has room for."""
+        """What scratch gives a chunk, under as many of its heads as it has room for.
+
+        Raises:
+            ValueError: it has room for none.
+        """
         for heads in turns(chunk.num_qo_heads, chunk.kv.num_kv_heads):
             shapes = self._shapes(heads, chunk.head_dim, chunk.seq_len, chunk.num_tiles)
             if scratch.has_room(shapes):

@@ -29,6 +29,7 @@ def choose_kernel(asked: str, device: torch.device) -> Kernel:
 
     Args:
         asked: "auto", or the value of a Kernel.
+        device: where the model runs.
 
     Raises:
         ConfigError: a kernel was asked for that cannot run here.

@@ -24,6 +24,8 @@ def means_dtype(
 
     Args:
         asked: "auto" is FP8 where it makes scores faster, else the model's dtype.
+        shape: of the layer's scratch, which says the model's dtype.
+        kernel, device: what scores, and where.
 
     Raises:
         ConfigError: FP8 was asked for, and the kernels cannot have it on this device.
@@ -37,7 +39,7 @@ def means_dtype(
     return FP8
 
 
-def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, kernel: Kernel, first: int = 0) -> None:
+def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, kernel: Kernel) -> None:
     """See minference_vllm.reference.key_means.
 
     Raises:
@@ -48,7 +50,7 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, kernel: Kernel, fi
     if means.stride()[1:] != (means.shape[2], 1):
         raise ValueError(f"means must be contiguous in its last two dimensions, got strides {means.stride()}")
     run = reference.key_means if kernel is Kernel.REFERENCE else triton.key_means
-    run(kv, seq_len, means, first)
+    run(kv, seq_len, means)
 
 
 def coarse_means(means: torch.Tensor, seq_len: int, coarse: torch.Tensor, kernel: Kernel) -> None:

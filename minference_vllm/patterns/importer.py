@@ -65,7 +65,11 @@ def import_list(
 
 
 def find_list(content: bytes, name: str) -> list[Any]:
-    """The list in a file: alone, or in a model's config.json."""
+    """The list in a file: alone, or in a model's config.json.
+
+    Raises:
+        ConfigError: there is none.
+    """
     found = parse_json(content, name)
     if isinstance(found, dict):
         dual_chunk = found.get("dual_chunk_attention_config")

@@ -9,22 +9,21 @@ from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MEAN
 
 
-def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, mean: int = MEAN) -> None:
+def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, mean: int = MEAN) -> None:
     """Average every `mean` keys, from absolute position 0 on, as they are stored: the scale of FP8 keys is not applied.
 
     Args:
         kv: the request's cache.
         seq_len: keys of the request that are there; a last few that are fewer than `mean` get no mean.
         means: [num_kv_heads, >= seq_len // mean, head_dim], in the model's dtype or FP8, see operands.to_operand;
-            entries first .. seq_len // mean - 1 are written, in float32 until they are rounded once.
-        first: means before this one are valid already.
-        mean: keys in a mean: 4, 8 or 16.
+            the first seq_len // mean entries are written, in float32 until they are rounded once.
+        mean: keys in a mean.
     """
     count = seq_len // mean
-    if count > first:
+    if count:
         keys, _ = gather(kv, count * mean)
-        averages = keys[:, first * mean :].float().unflatten(1, (-1, mean)).mean(2)
-        means[:, first:count] = to_operand(averages, means.dtype)
+        averages = keys.float().unflatten(1, (-1, mean)).mean(2)
+        means[:, :count] = to_operand(averages, means.dtype)
 
 
 def coarse_means(means: torch.Tensor, seq_len: int, coarse: torch.Tensor, keys: int, coarse_keys: int) -> None:

@@ -15,7 +15,7 @@ from minference_vllm.ops import Kernel
 from minference_vllm.reference.codes import ONE, add, decode, encode, weights
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART, sampled_rows
 from minference_vllm.reference.pages import gather
-from minference_vllm.scratch import MASS_CODES
+from minference_vllm.scratch import MASS_CODES, MEAN
 from tests.kernels.blocks import (
     BF16,
     CASES,
@@ -34,29 +34,18 @@ from tests.kernels.cases import Case, make_cache, make_chunk
 
 @every_case
 def test_means_of_keys(case: Case, device: torch.device) -> None:
-    check_means(case, 4, 0, device)
-
-
-@pytest.mark.parametrize(("mean", "first"), [(4, 30), (16, 0), (8, 1000)])
-def test_means_of_other_sizes_and_starts(mean: int, first: int, device: torch.device) -> None:
-    check_means(SPARSE, mean, first, device)
-
-
-def check_means(case: Case, mean: int, first: int, device: torch.device) -> None:
-    kv = make_cache(case, device)
+    kv, count = make_cache(case, device), case.seq_len // MEAN
     results = []
     for key_means in (reference.key_means, triton.key_means):
-        means = torch.full((case.num_kv_heads, case.seq_len // mean + 3, case.head_dim), 7.0).to(device, case.dtype)
-        key_means(kv, case.seq_len, means, first, mean)
+        means = torch.full((case.num_kv_heads, count + 3, case.head_dim), 7.0).to(device, case.dtype)
+        key_means(kv, case.seq_len, means)
         results.append(means)
     expected, actual = results
     torch.testing.assert_close(actual, expected, rtol=1e-2 if case.dtype == BF16 else 2e-3, atol=1e-3)
-    written = torch.arange(expected.shape[1]) >= first
-    written[case.seq_len // mean :] = False
-    assert (actual[:, ~written] == 7).all()
+    assert (actual[:, count:] == 7).all()
     keys, _ = gather(kv, case.seq_len)
-    for j in written.nonzero().flatten()[::13].tolist():
-        torch.testing.assert_close(actual[:, j], keys[:, j * mean : (j + 1) * mean].mean(1), rtol=1e-2, atol=1e-2)
+    for j in range(0, count, 13):
+        torch.testing.assert_close(actual[:, j], keys[:, j * MEAN : (j + 1) * MEAN].mean(1), rtol=1e-2, atol=1e-2)
 
 
 @every_case

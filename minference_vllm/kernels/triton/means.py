@@ -14,9 +14,9 @@ BLOCK_NUMBERS = 4096
 """Of means that one program writes."""
 
 
-@triton.jit(do_not_specialize=["first", "count", "table_row", "stride_table"])
+@triton.jit(do_not_specialize=["count", "table_row", "stride_table"])
 def _means_kernel(
-    k_ptr, table_ptr, means_ptr, first, count, table_row, stride_kp, stride_kh, stride_kt, stride_table, stride_mh,
+    k_ptr, table_ptr, means_ptr, count, table_row, stride_kp, stride_kh, stride_kt, stride_table, stride_mh,
     MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -26,7 +26,7 @@ def _means_kernel(
     means_ptr += i_kv.to(tl.int64) * stride_mh
     table_ptr += table_row.to(tl.int64) * stride_table
     # [BLOCK]
-    o_n = first + i_n * BLOCK + tl.arange(0, BLOCK)
+    o_n = i_n * BLOCK + tl.arange(0, BLOCK)
     o_d = tl.arange(0, HEAD_DIM)
     inside = o_n < count
     # A mean's keys lie in one page, whose size is a multiple of MEAN.
@@ -59,16 +59,16 @@ def _coarse_means_kernel(
     tl.store(p_coarse, to_operand(b_sum / EACH, coarse_ptr, INTERPRETED), mask=inside)
 
 
-def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, first: int = 0, mean: int = MEAN) -> None:
+def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor) -> None:
     """See minference_vllm.reference.key_means. The last two dimensions of `means` are contiguous."""
-    count = seq_len // mean
-    if count <= first:
+    count = seq_len // MEAN
+    if not count:
         return
     head_dim = means.shape[2]
     block = BLOCK_NUMBERS // head_dim
-    _means_kernel[(kv.num_kv_heads, triton.cdiv(count - first, block))](
-        kv.k, kv.block_table, means, first, count, kv.row, *kv_strides(kv), kv.block_table.stride(0), means.stride(0),
-        MEAN=mean, HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size, BLOCK=block,
+    _means_kernel[(kv.num_kv_heads, triton.cdiv(count, block))](
+        kv.k, kv.block_table, means, count, kv.row, *kv_strides(kv), kv.block_table.stride(0), means.stride(0),
+        MEAN=MEAN, HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size, BLOCK=block,
         INTERPRETED=not means.is_cuda, num_warps=4,
     )  # fmt: skip
 
