@@ -8,6 +8,7 @@ from typing import Any
 
 from minference_vllm import plugin
 from minference_vllm.compat import engines
+from minference_vllm.config import CONFIG_KEY, load_config
 from minference_vllm.errors import ConfigError
 from minference_vllm.metrics.snapshot import Snapshot
 from minference_vllm.reason import Reason
@@ -27,8 +28,9 @@ def start_engine(model: str, settings: Mapping[str, Any], options: Mapping[str, 
         options: arguments of vllm.LLM, over those that are set here.
 
     Raises:
-        ConfigError: vLLM does not start.
+        ConfigError: the settings are refused, or vLLM does not start.
     """
+    load_config({CONFIG_KEY: settings})  # an engine takes a while to say so
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the chooser is put into this process
     plugin.register()  # vLLM does so where the package is installed, not where it only lies in the path
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minference_vllm import offline
 from minference_vllm.attention import prefill
 from minference_vllm.chunk import Chunk
 from minference_vllm.cli import main, plot
@@ -216,6 +217,19 @@ def test_a_layer_beyond_the_model_s_is_refused_before_an_engine_starts(
     given = ["--prompt", str(tmp_path / "prompt.txt"), "--out", str(tmp_path / "out"), "--layers", "0", "3"]
     assert main(["plot", model, *given]) == 2
     assert "Layer 3 is none of the plugin's: they are 0 to 2." in capsys.readouterr().err
+
+
+def test_settings_are_refused_before_an_engine_starts(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    started: list[Any] = []
+    monkeypatch.setattr(offline.engines, "offline_engine", lambda *given: started.append(given))
+    (tmp_path / "prompt.txt").write_text("A text.")
+    given = ["--prompt", str(tmp_path / "prompt.txt"), "--out", str(tmp_path / "out"), "--method", "blocks"]
+    assert main(["plot", model, *given]) == 2
+    assert "minference.method='blocks' is not allowed" in capsys.readouterr().err
+    assert started == []
 
 
 def test_the_first_tokens_of_a_novel_are_taken_without_reading_it_all(
