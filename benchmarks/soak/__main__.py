@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Minutes of mixed traffic on a dense and then a sparse server; ends with 1 if a limit is exceeded.
 
-    python -m benchmarks.soak --model /tmp/qwen --text austen.txt.xz --minutes 8 --out benchmarks/results/soak-1.json
+    python -m benchmarks.soak --model /tmp/qwen --text austen.txt.xz --minutes 8 --out soak-1.json
     python -m benchmarks.soak --merge soak-1.json soak-2.json --out benchmarks/results/soak.json
 
 Long and short prompts, streamed answers, clients that hang up in the middle or before the first token, and requests

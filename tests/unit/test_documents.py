@@ -24,6 +24,7 @@ PAGES = [
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 # An indented line of its own, with the lines that it is continued on.
 COMMAND = re.compile(r"^ {4,}((?:minference-vllm|python -m benchmarks\.)(?:[^\n]*\\\n)*[^\n]*)$", re.MULTILINE)
+RESULT = re.compile(r"--out benchmarks/results/([\w-]+\.json)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
@@ -75,6 +76,15 @@ def test_commands_of_both_kinds_are_found() -> None:
     found = {tuple(parameter.values[0][:3]) for parameter in commands([*PAGES, *BENCHMARKS])}
     assert {words[1] for words in found} == {"doctor", "tune", "eval", "bench", "plot", "patterns", "search", "-m"}
     assert ("python", "-m", "benchmarks.fidelity") in found
+
+
+def test_a_result_that_a_program_would_make_is_there_or_said_to_be_missing() -> None:
+    results = ROOT / "benchmarks" / "results"
+    made = {name for path in (ROOT / "benchmarks").rglob("*.py") for name in RESULT.findall(path.read_text())}
+    _, _, section = (results / "README.md").read_text().partition("## Not measured yet\n")
+    missing = set(re.findall(r"^\| `([\w-]+\.json)` \|", section, re.MULTILINE))
+    assert len(made) > 10
+    assert missing == {name for name in made if not (results / name).is_file()}
 
 
 @pytest.mark.usefixtures("only_parsed")
