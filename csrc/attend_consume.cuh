@@ -117,7 +117,7 @@ struct Consumer {
 
     __device__ __forceinline__ void wait_for_values(const Scored& its) {
         hopper::wait(shared.values_full(its.slot, its.kind), its.phase);
-        // Who has converted them has fenced them.
+        // Threads that convert values have fenced them already.
         if (!S::CONVERTS && its.by_rows) hopper::fence_async_proxy();
     }
 

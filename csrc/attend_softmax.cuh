@@ -17,7 +17,7 @@ struct Softmax {
     // The reference is raised if a thread's probabilities of one stage add up to more: fp16 must be able to hold each.
     static constexpr float HIGHEST_SUM = 1 << 15;
 
-    // Of each of the thread's two rows. Scaled scores are logarithms to base 2.
+    // One for each of the thread's two rows. Scaled scores are logarithms to base 2.
     float reference[2];
     float sum[2];  // over the thread's columns
 

@@ -25,7 +25,7 @@ enum class Element { FP16, BF16, E4M3 };
 inline Element sixteen_bits(bool is_bf16) { return is_bf16 ? Element::BF16 : Element::FP16; }
 constexpr int bytes_of(Element element) { return element == Element::E4M3 ? 1 : 2; }
 
-// Of a row of a box, where rows of `length` elements are copied.
+// Elements in a row of a box, if rows of `length` elements are copied.
 constexpr uint32_t box_elements(Element element, int length) {
     const int most = SWIZZLE_BYTES / bytes_of(element);
     return length < most ? length : most;

@@ -75,7 +75,7 @@ struct Job {
     }
 };
 
-// Of products of queries and keys of type T.
+// The softmax scale, to base 2, of products of queries and keys of type T.
 template <typename T>
 __device__ __forceinline__ float scale_log2_of(const Params& p, const Job& job) {
     if constexpr (std::is_same_v<T, hopper::E4M3>) {

@@ -32,7 +32,7 @@ constexpr int BOX_MEANS = BOX_GROUPS * MEANS_PER_GROUP;
 constexpr int STAGE_BOXES = 4;
 constexpr int STAGE_GROUPS = STAGE_BOXES * BOX_GROUPS;
 constexpr int STAGE_MEANS = STAGE_BOXES * BOX_MEANS;
-// Of a place in a stage that no box fills: past all groups of all lists.
+// The box number of a place in a stage that no box fills: it lies past all groups of all lists.
 constexpr int NO_BOX = 1 << 27;
 
 constexpr int THREADS = (CONSUMERS + 1) * hopper::WARPGROUP;

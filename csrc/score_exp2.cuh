@@ -26,7 +26,7 @@ __device__ constexpr bool is_polynomial(int row) {
     return (row + 1) * POLYNOMIAL_ROWS / ROWS > row * POLYNOMIAL_ROWS / ROWS;
 }
 
-// What x is less than -OCTAVES counts as that: far below any code.
+// An x below -OCTAVES is taken for -OCTAVES: 2^-64 is far below any code.
 constexpr float OCTAVES = 64;
 
 // sum + 2^x, where y = 1 + x / OCTAVES, ended at 0 and 1.

@@ -96,7 +96,7 @@ __device__ __forceinline__ void load_queries(const Params& p, char* queries, con
     char* block = queries + piece / PIECES_PER_BLOCK * S::QUERY_BLOCK_BYTES;
 #pragma unroll 8
     for (int column = thread / PIECES; column < COLUMNS; column += AT_ONCE) {
-        // What stands for a list too many is not stored.
+        // Columns past the last list read that list again; their masses are not stored.
         const List list(p, min(first_list + list_of(column), p.num_lists - 1));
         const int row = sampled_row(p, list.part, row_of(column)), head = job.first_head + list.head;
         const char* source = p.q + row * p.stride_q_row + head * p.stride_q_head;

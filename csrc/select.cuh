@@ -78,7 +78,7 @@ struct Half {
     }
 };
 
-// Of a warp's values, those of this lane and the lanes before it added.
+// The sum of the values of this lane and of the lanes before it in the warp.
 template <typename T>
 __device__ __forceinline__ T sum_up_to(T value, int lane) {
 #pragma unroll

@@ -249,7 +249,7 @@ struct Block {
 
 __global__ void __launch_bounds__(BOX_THREADS) boxes_kernel(const __grid_constant__ BoxParams p) {
     extern __shared__ char raw[];
-    // Those with the most boxes before them come first.
+    // Blocks with the most boxes before them, which take longest, come first.
     const int block = p.num_blocks - 1 - blockIdx.x % p.num_blocks;
     Block(p, *reinterpret_cast<BoxStorage*>(raw), blockIdx.x / p.num_blocks, block).run();
 }

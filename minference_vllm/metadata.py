@@ -124,7 +124,7 @@ class PlanningMixin:
 
     def _count_fault(self, common: CommonAttentionMetadata) -> None:
         """Have a step counted that could not be planned: what passes the gate ran dense for that."""
-        # What vLLM lacks here may be what planning lacked; the fault is logged.
+        # If vLLM's metadata lacks something, this may fail as planning did. That fault is logged already.
         with contextlib.suppress(Exception):
             record = StepRecord(
                 self._group, common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, common.is_prefilling,

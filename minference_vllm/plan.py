@@ -177,8 +177,8 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
         budget: of the scheduler, by which it cuts prompts into chunks.
     """
     prompts = list(requests.prompts())
-    # vLLM does not tell where a prompt ends, but what it cuts fills its budget. Of several prompts in a step only one
-    # is cut, and which cannot be seen. Who has more rows than requests beside others get is alone, and not cut by that.
+    # vLLM does not tell where a prompt ends, but a chunk that it cuts fills the step's budget. If there are several
+    # prompts in a full step, only one of them is cut, and the step does not show which: then each may end here.
     is_full = len(prompts) == 1 and budget.is_spent(requests.bounds)
     chunks = tuple(
         SparseChunk(

@@ -19,7 +19,7 @@ from minference_vllm.files import write_file
 
 RANDOM, OWN_TEXT = ("--dataset-name", "random"), ("--dataset-name", "custom", "--skip-chat-template", "--ignore-eos")
 DATASET_OPTION = "--dataset-name"
-# Of vllm bench serve; what stands behind "--input-len" sets the other spelling too.
+# Options of vllm bench serve that this command sets itself; for lengths it has several spellings.
 TAKEN = (
     "--base-url", "--host", "--port", "--model", "--served-model-name", "--tokenizer", "--seed", "--num-prompts",
     "--num-warmups", "--request-rate", "--max-concurrency", "--input-len", "--output-len", "--random-input-len",

@@ -132,7 +132,7 @@ def _salt_of(vllm_config: Any) -> str:
 
     if not is_selected(vllm_config, AttentionBackendEnum.CUSTOM):
         return ""
-    # They bring PyTorch and every kernel, which a server of another backend has no use for.
+    # Not at the top: these import PyTorch and every kernel, for which a server of another backend has no use.
     from minference_vllm.compat import served_model
     from minference_vllm.config import load_config
     from minference_vllm.patterns import AutoSettings, resolve

@@ -152,7 +152,7 @@ def allocate(of_turns: Sequence[Shapes], means_dtype: torch.dtype, index: TileIn
         of_turns: the buffers of the longest prompt, by how many heads take a turn, the most first.
     """
     largest = next((shapes for shapes in of_turns if prod(shapes.masses) <= MASS_BYTES), of_turns[-1])
-    # What does not shrink with the prompt is small, and has room for all heads.
+    # Buffers whose size does not depend on the prompt's length are small: they have room for all heads at once.
     everyone = of_turns[0]
     shapes = replace(
         largest,

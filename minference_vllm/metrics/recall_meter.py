@@ -52,7 +52,7 @@ class RecallMeter:
         """
         with self._lock:
             arrived = None
-            # They arrive in their order.
+            # Copies arrive in the order in which they were started.
             while self._copies and float(self._copies[0][-1]) != PENDING:
                 arrived = self._copies.popleft()
             return None if arrived is None else arrived[:-1].clone()

@@ -37,7 +37,7 @@ def threshold(
     allowed = allowed - allowed.clamp(min=0).clamp(max=left_out)
     weight = torch.zeros(MASS_CODES, dtype=torch.int64, device=codes.device)
     weight.index_add_(0, codes[free].long(), weights(codes[free]))
-    # What is dropped if it is all groups of this code and less.
+    # By code: the mass that is dropped if all groups of this code and of smaller ones are.
     dropped = weight.cumsum(0)
     return min(int((dropped <= allowed).sum()), MASS_CODES - 1)
 

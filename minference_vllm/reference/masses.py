@@ -48,7 +48,7 @@ def group_masses(
     lse_of_parts = row_lse.view(len(row_lse), -1, PART)
     for part, rows in enumerate(sampled_rows(chunk, rows_per_half).view(-1, PART)):
         tile_start = (chunk.first_tile + part // parts_per_tile) * TILE
-        # Of an absent half any row will do: its normaliser is infinite.
+        # A half that the chunk has no rows of may take any row: its normaliser is infinite, so its masses are 0.
         q = query_rows(chunk.q[rows.clamp(min=chunk.context_len) - chunk.context_len], means) * scales
         for head in range(chunk.num_qo_heads):
             scores = q[:, head] @ from_operand(means[head // chunk.group_size, : tile_start // mean]).T

@@ -56,7 +56,7 @@ def measure_recall(
     below = ((~(buffers.recall >= floors.head) | lost) & any(floors)).nonzero().flatten()
     buffers.heads[: len(below)] = below.to(torch.int32)
     buffers.num_heads.fill_(len(below))
-    # What is no number counts as nothing: a sum would never be one again.
+    # A recall of NaN counts as 0: added to a sum, it would make that NaN for ever.
     recall = buffers.recall.nan_to_num(nan=0.0)
     buckets = (recall[:, None] > torch.tensor(RECALL_EDGES, device=rows.device)).sum(1)
     totals.histogram.index_add_(0, buckets, torch.ones_like(recall, dtype=torch.float64))

@@ -41,7 +41,7 @@ def share_sizes(
     count = torch.zeros(len(mass), SELECT_BINS, dtype=torch.int64, device=mass.device)
     count.scatter_add_(1, weight, torch.ones_like(weight))
     allowed = ((1 - share.double()) * mass[:, :length].sum(1, dtype=torch.int64)).long()
-    # What is dropped if it is all entries of this weight and less.
+    # By weight: the mass that is dropped if all entries of this weight and of smaller ones are.
     dropped = (count * largest_masses(mass.device)).cumsum(1)
     kept = dropped > allowed[:, None]
     kept[:, -1] = True  # the forced entries' weight

@@ -39,7 +39,7 @@ class Candidates:
 
 CANDIDATES = {
     SHARES: Candidates(
-        # Of the least share little more is left than what is always kept: the first keys and the nearest.
+        # With the smallest share little more is kept than what always is: the first keys and the nearest.
         PatternShares(name="block"),
         (0.05, ROUGH, 0.65, 0.75, 0.8, DEFAULT, 0.88, 0.92, 0.96),
     ),

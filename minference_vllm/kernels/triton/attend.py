@@ -53,7 +53,7 @@ def _attend_to(
     else:
         b_k = tl.load(k_ptr + o_slot[None, :] + o_d[:, None])
         b_v = tl.load(v_ptr + o_slot[:, None] + o_d[None, :])
-    # Where both are FP8, so is their product.
+    # If queries and keys are both FP8, they are multiplied as FP8.
     b_k = dot_operand(b_k, b_q.dtype, UPCAST)
     b_v = value_operand(b_v, UPCAST)
     # [TILE, BLOCK_N]

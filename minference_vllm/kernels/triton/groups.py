@@ -74,7 +74,7 @@ def _threshold(
         b_count += tl.histogram(b_code, CODES, mask=(o_g >= sinks) & (o_g < local))
     if BY_TILE:
         tl.debug_barrier()  # what one thread has written another may read
-    # [CODES]; what is dropped if it is all groups of this code and less
+    # [CODES]; the mass that is dropped if all groups of this code and of smaller ones are
     dropped = tl.cumsum(b_count.to(tl.int64) * weights(tl.arange(0, CODES)), 0)
     # Of all groups from COUNTED on: the free ones are counted, but those before COUNTED too, and few are not free.
     total = rows_weight + left_out + tl.max(dropped, 0)

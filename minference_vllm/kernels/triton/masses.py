@@ -88,7 +88,7 @@ def _masses_kernel(
         o_j = start + o_n
         o_g = start // EACH + tl.arange(0, GROUPS)
         if boxes_ptr is not None:
-            # What lies past the end is as good as past all means.
+            # A place past the end gets a number past all means, so that nothing is kept there.
             box = tl.load(boxes_ptr + o_j // BOX_MEANS, mask=o_j < end, other=1 << 24)
             o_j = box * BOX_MEANS + o_j % BOX_MEANS
             box = tl.load(boxes_ptr + o_g // GROUPS_PER_BOX, mask=o_g * EACH < end, other=1 << 24)

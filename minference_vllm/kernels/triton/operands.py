@@ -8,7 +8,7 @@ from minference_vllm.scratch import FP8_MAX, FP8_UNIT
 
 _UNIT, _MAX = tl.constexpr(FP8_UNIT), tl.constexpr(FP8_MAX)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-6)
-# Of numbers near it the last place is 2^-9, FP8's smallest step.
+# The last place of float32 numbers near it is 2^-9, which is FP8's smallest step: adding it rounds to that step.
 _SHIFTER = tl.constexpr(1.5 * 2.0**14)
 
 

@@ -15,7 +15,7 @@ from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
 @triton.jit
 def _held_out_rows(number, num_rows, context_len, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Rows of the chunk: see reference.recall.held_out_rows."""
-    # Of 2^24 rows the product stays below 2^31.
+    # With up to 2^24 rows the product stays below 2^31.
     positions = context_len + (2 * number + 1) * num_rows // (2 * ROWS)
     positions = positions // 4 * 4 + positions // TILE % 4
     return tl.minimum(tl.maximum(positions - context_len, 0), num_rows - 1)
@@ -25,7 +25,7 @@ def _held_out_rows(number, num_rows, context_len, ROWS: tl.constexpr, TILE: tl.c
 def _add_to_totals(totals_ptr, recall, layer, num_layers, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr):
     """Count this program's head. The totals' parts follow each other, see RecallTotals."""
     i_h, num_qo_heads = tl.program_id(0), tl.num_programs(0)
-    # What is no number counts as nothing: a sum would never be one again.
+    # A recall of NaN counts as 0: added to a sum, it would make that NaN for ever.
     recall = tl.where(recall == recall, recall, 0.0)
     bucket = 0
     for edge in tl.static_range(NUM_EDGES):
@@ -82,7 +82,7 @@ def _recall_kernel(
         tl.store(recall_ptr + i_h, recall)
         one = tl.full([], 1.0, tl.float64)
         p_chunks = totals_ptr + NUM_EDGES + 1 + layer
-        # What is no number is not enough, if anything is asked for.
+        # A recall of NaN compares as too low, unless both floors are 0.
         is_enough = (recall >= head_floor) & (lost < LOST_ROWS) | ((head_floor == 0) & (row_floor == 0))
         if not is_enough:
             place = tl.atomic_add(num_heads_ptr, 1, sem="relaxed")
