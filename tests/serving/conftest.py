@@ -45,11 +45,6 @@ def register():
 """
 
 
-def vertical_slash(**settings: int) -> dict[str, object]:
-    """The setting `method`."""
-    return {"name": "vertical_slash", **settings}
-
-
 class FullBudget(NamedTuple):
     replies: list[Reply]
     sparse_tokens: float
@@ -85,10 +80,8 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sparse(logs: Path) -> Iterator[Server]:
-    """Prompts go sparse in chunks of 1,024 tokens."""
-    with serving(
-        logs / "sparse.log", *OPTIONS, **LOW_GATE, method=vertical_slash(vertical_size=256, slash_size=512)
-    ) as server:
+    """Prompts go sparse in chunks of 1,024 tokens, by the default method."""
+    with serving(logs / "sparse.log", *OPTIONS, **LOW_GATE) as server:
         yield server
 
 
@@ -113,7 +106,7 @@ def compared(logs: Path, rival: Path) -> tuple[FullBudget, list[Reply]]:
     """What follows COPIES on the sparse path with every key kept, and with vLLM's own backend; both beside a rival."""
 
     def full_budget() -> FullBudget:
-        everything = {"method": vertical_slash(vertical_size=10_000, slash_size=10_000)}
+        everything = {"method": {"name": "vertical_slash", "vertical_size": 10_000, "slash_size": 10_000}}
         with serving(logs / "full.log", *OPTIONS, **LOW_GATE, **everything) as server:
             replies, sparse_tokens = go_on(server), prefill_tokens(server, path="sparse")
         return FullBudget(replies, sparse_tokens, (logs / "full.log").read_text())
