@@ -22,9 +22,10 @@ class RecallMeter:
 
     def __init__(self, totals: RecallTotals) -> None:
         self._totals = totals
-        is_cuda = totals.flat.is_cuda
-        shape = (SLOTS, len(totals.flat) + 1)
-        self._slots = itertools.cycle(torch.full(shape, PENDING, dtype=torch.float64, pin_memory=is_cuda).unbind())
+        shape, is_cuda = (SLOTS, len(totals.flat) + 1), totals.flat.is_cuda
+        # On the host, whatever the default device: it may be the GPU, of whose memory none can be pinned.
+        slots = torch.full(shape, PENDING, dtype=torch.float64, device="cpu", pin_memory=is_cuda)
+        self._slots = itertools.cycle(slots.unbind())
         self._lock = threading.Lock()  # of what follows, and of the slots
         self._copies: deque[torch.Tensor] = deque(maxlen=SLOTS)
         self._last = Recall()  # as last read

@@ -42,6 +42,15 @@ def test_a_copy_on_the_host_is_there_at_once_and_layers_without_a_chunk_are_left
     assert meter.read() == recall, "what was read once is still known"
 
 
+def test_copies_come_to_the_host_whatever_the_default_device() -> None:
+    # Where vLLM's own tests make layers and builders, and so benchmarks.one_layer, the default is the GPU.
+    totals = make_totals()
+    with torch.device("meta"):
+        meter = RecallMeter(totals)
+    meter.copy()
+    assert meter.read().layers == {1: LayerRecall(1, (0.55, 1.0), (0.55, 1.0))}
+
+
 def test_a_copy_that_has_not_arrived_is_not_read() -> None:
     totals = make_totals()
     meter = RecallMeter(totals)
