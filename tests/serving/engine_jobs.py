@@ -203,7 +203,7 @@ STEPS: dict[str, Callable[..., Any]] = {
 
 
 def count(worker: Any) -> dict[str, Any]:
-    """What our runtimes of a worker process have counted so far. Runs in the worker."""
+    """What our runtimes of a worker have counted so far, pairs also where none are reported. Runs in the worker."""
     from minference_vllm import impl
 
     found: dict[str, Any] = {"tokens": {}, "chunks": {}, "kept": 0, "causal": 0, "scratch": 0}
@@ -213,8 +213,8 @@ def count(worker: Any) -> dict[str, Any]:
             for (path, reason), number in getattr(counted, name).items():
                 label = f"{path} {reason}"
                 found[name][label] = found[name].get(label, 0) + number
-        found["kept"] += counted.kept_pairs
-        found["causal"] += counted.causal_pairs
+        found["kept"] += int(density.kept_pairs) if (density := runtime.account._density) else 0
+        found["causal"] += runtime.account.causal_pairs
         found["scratch"] += counted.scratch_bytes
     return found
 
