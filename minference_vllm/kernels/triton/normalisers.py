@@ -81,9 +81,9 @@ def _normalisers_kernel(
 def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, mean: int = MEAN) -> None:
     """See minference_vllm.reference.row_normalisers. Means follow each other without a gap, and so do rows."""
     q, rows_per_half = chunk.q, row_lse.shape[2]
-    rows_per_tile = HALVES * chunk.group_size * rows_per_half
-    block_m = min(128 if chunk.head_dim <= 128 else 64, triton.next_power_of_2(rows_per_tile))
-    blocks_per_tile = triton.cdiv(rows_per_tile, block_m)
+    # Also where a tile has fewer rows: heads of one KV head may take turns, and how many do must select no variant.
+    block_m = 128 if chunk.head_dim <= 128 else 64
+    blocks_per_tile = triton.cdiv(HALVES * chunk.group_size * rows_per_half, block_m)
     _normalisers_kernel[(chunk.num_tiles * blocks_per_tile, chunk.kv.num_kv_heads)](
         q, means, row_lse, *score_scales(chunk), chunk.num_rows, chunk.context_len, chunk.group_size, blocks_per_tile,
         chunk.scale * LOG2_E * unit_of_products(means),
