@@ -13,7 +13,10 @@ from minference_vllm.kernels.cuda import library
 
 SANITIZER = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 # Torch's kernels, which check ours, would take minutes.
-KERNELS = ("attend_kernel", "lse_kernel", "mass_kernel")  # the last of both probe and scores
+KERNELS = (
+    "attend_kernel", "lse_kernel", "mass_kernel",  # the last of both probe and scores
+    "select_kernel", "boxes_kernel",
+)  # fmt: skip
 FILTERS = [option for kernel in KERNELS for option in ("--kernel-name", f"kernel_substring={kernel}")]
 
 
