@@ -14,14 +14,16 @@ BLOCK_NUMBERS = 4096
 """Of means that one program writes."""
 
 
-@triton.jit(do_not_specialize=["count", "table_row", "stride_table"])
+@triton.jit(do_not_specialize=["count", "num_kv_heads", "table_row", "stride_table"])
 def _means_kernel(
-    k_ptr, table_ptr, means_ptr, count, table_row, stride_kp, stride_kh, stride_kt, stride_table, stride_mh,
+    k_ptr, table_ptr, means_ptr, count, num_kv_heads, table_row,
+    stride_kp, stride_kh, stride_kt, stride_table, stride_mh,
     MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs are the heads of the same keys: in an NHD cache they lie side by side.
-    i_kv, i_n = tl.program_id(0), tl.program_id(1)
+    # Neighbouring programs are the heads of the same keys: in an NHD cache they lie side by side. A grid has no more
+    # than 65535 programs along its second axis, and eight million tokens have more of them.
+    i_kv, i_n = tl.program_id(0) % num_kv_heads, tl.program_id(0) // num_kv_heads
     k_ptr += i_kv.to(tl.int64) * stride_kh
     means_ptr += i_kv.to(tl.int64) * stride_mh
     table_ptr += table_row.to(tl.int64) * stride_table
@@ -66,8 +68,9 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor) -> None:
         return
     head_dim = means.shape[2]
     block = BLOCK_NUMBERS // head_dim
-    _means_kernel[(kv.num_kv_heads, triton.cdiv(count, block))](
-        kv.k, kv.block_table, means, count, kv.row, *kv_strides(kv), kv.block_table.stride(0), means.stride(0),
+    _means_kernel[(kv.num_kv_heads * triton.cdiv(count, block),)](
+        kv.k, kv.block_table, means, count, kv.num_kv_heads, kv.row,
+        *kv_strides(kv), kv.block_table.stride(0), means.stride(0),
         MEAN=MEAN, HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size, BLOCK=block,
         INTERPRETED=not means.is_cuda, num_warps=4,
     )  # fmt: skip
