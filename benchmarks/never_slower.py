@@ -69,11 +69,26 @@ Row = dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """So many prompts at once, of so many tokens each, read in chunks of so many (--max-num-batched-tokens)."""
+    """So many prompts at once, of so many tokens each, read in chunks of so many (--max-num-batched-tokens).
+
+    Attributes:
+        tokens: of each prompt, in round numbers; see `length`.
+    """
 
     chunk: int
     tokens: int
     prompts: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that each prompt has.
+
+        A prompt that fills its last chunk ends unnoticed, and its last rows choose keys as all others do. Few prompts
+        do, so one alone is an eighth of a chunk longer. Several at once are not: the next would begin in the step in
+        which one ends, with fewer rows than `min_chunk`.
+        """
+        is_cut_evenly = self.prompts == 1 and self.tokens % self.chunk == 0
+        return self.tokens + (self.chunk // 8 if is_cut_evenly else 0)
 
     def __str__(self) -> str:
         return f"{self.chunk}/{self.tokens}/{self.prompts}"
@@ -92,10 +107,10 @@ def make_cells(tiny: bool, patterns: Sequence[str]) -> list[Cell]:
 
 def make_chooser(seed: int) -> Chooser:
     """Who has drawn keys attended to; drawn once for each place of a chunk, which warming up does."""
-    drawn: dict[tuple[int, int], Chooser] = {}
+    drawn: dict[tuple[int, int, bool], Chooser] = {}
 
     def choose_drawn(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
-        place = chunk.context_len, chunk.num_rows
+        place = chunk.context_len, chunk.num_rows, chunk.may_end_prompt
         if place not in drawn:
             drawn[place] = drawn_choice(method, chunk, layer, seed)
         return drawn[place](method, chunk, layer)
@@ -140,7 +155,7 @@ def time_cell(
     Raises:
         SystemExit: nothing ran sparse where the gate is open: two dense engines would be compared.
     """
-    request = {"tokens": cell.tokens, "prompts": cell.prompts}
+    request = {"tokens": cell.length, "prompts": cell.prompts}
 
     def read(engine: EngineProcess) -> dict[str, Any]:
         answer: dict[str, Any] = engine.ask(request)
@@ -183,7 +198,7 @@ def make_spec(options: argparse.Namespace, directory: str, chunk: int) -> dict[s
     """What the engines of one chunk size are told."""
     cells = make_cells(options.tiny, ["*"])
     shape, layers = (TINY, TINY_LAYERS) if options.tiny else (LLAMA_8B, LAYERS)
-    max_len = max(cell.tokens for cell in cells) + 16
+    max_len = max(cell.length for cell in cells) + 16
     write_model(directory, shape, layers, max_len)
     engine = {
         "model": directory, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
@@ -215,7 +230,9 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "model": {"shape": TINY if options.tiny else LLAMA_8B, "weights": "dummy"},
         "seed": options.seed,
         "layers": TINY_LAYERS if options.tiny else LAYERS,
-        "prompts": "random token ids; those longer than a chunk fill all of theirs, so that no last rows are dense",
+        "prompts": "random token ids. One alone is an eighth of a chunk longer than `tokens` where it would fill all "
+        "of its chunks, so that its last rows are known and attend to all keys; several at once fill them, and no "
+        "last rows are dense",
         "selection": "the choice runs in full; drawn groups are attended to, see minference_vllm.tuning.drawn",
         "guard": GUARD,
         "engine": {key: value for key, value in spec["engine"].items() if key not in own},

@@ -14,8 +14,10 @@ import torch
 from benchmarks import DENSE, SPARSE, never_slower, results
 from benchmarks.never_slower import LIMITS, Cell, faults_of, make_cells, time_cell
 from benchmarks.rounds import EXTENSION, FEWEST_JUDGED, OF_LONG
+from minference_vllm.budget import Budget
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
+from minference_vllm.plan import Requests, make_plan
 from minference_vllm.runtime import Runtime
 from minference_vllm.scratch import ScratchShape
 
@@ -105,9 +107,20 @@ def test_both_sides_of_the_gate_are_among_the_cells_of_each_chunk() -> None:
             assert {cell.goes_sparse(CONFIG) for cell in cells} == {False, True}
 
 
-def test_prompts_are_cut_into_whole_chunks() -> None:
+def test_several_prompts_are_cut_into_whole_chunks() -> None:
     # A chunk that ends a prompt and begins the next would be shorter than `min_chunk`, and run dense.
-    assert all(cell.tokens % cell.chunk == 0 or cell.chunk % cell.tokens == 0 for cell in make_cells(False, ["*"]))
+    cells = [cell for cell in make_cells(False, ["*"]) if cell.prompts > 1]
+    assert all(cell.length % cell.chunk == 0 or cell.chunk % cell.length == 0 for cell in cells)
+
+
+@pytest.mark.parametrize("chunk", never_slower.CHUNKS)
+def test_the_end_of_a_prompt_alone_is_noticed(chunk: int) -> None:
+    budget, ends = Budget(chunk, chunk), []
+    for cell in make_cells(False, [f"{chunk}/*/1"]):
+        last = Requests([0, cell.length % chunk or chunk], [cell.length], [True])
+        ends += [part.may_end_prompt for part in make_plan(last, CONFIG, budget).chunks]
+    # The last rows that smaller chunks leave of a prompt are fewer than the gate lets through.
+    assert ends == [True] * (3 if chunk >= 8192 else 0)
 
 
 def test_engines_take_turns_after_warming_up(engines: type[Engine]) -> None:
@@ -158,7 +171,7 @@ def test_a_cell_that_is_to_run_sparse_and_does_not_ends_it_at_once(
     with pytest.raises(SystemExit, match="1024/65536/1: nothing ran sparse, and its prompts pass the gate"):
         run("--cells", "1024/65536/1", "8192/*")
     assert sum(kind == SPARSE for kind, _ in engines.asked) == sparse_answers + 1
-    assert {tokens for _, tokens in engines.asked} == {65536}
+    assert {tokens for _, tokens in engines.asked} == {Cell(1024, 65536, 1).length}
 
 
 @pytest.mark.parametrize(
