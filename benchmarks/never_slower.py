@@ -22,10 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +39,7 @@ from benchmarks import (
     runtime,
     sparse_work,
 )
+from benchmarks.cells import Cell, make_cells
 from benchmarks.made_up import LLAMA_8B, TINY, write_model
 from benchmarks.processes import EngineProcess, serve_requests
 from benchmarks.rounds import NO_LIMITS, ORDER, ROUNDS, Limits, Rounds, judge
@@ -54,11 +54,8 @@ from minference_vllm.methods import Method
 from minference_vllm.tuning.drawn import drawn_choice
 
 LIMITS = Limits()
-CHUNKS = (1024, 2048, 8192, 16384)
-PROMPTS = {1: (2048, 8192, 16384, 32768, 65536), 8: (2048, 16384), 32: (2048, 16384)}
-"""Lengths by how many prompts there are at once; 32 longer ones would fill the cache and take minutes."""
-TINY_CHUNKS, TINY_PROMPTS, TINY_SECONDS = (128,), {1: (100, 300), 3: (260,)}, 0.1
 LAYERS, TINY_LAYERS = 8, 2
+TINY_SECONDS = 0.1
 TINY_MEMORY = 0.1  # of the machine's, for each of two engines
 
 LONG_SECONDS = 60.0
@@ -66,43 +63,6 @@ LONG_SECONDS = 60.0
 and is asked for them four times a round."""
 
 Row = dict[str, Any]
-
-
-class Cell(NamedTuple):
-    """So many prompts at once, of so many tokens each, read in chunks of so many (--max-num-batched-tokens).
-
-    Attributes:
-        tokens: of each prompt, in round numbers; see `length`.
-    """
-
-    chunk: int
-    tokens: int
-    prompts: int
-
-    @property
-    def length(self) -> int:
-        """Tokens that each prompt has.
-
-        A prompt that fills its last chunk ends unnoticed, and its last rows choose keys as all others do. Few prompts
-        do, so one alone is an eighth of a chunk longer. Several at once are not: the next would begin in the step in
-        which one ends, with fewer rows than `min_chunk`.
-        """
-        is_cut_evenly = self.prompts == 1 and self.tokens % self.chunk == 0
-        return self.tokens + (self.chunk // 8 if is_cut_evenly else 0)
-
-    def __str__(self) -> str:
-        return f"{self.chunk}/{self.tokens}/{self.prompts}"
-
-    def goes_sparse(self, config: MInferenceConfig) -> bool:
-        """Whether the gate lets any chunk through."""
-        return self.tokens >= config.min_seq_len and min(self.chunk, self.tokens) >= config.min_chunk
-
-
-def make_cells(tiny: bool, patterns: Sequence[str]) -> list[Cell]:
-    """The cells that fit one of the patterns, by chunk."""
-    chunks, prompts = (TINY_CHUNKS, TINY_PROMPTS) if tiny else (CHUNKS, PROMPTS)
-    cells = [Cell(chunk, tokens, count) for chunk in chunks for count, lengths in prompts.items() for tokens in lengths]
-    return [cell for cell in cells if any(fnmatch(str(cell), pattern) for pattern in patterns)]
 
 
 def make_chooser(seed: int) -> Chooser:

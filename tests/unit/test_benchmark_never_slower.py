@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import DENSE, SPARSE, never_slower, results
-from benchmarks.never_slower import LIMITS, Cell, faults_of, make_cells, time_cell
+from benchmarks.cells import CHUNKS, PROMPTS, Cell, make_cells
+from benchmarks.never_slower import LIMITS, faults_of, time_cell
 from benchmarks.rounds import EXTENSION, FEWEST_JUDGED, OF_LONG
 from minference_vllm.budget import Budget
 from minference_vllm.chunk import Chunk, PagedKV
@@ -101,8 +102,8 @@ def test_cells_are_chosen_by_pattern() -> None:
 
 
 def test_both_sides_of_the_gate_are_among_the_cells_of_each_chunk() -> None:
-    for chunk in never_slower.CHUNKS:
-        for prompts in never_slower.PROMPTS:
+    for chunk in CHUNKS:
+        for prompts in PROMPTS:
             cells = [cell for cell in make_cells(False, ["*"]) if (cell.chunk, cell.prompts) == (chunk, prompts)]
             assert {cell.goes_sparse(CONFIG) for cell in cells} == {False, True}
 
@@ -113,7 +114,7 @@ def test_several_prompts_are_cut_into_whole_chunks() -> None:
     assert all(cell.length % cell.chunk == 0 or cell.chunk % cell.length == 0 for cell in cells)
 
 
-@pytest.mark.parametrize("chunk", never_slower.CHUNKS)
+@pytest.mark.parametrize("chunk", CHUNKS)
 def test_the_end_of_a_prompt_alone_is_noticed(chunk: int) -> None:
     budget, ends = Budget(chunk, chunk), []
     for cell in make_cells(False, [f"{chunk}/*/1"]):
