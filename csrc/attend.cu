@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of a chunk over the keys that an index keeps, for Hopper (sm_90a): bf16, fp16 and FP8, head_dim 64 and 128.
-// Entry points for minference_vllm/kernels/cuda/attend.py. Their twin: minference_vllm/reference/attend.py.
+// Entry points for minference_vllm/kernels/cuda/attend.py. The reference is minference_vllm/reference/attend.py.
 
 #include "attend_kernel.cuh"
 #include "cache_map.cuh"

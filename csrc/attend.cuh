@@ -3,7 +3,8 @@
 // tiles.
 //
 // A tile is 128 query rows of one head, in two halves of 64. The keys that it keeps come in stages of 128: first the
-// tile's own keys, then groups of 16 that both halves keep or only one of them, then single columns.
+// tile's own keys (the causal diagonal block), then groups of 16 that both halves or only one of them keeps, then
+// single columns.
 // minference_vllm/index.py defines what is kept, attend_index.cuh reads it.
 #pragma once
 
@@ -14,7 +15,7 @@ namespace attend {
 
 constexpr int TILE = 128;
 constexpr int HALF = 64;
-constexpr int GROUP = 16;  // consecutive keys, from a multiple of 16 on: they never straddle two pages
+constexpr int GROUP = 16;  // consecutive keys from a multiple of 16 on, so that they never straddle two pages
 constexpr int GROUPS_PER_TILE = TILE / GROUP;
 constexpr int GROUPS_PER_STAGE = TILE / GROUP;
 
@@ -22,7 +23,7 @@ constexpr int GROUPS_PER_STAGE = TILE / GROUP;
 constexpr int SHARED = 0;
 constexpr int KINDS = 3;
 
-constexpr int NO_MORE = -1;  // in place of a kind, where no stage follows
+constexpr int NO_MORE = -1;  // in place of a kind: no stage follows
 
 constexpr int KEYS = 0;
 constexpr int VALUES = 1;
@@ -33,7 +34,7 @@ struct Params {
     const char* k;  // for keys that are copied one by one
     const char* v;
     const int32_t* block_table;  // this request's row
-    const void* sinks;           // a score per query head that joins each row's softmax; null without
+    const void* sinks;           // a score per query head that joins each row's softmax; null if there are none
     void* out;
     float* lse;
     unsigned long long* kept_pairs;
@@ -45,8 +46,8 @@ struct Params {
     int32_t num_rows, context_len;
     int32_t num_qo_heads;
     int32_t group_size;      // query heads that share a KV head
-    int32_t tiles_per_wave;  // that run at the same time, each for all heads of a group
-    int32_t sinks_are_fp32;  // else they are of the output's type
+    int32_t tiles_per_wave;  // tiles that run at the same time, each for all heads of a group
+    int32_t sinks_are_fp32;  // otherwise they have the output's type
     float scale_log2;
     fp8::Scale q_scale, k_scale, v_scale;
 };
@@ -54,14 +55,16 @@ struct Params {
 constexpr int THREADS = 3 * hopper::WARPGROUP;
 constexpr int LAUNCH_REGISTERS = (1 << 16) / THREADS / 8 * 8;  // per thread
 
-// For queries, keys and values that are stored as `Stored`, HEAD_DIM of them in a row.
+// Sizes for queries, keys and values of type `Stored`, HEAD_DIM elements per row.
 //
-// Values are multiplied in 16 bits. FP8's are copied as they are, and converted into a ring of their own.
+// The tensor cores multiply values in 16 bits. Values in FP8 are copied as they are and then converted into a second
+// ring.
 template <typename Stored, int HEAD_DIM>
 struct Shape {
     static constexpr bool CONVERTS = std::is_same_v<Stored, hopper::E4M3>;
     static constexpr int ROW_BYTES = HEAD_DIM * sizeof(Stored);
     static constexpr int SWIZZLE_BYTES = ROW_BYTES < hopper::SWIZZLE_BYTES ? ROW_BYTES : hopper::SWIZZLE_BYTES;
+    // A longer row is cut into blocks of one swizzled row each; block b of all rows comes before block b + 1 of any.
     static constexpr int BLOCKS = ROW_BYTES / SWIZZLE_BYTES;
     static constexpr int BOX_ELEMENTS = SWIZZLE_BYTES / sizeof(Stored);
     static constexpr int STAGES = HEAD_DIM == 128 ? 3 : 5;  // as many as fit in shared memory
@@ -72,13 +75,16 @@ struct Shape {
     static constexpr int VALUE_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
     static constexpr int VALUE_BYTES = TILE * HEAD_DIM * 2;
 
-    // Half of the producer warpgroup copies keys, the other half values. FP8's are half as many bytes: a quarter each
-    // copies them, and the other half converts values.
+    // Half of the producer warpgroup copies keys, the other half copies values. FP8 has half as many bytes, so a
+    // quarter copies keys, a quarter copies values, and the other half converts values.
     static constexpr int COPYING_THREADS = hopper::WARPGROUP / (CONVERTS ? 4 : 2);
     static constexpr int COPYING_WARPS = COPYING_THREADS / hopper::WARP;
-    // A stage is full when every copying thread has arrived, and once more each of their warps, after writing the mask.
+    // A stage is full after an arrival of every copying thread and one more of each copying warp. For rows, a thread
+    // arrives when its cp.async have landed, and a warp when it has written its part of the mask. For groups, thread 0
+    // arrives in place of all threads, and each warp arrives with the bytes that its boxes will bring.
     static constexpr int FULL_ARRIVALS = COPYING_THREADS + COPYING_WARPS;
-    // Each arrives when it has read a slot of stored values, and when it has filled one of converted values.
+    // Each of these warps arrives twice per stage: at `empty` of the stored values that it has read, and at
+    // `converted_full` of the values that it has written.
     static constexpr int CONVERTING_WARPS = hopper::WARPGROUP / hopper::WARP - 2 * COPYING_WARPS;
 
     // Registers per thread. The consumers can only have more than at launch if the producer gives up as many.
@@ -87,7 +93,7 @@ struct Shape {
     static_assert(2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= 3 * LAUNCH_REGISTERS);
 };
 
-// A slot is empty when every consumer warp has arrived. For a half that skips the stage the producer arrives.
+// A slot is empty when every consumer warp has arrived. The producer warpgroup arrives for a half that skips the stage.
 constexpr int WARPS_PER_HALF = hopper::WARPGROUP / hopper::WARP;
 constexpr int EMPTY_ARRIVALS = 2 * WARPS_PER_HALF;
 
@@ -102,8 +108,8 @@ struct Work {
 
     __device__ __forceinline__ int start_row() const { return tile * TILE; }
 
-    // Whether the request ends within the tile. What lies behind its last key is garbage, perhaps NaN, so that the
-    // tile's own keys are then copied row by row, with the last key in place of those that are missing.
+    // Whether the request ends within the tile. What lies behind its last key is garbage, perhaps NaN. The tile's own
+    // keys are then copied row by row, with the last key in place of those that are missing.
     __device__ __forceinline__ bool is_cut_short(const Params& p) const {
         return start_row() + TILE > p.context_len + p.num_rows;
     }
@@ -114,7 +120,7 @@ template <typename Stored, int HEAD_DIM>
 struct Converted {
     using S = Shape<Stored, HEAD_DIM>;
     char converted[S::STAGES][S::VALUE_BYTES];
-    int kinds[S::STAGES];  // of the stages whose values are to be converted, or NO_MORE
+    int kinds[S::STAGES];  // of the stages in the ring, for the threads that convert their values, or NO_MORE
     uint64_t converted_full[S::STAGES][KINDS], converted_empty[S::STAGES];
 };
 struct Nothing {};
@@ -125,11 +131,12 @@ struct alignas(1024) Storage
     using S = Shape<Stored, HEAD_DIM>;
     alignas(1024) char q[2][S::QUERY_BYTES];
     char ring[2][S::STAGES][S::KEY_BYTES];  // of KEYS and of VALUES, as they are stored
-    // For a stage of columns one bit per key and half. It is not set if a group has brought the half this key already.
+    // For a stage of columns, one bit per key and half. A cleared bit masks the key: it is already in one of the half's
+    // groups and must not count twice, or the stage has no key there.
     int32_t fresh[S::STAGES][2][TILE / 32];
-    // A barrier for each kind of stage. A half skips the other's private stages, and with one barrier for all kinds it
-    // would miss phases: by their parity alone it could not tell which of them has come. Who converts values skips none,
-    // and waits for SHARED's.
+    // One barrier per kind of stage. A half skips the other half's private stages. With one barrier for all kinds it
+    // would miss phases, and by parity alone it could not tell whether the phase that it waits for has come. The
+    // threads that convert values skip no stage, so they wait for the barrier of SHARED whatever the kind.
     uint64_t full[2][S::STAGES][KINDS];
     uint64_t empty[2][S::STAGES];
     uint64_t q_full, q_empty;
@@ -138,7 +145,7 @@ struct alignas(1024) Storage
     int drawn[MAX_DRAWN];  // tile numbers, for the threads that copy
     uint64_t drawn_full[MAX_DRAWN], drawn_empty[MAX_DRAWN];
 
-    // Values as they are multiplied.
+    // The slots and barriers of the values that the tensor cores read.
     __device__ __forceinline__ char* values(int slot) {
         if constexpr (S::CONVERTS) return this->converted[slot];
         else return ring[VALUES][slot];
@@ -165,8 +172,8 @@ __device__ __forceinline__ int read_for_warp(const int& word, int lane) {
 // alone keeps. Private stages come in pairs, one for each half, which compute at the same time. A pair loads two stages
 // for the work of one, so pairs are spread evenly among the shared stages to keep the load on L2 even.
 struct Stages {
-    int shared, rest;        // stages, and the groups that fill no stage
-    int groups[2], own[2];   // in each half's private stages, and how many stages these are
+    int shared, rest;        // shared stages, and shared groups that fill no whole stage
+    int groups[2], own[2];   // groups in each half's private stages, and the number of these stages
     int pairs, shared_per_pair;
 
     //   columns_follow: both halves have more stages after these.
@@ -230,6 +237,7 @@ __device__ __forceinline__ long long count_pairs(
         const long long rows = max(end - begin, 0);
         pairs += rows * columns[half];
         if (!first) continue;
+        // A row attends to its half's groups and to the tile's own keys up to itself.
         const int in_groups = GROUP * (work.num_groups[SHARED] + work.num_groups[1 + half]);
         pairs += rows * (in_groups + begin - work.start_row()) + rows * (rows + 1) / 2;
     }
@@ -250,21 +258,21 @@ struct Order {
 
     __device__ __forceinline__ int size() const { return num_tiles * num_heads; }
 
-    // Neighbours in the order are the heads of one KV head, then neighbouring tiles: they run at the same time and
-    // share keys in L2. The longest tiles come first, so that at the end the short ones keep all programs busy: those
-    // that may be far longer than all others under every head, before any other. Each time the programs have been
-    // through the heads of a group, the heads are rotated: some keep more than others, and without that the same
-    // programs would always get those.
+    // The heads of one KV head follow each other, then those of the neighbouring tile: they run at the same time and
+    // share keys in L2. The longest tiles come first, so that short ones keep all programs busy at the end. TILES_AHEAD
+    // tiles may be far longer than all others; for every head they come before any other tile. Each time the programs
+    // have been through the heads of a group, the heads are rotated. Some heads keep more than others, and without the
+    // rotation the same programs would always get those.
     template <typename Index>
     __device__ __forceinline__ Work at(const Params& p, const Index& index, int id) const {
         Work work;
         if constexpr (Index::LISTS_HEADS) {
-            // Few heads, in whatever order: for each tile one after the other.
+            // The heads are few, and their order does not matter: all of them for one tile, then for the one before.
             work.tile = first_tile + num_tiles - 1 - id / num_heads;
             work.head = __ldg(index.heads + id % num_heads);
             work.kv_head = work.head / p.group_size;
         } else {
-            // Of a stretch of tiles: those ahead of all others, or the rest.
+            // A stretch is the tiles that come before all others, or the rest.
             const int ahead = min(Index::TILES_AHEAD, num_tiles), of_ahead = ahead * num_heads;
             const bool is_ahead = id < of_ahead;
             const int place = is_ahead ? id : id - of_ahead, stretch = is_ahead ? ahead : num_tiles - ahead;

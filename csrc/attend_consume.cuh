@@ -16,13 +16,13 @@ namespace attend {
 struct Scored {
     int slot, kind;
     uint32_t phase;
-    bool by_rows;  // whether cp.async copies them
+    bool by_rows;  // whether cp.async copies the values
 };
 
 template <typename Stored, int HEAD_DIM, typename Index>
 struct Consumer {
     using S = Shape<Stored, HEAD_DIM>;
-    using Value = std::conditional_t<S::CONVERTS, __half, Stored>;  // as it is multiplied
+    using Value = std::conditional_t<S::CONVERTS, __half, Stored>;  // as the tensor cores multiply it
     static constexpr int OUTPUTS = HALF * HEAD_DIM / hopper::WARPGROUP;  // per thread
 
     const Params& p;
@@ -32,7 +32,7 @@ struct Consumer {
     const int lane = thread % hopper::WARP;
     const int row = first_row(thread);
 
-    // The next stage's slot, and the phases of `full` for shared and for this half's private stages, a bit per slot.
+    // The next stage's slot, and the parities of `full` for shared and for this half's private stages, a bit per slot.
     int slot = 0;
     uint32_t phases[2] = {};
     uint32_t q_phase = 0;
@@ -50,7 +50,7 @@ struct Consumer {
     __device__ __forceinline__ Consumer(const Params& p, Storage<Stored, HEAD_DIM>& shared, int half, int thread)
         : p(p), shared(shared), half(half), thread(thread) {}
 
-    // One arrival per warp, for the other warps of the group may still be reading.
+    // One arrival per warp, because the other warps of the warpgroup may still be reading.
     __device__ __forceinline__ void release(uint64_t* barrier) const {
         if (lane == 0) hopper::arrive(barrier);
     }
@@ -64,7 +64,7 @@ struct Consumer {
     __device__ __forceinline__ void take_turn() const { hopper::wait_named(1 + half, 2 * hopper::WARPGROUP); }
     __device__ __forceinline__ void pass_turn() const { hopper::arrive_named(2 - half, 2 * hopper::WARPGROUP); }
 
-    // Start the scores of the next stage, of as many of its keys as `scores` has room for.
+    // Start the scores of the next stage, for as many of its keys as `scores` has room for.
     template <int COUNT>
     __device__ __forceinline__ void start_scores(float (&scores)[COUNT]) {
         const uint32_t q = hopper::shared_address(shared.q[half]);
@@ -117,7 +117,7 @@ struct Consumer {
 
     __device__ __forceinline__ void wait_for_values(const Scored& its) {
         hopper::wait(shared.values_full(its.slot, its.kind), its.phase);
-        // Threads that convert values have fenced them already.
+        // The threads that convert values have fenced their stores already.
         if (!S::CONVERTS && its.by_rows) hopper::fence_async_proxy();
     }
 
@@ -151,6 +151,7 @@ struct Consumer {
 
     // The tile's own keys come first because they give every row a finite maximum.
     __device__ __forceinline__ void begin() {
+        // Without further stages no scores will need the queries again.
         if (steps_left == 0) release(&shared.q_empty);
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
@@ -175,6 +176,7 @@ struct Consumer {
         wait_for_values(before);
         start_values(before.slot);
         pass_turn();
+        // Only the scores must be there; the values may still be added.
         hopper::mma_wait<1>();
         hopper::pin(scores);
         mask(scores);
@@ -190,7 +192,7 @@ struct Consumer {
         step<TILE, false, false>([](auto&) {});
     }
 
-    //   keys: how many are left in private stages, this one's included; none or fewer if the stage is empty.
+    //   keys: how many are left in private stages, this one's included; zero or less if the stage is empty.
     template <int WIDTH>
     __device__ __forceinline__ void step_private(int keys) {
         step<WIDTH, true, false>([&](auto& scores) {
@@ -234,8 +236,8 @@ struct Consumer {
         const int last_round = Index::HAS_COLUMNS ? 0 : min(1 - surplus, 0);
         int shared_at_end = stages.shared - stages.pairs * stages.shared_per_pair;
         int keys = (half == 0 ? stages.groups[0] : stages.groups[1]) * GROUP;
-        // A round for each pair, then round 0 with the remaining shared stages and the first of the surplus, if there
-        // is any, then one round for each of the others.
+        // First a round for each pair. Round 0 has the remaining shared stages and the first surplus stage, if there is
+        // one. Each further surplus stage is a round with a negative number.
 #pragma unroll 1
         for (int round = stages.pairs;; --round, keys -= TILE) {
 #pragma unroll 1
@@ -243,7 +245,7 @@ struct Consumer {
             if constexpr (!Index::HAS_COLUMNS) shared_at_end = round > 0 ? shared_at_end : 0;
             const bool is_mine = round > 0 || surplus > 0;
             const bool is_others = round > 0 || Index::HAS_COLUMNS && surplus < 0;
-            // Of a pair the first half's stage comes first in the ring.
+            // In the ring, the first half's stage of a pair precedes the second half's.
             if (half == 1 && is_others) advance();
             if (is_mine) {
                 if (keys > HALF) {
@@ -277,7 +279,8 @@ struct Consumer {
         start_values(scored.slot);
         finish_values(scored.slot);
         if constexpr (!Index::HAS_COLUMNS) {
-            // The other half may have any number of private stages left: this half has released its slots.
+            // The other half may have any number of private stages left. They cannot run out of slots, since this half
+            // has released all of its own.
             const int others = half == 0 ? stages.own[1] - stages.own[0] : stages.own[0] - stages.own[1];
 #pragma unroll 1
             for (int i = 0; i < others; ++i) {
@@ -288,12 +291,13 @@ struct Consumer {
     }
 };
 
-//   T: of the output.
+//   T: type of the output.
 template <typename T, typename Stored, int HEAD_DIM, typename Index>
 __device__ __forceinline__ void consume(const Params& p, Storage<Stored, HEAD_DIM>& shared, int half, int thread) {
     constexpr bool HAS_SCALES = Shape<Stored, HEAD_DIM>::CONVERTS;
     Consumer<Stored, HEAD_DIM, Index> consumer(p, shared, half, thread);
     Work work, next;
+    // The first turn is half 0's.
     if (half == 1) consumer.pass_turn();
     bool is_over = consumer.next_tile(work);
     consumer.finish_first_scores();
@@ -305,6 +309,7 @@ __device__ __forceinline__ void consume(const Params& p, Storage<Stored, HEAD_DI
         consumer.finish_first_scores();
         work = next;
     }
+    // Take the turn that half 1 passed last, so that no named barrier is left half full.
     if (half == 0) consumer.take_turn();
 }
 

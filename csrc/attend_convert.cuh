@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The half of the producer warpgroup that converts values in FP8 to fp16, which holds each of their numbers. The tensor
-// cores want FP8 contiguous along the keys, which values are not, and would round probabilities to FP8 as well.
+// Half of the producer warpgroup converts values from FP8 to fp16, which represents each of them exactly. The tensor
+// cores cannot take the values in FP8: wgmma wants FP8 operands K-major, which here is contiguous along the keys, as
+// values are not, and probabilities would have to be rounded to FP8 as well.
 #pragma once
 
 #include "attend.cuh"
@@ -9,18 +10,19 @@ namespace attend {
 
 // One lane's part of a stage: chunks of 16 bytes, each of which becomes two pieces of 16 bytes.
 //
-// The eight lanes that access shared memory together meet each bank once, in either ring: they take four chunks of two
-// rows each, which differ such that swizzling parts the chunks that are read as well as the pieces that are written.
+// There are no bank conflicts in either ring. Eight lanes access shared memory at a time, and they take four chunks
+// from each of two rows. The rows are chosen such that swizzling sends both the eight chunks that are read and the
+// eight pieces that are written to different banks.
 template <typename Stored, int HEAD_DIM>
 struct Part {
     using S = Shape<Stored, HEAD_DIM>;
     static constexpr int CHUNKS = S::ROW_BYTES / 16;
-    static constexpr int TIMES = 8 * CHUNKS / hopper::WARP;       // that a warp goes over an atom of eight rows
-    static constexpr int ATOMS = TILE / 8 / S::CONVERTING_WARPS;  // of a warp
-    static constexpr int ATOMS_AT_ONCE = 8 / TIMES;               // eight loads are under way
+    static constexpr int TIMES = 8 * CHUNKS / hopper::WARP;       // passes of a warp over an atom of eight rows
+    static constexpr int ATOMS = TILE / 8 / S::CONVERTING_WARPS;  // per warp
+    static constexpr int ATOMS_AT_ONCE = 8 / TIMES;               // so that a lane has eight loads in flight
     static_assert(CHUNKS == 4 || CHUNKS == 8);
 
-    // In the first of the warp's atoms, bytes from where a slot begins.
+    // Places in the first of the warp's atoms, in bytes from the start of a slot.
     uint32_t sources[TIMES], targets[TIMES][2];
 
     __device__ __forceinline__ explicit Part(int thread) {
@@ -70,7 +72,7 @@ struct Part {
 };
 
 // Convert stage after stage, whatever tile it belongs to. Rows that a stage does not fill are converted too: they are
-// finite, and so is what becomes of them.
+// finite, and so are the results.
 //   thread: of CONVERTING_WARPS.
 template <typename Stored, int HEAD_DIM>
 __device__ __forceinline__ void convert(Storage<Stored, HEAD_DIM>& shared, int thread) {
@@ -85,7 +87,7 @@ __device__ __forceinline__ void convert(Storage<Stored, HEAD_DIM>& shared, int t
         const int kind = read_for_warp(shared.kinds[slot], lane);
         if (kind == NO_MORE) break;
         hopper::wait(&shared.converted_empty[slot], phase ^ 1);
-        // For the half that skips the stage.
+        // Arrive in place of the half that skips the stage.
         if (thread == 0 && kind != SHARED) hopper::arrive(&shared.converted_empty[slot], WARPS_PER_HALF);
         part.convert(hopper::shared_address(shared.ring[VALUES][slot]), hopper::shared_address(shared.converted[slot]));
         hopper::fence_async_proxy();

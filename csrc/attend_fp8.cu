@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention kernels for queries, keys and values in FP8. They are as many as those of attend.cu, and a source of their
-// own compiles beside it.
+// The attention kernels for queries, keys and values in FP8. There are as many of them as in attend.cu, and as a source
+// file of their own they compile at the same time.
 
 #include "attend_kernel.cuh"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The types of minference_vllm/index.py, as the attention kernel reads them: which heads are attended for, how many groups
+// The types of minference_vllm/index.py, as the attention kernel reads them: which heads it computes, how many groups
 // and columns a tile keeps, and where they are.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace attend {
 
-// Groups at distances from the tile that are the same for every tile of a head, called bands, and single columns.
+// Bands and single columns. A band is a group at a distance from the tile that is the same for every tile of a head.
 struct BandIndex {
     static constexpr bool HAS_COLUMNS = true, LISTS_HEADS = false;
     static constexpr int TILES_AHEAD = 0;
@@ -49,10 +49,10 @@ struct BandIndex {
 // Groups listed for each tile, no columns.
 struct TileIndex {
     static constexpr bool HAS_COLUMNS = false, LISTS_HEADS = false;
-    // The last rows of a prompt may keep all keys, ten times as many as others. With the default of last_tokens they lie
-    // in two tiles at the most.
+    // The last rows of a prompt may keep all keys, ten times as many as others. With the default of last_tokens they
+    // lie in two tiles at the most.
     static constexpr int TILES_AHEAD = 2;
-    static constexpr int EVERY_GROUP = -1;
+    static constexpr int EVERY_GROUP = -1;  // in place of the first count: the tile keeps all groups before it
 
     const int32_t* groups;
     const int32_t* counts;
@@ -69,15 +69,16 @@ struct TileIndex {
 
     // The first key of the i-th group of a kind.
     __device__ __forceinline__ int group_key(const Work& work, int kind, int i) const {
-        // A list is ascending: if it has as many groups as there are, the i-th is i, and it need not be read.
+        // A list is ascending. If it has as many groups as there are, its i-th group is i, and it need not be read.
         if (work.num_groups[SHARED] == work.tile * GROUPS_PER_TILE) return i * GROUP;
+        // A list holds the shared groups, then those of the first half, then those of the second.
         const int before = kind == SHARED ? 0 : work.num_groups[SHARED] + (kind == 1 ? 0 : work.num_groups[1]);
         const int64_t list = work.head * stride_groups + (work.tile - first_tile) * stride_groups_tile;
         return __ldg(groups + list + before + i) * GROUP;
     }
 };
 
-// All groups, for some heads alone.
+// All groups, but only for the heads that are listed.
 struct HeadIndex {
     static constexpr bool HAS_COLUMNS = false, LISTS_HEADS = true;
 

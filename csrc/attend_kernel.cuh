@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention kernel: a persistent program per multiprocessor, specialised by warpgroup. A producer warpgroup copies
-// keys and values through the block table into a ring in shared memory, and converts values if they are in FP8; two
-// consumer warpgroups attend for 64 query rows each.
+// The attention kernel: a persistent program (thread block) per multiprocessor, specialised by warpgroup. A producer
+// warpgroup finds keys and values through the block table and copies them into a ring in shared memory; it also
+// converts values in FP8. Two consumer warpgroups attend for 64 query rows each.
 #pragma once
 
 #include "attend_consume.cuh"
@@ -11,7 +11,7 @@
 
 namespace attend {
 
-// Set up the barriers, and fill with zeros what a stage need not fill.
+// Set up the barriers, and fill the slots for values with zeros.
 template <typename Stored, int HEAD_DIM>
 __device__ __forceinline__ void set_up(const Params& p, Storage<Stored, HEAD_DIM>& shared) {
     using S = Shape<Stored, HEAD_DIM>;
@@ -21,6 +21,7 @@ __device__ __forceinline__ void set_up(const Params& p, Storage<Stored, HEAD_DIM
         hopper::prefetch_map(&p.v_map);
         for (int i = 0; i < 2 * S::STAGES; ++i) {
             const int which = i / S::STAGES, slot = i % S::STAGES;
+            // Slots of values to be converted are emptied by the warps that convert, all others by the consumers.
             const bool is_converted = S::CONVERTS && which == VALUES;
             for (auto& full : shared.full[which][slot]) hopper::init_barrier(&full, S::FULL_ARRIVALS);
             hopper::init_barrier(&shared.empty[which][slot], is_converted ? S::CONVERTING_WARPS : EMPTY_ARRIVALS);
@@ -37,7 +38,8 @@ __device__ __forceinline__ void set_up(const Params& p, Storage<Stored, HEAD_DIM
         hopper::init_barrier(&shared.q_empty, EMPTY_ARRIVALS);
         hopper::fence_barrier_init();
     }
-    // A stage need not fill its slot, and zero times NaN is NaN: whatever the rest of a slot holds must be finite.
+    // A stage need not fill its slot, and what the rest of the slot holds is multiplied by probabilities of zero. It
+    // must be finite, since zero times NaN is NaN.
     for (int i = threadIdx.x * 16; i < int(sizeof(shared.ring[VALUES])); i += THREADS * 16) {
         *reinterpret_cast<uint4*>(&shared.ring[VALUES][0][0] + i) = {};
     }
@@ -45,7 +47,7 @@ __device__ __forceinline__ void set_up(const Params& p, Storage<Stored, HEAD_DIM
     __syncthreads();
 }
 
-//   T: of the output.
+//   T: type of the output.
 template <typename T, typename Stored, int HEAD_DIM, typename Index>
 __global__ void __launch_bounds__(THREADS, 1)
 attend_kernel(const __grid_constant__ Params p, const __grid_constant__ Index index) {
@@ -54,12 +56,12 @@ attend_kernel(const __grid_constant__ Params p, const __grid_constant__ Index in
         if (__ldg(index.num_heads) == 0) return;
     }
     extern __shared__ char raw[];
-    // Swizzled atoms begin at multiples of 1024.
+    // Swizzle atoms must begin at multiples of 1024 bytes, which dynamic shared memory need not do.
     const uint32_t gap = -hopper::shared_address(raw) & (hopper::ATOM_BYTES - 1);
     auto& shared = *reinterpret_cast<Storage<Stored, HEAD_DIM>*>(raw + gap);
     set_up(p, shared);
 
-    // Read from lane 0, which tells the compiler that all lanes of a warp go the same way.
+    // The broadcast from lane 0 tells the compiler that all lanes of a warp take the same branch.
     const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
     const int thread = threadIdx.x % hopper::WARPGROUP;
     if (warpgroup == 0) {
@@ -88,8 +90,8 @@ cudaError_t launch(const Params& p, const Index& index, int num_programs, cudaSt
     return cudaGetLastError();
 }
 
-// Over a cache in FP8, under queries in FP8: see attend_fp8.cu.
-//   is_bf16: the output, else fp16.
+// The same for queries and a cache in FP8: see attend_fp8.cu.
+//   is_bf16: whether the output is bf16; otherwise it is fp16.
 template <typename Index>
 cudaError_t launch_fp8(
     const Params& p, const Index& index, int head_dim, bool is_bf16, int num_programs, cudaStream_t stream

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How wgmma spreads an accumulator of 64 rows over the lanes of a warpgroup.
+// How wgmma spreads an accumulator of 64 rows over the threads of a warpgroup.
 //
 // Lane (g = lane / 4, t = lane % 4) of warp w holds the rows 16 w + g and 16 w + g + 8, and of each block of eight
 // columns the columns 2 t and 2 t + 1: four registers per block, two of the first row, then two of the second. So a row
@@ -16,7 +16,7 @@ constexpr float LN_2 = 0.6931471805599453f;
 // The first of a thread's two rows; the second is 8 rows further.
 __device__ __forceinline__ int first_row(int thread) { return thread / hopper::WARP * 16 + thread % hopper::WARP / 4; }
 
-// The column of a thread's i-th register; i / 2 % 2 says which of its rows.
+// The column of a thread's i-th register, which belongs to the thread's row i / 2 % 2.
 __device__ __forceinline__ int column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
 __device__ __forceinline__ float row_maximum(float x) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The producer warpgroup of the attention kernel: finds a tile's keys in the pages and copies them into the ring.
 //
-// Groups are copied as boxes by the bulk copy engine, columns row by row with cp.async. Where they are is looked up
-// stages ahead, because list, block table and copy are three round trips to L2, each of which needs the one before.
-// Rows of a slot that a stage does not fill keep what they held, a key of an earlier stage or zero. The consumers mask
-// them, and since they are finite, a probability of zero makes them harmless.
+// Groups are copied as boxes by the bulk copy engine (TMA), columns row by row with cp.async. Their places are looked
+// up stages ahead, because list, block table and copy are three round trips to L2, each of which needs the one before.
+// Rows of a slot that a stage does not fill keep what they held: a key or value of an earlier stage, or zero. The
+// consumers mask them, and since they are finite, a probability of zero makes them harmless.
 #pragma once
 
 #include "attend.cuh"
@@ -29,12 +29,12 @@ struct Stream {
     static constexpr int STAGES_LOOKED_UP = hopper::WARP / GROUPS_PER_WARP;
     static constexpr int ROWS_PER_THREAD = TILE / COPYING_THREADS;
 
-    // A thread's keys of a stage, NOWHERE where it has none.
+    // The keys that a thread copies for a stage, NOWHERE in place of those that it does not have.
     struct Keys {
         int key[ROWS_PER_THREAD];
     };
 
-    // Where they are, and which halves keep them in groups anyway; bit h is set for half h.
+    // Where these keys are, and which halves already have them in groups; bit h is set for half h.
     struct Rows {
         Keys keys;
         int page[ROWS_PER_THREAD];
@@ -80,14 +80,14 @@ struct Stream {
         }
     }
 
-    // Tell those who convert values what kind the next stage of them has.
+    // Tell the threads that convert values of which kind the next stage is.
     __device__ __forceinline__ void note_kind(int kind) {
         if constexpr (S::CONVERTS) {
             if (which == VALUES && thread == 0) shared.kinds[slot] = kind;
         }
     }
 
-    // No stage follows.
+    // Tell the threads that convert values that no stage follows.
     __device__ __forceinline__ void end() {
         wait_for_slot();
         __syncwarp();
@@ -102,6 +102,7 @@ struct Stream {
         if (stage >= stages.total()) return {NOWHERE, 0, SHARED};
         if (stage < 0) return look_up_group(work.start_row() + in_stage * GROUP, SHARED);
         const StageGroups list(stages, stage);
+        // A half's private stages begin with the shared groups that fill no shared stage.
         const int entry = list.start + in_stage;
         if (entry >= list.count) return {NOWHERE, 0, list.kind};
         const bool is_shared = list.kind == SHARED || entry < stages.rest;
@@ -124,10 +125,12 @@ struct Stream {
         const int num_groups = __popc(found & ((1 << GROUPS_PER_WARP) - 1));
         const int kind = __shfl_sync(0xFFFFFFFF, looked_up.kind, ahead * GROUPS_PER_WARP);
         note_kind(kind);
-        const int taken_by = S::CONVERTS && which == VALUES ? SHARED : kind;  // those who convert skip no stage
+        // The threads that convert values skip no stage: see Storage::full.
+        const int taken_by = S::CONVERTS && which == VALUES ? SHARED : kind;
         uint64_t* barrier = &shared.full[which][slot][taken_by];
         if (lane == 0) hopper::arrive_expecting(barrier, num_groups * GROUP_BYTES);
         if (thread == 0) hopper::arrive(barrier, S::FULL_ARRIVALS - COPYING_WARPS);
+        // A half skips this stage and will not empty its slot.
         if (thread == 0 && taken_by != SHARED) hopper::arrive(&shared.empty[which][slot], WARPS_PER_HALF);
         const uint32_t target = address() + warp * GROUPS_PER_WARP * GROUP * S::SWIZZLE_BYTES;
 #pragma unroll
@@ -182,14 +185,14 @@ struct Stream {
         return keys;
     }
 
-    // Copy this warp's rows of a stage, those that its lanes have looked up. Returns which of this thread's rows are
-    // new to which half: bit 2 * part + half.
+    // Copy the rows of a stage that this warp's lanes have looked up. Bit 2 * part + half of the result says whether
+    // this thread's row of that part is new to that half.
     __device__ __forceinline__ uint32_t load_rows(const Work& work, const Rows& rows) {
         constexpr int CHUNKS = S::ROW_BYTES / 16, CHUNKS_PER_BLOCK = S::SWIZZLE_BYTES / 16;
         constexpr int ROWS_AT_ONCE = hopper::WARP / CHUNKS;
-        // From one atom of eight rows to the next a lane's targets are the same.
+        // A lane's targets lie at the same offsets in every atom of eight rows.
         constexpr int TIMES_PER_ATOM = 8 / ROWS_AT_ONCE;
-        // What a chunk's number is swizzled with changes every 128 bytes.
+        // Swizzling XORs a chunk's number with one that changes every 128 bytes, so rows of 64 bytes share it in pairs.
         constexpr int ROWS_ALIKE = hopper::SWIZZLE_BYTES / S::SWIZZLE_BYTES;
         const int chunk = lane % CHUNKS, in_rows = lane / CHUNKS;
         const int swizzled = (chunk % CHUNKS_PER_BLOCK) ^ (in_rows / ROWS_ALIKE);
@@ -208,6 +211,7 @@ struct Stream {
             for (int eight = 0; eight < hopper::WARP; eight += 8, atom += 8 * S::SWIZZLE_BYTES) {
 #pragma unroll
                 for (int i = 0; i < TIMES_PER_ATOM; ++i) {
+                    // CHUNKS lanes copy a row together; the lane that has looked it up tells them where it is.
                     const int row = i * ROWS_AT_ONCE;  // of the eight
                     const int64_t row_offset = __shfl_sync(0xFFFFFFFF, offset, eight + row + in_rows);
                     const uint32_t target = atom + row * S::SWIZZLE_BYTES + (swizzled ^ row / ROWS_ALIKE) * 16;
@@ -285,7 +289,7 @@ __device__ __forceinline__ void produce_columns(
     ThisStream& stream, const Work& work, typename ThisStream::Rows next_rows, typename ThisStream::Keys next_columns,
     int (&fresh)[2]
 ) {
-    constexpr uint32_t FIRST_HALF = ((1 << 2 * ThisStream::ROWS_PER_THREAD) - 1) / 3;  // every other bit
+    constexpr uint32_t FIRST_HALF = ((1 << 2 * ThisStream::ROWS_PER_THREAD) - 1) / 3;  // 0b..0101: bits of half 0
 #pragma unroll 1
     for (int start = 0; start < work.num_columns; start += TILE) {
         const auto rows = next_rows;
@@ -311,7 +315,8 @@ __device__ __forceinline__ void produce(
     auto ahead = look_ahead(stream, work);
 #pragma unroll 1
     for (int turn = 0;; ++turn) {
-        // The consumers begin the next tile before they end this one, so that after the last there must be one more.
+        // The consumers start the first scores of the next tile before they finish this one. So one more tile must
+        // follow the last, of which only keys and queries are loaded.
         const bool is_over = id > last;
         if (which == KEYS || !is_over) begin_tile(stream, work, ahead, is_over, turn & 1);
         if (is_over) break;

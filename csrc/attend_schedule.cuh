@@ -6,9 +6,9 @@
 
 namespace attend {
 
-// Draw the number of the tile after this one from a counter. Programs differ in speed, and with a fixed share for each
-// the fast ones would wait for the slow ones at the end. Every program draws one number past the last, so there are as
-// many draws as tiles, and the last draw sets the counter back to zero for the next launch.
+// Draw the number of the next tile from a counter. Programs differ in speed, and with a fixed share for each the fast
+// ones would wait for the slow ones at the end. A program's first tile is not drawn, and its last draw lies past the
+// last tile. So there are as many draws as tiles, and the last one sets the counter back to zero for the next launch.
 template <typename Stored, int HEAD_DIM>
 __device__ __forceinline__ void draw_tile(const Params& p, Storage<Stored, HEAD_DIM>& shared, int last, int turn) {
     hopper::wait(&shared.drawn_empty[turn % MAX_DRAWN], (turn / MAX_DRAWN & 1) ^ 1);
@@ -26,7 +26,8 @@ __device__ __forceinline__ int drawn_tile(Storage<Stored, HEAD_DIM>& shared, int
     return id;
 }
 
-// Nothing has read a tile's query rows before, so that they would have to come from memory when they are needed.
+// Prefetch a tile's query rows into L2. Nothing has read them before, so they would otherwise come from global memory
+// when they are needed.
 template <typename Shape>
 __device__ __forceinline__ void prefetch_queries(const Params& p, const Work& work, int thread) {
     if (thread >= 2) return;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Online softmax of the attention kernel, over the rows that a thread holds of an accumulator.
 //
-// Probabilities are relative to a reference score. Any reference near a row's maximum gives the same result, so that
-// the maximum of earlier stages is used until sums of probabilities show that it is too low. That is rare after a
-// tile's first stages, and most stages are spared the search for a maximum.
+// Probabilities are relative to a reference score. Any reference near a row's maximum gives the same result. So the
+// maximum of earlier stages is used until sums of probabilities show that it is too low. That is rare after a tile's
+// first stages, and most stages need not search for a maximum.
 #pragma once
 
 #include "attend_lanes.cuh"
@@ -14,7 +14,8 @@ using Probabilities = uint32_t[SCORES / 8][4];  // as wgmma reads them: sixteen 
 
 template <typename T>
 struct Softmax {
-    // The reference is raised if a thread's probabilities of one stage add up to more: fp16 must be able to hold each.
+    // The reference is raised if a thread's probabilities of one stage add up to more than this, because each of them
+    // must be finite in fp16.
     static constexpr float HIGHEST_SUM = 1 << 15;
 
     // One for each of the thread's two rows. Scaled scores are logarithms to base 2.
@@ -42,7 +43,7 @@ struct Softmax {
         const float (&scores)[COUNT], float scale_log2, Probabilities& probabilities
     ) const {
         float added[2] = {};
-        // An accumulator has blocks of eight columns, an operand blocks of sixteen.
+        // wgmma lays out an accumulator in blocks of eight columns, and its operand A in blocks of sixteen.
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
             float both[2];
@@ -53,8 +54,8 @@ struct Softmax {
             }
             probabilities[i / 8][i / 2 % 4] = hopper::pack<T>(both[0], both[1]);
         }
-        // A narrow stage has half as many. To leave out the products with these zeros would take a branch between
-        // wgmmas, which costs more than they do.
+        // A narrow stage has half as many probabilities. Leaving out the products with these zeros would take a branch
+        // between wgmmas, which costs more than the products do.
 #pragma unroll
         for (int i = COUNT; i < SCORES; i += 2) probabilities[i / 8][i / 2 % 4] = 0;
         return {added[0], added[1]};

@@ -8,7 +8,7 @@
 
 namespace attend {
 
-// A head's sink as a logarithm to base 2, as scaled scores are; without sinks that of zero.
+// A head's sink as a logarithm to base 2, like scaled scores. Without sinks it is minus infinity, which adds nothing.
 template <typename T>
 __device__ __forceinline__ float sink_log2(const Params& p, int head) {
     if (p.sinks == nullptr) return -INFINITY;
@@ -30,8 +30,8 @@ __device__ __forceinline__ void write(
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float total = row_total(softmax.sum[r]);
-        // A sink has no value: all it does is take its share of the row's attention from the keys. If that is all of
-        // it, the exponential is infinite and the row is zero.
+        // A sink has no value. All it does is take its share of the row's attention away from the keys. If it takes
+        // all, the exponential is infinite and the row becomes zero.
         const float factor = scale / (total + hopper::exp2_approx(sink - softmax.reference[r]));
         const int in_chunk = work.start_row() + first_row + r * 8 - p.context_len;
         const bool is_in_chunk = in_chunk >= 0 && in_chunk < p.num_rows;

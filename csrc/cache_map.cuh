@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host side: a request's keys or values in their pages, for the bulk copy engine.
+// Host side: a tensor map of the keys or values in the paged cache, for the bulk copy engine (TMA).
 #pragma once
 
 #include "hopper.cuh"
@@ -7,7 +7,7 @@
 
 namespace hopper {
 
-// Describe the keys or the values of a cache; they begin at `base`, and `a` holds sizes and strides. Coordinates are
+// Describe the keys or the values of a cache, which begin at `base`; `a` holds sizes and strides. The coordinates are
 // element, token in its page, KV head, page. One copy brings `keys` keys of one page.
 template <typename Arguments>
 cudaError_t make_cache_map(CUtensorMap* map, Element element, const void* base, const Arguments& a, uint32_t keys) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mass codes: see minference_vllm/reference/codes.py.
+// Mass codes, floats of 8 bits: 5 of exponent, 3 of mantissa, no sign. See minference_vllm/reference/codes.py.
 #pragma once
 
 #include "hopper.cuh"
@@ -21,7 +21,7 @@ __device__ __forceinline__ float decode(uint32_t code) {
     return code > 0 ? __uint_as_float((code << DROPPED_BITS) + LEAST_BITS) : 0.0f;
 }
 
-// In units of reference.codes.ONE.
+// The mass of a code as an integer; a mass of 1 is ONE of minference_vllm/reference/codes.py.
 __device__ __forceinline__ int64_t weight(uint32_t code) {
     constexpr uint32_t STEPS = 1 << OCTAVE_BITS;
     return code > 0 ? int64_t(STEPS + code % STEPS) << (code / STEPS) : 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels use of Hopper (sm_90a), one PTX instruction a function: mbarriers, asynchronous copies, wgmma.
+// Wrappers of the PTX instructions for Hopper (sm_90a) that the kernels use: mbarriers, asynchronous copies, wgmma.
 #pragma once
 
 #include <cuda.h>
@@ -36,11 +36,14 @@ __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, uint32_t byt
                  : "memory");
 }
 
-// Arrive once all cp.async of this thread have landed.
+// Arrive once all cp.async of this thread have landed. This counts among the arrivals that the barrier was initialised
+// with (noinc).
 __device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Wait until the phase of this parity is complete. On a fresh barrier a wait with parity 1 returns at once, so that a
+// producer need not treat the first round of empty slots differently.
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{\n"
@@ -69,7 +72,7 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t destination, const void* 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
 }
 
-// What L2 is to do with the data, encoded as createpolicy would.
+// L2 eviction policies, in the encoding that the instruction createpolicy returns.
 enum class CacheHint : uint64_t { EVICT_FIRST = 0x12F0000000000000 };
 
 __device__ __forceinline__ void copy_box(
@@ -92,7 +95,7 @@ __device__ __forceinline__ void copy_box(
         : "memory");
 }
 
-// Into L2 only.
+// Copy a box into L2 only.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int x0, int x1, int x2) {
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x0), "r"(x1), "r"(x2)
                  : "memory");
@@ -102,7 +105,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Makes visible to wgmma what cp.async or this thread has written: they access shared memory through different proxies.
+// Make visible to wgmma what cp.async or this thread has written to shared memory. They write through the generic
+// proxy, wgmma reads through the async proxy.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------
@@ -144,7 +148,7 @@ __device__ __forceinline__ float log2_approx(float x) {
     return y;
 }
 
-// a b + c, ended at 0 and 1; 0 for NaN.
+// a b + c, clamped to [0, 1]; NaN becomes 0.
 __device__ __forceinline__ float fma_saturate(float a, float b, float c) {
     float d;
     asm volatile("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
@@ -172,7 +176,7 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
     }
 }
 
-// Four numbers as E4M3, side by side from the low byte on: to the nearest, ties to even, at most 448.
+// Four numbers as E4M3, the first in the low byte: rounded to nearest even and saturated at 448.
 __device__ __forceinline__ uint32_t pack_e4m3(float2 first, float2 second) {
     uint16_t low, high;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(first.y), "f"(first.x));
@@ -180,7 +184,7 @@ __device__ __forceinline__ uint32_t pack_e4m3(float2 first, float2 second) {
     return low | uint32_t(high) << 16;
 }
 
-// The lower or the upper two of four E4M3 numbers, side by side in fp16, which holds each of them.
+// The lower or the upper two of four E4M3 numbers as a pair of fp16, which represents each of them exactly.
 __device__ __forceinline__ uint32_t e4m3_to_fp16(uint32_t packed, bool upper) {
     uint32_t wide;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"(uint16_t(upper ? packed >> 16 : packed)));
@@ -198,23 +202,23 @@ __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// The descriptor of a matrix that lies `bytes` further.
+// The descriptor of a matrix that begins `bytes` later. Addresses in descriptors count units of 16 bytes.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
-// Keeps the compiler from reading an accumulator before the wait for it.
+// Keep the compiler from reading an accumulator before the wait for it.
 template <int COUNT>
 __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Descriptor of a matrix in shared memory that is swizzled in rows of ROW_BYTES. `leading` is the distance in bytes
-// between blocks of 64 elements along the contiguous dimension, which counts only if that is not the dimension summed
-// over; `stride` is the distance between groups of 8 rows.
+// Descriptor of a matrix in shared memory that is swizzled in rows of ROW_BYTES. `stride` is the distance in bytes
+// between groups of 8 rows. `leading` is the distance between blocks of 64 elements along the contiguous dimension; it
+// matters only if wgmma sums over the other dimension (an MN-major matrix).
 template <int ROW_BYTES = SWIZZLE_BYTES>
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = 8 * ROW_BYTES) {
     static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
-    constexpr uint64_t MODE = ROW_BYTES == 128 ? 1 : 2;
+    constexpr uint64_t MODE = ROW_BYTES == 128 ? 1 : 2;  // swizzling in rows of 128 or 64 bytes
     return MODE << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
@@ -228,7 +232,10 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leadin
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "    \
     "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// D (+)= A B for 64 x N x 16, or x 32 of E4M3, A and B in shared memory, both contiguous along the 16 or 32.
+// D (+)= A B of 64 x 128 x 16, or 64 x 128 x 32 for E4M3. A and B lie in shared memory and are contiguous along the
+// dimension that is summed over (K-major).
+//
+// The immediates are the signs of A and B, then whether A and B are MN-major, which E4M3 cannot be.
 template <typename T, bool ACCUMULATE>
 __device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) {
 #define HOPPER_MMA(DEPTH, TYPE, ORDER)                                                                   \
@@ -246,7 +253,8 @@ __device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) {
 #undef HOPPER_MMA
 }
 
-// D += A B for 64 x N x 16, A in registers, B in shared memory and contiguous along N: N = 128 or 64 by the size of D.
+// D += A B of 64 x N x 16. A lies in registers; B lies in shared memory and is contiguous along N (MN-major). N is 128
+// or 64: twice as many as a thread has registers of D. The immediates: accumulate, the signs of A and B, B is MN-major.
 template <typename T>
 __device__ __forceinline__ void mma_add(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
 #define HOPPER_MMA(TYPE)                                                                                             \
@@ -277,7 +285,7 @@ __device__ __forceinline__ void mma_add(float (&d)[32], const uint32_t (&a)[4], 
 #undef HOPPER_MMA
 }
 
-// D (+)= A B for 64 x 64 x 16, or x 32 of E4M3, A and B in shared memory, both contiguous along the 16 or 32.
+// D (+)= A B of 64 x 64 x 16, or 64 x 64 x 32 for E4M3. A and B lie in shared memory, both K-major.
 template <typename T, bool ACCUMULATE>
 __device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
 #define HOPPER_MMA(DEPTH, TYPE, ORDER)                                                                  \

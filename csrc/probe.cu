@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of 64 probe rows per head over all keys, summed by column and by diagonal, for Hopper (sm_90a): bf16 and
-// fp16, head_dim 64 and 128, and FP8, head_dim 128. Two passes over the keys, an exact softmax. Its twin:
-// minference_vllm/reference/probe.py.
+// fp16, head_dim 64 and 128, and FP8, head_dim 128. The softmax is exact and takes two passes over the keys. The
+// reference is minference_vllm/reference/probe.py.
 //
-// A pass reads keys once for all heads that share them. Masses are integers, so that atomics give the same sums in any
+// A program reads its keys once for all of its heads. Masses are integers, so that atomics give the same sums in any
 // order.
 
 #include "probe_lse.cuh"
@@ -14,7 +14,8 @@ namespace probe {
 
 constexpr int MAX_SHARED_BYTES = 227 * 1024;
 
-// Into how many ranges to split the keys: what takes the least time, counted in tiles, when programs run in waves.
+// Into how many ranges to split the keys: the number that takes the least time if programs run in waves. Time is
+// counted in tiles.
 inline int choose_splits(int programs_a_split, int num_tiles, int max_splits, int num_multiprocessors) {
     constexpr int START = 4;  // what a program costs beyond its tiles, in tiles
     int best = 1;
@@ -63,12 +64,12 @@ struct MInferenceProbe {
     int64_t stride_q_row, stride_q_head, stride_page, stride_kv_head, stride_token, stride_lse, stride_mass;
     int64_t stride_q_scale, stride_k_scale;
     int32_t num_rows, context_len, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages, is_bf16;
-    int32_t is_fp8;      // else bf16 or fp16
-    int32_t max_splits;  // that the partial sums have room for
+    int32_t is_fp8;      // queries and cache; otherwise they are bf16 or fp16
+    int32_t max_splits;  // as many as the partial sums have room for
     int32_t num_multiprocessors;
     int32_t which;       // rows: see probe::Which
-    int32_t accumulate;  // add to the masses of other rows
-    int32_t splits;      // written: ranges of keys whose partial sums there are
+    int32_t accumulate;  // whether to add to the masses of other rows
+    int32_t splits;      // output: number of ranges of keys, each with partial sums
     float scale_log2;
 };
 

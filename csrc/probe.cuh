@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What both passes of the probe share: arguments, the work of a program, its shared memory, the probe rows.
 //
-// A program takes some of the heads that share a KV head, and a range of keys. A producer warp copies tiles of 128
-// consecutive keys into a ring in shared memory. Consumer warpgroups take the heads in turn, each with its 64 probe
-// rows.
+// A program (thread block) takes some of the heads that share a KV head, and a range of keys. A producer warp copies
+// tiles of 128 consecutive keys into a ring in shared memory. Consumer warpgroups take the heads in turn, each head
+// with its 64 probe rows.
 #pragma once
 
 #include "hopper.cuh"
@@ -16,7 +16,7 @@ constexpr int TILE = 128;        // keys
 constexpr int QUERY_TILE = 128;  // rows
 constexpr int BAND = 16;   // consecutive keys of one page, copied together
 constexpr int BANDS = TILE / BAND;
-constexpr int MAX_HEADS = 8;  // of one program: their queries stay in shared memory
+constexpr int MAX_HEADS = 8;  // of one program, whose queries all stay in shared memory
 constexpr int MAX_STAGES = 8;
 
 constexpr int CONSUMERS = 4;  // warpgroups
@@ -48,7 +48,7 @@ struct Params {
     int64_t stride_lse, stride_mass;      // elements
     int32_t num_rows, context_len, page_size;
     int32_t num_kv_heads, group_size;
-    int32_t batches, batch_size;          // the heads of a group, at most MAX_HEADS at a time
+    int32_t batches, batch_size;          // of the heads of a group; a batch is at most MAX_HEADS
     int32_t splits, num_tiles, tiles_each;  // ranges of keys
     int32_t stages;
     int32_t accumulate;
@@ -59,7 +59,8 @@ struct Params {
     __device__ __forceinline__ int seq_len() const { return context_len + num_rows; }
 };
 
-// One program's share. Neighbouring programs read the same keys, then other heads' keys of the same tokens.
+// One program's share. Neighbouring programs read the same keys; the next ones read other heads' keys of the same
+// tokens.
 struct Job {
     int kv_head, first_head, num_heads;
     int split, first_tile, num_tiles;
@@ -75,7 +76,7 @@ struct Job {
     }
 };
 
-// The softmax scale, to base 2, of products of queries and keys of type T.
+// The factor that makes a product of a query and a key, both of type T, a score to base 2.
 template <typename T>
 __device__ __forceinline__ float scale_log2_of(const Params& p, const Job& job) {
     if constexpr (std::is_same_v<T, hopper::E4M3>) {
@@ -85,8 +86,8 @@ __device__ __forceinline__ float scale_log2_of(const Params& p, const Job& job) 
     }
 }
 
-// The rows that are probed: the chunk's last ones, as many spread evenly over it, or those that measure recall, which
-// minference_vllm/reference/recall.py describes.
+// The rows that are probed: the last NUM_PROBES of the chunk, or as many spread evenly over it, or the held-out rows
+// that measure recall (see minference_vllm/reference/recall.py).
 struct Rows {
     int num_rows, context_len;
     Which which;
@@ -107,15 +108,15 @@ struct Rows {
     __device__ __forceinline__ int first_position() const { return context_len + max(row(0), 0); }
 };
 
-// Which probe row is at a place of the queries in shared memory. The order suits the second pass: a thread holds
-// columns 8 j + 2 t + {0, 1} of S^T = K Q^T. In this order these are the probe rows 4 i + t, so that much of a diagonal
-// is in one thread.
+// The probe row that is stored as row `place` of the queries in shared memory. The order suits the second pass, where a
+// thread holds the columns 8 j + 2 t + {0, 1} of S^T = K Q^T. In this order they are the probe rows 4 i + t, so that
+// much of a diagonal is in one thread.
 __device__ __forceinline__ int probe_at(int place) { return (place & ~7) | (place & 1) << 2 | (place >> 1 & 3); }
 
 // A row of queries or keys has ROW_BYTES.
 template <int ROW_BYTES>
 struct Shape {
-    static constexpr int BLOCKS = ROW_BYTES / hopper::SWIZZLE_BYTES;  // whose rows have 128 bytes
+    static constexpr int BLOCKS = ROW_BYTES / hopper::SWIZZLE_BYTES;  // of 128 bytes of each row
     static constexpr int KEY_BLOCK_BYTES = TILE * hopper::SWIZZLE_BYTES;
     static constexpr int KEY_BYTES = BLOCKS * KEY_BLOCK_BYTES;
     static constexpr int QUERY_BLOCK_BYTES = NUM_PROBES * hopper::SWIZZLE_BYTES;
@@ -127,7 +128,7 @@ struct Barriers {
     uint64_t full[MAX_STAGES], empty[MAX_STAGES];
 };
 
-// Bytes that a pass keeps for each head: the first four floats per thread, the second log-sum-exps.
+// Bytes that a pass keeps for each head. The first pass keeps four floats per thread, the second pass log-sum-exps.
 constexpr int HEAD_BYTES = hopper::WARPGROUP * 4 * sizeof(float);
 
 template <int ROW_BYTES>
@@ -143,7 +144,7 @@ struct Shared {
     Barriers* barriers;
 
     __device__ __forceinline__ Shared(char* raw, const Params& p) {
-        // Swizzled atoms begin at multiples of 1024.
+        // Swizzle atoms must begin at multiples of 1024 bytes, which dynamic shared memory need not do.
         keys = raw + (-hopper::shared_address(raw) & (hopper::ATOM_BYTES - 1));
         queries = keys + p.stages * S::KEY_BYTES;
         heads = queries + p.batch_size * S::QUERY_BYTES;

@@ -13,7 +13,7 @@ __device__ __forceinline__ void set_up(const Params& p, const Shared<ROW_BYTES>&
         hopper::prefetch_map(&p.k_map);
         for (int i = 0; i < p.stages; ++i) {
             hopper::init_barrier(&shared.barriers->full[i], 1);
-            // Warps of the warpgroups that have a head.
+            // Each warp of the warpgroups that have a head arrives.
             hopper::init_barrier(&shared.barriers->empty[i], min(job.num_heads, CONSUMERS) * 4);
         }
         hopper::fence_barrier_init();
@@ -26,7 +26,8 @@ struct Place {
     int page, first;
 
     __device__ __forceinline__ Place(const Params& p, int band) {
-        // Past the end the block table holds garbage. The last band is read instead; no row sees keys there.
+        // Past the end the block table holds garbage. The last band is read instead; no row sees the keys of that
+        // place.
         const int key = min(band, (p.seq_len() - 1) / BAND) * BAND;
         page = __ldg(p.block_table + key / p.page_size);
         first = key % p.page_size;
@@ -51,7 +52,7 @@ __device__ __forceinline__ void produce(const Params& p, const Shared<ROW_BYTES>
     Place next = place(0);
     for (int i = 0; i < job.num_tiles; ++i) {
         const Place here = next;
-        // A tile ahead, so that the copy need not wait for the block table.
+        // Look up the next tile now, so that its copy need not wait for the block table.
         if (i + 1 < job.num_tiles) next = place(i + 1);
         uint64_t* full = &shared.barriers->full[ring.slot];
         hopper::wait(&shared.barriers->empty[ring.slot], ring.phase ^ 1);
@@ -102,6 +103,7 @@ struct Turns {
           begins(warpgroup < CONSUMERS / 2),
           own(FIRST_TURN + warpgroup),
           next(FIRST_TURN + (warpgroup + CONSUMERS / 2) % CONSUMERS) {
+        // Those that do not begin give the first turns to those that do.
         if (!begins) pass();
     }
     __device__ __forceinline__ void wait() const {
@@ -122,7 +124,7 @@ __device__ __forceinline__ void run_program(const Params& p, char* raw, Consume 
     const Shared<ROW_BYTES> shared(raw, p);
     const Job job(p);
     set_up(p, shared, job);
-    // Read from lane 0, which tells the compiler that all lanes of a warp go the same way.
+    // The broadcast from lane 0 tells the compiler that all lanes of a warp take the same branch.
     const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
     if (warpgroup == CONSUMERS) {
         hopper::fewer_registers<PRODUCER_REGISTERS>();

@@ -35,8 +35,8 @@ __device__ __forceinline__ void issue_scores(float (&scores)[64], uint32_t queri
     hopper::mma_commit();
 }
 
-// Element 4 j + 2 f + e of a thread: row f of its two, key 8 j + e after the thread's first. `last_key[f]` is the last
-// one that the row sees, counted from there.
+// Mask the keys that a row does not see. A thread's element 4 j + 2 f + e belongs to row f of its two and to the key
+// 8 j + e, counted from the thread's first key. `last_key[f]`, the last key that row f sees, is counted likewise.
 __device__ __forceinline__ void hide(float (&scores)[64], const int (&last_key)[2]) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
@@ -52,7 +52,8 @@ __device__ __forceinline__ void add_tile(Running& running, const float (&scores)
         for (int i = 0; i < 32; ++i) max[i % 2] = fmaxf(max[i % 2], scores[i / 2 * 4 + f * 2 + i % 2]);
         const float new_max = fmaxf(max[0], max[1]);
         const float shift = -new_max * scale_log2;
-        // From the difference: as long as no key was seen, both terms are huge and their rounding errors would count.
+        // The difference is scaled, not each maximum: while no key has been seen, both are huge, and the rounding
+        // errors of their products would count.
         const float decay = hopper::exp2_approx((running.max[f] - new_max) * scale_log2);
         float sum[2] = {running.sum[f] * decay, 0.0f};
 #pragma unroll
@@ -94,7 +95,7 @@ __device__ __forceinline__ void consume_lse(
     hopper::wait_named(ALL_CONSUMERS, CONSUMER_THREADS);
     if (warpgroup >= job.num_heads) return;
 
-    // Needs no barrier, as each thread reads only what it has written itself.
+    // This needs no barrier, since each thread reads only what it has written itself.
     auto* running = reinterpret_cast<Running*>(shared.heads) + thread;
     for (int head = warpgroup; head < job.num_heads; head += CONSUMERS) {
         running[head * hopper::WARPGROUP] = {{NO_MAX, NO_MAX}, {0.0f, 0.0f}};

@@ -7,11 +7,11 @@
 
 namespace probe {
 
-// A head's log-sum-exps as threads read them: those of rows 4 i + t are contiguous, with padding against bank
-// conflicts.
+// A head's log-sum-exps in the order in which threads read them: for each t those of rows 4 i + t, contiguous, then
+// padding against bank conflicts.
 constexpr int LSE_PITCH = ROWS_PER_THREAD + 4;
 constexpr int LSE_PER_HEAD = 4 * LSE_PITCH;
-static_assert(2 * LSE_PER_HEAD * sizeof(float) <= HEAD_BYTES);  // one head's and the table of positions
+static_assert(2 * LSE_PER_HEAD * sizeof(float) <= HEAD_BYTES);  // of one head, and the table of positions
 
 // Log-sum-exp, base 2, of one row over all ranges of keys; -inf if it has seen no key.
 __device__ __forceinline__ float combine(const Params& p, int head, int probe) {
@@ -37,14 +37,15 @@ __device__ __forceinline__ float combine(const Params& p, int head, int probe) {
     return max + log2f(sum);
 }
 
-// Run by all consumers: finish the first pass for this program's heads. A table of the rows' positions follows them.
+// Run by all consumers: finish the log-sum-exps of the first pass for this program's heads. In shared memory a table of
+// the rows' positions follows them.
 __device__ __forceinline__ void load_lse(const Params& p, const Job& job, float* shared_lse) {
     constexpr float LN_2 = 0.6931471805599453f;
     for (int i = threadIdx.x; i < job.num_heads * NUM_PROBES; i += CONSUMER_THREADS) {
         const int head = i / NUM_PROBES, probe = i % NUM_PROBES;
         const float lse = combine(p, job.first_head + head, probe);
         if (job.split == 0) p.lse[(job.first_head + head) * p.stride_lse + probe] = lse * LN_2;
-        // +inf gives a row that the chunk does not have no mass.
+        // A row that the chunk does not have gets +inf, so that its masses are zero.
         shared_lse[head * LSE_PER_HEAD + probe % 4 * LSE_PITCH + probe / 4] = lse == -INFINITY ? INFINITY : lse;
     }
     if (threadIdx.x < NUM_PROBES) {
@@ -53,7 +54,8 @@ __device__ __forceinline__ void load_lse(const Params& p, const Job& job, float*
     }
 }
 
-// S^T = K Q^T for a tile and 64 rows. A warp gets 32 consecutive keys; scores[h] has the h-th eight of each 16.
+// S^T = K Q^T for a tile and 64 rows. A warp gets 32 consecutive keys, and scores[h] holds the h-th eight of each 16 of
+// them, because the stride of descriptor A skips every second atom of eight keys.
 template <typename T, int ROW_BYTES>
 __device__ __forceinline__ void issue_transposed(float (&scores)[2][32], uint32_t queries, uint32_t keys) {
     using S = Shape<ROW_BYTES>;
@@ -98,15 +100,15 @@ __device__ __forceinline__ void weigh(
         for (int c = 0; c < KEYS_PER_THREAD; ++c) {
             const float score = scores[c % 2][i / 2 * 4 + c / 2 * 2 + i % 2];
             float p = hopper::exp2_approx(fmaf(score, scale_log2, -lse[i]));
-            // Not a product with zero, since scores of keys past the end may be NaN.
+            // Zero is assigned, not multiplied with, since scores of keys past the end may be NaN.
             if (MASKED && 8 * c > last_key) p = 0.0f;
             mass[i][c] = __float_as_uint(1.0f + p);
         }
     }
 }
 
-// Spread rows have no diagonal in common within a tile. A warp adds one row's 32 keys at once, as they are neighbours
-// in memory.
+// Spread rows have no diagonal in common within a tile. A warp adds one row's 32 keys at a time, since their sums are
+// neighbours in memory.
 __device__ __forceinline__ void add_entries(const Masses& mass, const Corner<true>& corner, int lane, int32_t* slash) {
     slash -= corner.first_key + 8 * corner.t;
 #pragma unroll
@@ -153,8 +155,8 @@ __device__ __forceinline__ void add_tile(
         int32_t* first = slash + (first_position - warp_key + diagonals.first);
 #pragma unroll
         for (int n = 0; n < Diagonals::KEPT; ++n) {
-            // Where no row sees a key the mass is zero and nothing is added; the address may be outside the head's
-            // then.
+            // On a diagonal where no row sees a key, the mass is zero and nothing is added. The address may then lie
+            // outside the head's row.
             add_if_any(first + 32 * n, totals[n]);
         }
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums over columns and diagonals of a warp's 64 rows x 32 keys, in registers.
 //
-// Lane 4 g + t holds mass[i][c] of row 4 i + t and key g + 8 c. A mass is the bits of 1 + p, which are those of 1 plus
-// p in multiples of 2^-23. The bits of 1 are summed along, modulo 2^32, and subtracted once from each sum.
+// Lane 4 g + t holds mass[i][c] of row 4 i + t and key g + 8 c. A mass is kept as the bits of the float 1 + p: the bits
+// of 1, plus p as an integer in units of 2^-23. Sums include the bits of 1, modulo 2^32; what these add up to is
+// subtracted once from each sum.
 #pragma once
 
 #include "probe.cuh"
@@ -20,7 +21,8 @@ __device__ __forceinline__ uint32_t from_lane(uint32_t value, int lane) {
     return __shfl_sync(0xFFFFFFFF, value, lane);
 }
 
-// Most masses are zero. With a predicate instead of the branch that the compiler would make for each addition.
+// Most masses are zero and need no atomic. A predicate replaces the branch that the compiler would make for each
+// addition.
 __device__ __forceinline__ void add_if_any(int32_t* address, int value) {
     asm volatile(
         "{\n"
@@ -67,8 +69,8 @@ __device__ __forceinline__ void transpose(const uint32_t (&mass)[4], uint32_t (&
 }
 
 // Sums of the diagonals row - key = -32 .. 63 of a warp. Lane 4 g + t has masses of the diagonals 4 (i - 2 c) + t - g.
-// If t - g is written as u - 4 (hi + wraps) with u = 0 .. 3, the eight lanes of the same u share diagonals. Each starts
-// with 22 sums of its own, and by exchanges among the eight ends with three complete ones.
+// If t - g is written as u - 4 (hi + wraps) with u = 0 .. 3, the eight lanes of the same u share diagonals. Each of
+// them starts with 22 sums of its own masses; after exchanges among the eight it holds three complete sums.
 struct Diagonals {
     static constexpr int SUMS = ROWS_PER_THREAD + 2 * (KEYS_PER_THREAD - 1);  // of one thread, before any exchange
     static constexpr int SHARED = 12;                                         // after the first exchange

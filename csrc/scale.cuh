@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scales of FP8: kernels read them on the device, as they need them.
+// Scales of FP8. They stay in device memory, and kernels read them when they need them.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sampled rows against means of keys, for Hopper (sm_90a): bf16 and fp16, head_dim 64 and 128, the latter also with
-// products in FP8; queries in the same types or in FP8. The attention mass that rows give to each group of four means
-// before their tile. The twin: minference_vllm/reference/masses.py.
+// Scores sampled rows against means of keys, for Hopper (sm_90a), and sums the attention mass that the rows give to
+// each group of four means before their tile. Products are in bf16 or fp16 with head_dim 64 and 128, or in FP8 with
+// head_dim 128; queries are in bf16, fp16 or FP8. The reference is minference_vllm/reference/masses.py.
 
 #include <cmath>
 
@@ -10,8 +10,8 @@
 
 namespace score {
 
-// Stages of a range of means. Ranges are short enough to keep all multiprocessors busy, and long enough to pay for what
-// a program costs beside its stages: loading its rows, mainly.
+// How many stages a range of means gets. Short ranges keep all multiprocessors busy, but each must be worth what a
+// program costs besides its stages, mainly for loading its rows.
 inline int choose_stages_each(const Params& p, int num_multiprocessors) {
     constexpr int START = 2, SHORTEST = 4;  // stages
     const int longest = p.num_stages(p.num_blocks - 1);
@@ -22,8 +22,8 @@ inline int choose_stages_each(const Params& p, int num_multiprocessors) {
     for (int ranges = 1;; ++ranges) {
         const int each = (longest + ranges - 1) / ranges;
         if (ranges > 1 && each < SHORTEST) break;
-        // Two bounds of the time of programs that are started one after another: if all are as long as the longest, and
-        // if one of these comes last.
+        // Two upper bounds of the time for programs that are started one after another: `alike` as if all were as long
+        // as the longest, `one_last` as if one of the longest started last.
         const int64_t waves = (programs * ranges + num_multiprocessors - 1) / num_multiprocessors;
         const int64_t alike = waves * (each + START);
         const int64_t one_last = (total + programs * ranges * START) / num_multiprocessors + each + START;
@@ -58,8 +58,8 @@ struct MInferenceScore {
     int64_t stride_q_row, stride_q_head, stride_means, stride_lse, stride_masses, stride_masses_part;
     int64_t stride_boxes_set, stride_boxes, stride_box_counts, stride_q_scale, stride_k_scale;
     int32_t num_rows, context_len, rows_per_half, num_qo_heads, num_kv_heads, head_dim;
-    int32_t is_bf16;            // the model, else fp16: queries and means, if they are not in FP8
-    int32_t is_fp8, has_fp8_q;  // E4M3: means, queries
+    int32_t is_bf16;            // the model, otherwise it is fp16; so are queries and means that are not in FP8
+    int32_t is_fp8, has_fp8_q;  // whether means are in E4M3, and whether queries are
     int32_t keys_per_mean;          // a power of two
     int32_t max_boxes;              // of a block, if `boxes` names them
     int32_t num_multiprocessors;
@@ -100,7 +100,8 @@ static score::Params make_params(const MInferenceScore& a) {
     return p;
 }
 
-// Products of means of type T, if they are not in FP8, and queries of type Q.
+//   T: type of the means if they are not in FP8.
+//   Q: type of the queries.
 template <typename T, typename Q>
 static cudaError_t run(const MInferenceScore& a, const score::Params& p, cudaStream_t stream) {
     if (a.is_fp8) {

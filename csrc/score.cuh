@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores of sampled rows against means of keys: arguments, the work of a program, its shared memory.
 //
-// The sampled rows of a half, 16, 32 or 64, come in parts of 16 that follow each other. A list is a part under one head:
-// its 16 rows, and the groups before their tile. A program takes a block of 16 lists under one KV head, 256 rows that
-// stay in shared memory, and a range of means. A producer warp brings means into a ring, two consumer warpgroups take 8
-// lists each.
+// A half has 16, 32 or 64 sampled rows, in parts of 16 that follow each other. A list is one part for one head: its 16
+// rows, and the groups before their tile. A program (thread block) takes a block of 16 lists of one KV head, 256 rows
+// that stay in shared memory, and a range of means. A producer warp copies means into a ring, and two consumer
+// warpgroups take 8 lists each.
 //
-// A group is as long as four means, whatever these are of: 16 keys and 4, or a box of 128 keys and 32 (BOX in
-// minference_vllm/boxes.py). What masses of the second kind leave of a block's boxes, `boxes` names for the first kind.
+// A group is always four means, of keys at one of two scales. Finely, a mean is of 4 keys and a group has 16 keys.
+// Coarsely, a mean is of 32 keys and a group is a box of 128 keys (BOX in minference_vllm/boxes.py). The coarse masses
+// decide which boxes of a block are scored finely; `boxes` then lists their numbers.
 #pragma once
 
 #include "hopper.cuh"
@@ -26,17 +27,18 @@ constexpr int LISTS_PER_CONSUMER = 8;
 constexpr int LISTS = CONSUMERS * LISTS_PER_CONSUMER;
 constexpr int COLUMNS = LISTS_PER_CONSUMER * ROWS;  // of a consumer's scores: rows of queries
 
-// Means come in boxes of 8 groups.
+// Means are copied in boxes of 8 groups.
 constexpr int BOX_GROUPS = 8;
 constexpr int BOX_MEANS = BOX_GROUPS * MEANS_PER_GROUP;
 constexpr int STAGE_BOXES = 4;
 constexpr int STAGE_GROUPS = STAGE_BOXES * BOX_GROUPS;
 constexpr int STAGE_MEANS = STAGE_BOXES * BOX_MEANS;
-// The box number of a place in a stage that no box fills: it lies past all groups of all lists.
+// The box number of a place in a stage that no box fills. Its groups lie past those of every list, so that their masses
+// are not stored.
 constexpr int NO_BOX = 1 << 27;
 
 constexpr int THREADS = (CONSUMERS + 1) * hopper::WARPGROUP;
-// 168 a thread at launch: 2 x 240 + 24 = 3 x 168.
+// Per thread. At launch each has 168: 2 x 240 + 24 = 3 x 168.
 constexpr int CONSUMER_REGISTERS = 240;
 constexpr int PRODUCER_REGISTERS = 24;
 
@@ -51,14 +53,14 @@ struct Params {
     int64_t stride_masses, stride_masses_part;  // bytes
     int64_t stride_boxes_set, stride_boxes, stride_box_counts;  // elements
     int32_t num_rows, context_len;
-    int32_t row_stride;                         // of sampled rows: 4, 2 or 1
+    int32_t row_stride;                         // distance between sampled rows: 4, 2 or 1
     int32_t num_kv_heads, group_size;           // query heads that share a KV head
-    int32_t num_lists, num_blocks;              // under a KV head, and blocks of LISTS that they make
+    int32_t num_lists, num_blocks;              // of a KV head; a block is LISTS lists
     int32_t stages_each;                        // of a range of means
     int32_t max_stages;                         // of a block that `boxes` names
     int32_t num_boxes;                          // of means before the chunk's last tile
     int32_t groups_per_tile;
-    float scale_log2, log2_mean;                // the logarithm of a mean's keys
+    float scale_log2, log2_mean;                // log2 of the number of keys in a mean
     fp8::Scale q_scale, k_scale;                // of queries in FP8, and of the keys
 
     __host__ __device__ __forceinline__ int first_tile() const { return context_len / TILE; }
@@ -72,7 +74,7 @@ struct Params {
         return tile(part(list)) * groups_per_tile;
     }
 
-    // Stages of a block at the most: as many as its last list needs, or `boxes` has room for.
+    // An upper bound of a block's stages: what its last list needs, or what `boxes` has room for if that is less.
     __host__ __device__ __forceinline__ int num_stages(int block) const {
         const int end = (block + 1) * LISTS, last_list = (end < num_lists ? end : num_lists) - 1;
         const int all = (num_groups(last_list) + STAGE_GROUPS - 1) / STAGE_GROUPS;
@@ -82,17 +84,18 @@ struct Params {
 
 // Where a list lies.
 struct List {
-    int part;  // of the chunk's, from its first tile on
-    int head;  // of the KV head's
+    int part;  // counted from the chunk's first tile
+    int head;  // counted among the heads that share the KV head
 
     __device__ __forceinline__ List(const Params& p, int list)
         : part(p.part(list)), head(list - part * p.group_size) {}
 };
 
-// One program's share. Those at work at the same time read the same range of means; long ones come first.
+// One program's share. Programs that run at the same time read the same range of means. Blocks with the most means come
+// first.
 struct Job {
     int first_list, kv_head;
-    int first_head;  // of the KV head's
+    int first_head;  // of those that share the KV head
     int first_stage, num_stages;  // of a range of means; no stages if it lies past what the lists see
     const int32_t* boxes;         // of the block
     int num_boxes;
@@ -109,15 +112,16 @@ struct Job {
         num_stages = min(p.stages_each, of_block - first_stage);
     }
 
-    // What stands at a place of the block's stages.
+    // The number of the box at a place in the block's stages.
     __device__ __forceinline__ int box(int place) const {
         if (!boxes) return place;
         return place < num_boxes ? __ldg(boxes + place) : NO_BOX;
     }
 };
 
-// Which row of the chunk is the i-th of a part. The offset changes from tile to tile, lest rows meet the same words of
-// a text of that period everywhere. Rows that the chunk does not have are replaced by its first or its last.
+// Which row of the chunk is the i-th of a part. The offset changes from tile to tile. With a constant one, the rows of
+// a text that repeats with their period would meet the same words everywhere. Rows that the chunk does not have are
+// replaced by its first or its last.
 __device__ __forceinline__ int sampled_row(const Params& p, int part, int i) {
     const int offset = (p.tile(part) * 5 + 3) & (p.row_stride - 1);
     const int row = p.first_tile() * TILE + (part * ROWS + i) * p.row_stride + offset;
@@ -125,7 +129,7 @@ __device__ __forceinline__ int sampled_row(const Params& p, int part, int i) {
 }
 
 // Column c of a consumer's scores holds row `row_of(c)` of its list `list_of(c)`. A thread of a wgmma accumulator holds
-// the columns 8 j + 2 t + {0, 1}: so all rows of the lists 2 t and 2 t + 1.
+// the columns 8 j + 2 t + {0, 1}, which in this order are all rows of the lists 2 t and 2 t + 1.
 __device__ __forceinline__ int list_of(int column) { return (column >> 1 & 3) * 2 + (column >> 6); }
 __device__ __forceinline__ int row_of(int column) { return (column >> 3 & 7) * 2 + (column & 1); }
 

@@ -6,8 +6,9 @@
 
 namespace score {
 
-// One warp: a lane for each box of a stage. A box holds the first means of its 8 groups, then the second ones, and so
-// on: each a swizzled atom, so that wgmma can give a thread the four means of one group (see score_stages.cuh).
+// Run by one warp: a lane copies 128 bytes of each mean of one box of a stage. A box holds the first means of its 8
+// groups, then the second ones, and so on. Each of these four sets is a swizzle atom, so that wgmma can give a thread
+// the four means of one group (see score_stages.cuh).
 template <typename T, int ROW_BYTES>
 __device__ __forceinline__ void produce(const Params& p, Storage<ROW_BYTES>& shared, const Job& job) {
     using S = Shape<ROW_BYTES>;
@@ -26,7 +27,7 @@ __device__ __forceinline__ void produce(const Params& p, Storage<ROW_BYTES>& sha
         if (lane == 0) hopper::arrive_expecting(full, S::STAGE_BYTES);
         __syncwarp();
         if (copies) {
-            // Where there is none the last box stands in: no list has a code for its groups there.
+            // In place of NO_BOX the last box is copied; its masses are not stored.
             const int group = min(number, p.num_boxes - 1) * BOX_GROUPS;
             hopper::copy_box(
                 target + ring.slot * S::STAGE_BYTES, &p.means_map, full, block * BOX_ELEMENTS, group, 0, job.kv_head
@@ -36,17 +37,17 @@ __device__ __forceinline__ void produce(const Params& p, Storage<ROW_BYTES>& sha
     }
 }
 
-// FP8 holds multiples of this; see minference_vllm/scratch.py.
+// Numbers in FP8 are multiples of this unit; see minference_vllm/scratch.py.
 constexpr float FP8_UNIT = 4;
 
-// Two numbers of a 16-bit type, in units of FP8.
+// Two numbers of a 16-bit type, in units of FP8_UNIT.
 template <typename Q>
 __device__ __forceinline__ float2 in_units(int packed) {
     const float2 numbers = hopper::unpack<Q>(packed);
     return make_float2(numbers.x / FP8_UNIT, numbers.y / FP8_UNIT);
 }
 
-// Four numbers in FP8: in its units, or as two pairs of a 16-bit type.
+// Four numbers that are in FP8 already: converted to units of FP8_UNIT, or to two pairs of a 16-bit type.
 __device__ __forceinline__ int in_units_of_fp8(int packed) {
     return hopper::pack_e4m3(
         in_units<__half>(hopper::e4m3_to_fp16(packed, false)), in_units<__half>(hopper::e4m3_to_fp16(packed, true))
@@ -59,7 +60,7 @@ __device__ __forceinline__ int2 widen(int packed) {
     return make_int2(hopper::pack<T>(first.x, first.y), hopper::pack<T>(second.x, second.y));
 }
 
-// A row of type Q in global memory, made one of type T: its i-th 16 bytes.
+// The i-th 16 bytes of a row, which is of type Q in global memory and is converted to type T.
 template <typename T, typename Q>
 __device__ __forceinline__ int4 load_piece(const char* row, int i) {
     constexpr bool FROM_FP8 = std::is_same_v<Q, hopper::E4M3>;
@@ -84,7 +85,8 @@ __device__ __forceinline__ int4 load_piece(const char* row, int i) {
     }
 }
 
-// One consumer: the rows of its lists, of type Q, as the tensor cores read them: of type T, swizzled.
+// Run by one consumer warpgroup: load the rows of its lists, convert them from type Q to type T, and store them
+// swizzled, as the tensor cores read them.
 template <typename T, typename Q, int ROW_BYTES>
 __device__ __forceinline__ void load_queries(const Params& p, char* queries, const Job& job, int first_list) {
     using S = Shape<ROW_BYTES>;

@@ -11,7 +11,8 @@ namespace score {
 constexpr int LISTS_PER_THREAD = 2;
 constexpr int SCORES = HALF * COLUMNS / hopper::WARPGROUP;  // of a thread in an accumulator
 
-// The columns of a thread's accumulator; their rows are f = 0 and 1.
+// A column of a thread's accumulator: a row of one of its two lists. The two rows f = 0 and 1 of the accumulator are
+// means.
 struct Place {
     int list, row;
 
@@ -20,7 +21,9 @@ struct Place {
     __device__ __forceinline__ int element(int f) const { return list * 2 * ROWS + row / 2 * 4 + f * 2 + row % 2; }
 };
 
-// What is added to a thread's scaled scores, logarithms to base 2; for a polynomial's rows, as add_exp2 takes them.
+// What is added to a thread's scaled scores to give the logarithm (base 2) of a mean's mass: minus the row's
+// log-sum-exp, plus the logarithm of the number of keys in a mean. For the polynomial's rows it gives the `y` of
+// add_exp2 instead.
 struct Shifts {
     float of[LISTS_PER_THREAD][ROWS];
 
@@ -40,8 +43,8 @@ struct Shifts {
     }
 };
 
-// The mass of one of a thread's groups after the other, for both of its lists: it takes the scores of two of the group's
-// means, then the other two's, and stores what they give.
+// Sums the mass of one of a thread's groups after the other, for both of its lists. For each group it takes the scores
+// of two of the four means, then those of the other two, and stores the codes of the sums.
 struct MassTaker {
     const float scale_log2;
     const Shifts shifts;
@@ -62,12 +65,12 @@ struct MassTaker {
     __device__ __forceinline__ void take(const float (&scores)[SCORES]) {
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
-            // The lists in turn: neither waits for its last addition.
+            // The two lists alternate, so that no addition waits for the one just before it.
             const Place place(i / 4 + i % 2 * ROWS);
             const float score = scores[place.element(i / 2 % 2)];
             const float shift = shifts.of[place.list][place.row];
             float& sum = mass[place.list];
-            // No mean counts more than 1 for a row: its logarithm ends at 0.
+            // A mean counts at most 1 for a row, so its logarithm is clamped to 0.
             if (is_polynomial(place.row)) {
                 sum = add_exp2(sum, hopper::fma_saturate(score, scale_log2 / OCTAVES, shift));
             } else {

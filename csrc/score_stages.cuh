@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A program: scores of means against the rows of its lists, stage by stage, and their masses.
+// A program (thread block): scores of means against the rows of its lists, stage by stage, and their masses.
 //
-// Scores are S^T = K Q^T, means by rows. Of a stage's 16 atoms of 8 means one product takes the even ones: warp w gets
-// the first and the third means of the groups of box w. Another takes the odd ones. So between them a thread holds all
-// means of one group and, by the order of the columns, all rows of two lists: what is summed over either is summed
-// within a thread.
+// Scores are S^T = K Q^T: rows are means, columns are sampled rows. A stage has 16 atoms of 8 means. One product takes
+// the even atoms, which gives warp w the first and third means of the groups of box w. Another takes the odd atoms,
+// with the second and fourth means. From both together a thread has all means of one group and, by the order of the
+// columns, all rows of two lists. So sums over means and over rows need no other thread.
 #pragma once
 
 #include "score_mass.cuh"
@@ -32,11 +32,12 @@ __device__ __forceinline__ void start_scores(float (&scores)[SCORES], uint32_t m
     hopper::mma_commit();
 }
 
-// A consumer warpgroup: while the taker takes the even scores of a stage, its odd ones are computed, and so on.
+// A consumer warpgroup. While the taker works on the scores of a stage's even atoms, the tensor cores compute those of
+// its odd atoms; while it works on these, they compute those of the next stage's even atoms.
 //
-// A warp whose box no list sees takes nothing. ptxas moves nothing over the branches that
-// this makes. Without them it deals the products of a stage out over the exponentials, so that the last ones start as
-// they are waited for, and moves exponentials behind the wait.
+// A warp skips a box that no list sees. The branches for this also help, because ptxas moves no instruction across
+// them. Without them it spreads the products of a stage among the exponentials, so that the last products start only
+// when they are waited for, and it moves exponentials behind the wait.
 template <typename T, typename Q, int ROW_BYTES>
 __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& shared, const Job& job, int warpgroup) {
     using S = Shape<ROW_BYTES>;
@@ -85,13 +86,13 @@ __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& sha
     }
 }
 
-// One program: the last warpgroup produces, the others call `consume`. Products are of type T, queries in global memory
-// of type Q.
+// One program: the last warpgroup produces, the others call `consume`. The tensor cores multiply type T; queries in
+// global memory are of type Q.
 template <typename T, typename Q, int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant__ Params p) {
     constexpr int ROW_BYTES = HEAD_DIM * sizeof(T);
     extern __shared__ char raw[];
-    // Swizzled atoms begin at multiples of 1024.
+    // Swizzle atoms must begin at multiples of 1024 bytes, which dynamic shared memory need not do.
     const uint32_t gap = -hopper::shared_address(raw) & (hopper::ATOM_BYTES - 1);
     auto& shared = *reinterpret_cast<Storage<ROW_BYTES>*>(raw + gap);
     const Job job(p);
@@ -101,12 +102,12 @@ __global__ void __launch_bounds__(THREADS, 1) mass_kernel(const __grid_constant_
         hopper::prefetch_map(&p.means_map);
         for (int i = 0; i < Shape<ROW_BYTES>::STAGES; ++i) {
             hopper::init_barrier(&shared.full[i], 1);
-            hopper::init_barrier(&shared.empty[i], (second_has_lists ? 2 : 1) * 4);  // a warp each
+            hopper::init_barrier(&shared.empty[i], (second_has_lists ? 2 : 1) * 4);  // each warp
         }
         hopper::fence_barrier_init();
     }
     __syncthreads();
-    // Read from lane 0: the compiler then knows that a warp does not part here.
+    // The broadcast from lane 0 tells the compiler that all lanes of a warp take the same branch.
     const int warpgroup = __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / hopper::WARPGROUP, 0);
     if (warpgroup == CONSUMERS) {
         hopper::fewer_registers<PRODUCER_REGISTERS>();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The groups that tiles keep, and the boxes that are scored finely before, for Hopper (sm_90a). Entry points for
-// minference_vllm/kernels/cuda/select.py. Their twins: minference_vllm/reference/groups.py and boxes.py.
+// Selects the boxes that are scored finely and then, from the fine masses, the groups that tiles keep, for Hopper
+// (sm_90a). Entry points for minference_vllm/kernels/cuda/select.py. The reference is
+// minference_vllm/reference/groups.py and boxes.py.
 
 #include "select_boxes.cuh"
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the masses of groups to the lists of those that each tile keeps, both its halves together: a program a tile and
-// head. minference_vllm/reference/groups.py is the twin.
+// Makes the list of groups that a tile keeps from the masses of groups. Both halves of the tile keep the same. There is
+// a program (thread block) for each tile and head. The reference is minference_vllm/reference/groups.py.
 //
-// Codes are read once, sixteen at a time; their sums take the place of the first part's and are read from there again.
+// The codes of all parts are read once, sixteen at a time. The codes of their sums replace those of the first part and
+// are read again from there.
 #pragma once
 
 #include "codes.cuh"
@@ -17,22 +18,22 @@ constexpr int EVERY_GROUP = -1;
 
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * hopper::WARP;
-static_assert(THREADS == codes::NUMBER);  // a thread looks after a code
-constexpr int PIECE = 16;                 // codes of a load
+static_assert(THREADS == codes::NUMBER);  // thread i counts the groups of code i
+constexpr int PIECE = 16;                 // codes per load
 
 struct Params {
     uint8_t* masses;
-    const int64_t* left_out;  // null where no box was
+    const int64_t* left_out;  // mass of the boxes that were not scored finely; null if there were no boxes
     const float* share;
     int32_t *groups, *counts;
     int64_t stride_masses, stride_part, stride_left_out, stride_groups, stride_groups_tile, stride_counts;
-    int64_t rows_weight;  // of all rows of a tile that choose
+    int64_t rows_weight;  // of all sampled rows of a tile
     int32_t num_tiles, num_rows, context_len;
     int32_t sink_groups, local_groups, first_counted, max_kept;
 };
 
 struct Storage {
-    int32_t tallies[WARPS][codes::NUMBER];  // each warp's own: fewer threads meet
+    int32_t tallies[WARPS][codes::NUMBER];  // one per warp, so that fewer threads contend
     int64_t sums[2][WARPS];
     int32_t numbers[2][WARPS];
 };
@@ -89,8 +90,8 @@ __device__ __forceinline__ T sum_up_to(T value, int lane) {
     return value;
 }
 
-// The same over all threads, of so many warps; `total` receives the sum of all. Two calls that follow each other need
-// other `sums`.
+// The same over all threads of a program of NUM_WARPS warps; `total` receives the sum of all. Two calls that follow
+// each other need different `sums`, since slow threads may still read those of the first.
 template <typename T, int NUM_WARPS>
 __device__ __forceinline__ T sum_up_to(T value, T (&sums)[NUM_WARPS], T& total, int warp, int lane) {
     value = sum_up_to(value, lane);
@@ -114,9 +115,9 @@ struct Tile {
     const int head, tile;
     const int start_row = (p.context_len / TILE + tile) * TILE;
     const int num_groups = start_row / TILE * GROUPS_PER_TILE;
-    // Of the groups from `sinks` to `local` those with little mass are dropped.
+    // Only groups from `sinks` to `local` may be dropped: those of them that have little mass.
     const int sinks = min(p.sink_groups, num_groups), local = max(num_groups - p.local_groups, sinks);
-    // A half of which the chunk has no row keeps what the other keeps.
+    // A half of which the chunk has no row takes the other half's masses, so these count twice.
     const int first_half = start_row + HALF <= p.context_len ? 1 : 0;
     const int second_half = start_row + HALF >= p.context_len + p.num_rows ? 0 : 1;
     uint8_t* const sums = p.masses + head * p.stride_masses + part_of(first_half) * p.stride_part;
@@ -127,7 +128,7 @@ struct Tile {
 
     __device__ __forceinline__ int64_t part_of(int half) const { return (tile * 2 + half) * PARTS; }
 
-    // Add the parts' masses, and count the codes of what may be dropped, other than 0.
+    // Add the parts' masses, and count how many of the groups that may be dropped have each code other than 0.
     __device__ __forceinline__ void add_parts() {
         for (int i = lane; i < codes::NUMBER; i += hopper::WARP) shared.tallies[warp][i] = 0;
         __syncwarp();
@@ -161,22 +162,26 @@ struct Tile {
         return mass;
     }
 
-    // The least code that is kept, and how many groups are.
+    // The least code that is kept, and how many groups are kept.
     __device__ __forceinline__ int2 threshold() {
         int count = 0;
 #pragma unroll
         for (int i = 0; i < WARPS; ++i) count += shared.tallies[i][thread];
         int64_t all, edges;
         const int64_t dropped = sum_up_to(count * codes::weight(thread), shared.sums[0], all, warp, lane);
-        // `all` is the mass of the groups that may be dropped. To have that of all groups which no row's normaliser has
-        // seen, add those that are always kept, and take away those that may be dropped and have been seen.
+        // `all` is the mass of the groups that may be dropped. The total must hold that of every group which no row's
+        // normaliser has seen. So groups that are always kept are added unless the normaliser has seen them, and groups
+        // that may be dropped are subtracted if it has.
         const int64_t edge = weight_between(max(local, p.first_counted), num_groups) +
                              weight_between(p.first_counted, sinks) -
                              weight_between(sinks, min(p.first_counted, local));
         sum_up_to(edge, shared.sums[1], edges, warp, lane);
         const int64_t left_out = mass_left_out(), total = p.rows_weight + left_out + all + edges;
         int64_t allowed = int64_t((1 - double(p.share[head])) * double(total));
+        // What the boxes left out has been dropped already.
         allowed -= min(max(allowed, int64_t(0)), left_out);
+        // This thread's `dropped` is the mass of its code and all smaller ones. It grows with the code, so the number
+        // of threads for which it is allowed is the least code that is kept.
         int counted, below, least;
         const bool is_below = dropped <= allowed;
         sum_up_to(is_below ? 1 : 0, shared.numbers[0], least, warp, lane);
@@ -232,7 +237,7 @@ struct Tile {
 template <int PARTS>
 __global__ void __launch_bounds__(THREADS) select_kernel(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
-    // Neighbours are the heads of a tile; those with the most groups before them come first.
+    // Neighbouring programs take the heads of one tile. Tiles with the most groups before them come first.
     const int num_heads = gridDim.x / p.num_tiles;
     Tile<PARTS>(p, *reinterpret_cast<Storage*>(raw), blockIdx.x % num_heads, p.num_tiles - 1 - blockIdx.x / num_heads)
         .run();

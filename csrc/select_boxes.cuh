@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the masses of boxes to those that each block of sixteen lists scores finely: a program a block.
-// minference_vllm/reference/boxes.py is the twin.
+// Selects the boxes that are scored finely for each block of sixteen lists, from the masses of boxes. There is a
+// program (thread block) for each block of lists. The reference is minference_vllm/reference/boxes.py.
 //
-// A warp finds a list's threshold; then all warps go through the boxes together, first to count by how much the list that
-// wants a box most wants it, then to keep or drop it.
+// Each warp finds the threshold of one list. A box's margin is by how far its code lies above the threshold of the list
+// that wants it most. All warps go through the boxes together, first to count how many have each margin, then to keep
+// or drop each box.
 #pragma once
 
 #include "codes.cuh"
@@ -16,15 +17,15 @@ constexpr int LISTS = 16;
 constexpr int BOX_THREADS = LISTS * hopper::WARP;
 constexpr int FORCED = 256;  // above all differences of two codes
 constexpr int MARGINS = 2 * FORCED;
-static_assert(MARGINS == BOX_THREADS);  // a thread looks after a margin
-constexpr int BOXES = 4;                // of a thread at a time: a word of codes
-constexpr int FIRST_COUNTED_BOX = 1;
+static_assert(MARGINS == BOX_THREADS);  // thread i counts the boxes of margin i
+constexpr int BOXES = 4;                // that a thread takes at a time: a word of codes
+constexpr int FIRST_COUNTED_BOX = 1;    // box 0 holds the first keys, which the rows' normalisers have seen
 
 struct BoxParams {
     const uint8_t* box_masses;
     const float* share;
     int32_t *numbers, *counts;
-    int64_t *left_out, *masses;  // a box's codes in `masses` are a word
+    int64_t *left_out, *masses;  // one element of `masses` is the eight codes of a box's groups
     int64_t stride_box_masses, stride_box_part, stride_numbers, stride_block, stride_counts, stride_left_out,
         stride_masses, stride_part;
     int64_t part_weight;  // of the rows of a part
@@ -50,7 +51,7 @@ struct BoxStorage {
 };
 
 __device__ __forceinline__ BoxList find_list(const BoxParams& p, int kv_head, int number) {
-    const int list = min(number, p.num_lists - 1);  // what stands for a list too many
+    const int list = min(number, p.num_lists - 1);  // the last list stands in for those that the last block lacks
     const int head = kv_head * p.group_size + list % p.group_size, part = list / p.group_size;
     BoxList found;
     found.head = head;
@@ -70,7 +71,7 @@ __device__ __forceinline__ T sum_of_warp(T value) {
     return value;
 }
 
-// The least code of a box that a list keeps; by one warp.
+// Run by one warp: the least code of the boxes that a list keeps.
 __device__ __forceinline__ int find_threshold(
     const BoxParams& p, const BoxList& list, int32_t (&tally)[codes::NUMBER], int lane
 ) {
@@ -101,6 +102,7 @@ __device__ __forceinline__ int find_threshold(
     for (int box = max(list.local, FIRST_COUNTED_BOX) + lane; box < list.before; box += hopper::WARP) {
         edges += codes::weight(list.codes[box]);
     }
+    // As in Tile::threshold, the number of codes that may be dropped is the least code that is kept.
     const int64_t total = p.part_weight + all + sum_of_warp(edges);
     const int64_t allowed = int64_t(p.part_of_dropped * (1 - double(p.share[list.head])) * double(total));
     int below = 0;
@@ -109,7 +111,7 @@ __device__ __forceinline__ int find_threshold(
     return min(sum_of_warp(below), codes::NUMBER - 1);
 }
 
-// Four boxes under all lists: their codes, and by how much the list that wants each most wants it.
+// Four boxes: their codes in all lists, and their margins, where the list that wants a box most decides.
 struct Wanted {
     uint32_t codes[LISTS];
     int margin[BOXES];
@@ -164,7 +166,8 @@ struct Block {
         __syncthreads();
     }
 
-    // The least margin that there is room for, 0 if all of no less fit, and for how many of just less there is room too.
+    // The least margin, from 0 on, such that all boxes with this or a larger margin fit; and how many boxes with the
+    // margin just below it fit too.
     __device__ __forceinline__ int2 find_cut() {
         const int count = shared.margins[thread];
         int all, cut, above;
@@ -219,7 +222,7 @@ struct Block {
             int32_t* target = next + count + sum_up_to_this(__popc(kept), 1, total) - __popc(kept);
             for (; kept; kept &= kept - 1) *target++ = first + __ffs(kept) - 1;
             count += total;
-            __syncthreads();  // the next turn writes what this one has read
+            __syncthreads();  // the next turn overwrites what this one has read
         }
 #pragma unroll
         for (int l = 0; l < LISTS; ++l) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host side: descriptions of tensors in global memory for the bulk copy engine.
+// Host side: descriptions of tensors in global memory for the bulk copy engine (TMA).
 #pragma once
 
 #include <cuda.h>
@@ -24,6 +24,7 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     return encoder;
 }
 
+// There is no tensor map type for FP8; its bytes are copied as integers.
 inline CUtensorMapDataType data_type(Element element) {
     if (element == Element::E4M3) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
     return element == Element::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -32,7 +33,8 @@ inline CUtensorMapDataType data_type(Element element) {
 // Describe a tensor whose first dimension is contiguous.
 //   sizes: in elements.
 //   strides: elements between neighbours along each dimension but the first.
-//   box: what one copy brings, rows of 128 or 64 bytes, swizzled. Where it reaches beyond the tensor it brings zeros.
+//   box: sizes of what one copy brings: rows of 128 or 64 bytes, swizzled. Where it reaches beyond the tensor it brings
+//       zeros.
 template <int RANK>
 cudaError_t make_tensor_map(
     CUtensorMap* map, Element element, const void* base, const uint64_t (&sizes)[RANK],

@@ -40,7 +40,7 @@ from tests.contract.fakes import (
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention-3 makes a schedule for each batch; and no memory can be pinned without a GPU."""
+    """As on Hopper, FlashAttention-3 makes a schedule for each batch; but memory cannot be pinned without a GPU."""
     monkeypatch.setattr(FlashAttentionMetadataBuilder, "_get_scheduler_metadata", lambda *_, **__: torch.ones(5))
     monkeypatch.setattr(flash_attn, "PIN_MEMORY", False)
 
@@ -68,7 +68,7 @@ def test_the_metadata_of_a_run_is_that_of_the_run_as_a_batch() -> None:
             slot_mapping=common.slot_mapping[run.query_start : run.query_end],
         ),
     )
-    # The schedule at hand is the whole batch's.
+    # The schedule that vLLM has made is that of the whole batch, so a run must not use it.
     assert (ours.scheduler_metadata, ours.max_num_splits) == (None, 0)
     for name in {field.name for field in dataclasses.fields(ours)} - {"scheduler_metadata", "max_num_splits"}:
         value, expected = getattr(ours, name), getattr(alone, name)
@@ -105,7 +105,7 @@ def test_a_step_runs_dense_for_a_named_reason(changes: dict[str, Any], reason: R
 
 
 def test_padding_rows_need_no_flags() -> None:
-    # vLLM pads requests for CUDA graphs, and some of its callers leave the flags at the real ones.
+    # vLLM pads requests for CUDA graphs, and some of its callers give flags for the real requests only.
     runtime, builder, _ = one_group()
     common = make_common(LONG, Row(0), Row(0), is_prefilling=torch.tensor([True]))
     metadata = builder.build(0, common)
@@ -155,7 +155,7 @@ def test_graphs_are_captured_as_the_builders_that_vllm_derives_from_ours_build()
 
 
 def test_layers_that_attend_within_chunks_stay_dense_and_do_not_speak_for_the_others() -> None:
-    # Llama 4: their group's batches carry no flags, and would be counted instead of the global layers'.
+    # In Llama 4 the batches of these layers' group carry no flags, and would be counted instead of the global layers'.
     runtime = make_runtime()
     local, whole = (make_impl(runtime) for _ in range(2))
     config = add_layers({NAME.format(1): whole}, make_config())
@@ -181,7 +181,7 @@ def test_another_groups_block_table_reaches_the_dense_runs() -> None:
 
 
 def test_a_dense_group_plans_for_a_sparse_one_that_takes_its_metadata_over() -> None:
-    # vLLM's V1 runner builds the metadata of the first of several groups alike, and updates it for the others.
+    # For several groups of one kind vLLM's V1 runner builds the metadata of the first and updates it for the others.
     runtime = make_runtime(dense_layers=1)
     config = make_config()
     impls = {NAME.format(group): make_impl(runtime) for group in range(2)}
@@ -193,7 +193,7 @@ def test_a_dense_group_plans_for_a_sparse_one_that_takes_its_metadata_over() -> 
 
 
 def test_metadata_that_vllm_has_copied_field_by_field_takes_another_block_table() -> None:
-    # vLLM does so for layers that share a cache and prefill fast; the copy has no plan.
+    # vLLM copies it so for layers that share a cache and prefill fast. The copy has no plan.
     _, builder, _ = one_group()
     copied = dataclasses.replace(builder.build(0, make_common(*MIXED)))
     table = copied.block_table + 1
@@ -231,7 +231,7 @@ def test_the_place_of_a_layer_decides(name: str, is_draft_layer: bool, reason: R
     ("flags", "tokens"),
     [
         pytest.param({}, LONG.rows + SHORT.rows, id="V2 runner"),
-        # Which rows are prefill nobody knows there; a batch counts if it is long enough to have gone sparse.
+        # Without flags nobody knows which rows are prefill; a batch counts if it is long enough to have gone sparse.
         pytest.param({"is_prefilling": None}, LONG.rows, id="V1 runner, without flags"),
     ],
 )

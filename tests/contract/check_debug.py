@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The setting `debug`: what service would run dense is raised, and indexes and outputs are checked. Run by
-test_vllm_033.py, with that release on the path.
+"""The setting `debug`: an exception after which a step would run dense in service is raised, and indexes and outputs
+are checked. Run by test_vllm_033.py, with that release on the path.
 """
 
 from typing import Any

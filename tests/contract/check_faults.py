@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a step after an exception of ours: it runs dense, and serving goes on. Run by test_vllm_033.py, with
-that release on the path.
+"""After an exception in our code a step runs dense, and serving goes on. Run by test_vllm_033.py, with that release on
+the path.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("no_gpu")
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What is logged: level, message, and whether a traceback comes with it."""
+    """What is logged, each as one line: level, message, and whether a traceback comes with it."""
     lines: list[str] = []
     for level in ("exception", "error", "warning"):
         monkeypatch.setattr(
@@ -73,7 +73,7 @@ def test_a_chunk_whose_sparse_attention_raises_runs_dense(log: list[str]) -> Non
     metadata = builder.build(0, common)
     for impl, dense in zip(impls, expected, strict=True):
         output = attend(impl, query, cache, metadata)
-        # Every key is kept here: sparse and dense agree but for rounding.
+        # Every key is kept here, so sparse and dense attention agree up to rounding.
         torch.testing.assert_close(output[: common.num_actual_tokens], dense, rtol=1.6e-2, atol=1e-2)
         assert (output[common.num_actual_tokens :] == 7.0).all()
     after = counted(runtime)
@@ -91,7 +91,7 @@ def test_after_three_faults_in_a_row_all_runs_dense(log: list[str]) -> None:
     runtime.chooser = fail
     attend(impls[0], query, cache, builder.build(0, common))
     runtime.chooser = works
-    attend(impls[1], query, cache, builder.build(0, common))  # the row is broken
+    attend(impls[1], query, cache, builder.build(0, common))  # a success: the faults are no longer in a row
     runtime.chooser = fail
     metadata = builder.build(0, common)
     for number, impl in enumerate(impls, start=1):

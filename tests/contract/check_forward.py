@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our layers leave to others: to FlashAttention in dense steps, to vLLM's subclasses of ours. Run by
-test_vllm_033.py, with that release on the path.
+"""What our layers leave to others: dense steps to FlashAttention, and `forward` to the subclasses that vLLM derives
+from ours. Run by test_vllm_033.py, with that release on the path.
 """
 
 import statistics
@@ -76,7 +76,7 @@ def layer_derived_by_vllm(backend: type, runtime: Runtime, **changes: Any) -> An
 def test_a_forward_that_vllm_overrides_in_a_subclass_runs_in_every_step(
     backend: type, changes: dict[str, Any], reason: Reason, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Such layers write their keys there: hidden by an attribute of the instance, they were never written.
+    # Such layers write their keys in `forward`. An attribute of the instance that hid it would leave them unwritten.
     runtime = make_runtime()
     impl = layer_derived_by_vllm(backend, runtime, **changes)
     builder = make_builder({NAME.format(0): impl})
@@ -98,8 +98,8 @@ def test_a_forward_that_vllm_overrides_in_a_subclass_runs_in_every_step(
 
 
 def test_layers_without_a_plan_add_little_to_a_dense_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 32 layers may cost 8 us a step: 0.25 us each. An empty call of as many arguments is the yardstick, since the clock
-    # of this machine is not that of another.
+    # 32 layers may cost 8 us a step: 0.25 us each. The measure is an empty call with as many arguments, since machines
+    # differ in speed.
     monkeypatch.setattr(FlashAttentionImpl, "forward", lambda self, *_: None)
     _, builder, (impl, _) = one_group()
     metadata = builder.build(0, make_common(SHORT))

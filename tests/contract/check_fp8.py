@@ -82,9 +82,9 @@ def layer_of(scales: list[torch.Tensor]) -> torch.nn.Module:
 
 
 def quantized(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """As vLLM's layer does before it calls our forward."""
+    """Quantizes a query as vLLM's layer does before it calls our forward."""
     width = GroupShape(-1, HEAD_DIM * HEADS // KV_HEADS) if scale.numel() > 1 else GroupShape.PER_TENSOR
-    # The operation itself wants an engine's configuration.
+    # The operation itself could not be made without an engine's configuration.
     settings = SimpleNamespace(
         static=True, is_group_quant=width.is_per_group(), group_shape=width, num_token_padding=None
     )
@@ -131,7 +131,7 @@ def test_a_full_budget_gives_what_flash_attention_gives(
 
 
 def test_scales_are_those_of_the_moment() -> None:
-    # vLLM may load weights anew, or take them back from a sleep.
+    # vLLM may load weights, and scales with them, again while it serves or when it wakes from a sleep.
     _, builder, impl = one_layer(SCALES["number"])
     common = make_common(LONG)
     metadata, (query, cache) = builder.build(0, common), make_quantized_step(common, SCALES["number"])
@@ -171,13 +171,13 @@ def test_a_layer_without_scales_stays_dense() -> None:
 
 
 def test_fp8_of_another_kind_keeps_a_layer_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on AMD's GPUs, where numbers of the same name stand for others.
+    # As on AMD's GPUs, where the same bits stand for other numbers.
     monkeypatch.setattr(type(current_platform), "fp8_dtype", classmethod(lambda _: torch.float8_e4m3fnuz))
     assert one_layer(SCALES["number"])[2].dense_reason is Reason.QUANTIZED_KV
 
 
 def test_layers_with_and_without_a_cache_in_fp8_have_scratch_of_their_own() -> None:
-    # --kv-cache-dtype-skip-layers
+    # vLLM's option --kv-cache-dtype-skip-layers makes such models.
     runtime, config = make_runtime(), make_config()
     plain, fp8 = make_impl(runtime), make_impl(runtime, kv_cache_dtype="fp8")
     add_layers({NAME.format(0): plain}, config)

@@ -114,7 +114,7 @@ def test_attention_can_be_called_as_tune_does() -> None:
 )
 def test_our_methods_take_what_the_stock_ones_take(ours: type, stock: type) -> None:
     overridden = {name for name, member in vars(ours).items() if callable(member) and hasattr(stock, name)}
-    overridden -= {"__init__"} if ours is MInferenceImpl else set()  # *args, **kwargs
+    overridden -= {"__init__"} if ours is MInferenceImpl else set()  # it takes *args, **kwargs
     assert overridden
     for name in overridden:
         assert parameters(getattr(ours, name)).startswith(parameters(getattr(stock, name))), name
@@ -176,12 +176,12 @@ def test_the_command_line_takes_the_name_and_it_survives_pickling() -> None:
     config = AttentionConfig(backend="minference")
     assert config.backend is AttentionBackendEnum.CUSTOM
     pickled = pickle.dumps(config)
-    del AttentionBackendEnum._member_map_["MINFERENCE"]  # as in a spawned process before it loads plugins
+    del AttentionBackendEnum._member_map_["MINFERENCE"]  # as in a spawned process that has not yet loaded plugins
     assert pickle.loads(pickled).backend is AttentionBackendEnum.CUSTOM
 
 
 def test_a_backend_registered_by_name_does_not_survive_pickling() -> None:
-    # Why we take the CUSTOM member and an alias. Once this fails, a member of our own will do.
+    # This is why we use the CUSTOM member and an alias. Once this test fails, we can have a member of our own.
     register_backend("CONTRACT_TEST", "contract.Backend")
     member = AttentionBackendEnum["CONTRACT_TEST"]
     pickled = pickle.dumps(member)
@@ -226,7 +226,7 @@ def test_registration_has_models_take_us_for_flash_attention() -> None:
 
 @pytest.mark.parametrize("executor", [UniProcExecutor, WorkerProc])
 def test_each_executor_settles_the_page_size_once_a_worker_has_its_layers(executor: type) -> None:
-    # Where a worker says that no layer is ours.
+    # In that update a worker says if no layer is ours, so it must follow the loading of the model.
     source = inspect.getsource(executor)
     assert 0 < source.index(".load_model()") < source.index("current_platform.update_block_size_for_backend(")
 

@@ -42,7 +42,7 @@ from tests.contract.fakes import (
 def flash_attention(
     self: Any, layer: Any, query: Any, key: Any, value: Any, cache: Any, metadata: Any, output: Any, *scales: Any
 ) -> torch.Tensor:
-    """What FlashAttentionImpl.forward computes for a layer without frills."""
+    """What FlashAttentionImpl.forward computes for a plain layer."""
     if any(scale is not None for scale in scales):
         raise NotImplementedError
     if metadata is None:
@@ -75,7 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def any_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU on which FlashAttention takes every kind of layer."""
     monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *_, **__: True)
-    # vLLM imports it where there is a GPU only.
+    # vLLM imports this function only where there is a GPU.
     monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
 
 
@@ -95,7 +95,7 @@ def attend(impl: Any, query: torch.Tensor, cache: torch.Tensor, metadata: Any, *
 
 
 def assert_dense(impl: Any, reason: Reason, calls: list[Any]) -> None:
-    """The layer goes to FlashAttention as it came, even in a step in which other layers go sparse."""
+    """The layer passes its call on to FlashAttention unchanged, even in a step in which other layers go sparse."""
     _, builder, _ = one_group()
     common = make_common(*MIXED)
     metadata = builder.build(0, common)
@@ -221,7 +221,7 @@ def test_sinks_go_to_both_parts_of_a_step(dtype: torch.dtype, calls: list[Any]) 
 
 
 def assert_as_flash_attention(impl: Any, builder: Any, batch: tuple[Row, ...], calls: list[Any]) -> torch.Tensor:
-    """A step, of which some goes to FlashAttention, gives what it would have given for all; returns that."""
+    """A step that is partly FlashAttention's gives what FlashAttention would give for all of it; returns the output."""
     calls.clear()
     common = make_common(*batch)
     metadata = builder.build(0, common)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How this release tells pages, salted, and servers apart. Run by test_vllm_033.py, with that release on the path."""
+"""How this release tells salted pages apart, and servers. Run by test_vllm_033.py, with that release on the path."""
 
 import ast
 from pathlib import Path
@@ -25,7 +25,7 @@ def function(file: str, name: str) -> ast.FunctionDef:
 
 
 def test_nixls_handshake_compares_what_the_document_lists() -> None:
-    # docs/compatibility.md: no setting of ours is among it.
+    # See docs/compatibility.md: none of our settings is among what is compared.
     file = "distributed/kv_transfer/kv_connector/v1/nixl/metadata.py"
     hashed = function(file, "compute_nixl_compatibility_hash")
     [factors] = [node for node in ast.walk(hashed) if isinstance(node, ast.Dict)]
@@ -36,7 +36,7 @@ def test_nixls_handshake_compares_what_the_document_lists() -> None:
 
 
 def test_what_the_profiling_run_allocates_stays_while_a_server_sleeps() -> None:
-    # Our scratch does: what sleeps is allocated in a pool of its own.
+    # So our scratch memory stays too. Only what is allocated in a memory pool of its own is freed for the sleep.
     source = ast.unparse(function("v1/worker/gpu_worker.py", "determine_available_memory"))
     assert "profile_run(" in source
     assert "memory_pool" not in source

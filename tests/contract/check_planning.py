@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What planning a step asks for, and what it leaves alone. Run by test_vllm_033.py, with that release on the path."""
+"""What planning a step reads, and what it must not read. Run by test_vllm_033.py, with that release on the path."""
 
 import statistics
 import time
@@ -51,7 +51,7 @@ def test_steps_that_decode_leave_nothing_to_count() -> None:
     unread = {"query_start_loc_cpu": UNREAD, "seq_lens_cpu_upper_bound": UNREAD, "is_prefilling": UNREAD}
     assert builder.plan_step(make_common(DECODE, LONG_ANSWER, **unread), None) == (ALL_DENSE, None)
     assert not runtime.counters._deferred
-    verification = Row(5, 300, prefill=False)  # of drafts
+    verification = Row(5, 300, prefill=False)  # of draft tokens
     assert builder.plan_step(make_common(LONG_ANSWER, verification), None) == (ALL_DENSE, None)
     assert counted(runtime) == {}
 
@@ -75,7 +75,7 @@ def test_what_the_v1_runner_overwrites_is_copied(batch: tuple[Row, ...]) -> None
 
 
 def test_the_v2_runner_makes_the_arrays_that_describe_a_step_anew() -> None:
-    # The counting thread reads them later. So far it does what it says here; nothing promises that it will.
+    # Our counting thread reads the arrays later. The runner makes new ones so far, but vLLM does not promise it.
     source = Path(vllm.__file__).with_name("v1").joinpath("worker/gpu/model_runner.py").read_text()
     for array, made in {
         "query_start_loc_np": "np.empty(",
@@ -118,7 +118,7 @@ def test_short_chunks_beside_a_long_context_are_counted_by_why_they_run_dense() 
     assert builder.plan_step(make_common(LONG_ANSWER, short_chunk, SHORT, SHORT), None) == (ALL_DENSE, None)
     expected = {("dense", "short_chunk"): short_chunk.rows, ("dense", "below_min_seq_len"): 2 * SHORT.rows}
     assert counted(runtime) == expected
-    builder.plan_step(make_common(short_chunk, SHORT, seq_lens_cpu_upper_bound=None), None)  # nobody knows which is why
+    builder.plan_step(make_common(short_chunk, SHORT, seq_lens_cpu_upper_bound=None), None)  # no reason is known
     assert counted(runtime) == expected
 
 
@@ -135,7 +135,7 @@ def test_an_encoders_builder_that_vllm_derives_from_ours_plans_nothing() -> None
 
 @pytest.mark.parametrize("window", [64, None], ids=["dense", "sparse"])
 def test_rows_of_layers_that_pool_blocks_are_no_prompt_tokens(window: int | None) -> None:
-    # Voxtral's audio layers: vLLM multiplies all lengths by 4 before our builder sees them. It makes them first.
+    # Voxtral's audio layers: vLLM multiplies all lengths by 4 before our builder sees them. Their builders come first.
     runtime, config = make_runtime(), make_config()
     audio, text = (make_impl(runtime, config, sliding_window=size) for size in (64, window))
     add_layers({NAME.format(1): text}, config)
@@ -150,7 +150,7 @@ def test_rows_of_layers_that_pool_blocks_are_no_prompt_tokens(window: int | None
 
 
 def test_layers_that_pool_blocks_run_dense() -> None:
-    # Their chunks have more rows than scratch is claimed for.
+    # Their chunks have more rows than there is scratch memory for.
     runtime, config = make_runtime(), make_config()
     builder = make_builder({NAME.format(0): make_impl(runtime)}, config, kind=BLOCK_POOLING.get_builder_cls())
     builder.vllm_config = config
@@ -158,7 +158,7 @@ def test_layers_that_pool_blocks_run_dense() -> None:
 
 
 def test_a_plan_holds_plain_numbers() -> None:
-    # PyTorch's and NumPy's would select another compiled variant of a kernel, and JSON refuses them.
+    # Numbers of PyTorch or NumPy would select another compiled variant of a kernel, and JSON refuses them.
     _, builder, _ = one_group()
     plan, _ = builder.plan_step(make_common(*MIXED), None)
     assert {type(value) for part in (*plan.chunks, *plan.dense_runs) for value in part} == {int, bool}
@@ -185,7 +185,7 @@ def test_counting_starts_with_the_first_builder() -> None:
     assert runtime.counters.start.called
 
 
-# A bound in microseconds would fail on a busy machine; benchmarks.steps measures them, in an engine.
+# A bound in microseconds would fail on a busy machine. benchmarks.steps measures the microseconds, in an engine.
 @pytest.mark.parametrize(
     ("batch", "most"),
     [

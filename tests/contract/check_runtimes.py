@@ -36,7 +36,7 @@ GATE = {"min_seq_len": 200, "min_chunk": 100, "log_every": 0}
 
 @pytest.fixture(autouse=True)
 def worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is rank 0, without threads, and whose GPU is the CPU."""
+    """This process counts as rank 0, starts no threads, and uses the CPU as its GPU."""
     monkeypatch.setattr(compat, "reports_metrics", lambda: True)
     monkeypatch.setattr(compat, "pipeline", lambda vllm_config: ONE_STAGE)
     monkeypatch.setattr(Counters, "start", Mock())
@@ -101,7 +101,7 @@ def test_a_runtime_and_its_scratch_go_with_their_engine() -> None:
     config = make_engine_config()
     layer = make_layer(config)
     make_builder({NAME.format(0): layer}, config)
-    runtime, counters = weakref.ref(layer.runtime), layer.runtime.counters  # the thread that publishes holds them
+    runtime, counters = weakref.ref(layer.runtime), layer.runtime.counters  # the publishing thread holds these
     scratch = weakref.ref(layer.layer_state.attend.lse)
     del layer, config
     gc.collect()
@@ -111,7 +111,7 @@ def test_a_runtime_and_its_scratch_go_with_their_engine() -> None:
 
 
 def test_configurations_of_parts_of_an_engine_are_that_engines_but_by_their_instance_id() -> None:
-    # vLLM makes them so: of the fields of the engine's, with other models.
+    # vLLM makes such configurations from the fields of the engine's own, with other models.
     engine, other = (VllmConfig(device_config=DeviceConfig(device="cpu")) for _ in range(2))
     part = VllmConfig(device_config=engine.device_config, compilation_config=engine.compilation_config)
     assert part.instance_id != engine.instance_id

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several checks of vLLM 0.33 share. It is imported where another release is installed too, so it imports late."""
+"""What several checks of vLLM 0.33 share. pytest loads it under other releases too, so it imports vLLM late."""
 
 import pytest
 import torch

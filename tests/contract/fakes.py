@@ -37,7 +37,7 @@ class Row:
 DECODE = Row(1, 150, prefill=False)
 SHORT = Row(20)
 LONG = Row(140, 60)
-# All of them in the order of vLLM's V1 runner, which is none.
+# Requests of all three kinds, in no order, as vLLM's V1 runner leaves them.
 MIXED = (DECODE, LONG, SHORT, DECODE, LONG)
 
 
@@ -45,7 +45,7 @@ def make_runtime(publish: bool = True, **settings: Any) -> Runtime:
     method = {"name": "vertical_slash", "vertical_size": EVERYTHING, "slash_size": EVERYTHING}
     gate = {"min_seq_len": 200, "min_chunk": 100, "method": method, "log_every": 0}
     runtime = Runtime(MInferenceConfig(**{**gate, **settings}), CPU, publish)
-    runtime.counters.start = Mock()  # no thread a test
+    runtime.counters.start = Mock()  # tests start no thread
     return runtime
 
 
@@ -151,12 +151,12 @@ def one_group(layers: int = 2) -> tuple[Runtime, MInferenceBuilder, list[MInfere
 
 
 def has_plan(metadata: Any) -> bool:
-    """Whether something of the step runs sparse."""
+    """Whether any chunk of the step runs sparse."""
     return getattr(metadata, "minference", None) is not None
 
 
 def finish(runtime: Runtime, metadata: Any) -> None:
-    """The layers have run a step in which something runs sparse."""
+    """Does what follows when the layers have run a step in which something runs sparse."""
     runtime.finish_step(metadata.minference.record)
 
 

@@ -9,14 +9,14 @@
 namespace emulator {
 
 struct Barrier {
-    int count, pending;  // arrivals
-    long bytes = 0;      // of bulk copies that the phase waits for
+    int count, pending;  // arrivals: of a whole phase, and still to come in this one
+    long bytes = 0;      // of bulk copies, still to come in this phase
     int phase = 0;
-    std::vector<int> due;  // the phase that each thread is to wait for next
+    std::vector<int> due;  // the phase that each thread must wait for next
 };
 
 constexpr int NEVER_WAITED = INT_MIN;
-// In shared memory lies the number of a barrier, under a mark that nothing else writes.
+// The word of a barrier in shared memory holds its number and, in the upper half, a mark that nothing else writes.
 constexpr uint64_t MARK = 0xBA55ull << 32;
 
 inline std::vector<Barrier> barriers;
@@ -50,7 +50,8 @@ inline void arrive(int number, int count, int bytes = 0) {
     end_phase_if_complete(number);
 }
 
-// A thread that waits for a barrier is to see all its phases, in turn: by parity alone it cannot tell them apart.
+// A thread that waits for a barrier must wait for each of its phases in turn, because parity alone cannot tell it which
+// phase has ended.
 inline void wait_for_phase(int number, uint32_t parity) {
     int& due = barriers[number].due[threadIdx.x];
     // The phase before the first counts as complete.
@@ -96,7 +97,7 @@ inline void forget_barriers() {
     for (auto& barrier : named_barriers) barrier = {};
 }
 
-// A program is to leave no phase half complete.
+// A program must leave no phase half complete.
 inline void check_barriers_at_rest() {
     for (size_t i = 0; i < barriers.size(); ++i) {
         const Barrier& barrier = barriers[i];

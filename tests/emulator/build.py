@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of csrc/ as a library for the CPU, made by g++; the headers beside this stand for the GPU.
+"""Compiles the CUDA kernels of csrc/ with g++ into a library for the CPU; the headers beside this file emulate the GPU.
 
-The sources stay as they are but for what g++ cannot read: launches, dynamic shared memory, one PTX instruction.
+Only what g++ cannot read is changed in the sources: launches, dynamic shared memory, one PTX instruction.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-# They are all that touches PTX and the driver; headers here stand for them.
+# The headers that wrap PTX and the driver; headers of the same names in this folder replace them.
 REPLACED = ("hopper.cuh", "tensor_map.cuh")
 FLAGS = (
     "-std=c++20", "-O2", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-Wno-unknown-pragmas",
@@ -24,7 +24,7 @@ FLAGS = (
 
 
 class Edit(NamedTuple):
-    """What is to be found once in a file of csrc/, and what comes in its place."""
+    """A pattern that occurs exactly once in a file of csrc/, and its replacement."""
 
     file: str
     pattern: str
@@ -70,11 +70,11 @@ def can_leave_out(number: int, file: str, statements: str) -> Edit:
 
 
 class Build:
-    """A library under way: g++ runs until its functions are asked for.
+    """A library that g++ compiles in the background; `functions` waits for it.
 
     Args:
-        edits: what breaks the kernels.
-        only: the one source that is wanted, if it is not all that attend and probe.
+        edits: changes with which tests can break the kernels.
+        only: compile only this source. Without it, all sources that attend and probe are compiled.
     """
 
     def __init__(self, folder: Path, edits: Iterable[Edit] = (), only: str = "") -> None:

@@ -26,8 +26,8 @@ enum class Mma { AT_ONCE, AT_THE_WAIT, BETWEEN };
 struct Pace {
     Mma mma;
     bool coupled;                    // a wait for wgmma waits until all four warps have issued it
-    bool parted;                     // lanes of a warp part wherever they may
-    int latency;                     // turns that most copies take at most
+    bool parted;                     // lanes of a warp diverge wherever they may
+    int latency;                     // upper bound, in turns, of what most copies take
     int sleep_chance, sleep_length;  // a warp rests one time in so many, for so many turns at most
     int lazy_warp;                   // rests every other time
     int slow_copiers;                // 64 threads whose copies all take SLOW turns longer
@@ -43,7 +43,7 @@ inline void draw_pace(int threads) {
     pace.latency = draw_from({1, 30, 400, 3000});
     pace.sleep_chance = draw_from({1'000'000, 40, 8, 3});
     pace.sleep_length = draw_from({10, 100, 1000});
-    // One time in two nobody lags.
+    // With a chance of one half the number lies past the last warp, and none is lazy.
     pace.lazy_warp = draw(threads / 32 * 2);
     pace.slow_copiers = draw(4);
 }
@@ -57,7 +57,7 @@ inline uint32_t draw_latency() {
 
 struct Event {
     uint64_t turn;
-    uint32_t order;  // among those of a turn
+    uint32_t order;  // among the events of a turn
     std::function<void()> act;
 
     bool operator<(const Event& other) const {

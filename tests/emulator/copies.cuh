@@ -23,7 +23,7 @@ struct CUtensorMap {
 
 namespace emulator {
 
-// Tensors that this launch has described: cp.async reads from nowhere else.
+// Tensors that this launch has described. cp.async must read from one of them.
 inline std::vector<CUtensorMap> described;
 // For each thread the turn in which the last of its copies lands.
 inline std::vector<uint64_t> last_landing;
@@ -67,7 +67,7 @@ struct Box {
 
     uint32_t piece(int row, int i) const { return swizzle(target + row * row_bytes() + i * PIECE, row_bytes()); }
 
-    // Null outside the tensor.
+    // Where a row of the box lies in global memory; null outside the tensor.
     const char* source_row(int row) const {
         int64_t offset = corner[0];
         bool is_inside = corner[0] >= 0 && corner[0] + map.box[0] <= map.sizes[0];
@@ -102,7 +102,7 @@ void copy_box(uint32_t target, const CUtensorMap* map, int barrier, const int (&
     Box box{*map, target};
     std::copy(corner, corner + RANK, box.corner);
     for (int row = 0; row < box.num_rows(); ++row) {
-        // Queries past the chunk come as zeros; keys are never to be sought outside the cache.
+        // Queries (rank 3) past the chunk come as zeros. Keys must never be read from outside the cache.
         EMULATOR_CHECK(RANK == 3 || box.source_row(row) != nullptr, "box outside the cache");
         for (int i = 0; i < box.row_bytes() / PIECE; ++i) fill_with_nan(box.piece(row, i));
     }

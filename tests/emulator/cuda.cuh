@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The words of CUDA C++ that the kernels use, for g++.
+// The keywords, types and functions of CUDA C++ that the kernels use, for g++.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +55,7 @@ T __ldg(const T* pointer) {
     return *pointer;
 }
 
-// One fibre runs at a time.
+// Atomic without more effort, since one fibre runs at a time.
 template <typename T>
 void atomicAdd(T* address, T value) {
     *address += value;

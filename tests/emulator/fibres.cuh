@@ -17,7 +17,7 @@ struct Fibre {
     void* stack_pointer;
     std::vector<char> stack;
     bool done;
-    bool (*is_ready)(void* condition);  // null: it can go on
+    bool (*is_ready)(void* condition);  // null if the fibre waits for nothing
     void* condition;
     const char* waits_at;
     int waits_for;  // which barrier
@@ -44,7 +44,7 @@ inline void add_to_report(const char* format, ...) {
     va_end(values);
 }
 
-// Saves the registers that a call keeps, and goes on where the other stack was left.
+// Saves the callee-saved registers on this stack, and resumes the other stack where it was left.
 [[gnu::naked, gnu::noinline]] static void swap_stacks(void** save, void* load) {
     asm("push %rbp\n"
         "push %rbx\n"
@@ -66,7 +66,7 @@ constexpr int SAVED_REGISTERS = 6;
 
 [[gnu::noinline]] inline void leave_fibre() { swap_stacks(&fibres[current].stack_pointer, scheduler_stack_pointer); }
 
-// Ends the program; a fibre that failed is not taken up again.
+// Ends the program: a fibre that failed is never resumed.
 template <typename... Values>
 [[gnu::noinline]] void fail(const char* format, Values... values) {
     if (current != NONE) add_to_report("thread %d: ", current);
@@ -109,7 +109,8 @@ inline void start_fibres(int threads) {
         fibre.is_ready = nullptr;
         fibre.waits_at = "its start";
         fibre.waits_for = NONE;
-        // As swap_stacks leaves a stack, with run_thread to return to; aligned as after a call.
+        // The stack looks as swap_stacks would leave it, with run_thread as the return address, and is aligned as after
+        // a call.
         const auto end = reinterpret_cast<uintptr_t>(fibre.stack.data() + STACK_BYTES) & ~uintptr_t(63);
         auto** top = reinterpret_cast<void**>(end) - 8;
         *top = reinterpret_cast<void*>(&run_thread);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stands for csrc/hopper.cuh: the same functions, emulated.
 //
-// Not modelled: programs side by side, how many registers there are, fences but the one between wgmma and what threads or
-// cp.async have written, the weak order of memory between threads, the hardware's rounding within a wgmma, bank
-// conflicts, time.
+// Not modelled: programs that run at the same time, the number of registers, any fence except the one between wgmma and
+// what threads or cp.async have written, the weak memory order between threads, the hardware's rounding within a wgmma,
+// bank conflicts, time.
 #pragma once
 
 #include <type_traits>
@@ -49,8 +49,8 @@ void copy_box(uint32_t destination, const CUtensorMap* map, uint64_t* barrier, C
 inline void prefetch_box(const CUtensorMap*, int, int, int) {}
 inline void prefetch_map(const CUtensorMap*) {}
 
-// After it the warp's wgmma see what cp.async has written: lanes that are still to come meet the others there. And all
-// wgmma see what this thread has written itself.
+// After the fence of any lane, its warp's wgmma see what cp.async has written: a wgmma begins only when all lanes have
+// come, so the other lanes pass their fences before it. All wgmma see what this thread has stored itself.
 inline void fence_async_proxy() {
     emulator::own_warp().fenced = emulator::now + 1;
     emulator::fence_own_stores();
@@ -141,7 +141,7 @@ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = 8 * RO
     return mode << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
-// D has 64 rows over 128 threads: twice as many columns as a thread has registers.
+// D has 64 rows, spread over 128 threads, so it has twice as many columns as a thread has registers.
 template <typename T, bool ACCUMULATE, int COUNT>
 void mma(float (&d)[COUNT], uint64_t a, uint64_t b) {
     emulator::issue({a, b, 2 * COUNT, ACCUMULATE, ELEMENT<T>, false}, d, nullptr);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of csrc/, prepared by build.py, or ONLY one's, and what a test sets before each call of one.
+// The kernels of csrc/ as build.py has prepared them, or those of the one source that ONLY names; and emulator_begin,
+// which a test calls before each kernel.
 
 #ifdef ONLY
 #include ONLY

@@ -11,7 +11,7 @@ inline std::vector<int> order;  // of the warps, shuffled each turn
 
 inline bool is_asleep(const Warp& warp) { return warp.asleep_until > now; }
 
-// Runs what lanes can run; true if some could, were it only that they part from the others.
+// Runs the lanes that can go on. Returns whether any could, even if it was held back to make the warp diverge.
 inline bool run_warp(int warp) {
     const int first = draw(LANES), step = draw_from({1, LANES - 1});
     bool any = false;
@@ -52,7 +52,7 @@ inline void report_deadlock() {
     throw Failure{};
 }
 
-// Nothing runs before the next copy lands or a warp wakes.
+// Nothing can run until the next copy lands or a warp wakes, so the turns until then are skipped.
 inline void skip_idle_turns() {
     uint64_t next = events.empty() ? UINT64_MAX : events.top().turn;
     for (const Warp& warp : warps) {
@@ -92,7 +92,7 @@ inline void run_program(int threads, int bytes) {
     check_barriers_at_rest();
 }
 
-// Takes a program's kernel, bound to its arguments.
+//   kernel: what each thread runs, bound to its arguments.
 template <typename Kernel>
 void launch(int programs, int threads, int bytes, Kernel kernel) {
     static const Kernel* bound;

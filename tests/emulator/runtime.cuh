@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels' host code calls of the CUDA runtime.
+// The part of the CUDA runtime that the kernels' host code calls.
 #pragma once
 
 #include "program.cuh"

@@ -7,7 +7,7 @@
 namespace emulator {
 
 constexpr int MAX_SHARED_BYTES = 227 * 1024;
-// As little aligned as a kernel may count on.
+// A kernel may count on no better alignment of its dynamic shared memory.
 constexpr int MISALIGNED = 16;
 constexpr uint32_t FIRST_ADDRESS = 1024 + MISALIGNED;
 constexpr int PIECE = 16;  // bytes of one asynchronous copy
@@ -15,9 +15,10 @@ constexpr int PIECE = 16;  // bytes of one asynchronous copy
 alignas(1024) inline char shared_storage[MAX_SHARED_BYTES + 1024];
 inline char* const shared_memory = shared_storage + MISALIGNED;
 inline int shared_bytes;
-// The turn in which cp.async or a thread wrote a piece that no fence has followed yet, 0 if there is none.
+// For each piece the turn in which cp.async or a thread wrote it; 0 if wgmma may read it without a fence, because the
+// bulk copy engine wrote it or the thread that wrote it has fenced since.
 inline uint64_t written_by_threads[MAX_SHARED_BYTES / PIECE];
-// For each thread the pieces that it has written itself since its last fence.
+// For each thread the pieces that it has stored since its last fence.
 inline std::vector<std::vector<uint32_t>> unfenced;
 
 inline uint32_t address_of(const void* pointer) {
@@ -39,7 +40,7 @@ inline uint32_t swizzle(uint32_t address, int row_bytes) {
     return address ^ (address >> 7 & (row_bytes / PIECE - 1)) << 4;
 }
 
-// What nobody has written is NaN.
+// What nobody has written is NaN, in every element type, so that a kernel that reads it gives wrong results.
 inline void fill_with_nan(uint32_t address) { memset(locate(address), 0xFF, PIECE); }
 
 inline void load_piece(uint32_t address, void* target) {
@@ -47,7 +48,7 @@ inline void load_piece(uint32_t address, void* target) {
     memcpy(target, locate(address), PIECE);
 }
 
-// The bulk copy engine and wgmma see it after a fence of this thread.
+// The bulk copy engine and wgmma see the piece only after a fence of this thread.
 inline void store_piece(uint32_t address, const void* source) {
     EMULATOR_CHECK(address % PIECE == 0, "store of 16 bytes to %u, which is not aligned", address);
     memcpy(locate(address), source, PIECE);

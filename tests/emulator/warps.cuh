@@ -13,22 +13,22 @@ constexpr int LANES = 32;
 
 // One wgmma of a warp: 16 of its 64 rows.
 struct Product {
-    uint64_t a, b;  // descriptors; no `a` where it comes from registers
+    uint64_t a, b;  // descriptors; `a` is unused if A comes from registers
     int columns;
     bool accumulate;
     hopper::Element element;  // of a and b
     bool from_registers;
-    int lanes = 0;               // that have issued it
+    int lanes = 0;               // lanes that have issued it
     float* accumulators[LANES];  // of each lane
     const uint32_t* a_registers[LANES];
-    uint64_t fenced;  // it sees what cp.async wrote before this turn
+    uint64_t fenced;  // the product sees what cp.async wrote before this turn
 
     int depth() const { return hopper::MMA_BYTES / hopper::bytes_of(element); }
     bool is_issued() const { return lanes == LANES; }
 };
 
 struct Warp {
-    uint64_t given[2][LANES];  // to the collective under way, and to the one before
+    uint64_t given[2][LANES];  // each lane's value in the current collective and in the one before
     int arrived = 0;
     long generation = 0;
     const char* collective;

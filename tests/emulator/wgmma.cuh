@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// wgmma, a warp at a time: carried out after it was issued, at the latest when it is waited for.
+// wgmma, for each warp by itself. A product is carried out some time after it was issued, at the latest when it is
+// waited for.
 #pragma once
 
 #include <immintrin.h>
@@ -29,7 +30,7 @@ inline uint8_t narrow_e4m3(float x) {
     if (std::isnan(x)) return sign | 0x7F;
     const float size = min(fabsf(x), LARGEST);
     int exponent = size < 0x1p-6f ? -6 : ilogbf(size);
-    // In units of the last place, of which there are 8 to 15, or fewer below the normal numbers.
+    // The size in units of its last place: from 8 on for normal numbers, less than 8 for subnormal ones.
     const int places = int(nearbyintf(ldexpf(size, 3 - exponent)));
     return sign | (places + (exponent + 6) * 8);
 }
@@ -70,13 +71,13 @@ struct Matrix {
     // 16 bytes of a matrix that is contiguous along the dimension summed over.
     uint32_t along_depth(int row, int byte) const { return place(row / 8 * stride + row % 8 * row_bytes + byte); }
 
-    // Eight elements, of 16 bits, of one that is contiguous along the other.
+    // Eight 16-bit elements of a matrix that is contiguous along the other dimension.
     uint32_t along_columns(int k, int column) const {
         return place(column / 64 * leading + k / 8 * stride + k % 8 * row_bytes + column % 64 * 2);
     }
 };
 
-// 16 bytes.
+// Reads 16 bytes of a matrix as floats.
 inline void read_piece(uint32_t address, const Product& product, float* elements) {
     const uint64_t written = writing_turn(address);
     const bool is_visible = written == 0 || written < product.fenced;
@@ -90,7 +91,7 @@ inline void read_piece(uint32_t address, const Product& product, float* elements
     }
 }
 
-// A row's elements that one product sums over, from where they lie one after the other.
+// Reads the elements of a row that one product sums over, from a matrix that is contiguous along them.
 inline void read_along_depth(const Matrix& matrix, int row, const Product& product, float* elements) {
     const int each = PIECE / hopper::bytes_of(product.element);
     for (int i = 0; i < hopper::MMA_BYTES / PIECE; ++i) {
@@ -100,6 +101,7 @@ inline void read_along_depth(const Matrix& matrix, int row, const Product& produ
 
 inline void read_a(const Product& product, int warp_in_group, float (&a)[ROWS][MAX_DEPTH]) {
     if (product.from_registers) {
+        // Lane l holds elements of the rows l / 4 and l / 4 + 8: two neighbours per register, in blocks of 8 columns.
         for (int l = 0; l < LANES; ++l) {
             for (int i = 0; i < 8; ++i) {
                 const uint16_t bits = product.a_registers[l][i / 2] >> 16 * (i % 2);
@@ -131,7 +133,7 @@ inline void read_b(const Product& product, float (&b)[MAX_DEPTH][MAX_COLUMNS]) {
 
 // ---- issue, carry out, wait ------------------------------------------------------------------------------------
 
-// The warp's oldest product, if all its lanes have issued it.
+// Carries out the warp's oldest product, which all of its lanes have issued.
 inline void carry_out_next(Warp& warp) {
     const Product& product = warp.products.front();
     const int warp_in_group = int(&warp - warps.data()) % WARPS_A_GROUP;
@@ -144,6 +146,7 @@ inline void carry_out_next(Warp& warp) {
             for (int column = 0; column < MAX_COLUMNS; ++column) sums[column] += a[row][k] * b[k][column];
         }
         for (int column = 0; column < product.columns; ++column) {
+            // Which lane and register hold an element: see csrc/attend_lanes.cuh.
             float* registers = product.accumulators[row % 8 * 4 + column % 8 / 2];
             float& d = registers[column / 8 * 4 + row / 8 * 2 + column % 2];
             d = product.accumulate ? d + sums[column] : sums[column];
@@ -190,7 +193,7 @@ inline void wait_for_products(int pending) {
     committed.erase(committed.begin(), committed.end() - pending);
 }
 
-// What is under way goes on beside the threads.
+// Products that have been issued are carried out between the turns of threads.
 inline void carry_out_some() {
     if (pace.mma != Mma::BETWEEN || draw(6)) return;
     Warp& warp = warps[draw(warps.size())];

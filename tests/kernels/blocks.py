@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks for the tests of `block`, and room for what its operations write."""
+"""Chunks for the tests of `block`, and buffers for what its operations write."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def make_coarse(chunk: Chunk, means: torch.Tensor) -> torch.Tensor:
 
 
 def make_lse(chunk: Chunk, rows_per_half: int = 16) -> torch.Tensor:
-    """Where normalisers go: a few halves more than the chunk has, poisoned."""
+    """A poisoned buffer for normalisers, of a few halves more than the chunk has."""
     shape = (chunk.num_qo_heads, chunk.num_tiles * HALVES + 3, rows_per_half)
     return torch.full(shape, torch.nan, device=chunk.q.device)
 
@@ -76,7 +76,7 @@ def parts_of(chunk: Chunk, rows_per_half: int) -> int:
 
 
 def make_boxes(chunk: Chunk, rows_per_half: int, room: int) -> Boxes:
-    """Room for what is chosen, and a little more, poisoned."""
+    """Poisoned buffers for the boxes that are chosen, a little larger than needed."""
     parts = parts_of(chunk, rows_per_half)
     blocks, device = -(-parts * chunk.group_size // LISTS) + 1, chunk.q.device
     numbers = torch.full((chunk.kv.num_kv_heads + 1, blocks, room), -7, dtype=torch.int32, device=device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statements without which the CUDA kernels that attend and probe are wrong, by what happens without them."""
+"""Statements without which the CUDA kernels that attend and probe are wrong; the keys say what happens without them."""
 
 ATTEND_BREAKS = {
     "the halves' stages are not evened out": ("attend.cuh", "own[0] = max(own[0], own[1] - 1);"),

@@ -16,9 +16,10 @@ from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import FP8_MAX, AttendBuffers, ScratchShape
 
-# Beside keys of about e^8 in all: less than they, hardly anything, all but everything, exactly nothing, more than they.
+# The keys of a row weigh about e^8 together. The sinks in turn get less than they, hardly anything, nearly everything,
+# exactly nothing, more than they.
 SINKS = (6.0, -30.0, 30.0, -math.inf, 12.0)
-# Of FP8: nothing saturates, and a kernel that forgets one of them is far off.
+# Scales of FP8. Nothing saturates with them, and a kernel that forgets one of them gives very wrong results.
 Q_SCALE, K_SCALE, V_SCALE = 0.03, 0.02, 0.05
 
 
@@ -26,8 +27,8 @@ Q_SCALE, K_SCALE, V_SCALE = 0.03, 0.02, 0.05
 class Case:
     """One chunk of one request; `layout` is the cache's memory order of tokens (N) and heads (H).
 
-    The cache may be in FP8, and the queries with it, with one scale each or, `per_head`, one a KV head. Heads may have
-    sinks, of the model's dtype or of float32.
+    The cache may be in FP8, and the queries with it, with one scale each or, if `per_head`, one scale per KV head.
+    Heads may have sinks, of the model's dtype or of float32.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Case:
         return ScratchShape(*heads, self.dtype, self.seq_len + 300, self.num_rows + 100, *fp8, self.sinks_dtype)
 
     def scale_of(self, one: float, device: torch.device) -> torch.Tensor:
-        """[num_kv_heads] float32: `one` for every head, or another for each."""
+        """[num_kv_heads] float32: `one` for every head, or a different scale for each head."""
         heads = torch.arange(self.num_kv_heads, device=device)
         return one / (1 + heads) if self.per_head else torch.tensor(one, device=device).expand(self.num_kv_heads)
 
@@ -84,7 +85,7 @@ class Case:
         return VerticalSlash(VerticalSlashSettings.model_validate({**settings, **changes}), kernel)
 
     def block(self, kernel: Kernel) -> Block:
-        """The method: all keys for a budget that holds them, else few enough that short prompts lose some."""
+        """The method. It keeps all keys if the budget holds them, else so few that even short prompts lose some."""
         share = 1.0 if self.vertical_size >= self.seq_len else 0.5
         settings = BlockSettings(share=share, sink_tokens=16, local_tokens=16, max_density=1.0)
         return Block(settings, kernel)
@@ -179,7 +180,7 @@ def make_cache(case: Case, device: torch.device, seed: int = 0) -> PagedKV:
 
 
 def to_fp8(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Saturated, as vLLM's kernels do; torch before 2.13 makes NaN of what is too large. NaN stays."""
+    """Converts as vLLM's kernels do: saturates (torch before 2.13 turns what is too large into NaN), and keeps NaN."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(device, FP8)
 
 
@@ -194,7 +195,7 @@ def make_rising_cache(case: Case, device: torch.device) -> PagedKV:
     kv, most = make_cache(case, device), 40.0
     pages = kv.block_table[kv.row, : -(-case.seq_len // case.page_size)].long()
     growth = torch.linspace(most, 1, len(pages), device=device)
-    if kv.k_scale is not None:  # past FP8's largest number keys grow by their scale alone
+    if kv.k_scale is not None:  # keys in FP8 grow past its largest number by their scale alone
         growth, kv = growth / most, kv._replace(k_scale=kv.k_scale * most)
     for page, factor in zip(pages.tolist(), growth, strict=True):
         kv.k[page] = (kv.k[page].float() * factor).to(kv.k.dtype)
@@ -215,7 +216,7 @@ def make_queries(case: Case, device: torch.device, seed: int = 1) -> torch.Tenso
 
 
 def make_sinks(case: Case, device: torch.device) -> torch.Tensor | None:
-    """[num_qo_heads], where a kernel must not count on any alignment."""
+    """[num_qo_heads], at an address whose alignment no kernel may count on."""
     if case.sinks_dtype is None:
         return None
     given = [math.nan, *itertools.islice(itertools.cycle(SINKS), case.num_qo_heads)]

@@ -19,19 +19,19 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def adds_fp8(chunk: Chunk) -> bool:
-    """Whether scores are sums of FP8 products on the matrix units, which keep some 14 bits of a sum."""
+    """Whether scores are sums of FP8 products on the tensor cores, which keep some 14 bits of a sum."""
     return chunk.q.dtype == FP8 and chunk.q.is_cuda
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, has_fp8_scores: bool = False) -> None:
-    """Outputs, [rows, heads, head_dim], agree, and so does each row of each head: one that is wrong would be lost in
-    the norm of all. They and their probabilities are rounded to the cache's dtype once each: 2^-8 or 2^-11. Scores of
-    up to 16 whose sums keep 14 bits move probabilities by up to 2^-10.
+    """Outputs, [rows, heads, head_dim], agree as a whole, and so does each row of each head, because one wrong row
+    would be lost in the norm of all. Outputs and probabilities are each rounded once to the cache's dtype, by 2^-8 or
+    2^-11. Scores of up to 16 whose sums keep 14 bits move probabilities by up to 2^-10.
     """
     tolerance = 8e-3 if actual.dtype == torch.bfloat16 else 2e-3 + has_fp8_scores * 2e-3
     assert relative_error(actual, expected) < tolerance
     error, size = (actual.float() - expected.float()).norm(dim=-1), expected.float().norm(dim=-1)
-    # Values that cancel leave a row smaller than what was rounded.
+    # Where values cancel, a row is smaller than the values whose rounding errors it contains.
     assert (error <= 4 * tolerance * size.clamp_min(size.mean())).all()
 
 
@@ -39,7 +39,7 @@ Attend = Callable[[Chunk, SparseIndex, AttendBuffers], None]
 
 
 def check_attend(attend: Attend, chunk: Chunk, index: SparseIndex) -> None:
-    """Against the reference. Every row of the chunk is written, and nothing past them."""
+    """The result is the reference's. Every row of the chunk is written, and nothing past its rows."""
     q, num_rows = chunk.q, chunk.num_rows
     results = []
     for function in (reference.attend, attend):
@@ -62,14 +62,14 @@ def attend_with(kernel: Kernel) -> Attend:
 
 
 def check_bands(case: Case, kernel: Kernel, device: torch.device) -> None:
-    """Attending to what vertical_slash chooses."""
+    """Attention to what vertical_slash chooses is the reference's."""
     chunk, method = make_chunk(case, device), case.vertical_slash(Kernel.REFERENCE)
     state = make_state(case, method, device)
     check_attend(attend_with(kernel), chunk, method.choose(chunk, state.budgets, state.buffers))
 
 
 def check_probe(case: Case, device: torch.device, kernel: Kernel = Kernel.TRITON) -> None:
-    """Against the reference: the mass of columns and of diagonals."""
+    """The masses of columns and of diagonals are the reference's."""
     chunk, counts = make_chunk(case, device), case.vertical_slash(Kernel.TRITON).settings.probe_counts
     results = []
     for which in (Kernel.REFERENCE, kernel):
@@ -78,14 +78,14 @@ def check_probe(case: Case, device: torch.device, kernel: Kernel = Kernel.TRITON
         ops.probe(chunk, *counts, buffers, which)
         results.append(buffers)
     expected, actual = results
-    # On the matrix units a float32 product keeps ten bits of its operands.
+    # On tensor cores a float32 product keeps ten bits of its operands.
     has_fp8_scores = adds_fp8(chunk)
     tolerance = 2e-2 if case.dtype == torch.float32 else 5e-3 if has_fp8_scores else 1e-4
     torch.testing.assert_close(actual.lse, expected.lse, rtol=tolerance, atol=tolerance)
     present = expected.lse.isfinite().sum(1)
     for name in ("vertical", "slash"):
         mass, want = getattr(actual, name)[:, : case.seq_len], getattr(expected, name)[:, : case.seq_len]
-        # Every probe row's mass is 1; half a unit of rounding for each of its entries.
+        # Every probe row's mass is 1, up to half a unit of rounding for each of its entries.
         total = mass.sum(1) * MASS_UNIT
         torch.testing.assert_close(total, present.to(total), rtol=1e-2, atol=0)
         assert relative_error(mass, want) < (2e-2 if case.dtype == torch.float32 or has_fp8_scores else 2e-3)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles all Triton kernels for Hopper and Ampere, and prints what those that are given FP8 multiply on the tensor
-cores; run by test_warm_up.py, needs no GPU.
+"""Compiles all Triton kernels for Hopper and Ampere. Prints, for kernels that are given FP8, which types they multiply
+on the tensor cores. Run by test_warm_up.py; needs no GPU.
 
-The interpreter, which the other tests run under without a GPU, has no types, and takes what the compiler refuses.
+Without a GPU the other tests use Triton's interpreter, which has no types and accepts what the compiler refuses.
 """
 
 import re
@@ -30,7 +30,7 @@ OTHERS: list[dict[str, object]] = [
     {"name": "vertical_slash", "probe_rows": "both", "share": 0.9},
 ]
 RUNS = [(90, IN_FP8, FAST), (90, IN_FP16, OTHERS), (80, IN_FP16, OTHERS)]
-"""Compute capability, which FP8 needs 8.9 of, what is read, and by which methods."""
+"""Compute capability (FP8 needs 8.9), the case that is read, and the methods that read it."""
 PRODUCT = re.compile(r"wgmma\.mma_async\S*\.f32\.(\w+)\.(\w+)")
 NOT_INTERPRETED = {"UPCAST": False, "INTERPRETED": False}
 
@@ -39,7 +39,7 @@ def compiler(found: dict[str, set[str]]):
     """A stand-in for JITFunction.run that compiles in place of launching.
 
     Args:
-        found: by kernel, receives the products of variants that are given FP8.
+        found: receives, by kernel, the types of the products in variants that are given FP8.
     """
     compile_or_run = JITFunction.run
 
@@ -54,7 +54,7 @@ def compiler(found: dict[str, set[str]]):
 
 
 def set_target(capability: int) -> None:
-    # A device of its own for each: what is compiled is kept by device.
+    # Each capability counts as a device of its own, because Triton keeps compiled kernels by device.
     current = {"target": GPUTarget("cuda", capability, 32), "device": capability}
     driver = {f"get_current_{name}": lambda value=value: value for name, value in current.items()}
     triton.runtime.driver.set_active(SimpleNamespace(**driver, get_current_stream=lambda device: 0))

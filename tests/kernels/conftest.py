@@ -14,7 +14,7 @@ from tests.kernels.emulated import Emulated
 
 @pytest.fixture(autouse=True)
 def few_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter pays for each program, and runs none side by side: two key ranges stand for thirty-two."""
+    """The interpreter runs programs one after another, so each costs time; two key ranges stand for thirty-two."""
     if device.type == "cpu":
         monkeypatch.setattr(sys.modules[probe.__module__], "PROBE_SPLITS", 2)
 

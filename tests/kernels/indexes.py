@@ -20,11 +20,11 @@ from minference_vllm.index import (
 )
 from tests.kernels.cases import Case
 
-GARBAGE = 2**30  # where nothing is listed: a group, a band or a column that no cache has
+GARBAGE = 2**30  # in entries that list nothing: a group, a band or a column that no cache has
 
 
 class Kept(NamedTuple):
-    """What one head keeps: band offsets that both halves see, only the first, only the second; columns."""
+    """What one head keeps: offsets of bands that both halves, only the first or only the second keeps, and columns."""
 
     shared: list[int]
     first: list[int]
@@ -79,7 +79,7 @@ def mask_of(heads: list[Kept], case: Case) -> torch.Tensor:
 
 class KeptGroups(NamedTuple):
     """The groups that both halves of a tile keep, only the first, only the second, as far as they lie before the tile.
-    With `every` it keeps all groups before it, and its list holds garbage.
+    If `every` is set, the tile keeps all groups before it, and its list holds garbage.
     """
 
     shared: list[int]
@@ -94,7 +94,7 @@ class KeptGroups(NamedTuple):
 
 EVERY = KeptGroups([], [], [], every=True)
 
-# Of up to 80 groups.
+# For tiles with up to 80 groups before them.
 NO_GROUP = KeptGroups([], [], [])
 ALL_LISTED = KeptGroups(list(range(80)), [], [])
 LONG = KeptGroups(list(range(0, 80, 2)), list(range(1, 20, 2)), list(range(21, 50, 2)))
@@ -158,13 +158,13 @@ def _places(case: Case) -> itertools.product:
 
 
 def random_tile_index(case: Case, generator: torch.Generator, device: torch.device) -> TileIndex:
-    """Each tile keeps groups with probabilities of its own for both halves, the first, the second; some keep all."""
+    """Each tile keeps groups for both halves, the first or the second with random probabilities; some keep all."""
     tiles = tiles_of(case)
     num_groups = tiles[-1] * GROUPS_PER_TILE
     shape = (case.num_qo_heads, len(tiles))
     before = torch.tensor(tiles)[:, None] * GROUPS_PER_TILE
 
-    # [num_qo_heads, tiles, 3]: half of the tiles keep no group of a kind, others from hardly any to hardly none but.
+    # [num_qo_heads, tiles, 3]: of each kind half of the tiles keep no group, the others from hardly any to nearly all.
     odds = torch.rand(*shape, 3, generator=generator) ** 2
     odds *= torch.randint(2, odds.shape, generator=generator)
     # [num_qo_heads, tiles, num_groups]: 0 for both halves, 1 for the first, 2 for the second, 3 for none.

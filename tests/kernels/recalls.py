@@ -30,7 +30,7 @@ def measure(
 
 
 def attended(case: Case, device: torch.device) -> tuple[Chunk, torch.Tensor]:
-    """A chunk of which each head has kept another part of the keys, and its log-sum-exps over those."""
+    """A chunk in which each head keeps a different part of the keys, and the log-sum-exps over those keys."""
     chunk = make_chunk(case, device)
     method = case.vertical_slash(Kernel.REFERENCE)
     state = make_state(case, method, device)

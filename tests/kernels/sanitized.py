@@ -23,7 +23,7 @@ from tests.kernels.indexes import random_tile_index
 from tests.kernels.recalls import check_heads, check_recall
 from tests.kernels.test_random import random_index
 
-# Every column, so that slots come round in one tile.
+# Every column is kept, so that a single tile reuses the slots of the ring.
 MANY_COLUMNS = Case("many columns", num_rows=400, context_len=900, head_dim=128, vertical_size=10_000, slash_size=16)
 CASES = [
     replace(case, head_dim=head_dim, dtype=dtype)
@@ -47,7 +47,7 @@ def probe(case: Case, chunk: Chunk) -> None:
 
 
 def choose_groups(case: Case, chunk: Chunk) -> None:
-    """Other tests say whether the groups are right."""
+    """Only runs the kernels; other tests check that the groups are right."""
     device = chunk.q.device
     for coarse_from in (0, MAX_TOKENS):
         method = Block(BlockSettings(coarse_from=coarse_from), Kernel.CUDA)
@@ -58,7 +58,7 @@ def attend(case: Case, chunk: Chunk, generator: torch.Generator) -> None:
     device, programs = chunk.q.device, library.num_multiprocessors
     assert cuda.attend.supports(chunk)
     check_heads(Kernel.CUDA, case, device)
-    # A tile a program, then many: what a program reads of one tile it overwrites for the next.
+    # One tile per program, then many, so that a program overwrites what it has read for the tile before.
     for few in (False, True):
         library.num_multiprocessors = (lambda device: 2) if few else programs
         for draw in (random_index, random_tile_index):

@@ -127,13 +127,13 @@ def test_each_head_gets_its_own_share(device: torch.device) -> None:
 
 
 def test_no_length_overflows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device.type == "cpu":  # the interpreter pays for each step
+    if device.type == "cpu":  # the interpreter's time grows with the number of steps
         monkeypatch.setattr("minference_vllm.kernels.triton.groups.BLOCK", 2**17)
     # The last tile of 2^24 tokens; that many keys are not needed to choose groups by their masses.
     chunk = replace(make_chunk(Case("", num_rows=1, context_len=0, num_qo_heads=1, num_kv_heads=1), device))
     object.__setattr__(chunk, "context_len", 2**24 - 1)
     groups = (2**24 - TILE) // GROUP
-    # All but a quarter have 2^-17: 6 rows' mass together. No sum is larger than the others'.
+    # Three quarters of the groups have a mass of 2^-17, together that of 6 rows. No sum exceeds that of the others.
     masses = torch.full((1, HALVES, groups), 88, dtype=torch.uint8, device=device)
     masses[:, :, : groups // 4] = MASS_CODES - 1
     index = TileIndex(

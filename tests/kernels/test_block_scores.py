@@ -59,7 +59,7 @@ def test_means_of_the_longest_prompts_are_no_more_programs_than_a_grid_takes(
     grids: list[tuple[int, ...]] = []
 
     class Kernels:
-        """In place of a kernel."""
+        """Stands in for a kernel."""
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             grids.append(grid)
@@ -72,7 +72,7 @@ def test_means_of_the_longest_prompts_are_no_more_programs_than_a_grid_takes(
     table = torch.empty(1, MAX_TOKENS // 16, dtype=torch.int32, device="meta")
     triton.key_means(PagedKV(*cache.split(head_dim, dim=-1), table, 0), MAX_TOKENS, fine)
     triton.coarse_means(fine, MAX_TOKENS, coarse, MEAN, BOX_MEAN)
-    # Of CUDA, along the second axis and the third.
+    # CUDA's limit for the second and third axes of a grid.
     assert all(size < 2**16 for grid in grids for size in grid[1:])
     assert len(grids) == 2
 
@@ -106,7 +106,7 @@ def test_normalisers_where_a_tile_has_few_means_or_none(num_rows: int, context_l
     chunk = make_chunk(replace(SPARSE, num_rows=num_rows, context_len=context_len), device)
     lse = check_normalisers(chunk)
     last = lse[:, 2 * chunk.num_tiles - 2]
-    # A tile but the first has the first keys to count; there is no mean at all before the fourth.
+    # Every tile except the first counts the first keys; there is no mean at all before the fourth key.
     assert (last.isfinite() if chunk.seq_len >= 4 else last == -torch.inf).all()
 
 
@@ -115,7 +115,7 @@ def check_normalisers(chunk: Chunk, rows_per_half: int = 16, mean: int = 4, is_f
     expected, actual = make_lse(chunk, rows_per_half), make_lse(chunk, rows_per_half)
     reference.row_normalisers(chunk, means, expected, mean)
     triton.row_normalisers(chunk, means, actual, mean)
-    # A float32 product on the matrix units keeps ten bits of its operands.
+    # On tensor cores a float32 product keeps ten bits of its operands.
     tolerance = 2e-2 if chunk.q.dtype == torch.float32 and not is_fp8 else 1e-3
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     return actual
@@ -127,7 +127,7 @@ def test_normalisers_count_the_tile_up_to_the_group_and_the_first_keys(
     function: Callable[..., None], context_len: int, device: torch.device
 ) -> None:
     chunk = make_chunk(replace(SPARSE, context_len=context_len), device)
-    # All scores are 0, and the log-sum-exp that of the number of keys.
+    # All scores are 0, so the log-sum-exp is the logarithm of the number of keys.
     chunk = replace(chunk, q=torch.zeros_like(chunk.q))
     lse = make_lse(chunk)
     function(chunk, make_means(chunk), lse)
@@ -160,7 +160,7 @@ def test_no_far_key_counts_more_than_the_limit(
 ) -> None:
     chunk = make_chunk(replace(SPARSE, context_len=384, dtype=dtype), device)
     give_keys(chunk, 0.0)
-    give_keys(chunk, 30.0, 200, 204)  # one mean, of e^30 times a row's own tile
+    give_keys(chunk, 30.0, 200, 204)  # one mean, which weighs e^30 times as much as another
     masses = masses_of(chunk, 16, kernel, is_fp8)[:, 0, : 384 // GROUP]
     mass = weights(masses) / ONE
     # Each of the rows has seen 64 keys and those of its tile, 16 to 64; any other group has 16 keys.
@@ -230,7 +230,7 @@ def check_masses(chunk: Chunk, means: torch.Tensor, lse: torch.Tensor, mean: int
         error = (actual[:, part, :groups].int() - expected[:, part, :groups].int()).abs()
         assert error.max() <= 1 if groups else True
         differ += error.sum().item()
-    # Sums that lie between two codes may fall to either.
+    # A sum that lies midway between two codes may be rounded to either.
     assert differ <= 0.02 * actual.numel()
 
 
@@ -241,12 +241,12 @@ def test_codes_of_masses() -> None:
     codes = torch.arange(MASS_CODES, dtype=torch.uint8)
     assert torch.equal(encode(weights(codes) / ONE), codes)
     assert torch.equal(decode(codes) * ONE, weights(codes).float())
-    # To the nearest: a mass is off by half a step at most, a sixteenth of its octave's first.
+    # Codes are rounded to nearest: a mass is off by at most half a step, a sixteenth of the least mass of its octave.
     mass = torch.rand(1000, generator=torch.Generator().manual_seed(2)) * 50
     off = (decode(encode(mass)) - mass).abs() / mass.log2().floor().exp2()
     assert 0.06 < off.max() <= 1 / 16
     assert weights(torch.zeros(1, dtype=torch.uint8)).item() == 0
-    # As many groups as the longest prompt has, all of the largest mass.
+    # The longest prompt has 2^20 groups; even if all have the largest mass, the sum does not overflow.
     assert 0 < weights(codes[-1:]).item() * 2**20 < 2**63
 
 

@@ -74,7 +74,7 @@ def check_against_reference(
     forced: tuple[int, int],
     room: int,
 ) -> Boxes:
-    """That a kernel keeps what the reference does, which is returned; arguments as ops.select_boxes'."""
+    """Asserts that a kernel keeps the reference's boxes, and returns these. Takes the arguments of ops.select_boxes."""
     results = []
     for select in (reference.select_boxes, select_boxes):
         boxes, masses = make_boxes(chunk, rows_per_half, room), make_masses(chunk, chunk.num_qo_heads, rows_per_half)
@@ -83,7 +83,7 @@ def check_against_reference(
     (expected, of_expected), (actual, of_actual) = results
     assert torch.equal(actual.counts, expected.counts)
     for number, count in zip(actual.numbers.flatten(0, 1), expected.counts.flatten().tolist(), strict=True):
-        number[max(count, 0) :] = -7  # what lies behind is scrap
+        number[max(count, 0) :] = -7  # numbers past the count mean nothing
     assert torch.equal(actual.numbers, expected.numbers)
     assert torch.equal(actual.left_out, expected.left_out)
     assert torch.equal(of_actual, of_expected)
@@ -110,7 +110,7 @@ def test_boxes_of_other_shares(share: float, device: torch.device) -> None:
 @pytest.mark.parametrize("room", [5, 7, 12])
 @pytest.mark.parametrize("largest", [230, 3])
 def test_boxes_where_there_is_no_room_for_all(room: int, largest: int, device: torch.device) -> None:
-    """Of few different codes many are equal, and the first of them stay."""
+    """With few different codes many boxes are equal, and the first of them stay."""
     boxes = check_boxes(make_chunk(SPARSE, device), 32, 1.0, room, largest=largest)
     assert (boxes.counts[:-1, :-1] == room).any()
 
@@ -128,7 +128,7 @@ def test_what_is_always_kept_is(case: Case, device: torch.device) -> None:
             number, block = head // group_size, (part * group_size + head % group_size) // LISTS
             listed = boxes.numbers[number, block, : boxes.counts[number, block]].tolist()
             assert {0, 1, tile - 1} & set(range(tile)) <= set(listed)
-            # Codes of all others are written.
+            # The codes of all boxes that are not kept are overwritten.
             kept = torch.zeros(masses.shape[2] // GROUPS_PER_BOX, dtype=torch.bool)
             kept[listed] = True
             kept[tile:] = True
@@ -184,7 +184,7 @@ def test_masses_in_boxes_are_those_of_all(case: Case, is_fp8: bool, device: torc
 @engines
 @pytest.mark.parametrize("by_tile", [False, True])
 def test_what_boxes_leave_out_counts_as_dropped(kernel: Kernel, by_tile: bool, device: torch.device) -> None:
-    """A mass that is left out lets as much less be dropped of the groups, but no less than nothing."""
+    """What the boxes leave out is subtracted from what the groups may drop, down to nothing."""
     chunk = make_chunk(SPARSE, device)
     boxes = make_boxes(chunk, 32, 60)
     generator = torch.Generator().manual_seed(3)
@@ -212,7 +212,7 @@ def test_what_boxes_leave_out_counts_as_dropped(kernel: Kernel, by_tile: bool, d
 
 @engines
 def test_long_prompts_are_scored_coarsely_first(kernel: Kernel, device: torch.device) -> None:
-    """Where all that matters lies in two boxes these alone are scored finely, and the choice is the same."""
+    """If all that matters lies in two boxes, only these are scored finely, and the choice stays the same."""
     chunk = make_chunk(replace(SPARSE, num_rows=130, context_len=4000), device)
     direction = torch.ones(chunk.head_dim, device=device, dtype=BF16)
     chunk.q.copy_(direction + 0.1 * chunk.q)
@@ -223,7 +223,7 @@ def test_long_prompts_are_scored_coarsely_first(kernel: Kernel, device: torch.de
     index, boxes = choose(chunk, BlockSettings(coarse_from=4130, share=0.7), kernel)
     whole, none = choose(chunk, BlockSettings(coarse_from=4131, share=0.7), kernel)
     assert none is None
-    # A block is a tile here: a group of four heads has 16 lists in it.
+    # A block of 16 lists is one tile here: four heads that share a KV head have four parts each in a tile.
     for block, before in enumerate((31, 32)):
         for number in range(chunk.kv.num_kv_heads):
             assert boxes.numbers[number, block, : boxes.counts[number, block]].tolist() == [0, 5, 17, before - 1]
@@ -256,6 +256,6 @@ def test_more_may_be_kept_always_than_there_is(kernel: Kernel, device: torch.dev
     chunk = make_chunk(replace(SPARSE, num_rows=130, context_len=4000), device)
     _, boxes = choose(chunk, BlockSettings(coarse_from=0, sink_tokens=MAX_TOKENS, local_tokens=MAX_TOKENS), kernel)
     assert boxes is not None
-    # A block is a tile here, and all boxes before it are kept.
+    # A block of lists is one tile here, and all boxes before the tile are kept.
     for block, before in enumerate((31, 32)):
         assert (boxes.counts[: chunk.kv.num_kv_heads, block] == before).all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernel that scores means of keys, on the GPU; test_emulated_masses.py asks more of it without one."""
+"""The CUDA kernel that scores means of keys, on a GPU; test_emulated_masses.py has more tests of it, without one."""
 
 from dataclasses import replace
 
@@ -91,7 +91,7 @@ def test_masses_of_boxes_and_in_boxes(case: Case, is_fp8: bool, device: torch.de
     triton.select_boxes(actual, chunk, share, 32, 1, 1, boxes, some)
     cuda.masses.group_masses(chunk, means, lse, whole)
     cuda.masses.group_masses(chunk, means, lse, some, boxes=boxes)
-    # What no box holds is 0, by select_boxes: the rest is what it would be without boxes.
+    # Masses outside the chosen boxes are 0, written by select_boxes; the others are what they would be without boxes.
     assert ((some == whole) | (some == 0)).all()
     assert (boxes.left_out[:, : parts_of(chunk, 32)] > 0).any()
 
@@ -104,6 +104,6 @@ def test_masses_of_more_or_fewer_rows(rows_per_half: int, device: torch.device) 
 @score_dtypes
 def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(is_fp8: bool, device: torch.device) -> None:
     chunk = make_chunk(replace(OF_128[0], context_len=1024, dtype=BF16), device)
-    # The hardware rounds sums of FP8 products to some 14 bits, which large scores show.
+    # The hardware rounds sums of FP8 products to some 14 bits, which would show in larger scores.
     codes = check(replace(chunk, q=chunk.q * (10 if is_fp8 else 100)), is_fp8)
     assert codes.max() > 208

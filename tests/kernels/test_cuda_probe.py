@@ -39,7 +39,7 @@ every_case = pytest.mark.parametrize(
 
 
 def run(function, case: Case, device: torch.device, times: int = 1) -> list[ProbeBuffers]:
-    """Buffers after a probe of the same chunk, full of another request's results before it."""
+    """Buffers after a probe of the same chunk; before the probe they are full of another request's results."""
     chunk, counts = make_chunk(case, device), case.vertical_slash(Kernel.CUDA).settings.probe_counts
     if function is probe:
         assert supports(chunk, *counts)
@@ -61,7 +61,7 @@ def test_masses_are_those_of_the_reference(case: Case, device: torch.device) -> 
     for name in ("vertical", "slash"):
         mass, want = getattr(actual, name), getattr(expected, name)
         inside = slice(0, case.seq_len)
-        # Every probe row's mass is 1; half a unit of rounding for each of its entries.
+        # Every probe row's mass is 1, up to half a unit of rounding for each of its entries.
         total = mass[:, inside].sum(1) * MASS_UNIT
         torch.testing.assert_close(total, present.to(total), rtol=1e-2, atol=0)
         assert relative_error(mass[:, inside], want[:, inside]) < 2e-3

@@ -21,7 +21,7 @@ CASES = [
     Case("1K rows at 1M", num_rows=1_000, context_len=1_047_000, num_qo_heads=4, num_kv_heads=1),
 ]
 every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
-TIMES = 3  # threads meet otherwise each time
+TIMES = 3  # runs of each kernel: threads interleave differently each time
 
 
 @every_case

@@ -46,13 +46,13 @@ DTYPES = (torch.float16, torch.bfloat16)
 SUPPORTED = [case for case in CASES if case.dtype != torch.float32 and case.head_dim in (64, 128)]
 PROBE_CASES = [
     *SUPPORTED,
-    # Few slots for keys, and warpgroups that take turns.
+    # These have few slots for keys, and warpgroups that take turns.
     Case("group of eight", num_rows=100, context_len=900, num_qo_heads=8, num_kv_heads=1, head_dim=128),
     Case("group of twelve", num_rows=70, context_len=500, num_qo_heads=12, num_kv_heads=1, probe_rows="both"),
 ]
 GROUP_OF_EIGHT = PROBE_CASES[-2]
 
-# Chunks that begin and end within a tile, but for the first.
+# All chunks but the first begin or end within a tile.
 TILE_CASES = [
     Case("whole tiles", num_rows=256, context_len=640, num_qo_heads=2, num_kv_heads=2),
     Case("page 48", num_rows=150, context_len=500, num_qo_heads=4, num_kv_heads=1, page_size=48, head_dim=128),
@@ -64,7 +64,7 @@ TILE_CASES = [
 ]
 
 LATE = Case("", num_rows=200, context_len=1100, num_qo_heads=2, num_kv_heads=1, head_dim=128)
-# Private stages of one half against none or many of the other, which no method gives but the kernel promises to take.
+# One half has many private stages and the other none or many. No method chooses so, but the kernel must take it.
 HAND_WRITTEN = {
     "nothing but each tile's own keys": [NOTHING, NOTHING],
     "many bands of the second half, none of the first": [Kept([], [], list(range(1, 81)), [0, 400]), NOTHING],
@@ -79,7 +79,7 @@ HAND_WRITTEN = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """What torch computes here is so small that its other threads would only spin."""
+    """What torch computes here is so small that further threads of its own would only spin."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,7 +87,7 @@ def one_thread() -> Iterator[None]:
 
 
 def named(cases: list[Case]) -> list:
-    """Of two neighbours one has the other's dtype."""
+    """The cases with the two dtypes in turn."""
     typed = [replace(case, dtype=dtype) for case, dtype in zip(cases, itertools.cycle(DTYPES), strict=False)]
     return [pytest.param(case, id=f"{case.name}, {str(case.dtype)[6:]}") for case in typed]
 

@@ -98,7 +98,7 @@ def test_attend_follows_scores_that_rise(emulated: Emulated, head_dim: int) -> N
 def test_every_number_of_fp8_comes_through_as_it_is(emulated: Emulated, head_dim: int) -> None:
     numbers = torch.arange(256).byte().view(FP8)
     numbers = torch.where(numbers.isnan(), 0, numbers.float())
-    # A row that has one key, and so that key's value.
+    # A row that sees a single key returns that key's value.
     case = in_fp8(Case("", 1, 0, num_qo_heads=256 // head_dim, num_kv_heads=256 // head_dim, head_dim=head_dim), FP16)
     chunk = make_chunk(case, CPU)
     kv = chunk.kv._replace(v_scale=torch.ones(case.num_kv_heads))

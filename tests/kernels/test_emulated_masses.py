@@ -68,10 +68,10 @@ class Emulated:
 
     def __init__(self, functions: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
         self.functions = functions
-        self.seed = 0  # of the order of what happens
+        self.seed = 0  # decides the order of events
         self.left_out = -1
         monkeypatch.setattr(library, "launch", self.launch)
-        # The more there are, the more ranges of means.
+        # The kernel makes more ranges of means for more multiprocessors.
         self.num_multiprocessors = 1
         monkeypatch.setattr(library, "num_multiprocessors", lambda device: self.num_multiprocessors)
 
@@ -146,14 +146,14 @@ def check_masses(case: Case, rows_per_half: int = 16, loudness: float = 1.0, is_
     difference = (actual[:num_heads].int() - expected[:num_heads].int()).abs()[:, counted]
     if difference.numel():
         assert difference.max() <= 1
-        # Sums that lie between two codes may fall to either.
+        # A sum that lies midway between two codes may be rounded to either.
         assert (difference > 0).float().mean() < 0.03
     return actual
 
 
 in_models_dtype = [(case, rows, False) for case in CASES for rows in (16, 32)] + [(CASES[1], 64, False)]
 in_fp8 = [(replace(case, head_dim=128), rows, True) for case, rows in zip(CASES, [16, 32] * 5, strict=True)]
-# Queries too, the cache with them.
+# Queries and the cache are in FP8 too.
 of_fp8 = [
     (replace(case, name=f"FP8, {case.name}", has_fp8_kv=True, has_fp8_q=True, per_head=True), rows, is_fp8)
     for case, rows, is_fp8 in [*in_models_dtype[:6], *in_fp8[::3]]
@@ -223,11 +223,11 @@ def check_codes(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_no_far_key_counts_more_than_all_that_the_normaliser_has_seen(
     emulated: Emulated, dtype: torch.dtype, head_dim: int, is_fp8: bool
 ) -> None:
-    # Some keys outweigh all that a row's normaliser has seen by e^30 and far more.
+    # Some keys outweigh all that a row's normaliser has seen by a factor of e^30 and far more.
     case = Case("", num_rows=256, context_len=1024, num_qo_heads=2, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
     masses = check_masses(case, 32, loudness=100.0, is_fp8=is_fp8)
     codes = masses[: case.num_qo_heads, :-1, : case.context_len // GROUP]
-    # Each row gives some means 1 and next to all others nothing.
+    # Each row gives some means a mass of 1, and nearly all others none.
     assert 208 < codes.max() < 255
     assert (codes == 0).float().mean() > 0.05
 

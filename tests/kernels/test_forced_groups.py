@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selecting groups where other numbers of them are kept by force than the normaliser has seen."""
+"""Selecting groups when more or fewer of them are always kept than the normaliser has seen."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ def test_no_finite_number_becomes_another_kind_of_number(dtype: torch.dtype) -> 
     assert rounded.abs().max() == FP8_MAX * FP8_UNIT == 1792
     assert (rounded[numbers.abs().float() > 1792].abs() == 1792).all()
     inside = numbers.float()[numbers.abs().float() <= 1792]
-    # Half of the last place: 3 bits follow the leading one, down to 2^-6 units.
+    # Half a unit in the last place: 3 bits follow the leading one, down to numbers of 2^-6.
     error = (from_operand(to_operand(inside, FP8)) - inside).abs()
     assert (error <= (inside.abs() / 16).clamp_min(FP8_UNIT * 2.0**-10)).all()
 
@@ -54,7 +54,7 @@ def means_of(chunk: Chunk, kernel: Kernel) -> torch.Tensor:
 def test_means_of_keys(case: Case, device: torch.device) -> None:
     chunk = make_chunk(case, device)
     actual, expected = (means_of(chunk, kernel).float() for kernel in (Kernel.TRITON, Kernel.REFERENCE))
-    # Averages that lie between two numbers may fall to either.
+    # An average that lies midway between two numbers may be rounded to either.
     torch.testing.assert_close(actual, expected, rtol=2**-3, atol=2**-9)
     assert (actual != expected).float().mean() < 1e-3
     in_full = make_means(chunk)[:, : case.seq_len // 4].float()
@@ -78,7 +78,7 @@ def test_means_past_the_largest_number_end_there(kernel: Kernel, size: float, de
 @pytest.mark.parametrize("loudness", [0.0, 1e-3, 30.0, 3000.0])
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 def test_masses_of_rows_and_keys_of_any_size(loudness: float, dtype: torch.dtype, device: torch.device) -> None:
-    # All round to zero, most to less than a normal number, few or most to the largest.
+    # By loudness: all numbers round to zero, most are subnormal, few saturate, most saturate.
     chunk = make_chunk(replace(SPARSE, dtype=dtype), device)
     chunk.kv.k.mul_(loudness)
     chunk = replace(chunk, q=chunk.q * loudness, scale=chunk.scale / max(1.0, loudness**2))

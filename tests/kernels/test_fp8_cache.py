@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache in FP8, and queries with it: each kernel against its plain-torch twin, and the twins against the numbers that
-FP8 stands for. Pages that hold no key of the request hold NaN.
+"""A cache in FP8, also with queries in FP8: each kernel against its plain-torch twin, and the twins against the numbers
+that FP8 stands for. Pages that hold no key of the request hold NaN.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ WHOLE = FP8_CASES[0]
 
 
 def in_float32(chunk: Chunk) -> Chunk:
-    """The numbers that a chunk stands for, without a scale."""
+    """The numbers that a chunk in FP8 stands for: float32, with the scales multiplied in."""
     kv = chunk.kv
     cache = [stored.float() * scale[:, None, None] for stored, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale))]
     k, v = torch.cat(cache, -1).split(chunk.head_dim, -1)
@@ -101,7 +101,7 @@ def test_means_of_keys_are_those_of_the_stored_numbers(case: Case, is_fp8: bool,
         ops.key_means(chunk.kv, chunk.seq_len, means, kernel)
         written, unwritten = means.split([case.seq_len // 4, means.shape[1] - case.seq_len // 4], dim=1)
         numbers = from_operand(written) * chunk.kv.k_scale[:, None, None]
-        # Rounded once, to 3 bits that follow the leading one or to 7.
+        # Means are rounded once, to 3 bits after the leading one (FP8) or to 7 (bfloat16).
         tolerance = dict(rtol=2**-4, atol=K_SCALE / 128) if is_fp8 else dict(rtol=2**-7, atol=1e-6)
         torch.testing.assert_close(numbers, exact[:, : case.seq_len // 4], **tolerance)
         assert (unwritten.float() == 7).all()

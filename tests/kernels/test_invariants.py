@@ -144,7 +144,7 @@ def test_tensor_parallel_shards_are_slices_of_the_whole(engine: Engine, device: 
     expected = prefill(engine, whole, q, kv)
     assert expected.kept_pairs < causal_pairs(whole)
     kept_pairs = 0
-    # Two ranks with a KV head each, and one of four ranks, where every KV head lives on two of them.
+    # Two ranks with a KV head each; then one of four ranks, each KV head being on two of them.
     for qo_heads, kv_heads in ((slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2)), (slice(1, 2), slice(0, 1))):
         num_heads = qo_heads.stop - qo_heads.start
         case = replace(whole, num_qo_heads=num_heads, num_kv_heads=1)
@@ -202,7 +202,7 @@ def share_cache(caches: list[PagedKV]) -> list[PagedKV]:
 
 
 def test_prompts_of_one_batch_come_out_as_each_alone(engine: Engine, device: torch.device) -> None:
-    # Long, short, long: what the scratch memory still holds of one must not reach the next.
+    # Long, short, long: what one prompt leaves in scratch memory must not affect the next.
     cases = [SPARSE, replace(SPARSE, num_rows=70, context_len=130), replace(SPARSE, num_rows=200, context_len=80)]
     queries = [make_queries(case, device, seed) for seed, case in enumerate(cases)]
     caches = [make_cache(case, device, seed + 10) for seed, case in enumerate(cases)]

@@ -74,8 +74,8 @@ def test_select_keeps_exactly_what_a_stable_sort_keeps(
         "extremes": torch.randint(0, 2**30 + 1, (3, length + 50), generator=generator),
     }[kind].to(device, torch.int32)
     buffers = SelectBuffers.allocate(3, device)
-    # Heads keep what they were given: here as asked, one entry, and more than there is room for. What comes first is
-    # given for each head too; columns of one tensor, as a method's budgets are.
+    # Each head has its own number of entries to keep: the one of this test, one, and more than there is room for. How
+    # many first entries it always keeps is its own too. Both are columns of one tensor, as a method's budgets are.
     given = torch.tensor([[keep, forced], [1, 0], [2 * length, forced + 7]], dtype=torch.int32, device=device)
     keeps, firsts = given.unbind(1)
     results = []
@@ -124,7 +124,7 @@ def test_band_lists_agree(num_bands: int, kept: int, device: torch.device) -> No
     for band_lists in (reference.band_lists, triton.band_lists):
         buffers = band_buffers(num_bands, device)
         band_lists(slash_indptr, num_bands, *buffers)
-        # What lies past bands_indptr is another tile's and stays as it was.
+        # What lies past bands_indptr belongs to another tile and must stay as it was.
         results.append((*buffers, buffers[1]._base))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
@@ -145,7 +145,7 @@ def test_a_half_keeps_the_bands_of_its_own_rows(kept: int, device: torch.device)
         needed = rows[:, None] - distances[head]
         keys = kept_before(index, head, tile, half).cpu()
         assert torch.isin(needed[(needed >= 0) & (needed < start)], keys).all()
-        # A band of slack, since slash_indptr tells diagonals apart by BAND.
+        # One band of slack, since slash_indptr distinguishes diagonals only by multiples of BAND.
         for first in keys[keys % BAND == 0].tolist():
             assert ((needed > first - BAND) & (needed < first + 2 * BAND)).any()
 

@@ -41,7 +41,7 @@ def test_tiles_of_a_prompts_last_rows_keep_all_and_others_what_they_choose(
     assert (index.counts[:, choosing:].cpu() == torch.tensor(NOTHING_LEFT_OUT)).all()
     assert (index.counts[:, :choosing, 0] != EVERY_GROUP).any()
     check_same(index, choose(chunk, kernel, last_tokens=0, **SETTINGS), chunk, range(choosing))
-    # Every one of these rows lies in a tile that keeps all, and none before them in one for nothing.
+    # Each of the last rows lies in a tile that keeps all, and no tile without one of them does.
     last_choosing = (chunk.first_tile + choosing) * TILE - 1
     assert last_choosing < chunk.seq_len - last_tokens <= last_choosing + TILE
 

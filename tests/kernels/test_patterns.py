@@ -10,7 +10,7 @@ from minference_vllm.ops import Kernel
 from minference_vllm.reference.attend import kept_before
 from tests.kernels.cases import Case, make_chunk, make_state
 
-# Columns, diagonals, and of them the first and the nearest.
+# Numbers of columns and of diagonals, and how many of these are the first columns and the nearest diagonals.
 BUDGETS = [(40, 120, 4, 16), (200, 17, 30, 17), (64, 300, 64, 300), (1, 1, 1, 1)]
 CASE = Case("four heads", num_rows=130, context_len=450, num_qo_heads=4, num_kv_heads=2)
 

@@ -38,7 +38,7 @@ def random_case(rng: random.Random) -> Case:
 
 def random_index(case: Case, generator: torch.Generator, device: torch.device) -> BandIndex:
     """Columns and diagonals of random mass, some in clusters."""
-    # Nothing forced: the local band may be missing.
+    # Nothing is kept by force, so that the local band may be missing.
     method = case.vertical_slash(Kernel.REFERENCE, sink_tokens=0, local_tokens=1)
     buffers: VerticalSlashBuffers = method.scratch(case.shape, device)
     for mass in (buffers.probe.vertical, buffers.probe.slash):

@@ -69,10 +69,10 @@ def test_held_out_rows_are_none_that_choose(num_rows: int, context_len: int, row
     rows = held_out_rows(chunk)
     assert ((rows >= 0) & (rows < num_rows)).all()
     assert len(rows.unique()) == HELD_OUT_ROWS
-    # One in each of as many ranges, but for the four rows within which it moves.
+    # One row at the middle of each of HELD_OUT_ROWS ranges, up to the three rows by which it may move.
     middle = (2 * torch.arange(HELD_OUT_ROWS) + 1) * num_rows // (2 * HELD_OUT_ROWS)
     assert ((rows - middle).abs() <= 3).all()
-    # Rows that stand in for those before the chunk or past it are its first or its last.
+    # Sampled rows that lie before or past the chunk are replaced by its first or its last row.
     chosen = set(sampled_rows(chunk, rows_per_half).flatten().tolist()) - {context_len, context_len + num_rows - 1}
     assert chosen.isdisjoint((rows + context_len).tolist())
 
@@ -90,7 +90,7 @@ def test_two_tiles_of_rows_hold_as_many_held_out_rows_as_the_guard_needs(num_row
     chunk = make_chunk(replace(GUARDED, num_rows=num_rows, num_qo_heads=1, num_kv_heads=1), torch.device("cpu"))
     is_held_out = torch.zeros(num_rows, dtype=torch.int64)
     is_held_out[held_out_rows(chunk)] = 1
-    # Rows move by up to three.
+    # Held-out rows move by up to three.
     assert is_held_out.unfold(0, 2 * TILE + 6, 1).sum(1).min() >= LOST_ROWS
 
 
@@ -128,7 +128,7 @@ def guarded_prefill(kernel: Kernel, floor: float, chunk: Chunk, case: Case = GUA
 
 
 def attended_to_all(chunk: Chunk) -> AttendBuffers:
-    """What attending to all keys leaves."""
+    """The buffers after attending to all keys."""
     buffers = AttendBuffers.allocate(chunk.num_qo_heads, chunk.num_rows, chunk.q.device)
     heads = torch.arange(chunk.num_qo_heads, dtype=torch.int32, device=chunk.q.device)
     reference.attend(chunk, HeadIndex(heads, torch.tensor([len(heads)], device=heads.device)), buffers)
@@ -138,13 +138,13 @@ def attended_to_all(chunk: Chunk) -> AttendBuffers:
 @pytest.mark.parametrize("kernel", [Kernel.REFERENCE, Kernel.TRITON])
 def test_a_head_below_the_floor_gives_what_dense_attention_gives(kernel: Kernel, device: torch.device) -> None:
     chunk = make_chunk(GUARDED, device)
-    # The far keys that no row of its own tile sees are what the last head's rows look for; the others look nowhere.
+    # Rows of the last head look for far keys outside their tile; rows of the other heads attend to all keys equally.
     kv = make_rising_cache(GUARDED, device)
     q = make_queries(GUARDED, device)
     q[:, :3] *= 1e-3
     local, far = replace(chunk, q=q, kv=kv), [3]
     guard, attend = guarded_prefill(kernel, 0.35, local)
-    # Rows that look nowhere have 16 to 128 of 500 to 800 keys: less than the floor too, so they are dense as well.
+    # The other heads' rows keep 16 to 128 of 500 to 800 equal keys. That is below the floor, so they run dense too.
     listed = sorted(guard.buffers.heads[: int(guard.buffers.num_heads)].tolist())
     assert set(far) <= set(listed)
     expected = torch.empty_like(chunk.out)
@@ -178,7 +178,7 @@ def test_lost_rows_of_all_parts_count_together(
     buffers = attended_to_all(chunk)
     rows = held_out_rows(chunk)
     assert len(rows) == parts * HELD_OUT_ROWS
-    # The first held-out rows, and the last.
+    # Of the held-out rows, 0 is the chunk's first, and 62 and 63 are its last two, however many parts there are.
     buffers.lse[2, rows[[at if at == 0 else at - HELD_OUT_ROWS for at in lost]]] -= math.log(5)
     for kernel in (Kernel.REFERENCE, Kernel.TRITON):
         measured, totals = measure(kernel, chunk, buffers.lse, Floors(0.0, 0.25))
@@ -237,7 +237,7 @@ def test_all_keys_kept_is_a_recall_of_one(device: torch.device) -> None:
 def test_two_lost_rows_are_enough(lost: int, listed: bool, device: torch.device) -> None:
     chunk = make_chunk(GUARDED, device)
     buffers = attended_to_all(chunk)
-    # What all keys give, less what leaves a fifth, for some rows of one head.
+    # A recall of a fifth for some rows of one head, and of 1 for all others.
     buffers.lse[1, held_out_rows(chunk)[:lost]] -= math.log(5)
     for kernel in (Kernel.REFERENCE, Kernel.TRITON):
         measured, _ = measure(kernel, chunk, buffers.lse, Floors(0.0, 0.25))

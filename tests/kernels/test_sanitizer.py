@@ -12,9 +12,9 @@ import pytest
 from minference_vllm.kernels.cuda import library
 
 SANITIZER = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
-# Torch's kernels, which check ours, would take minutes.
+# Only our own kernels are checked. With torch's, which compute the expected results, a run would take minutes.
 KERNELS = (
-    "attend_kernel", "lse_kernel", "mass_kernel",  # the last of both probe and scores
+    "attend_kernel", "lse_kernel", "mass_kernel",  # the probe and the scores each have a mass_kernel
     "select_kernel", "boxes_kernel",
 )  # fmt: skip
 FILTERS = [option for kernel in KERNELS for option in ("--kernel-name", f"kernel_substring={kernel}")]
@@ -43,6 +43,6 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,  # a kernel that waits for ever; less than the tests' own
+        timeout=500,  # for a kernel that waits for ever; shorter than the timeout of a test
     )
     assert done.returncode == 0 and "SUMMARY: 0 " in done.stdout, done.stdout[-4000:]

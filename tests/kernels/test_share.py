@@ -31,7 +31,7 @@ kernels = pytest.mark.parametrize(
 
 
 def make_masses(kind: str, length: int, device: torch.device) -> torch.Tensor:
-    """A row for each of SHARES, and past its end what must not count."""
+    """A row of masses for each of SHARES, and past its end masses that must not count."""
     generator = torch.Generator().manual_seed(length)
     shape = (len(SHARES), length)
     mass = {
@@ -47,7 +47,7 @@ def make_masses(kind: str, length: int, device: torch.device) -> torch.Tensor:
 
 
 def check_sizes(mass: torch.Tensor, forced: int, keep: list[int]) -> None:
-    """So many entries hold the share, and without the lightest of them the others would not."""
+    """`keep` entries hold the share, and without the lightest of them the others would not."""
     for row, share, size in zip(mass.tolist(), torch.tensor(SHARES).tolist(), keep, strict=True):
         weight = weights(torch.tensor([row], dtype=torch.int32), torch.tensor([forced]))[0].tolist()
         entries = sorted(range(len(row)), key=lambda entry: (-weight[entry], entry))
@@ -100,12 +100,12 @@ def test_rows_of_known_sizes(device: torch.device) -> None:
 
     row = [0, 1, 64, 16, 8, 8, 2, 1]
     assert sizes(row, 0, [0.01, 0.63, 0.65, 0.79, 0.81, 0.95, 0.97, 1.0]) == [1, 1, 2, 2, 4, 4, 5, 7]
-    # The first three are forced and hold 65 of 100: that much need not be found elsewhere.
+    # The first three are kept by force and hold 65 of 100, so the others need to hold only what is missing.
     assert sizes(row, 3, [0.01, 0.64, 0.66, 0.8, 0.82, 1.0]) == [3, 3, 4, 4, 6, 8]
 
 
 def test_the_longest_row_overflows_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device.type == "cpu":  # the interpreter pays for each step
+    if device.type == "cpu":  # the interpreter's time grows with the number of steps
         monkeypatch.setattr("minference_vllm.kernels.triton.share.BLOCK", 2**20)
     mass = torch.full((1, MAX_TOKENS), 2**30, dtype=torch.int32, device=device)
     mass[:, : 2**22] -= 2**28
@@ -188,7 +188,7 @@ def test_what_is_kept_holds_the_share(
     shares = held(chunk, case, index)
     assert (shares > torch.tensor([0.4, 0.8]) - 1e-3).all()
     if "slash_size" in bounds:
-        # Not much more than is asked for, but for what a tile's own keys hold.
+        # Not much more is kept than asked for, apart from what a tile's own keys hold.
         own = held(chunk, case, choose(chunk, case, kernel, None, vertical_size=1, slash_size=1, local_tokens=1))
         assert (shares < torch.tensor([0.4, 0.8]) + own + 0.05).all()
 
@@ -226,7 +226,7 @@ def test_a_distance_that_gets_all_attention_is_all_that_is_kept(kernel: Kernel, 
     frequency = torch.rand(CASE.head_dim // 2, generator=torch.Generator().manual_seed(0)) * math.pi
 
     def turned(positions: torch.Tensor) -> torch.Tensor:
-        """[len(positions), head_dim]: products of two depend on how far apart they are, and are largest at 0."""
+        """[len(positions), head_dim]: the product of two rows depends on their distance alone and is largest at 0."""
         angle = positions[:, None] * frequency
         return torch.cat([angle.cos(), angle.sin()], 1).to(device, CASE.dtype)
 
@@ -239,7 +239,7 @@ def test_a_distance_that_gets_all_attention_is_all_that_is_kept(kernel: Kernel, 
     last = (chunk.seq_len - 1) // TILE
     for half in range(2):
         kept = kept_before(index, 0, last, half).tolist()
-        # Sinks, the keys just before the half and those that its rows look at, a band or two more than needed.
+        # The sinks, the keys just before the half, and those that its rows look at, with a band or two of slack.
         assert len(kept) <= 4 + HALF + 2 * BAND + HALF + 3 * BAND
         assert {*range(last * TILE + half * HALF - distance, last * TILE + half * HALF + HALF - distance)} <= {*kept}
 

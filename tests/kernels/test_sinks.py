@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned sinks, a score of each head that joins its rows' softmax: each kernel against its plain-torch twin, and the
-twins against a softmax over one key more.
+"""Learned sinks, a score per head that joins the softmax of the head's rows: each kernel against its plain-torch twin,
+and the twins against a softmax over one key more.
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ every_kernel = pytest.mark.parametrize(
 BF16 = torch.bfloat16
 PLAIN = Case("", num_rows=70, context_len=200, dtype=torch.float32, has_sinks=True)
 SMALL = Case("", num_rows=20, context_len=120, num_qo_heads=2, num_kv_heads=1, has_fp32_sinks=True)
-EXACT = dict(rtol=1e-4, atol=1e-5)  # of float32 beside float64
+EXACT = dict(rtol=1e-4, atol=1e-5)  # float32 compared with float64
 
 
 def without_sinks(chunk: Chunk) -> Chunk:
@@ -111,7 +111,7 @@ def test_dense_attention_takes_sinks_as_sparse_attention_does(device: torch.devi
 def test_sinks_are_what_flash_attention_makes_of_them(kernel: Kernel, device: torch.device) -> None:
     case = Case("", num_rows=900, context_len=1100, num_qo_heads=8, num_kv_heads=1, dtype=BF16, has_sinks=True)
     chunk = make_chunk(case, device)
-    for of_cache in (chunk.kv.k, chunk.kv.v):  # FlashAttention may multiply what lies behind the last key
+    for of_cache in (chunk.kv.k, chunk.kv.v):  # FlashAttention may multiply what lies past the last key
         of_cache.nan_to_num_(0, 0, 0)
     attended(chunk, kernel)
     table = chunk.kv.block_table[chunk.kv.row][None].clamp(max=len(chunk.kv.k) - 1)
@@ -141,7 +141,7 @@ def test_a_sink_of_minus_infinity_is_none(kernel: Kernel, device: torch.device) 
 @every_kernel
 def test_a_sink_above_all_keys_leaves_nothing_and_no_nan(kernel: Kernel, device: torch.device) -> None:
     chunk = make_chunk(SMALL, device)
-    for sink in (80.0, 1e4):  # float32 holds one's exponential beside a row's maximum, and not the other's
+    for sink in (80.0, 1e4):  # relative to a row's maximum, float32 can hold the exponential of 80 but not of 1e4
         chunk.sinks.fill_(sink)
         attended(chunk, kernel)
         assert (chunk.out == 0).all()

@@ -30,7 +30,7 @@ def test_heads_in_turns_choose_what_all_at_once_do(
 
 
 def heads_at_once(num_qo_heads: int, num_kv_heads: int, max_len: int, seq_len: int, rows: int = 16_384) -> int:
-    """How many heads of a prompt choose at once on a server whose longest has max_len tokens."""
+    """How many heads of a prompt choose at once on a server whose longest prompt has max_len tokens."""
     method, meta = Block(BlockSettings(), Kernel.TRITON), torch.device("meta")
     shape = ScratchShape(num_qo_heads, num_kv_heads, 128, BF16, max_len, 16_384)
     kv = PagedKV(*[torch.empty(9, num_kv_heads, 16, 128, dtype=BF16, device=meta)] * 2, torch.zeros(1, 1).int(), 0)

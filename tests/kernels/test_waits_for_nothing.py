@@ -36,7 +36,7 @@ PLAIN = Case("", num_rows=9000, context_len=1001, head_dim=128, dtype=torch.bflo
 IN_FP8 = replace(PLAIN, has_fp8_kv=True, has_fp8_q=True)
 VIEWS = {"alias", "detach", "device", "expand", "select", "slice", "unbind", "view"}
 WRITES = {"copy_", "zero_"}
-"""Of one tensor on the device to another, and of zeros."""
+"""Operations that write: a copy from one tensor on the device to another, and zeros."""
 
 
 def make_state(case: Case, method: Method, device: torch.device) -> tuple[LayerState, Guard]:
@@ -47,7 +47,7 @@ def make_state(case: Case, method: Method, device: torch.device) -> tuple[LayerS
 
 
 class Operations(TorchDispatchMode):
-    """Notes all that torch does. Of fake tensors, what would wait for a number raises: there is none."""
+    """Records every operation of torch. On fake tensors, one that waits for a number raises, as they hold none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of kernels, in place of their launches."""
+    """The names of the kernels that are called; none is launched."""
     launched: list[str] = []
     for name, module in list(sys.modules.items()):
         if name.startswith("minference_vllm.kernels.triton."):
@@ -73,7 +73,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Launched:
-    """In place of a kernel of Triton's."""
+    """Stands in for a Triton kernel."""
 
     def __init__(self, name: str, launched: list[str]) -> None:
         self._name, self._launched = name, launched
@@ -116,7 +116,7 @@ def test_on_a_gpu_nothing_waits_and_nothing_is_allocated(
         density.copy(chunk.num_qo_heads * chunk.causal_pairs)
         recall.copy()
 
-    for _ in range(2):  # what is compiled and loaded may be waited for
+    for _ in range(2):  # the first runs may wait for kernels to be compiled and loaded
         run()
     torch.cuda.synchronize()
     allocations = torch.cuda.memory_stats()["allocation.all.allocated"]

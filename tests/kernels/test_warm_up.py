@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compiled before the first request is all that a request will need."""
+"""Everything that a request needs is compiled before the first request."""
 
 import os
 import re
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def output_of(module: str) -> str:
-    """What a program prints in a process of its own: the interpreter, which the tests run under without a GPU, has no
-    variants and compiles nothing.
+    """What a program prints. It runs in a process of its own, because Triton's interpreter, which the tests use without
+    a GPU, has no variants and compiles nothing.
     """
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
@@ -30,7 +30,7 @@ def test_no_request_selects_a_kernel_variant_that_the_dry_run_did_not() -> None:
 
 
 def kernels() -> set[str]:
-    """Names of all Triton kernels of the package: of its jitted functions those that are launched."""
+    """The names of all Triton kernels of the package: those of its jitted functions that are launched."""
     sources = (ROOT / "minference_vllm" / "kernels" / "triton").glob("*.py")
     return {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source.read_text(), re.M)}
 

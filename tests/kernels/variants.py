@@ -22,7 +22,7 @@ from minference_vllm.runtime import Runtime
 from tests.kernels.cases import Case, make_chunk
 
 MAX_LEN = 40_000
-# For all heads at once, and for some; in the longest chunk not even for all heads of one KV head.
+# Room for the masses of all heads at once, and of some; in the longest chunk not even of all heads of one KV head.
 MASS_BYTES = (block_scratch.MASS_BYTES, 2**21)
 METHODS: list[dict[str, object]] = [
     {"name": "block"},
@@ -47,7 +47,7 @@ REQUESTS = [
 
 
 def recorder(seen: set[tuple[str, str]]):
-    """A stand-in for JITFunction.run that notes the function and what it would be compiled for."""
+    """A stand-in for JITFunction.run that records the function and what it would be compiled for."""
 
     def run(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
         binder = self.device_caches[0][4]

@@ -44,7 +44,7 @@ def tokenize(server: Server, text: str) -> list[int]:
 
 
 def prefill_tokens(server: Server, **labels: str) -> float:
-    """The counter, once it has stood still for longer than workers take to publish."""
+    """The counter's value, once it has not changed for longer than workers take to publish."""
     value, since = -1.0, time.monotonic()
     while time.monotonic() - since < 2.5:
         if (now := server.metric("minference_prefill_tokens_total", **labels)) != value:

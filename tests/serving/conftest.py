@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that the tests share: a start takes half a minute, and reading a prompt on a CPU as long."""
+"""Servers that the tests share, because a start takes half a minute, and reading a prompt on a CPU as long."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from tests.serving.server import MODEL, serving
 
 CHUNK = 1024
 ON_GPU = torch.cuda.is_available()
-# Several servers share the machine, and vLLM's own measure of free memory takes none beside it that frees some. Decode
-# replays CUDA graphs; nothing is compiled, which would take minutes.
+# Several servers share the GPU. When vLLM measures free memory itself, it fails if another process frees some
+# meanwhile, so the cache has a fixed size. Decode replays CUDA graphs; nothing is compiled, which would take minutes.
 GPU_OPTIONS = [
     "--gpu-memory-utilization=0.15",
     "--kv-cache-memory-bytes=2000000000",
@@ -52,7 +52,7 @@ class FullBudget(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A `vllm serve` that should not have come up."""
+    """What came of a `vllm serve` that must fail to start."""
 
     status: int | None
     log: str
@@ -60,14 +60,14 @@ class Start(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def small_machine() -> Iterator[None]:
-    """One thread a server: several would wait for each other in every small operation, the longer the busier a core."""
+    """One thread per server: several would wait for each other in every small operation, longer on busy cores."""
     with patch.dict(os.environ, {} if ON_GPU else {"OMP_NUM_THREADS": "1"}):
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def stop_on_request() -> Iterator[None]:
-    """A run that is asked to end stops its servers on the way out."""
+    """A test run that gets SIGTERM stops its servers before it ends."""
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped by SIGTERM."))
     yield
     signal.signal(signal.SIGTERM, previous)
@@ -103,7 +103,7 @@ def rival(logs: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def compared(logs: Path, rival: Path) -> tuple[FullBudget, list[Reply]]:
-    """What follows COPIES on the sparse path with every key kept, and with vLLM's own backend; both beside a rival."""
+    """Replies to COPIES from the sparse path with every key kept, and from vLLM's backend; both beside a rival."""
 
     def full_budget() -> FullBudget:
         everything = {"method": {"name": "vertical_slash", "vertical_size": 10_000, "slash_size": 10_000}}

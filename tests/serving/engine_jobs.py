@@ -2,7 +2,7 @@
 """A program that runs vLLM's real engine, and what starts it. A job is one engine, and what is done to it in turn.
 
 `python -m tests.serving.engine_jobs FOLDER` reads FOLDER/jobs.json and writes FOLDER/outcomes.json. All jobs share one
-process, for most of a start is imports.
+process, because most of a start is imports.
 """
 
 import gc
@@ -23,9 +23,9 @@ from demo.server import environment, excerpt
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one engine in this process after the other
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engines run in this process, one after another
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # workers are sent a function that says what they have counted
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # workers are sent the function `count`
 }
 TOP_LOGPROBS = 2
 Step = dict[str, Any]
@@ -39,9 +39,9 @@ class Job:
     Attributes:
         model: folder.
         backend: by name.
-        options: more arguments of vllm.LLM.
-        settings: ours.
-        steps: what is done to it.
+        options: further arguments of vllm.LLM.
+        settings: of this package.
+        steps: what is done to the engine, in turn.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Outcome:
 
     Attributes:
         steps: what each step returned.
-        counted: by worker, what our runtimes counted until after each step.
+        counted: after each step, for each worker, what our runtimes have counted so far.
         metrics: vLLM's own counters after each step.
         cudagraph_mode: what vLLM made of the option.
         log: the messages of vLLM's loggers in this process.
@@ -95,7 +95,7 @@ def ask(
     lora: str | None = None,
     priority: list[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """What the model makes of all prompts at once; with each token its logprob, and how far the likeliest leads."""
+    """The model's answers to all prompts at once: tokens, their logprobs, and the lead of the likeliest token."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
@@ -121,7 +121,7 @@ def ask(
 
 
 def _seen(prompt: Any) -> Any:
-    """A prompt; what it has of images are their seeds."""
+    """A prompt for vLLM; `images` holds the seeds of the images, which are made here."""
     if "images" not in prompt:
         return prompt
     import numpy
@@ -151,7 +151,7 @@ def beam(llm: Any, prompts: list[Any], width: int, max_tokens: int) -> list[dict
 
 
 def pause(llm: Any, prompt: Any, max_tokens: int) -> dict[str, Any]:
-    """A prompt of which one step is read before the scheduler pauses; and whether it stood still meanwhile."""
+    """Read one step of a prompt, pause the scheduler, then go on. Also says whether the pause did stop it."""
     from vllm import SamplingParams
 
     engine, sampling = llm.llm_engine, {"temperature": 0, "logprobs": TOP_LOGPROBS, "ignore_eos": True}
@@ -203,7 +203,7 @@ STEPS: dict[str, Callable[..., Any]] = {
 
 
 def count(worker: Any) -> dict[str, Any]:
-    """What our runtimes of a worker have counted so far, pairs also where none are reported. Runs in the worker."""
+    """What a worker's runtimes have counted so far, with pairs that it does not report. Runs in the worker."""
     from minference_vllm import impl
 
     found: dict[str, Any] = {"tokens": {}, "chunks": {}, "kept": 0, "causal": 0, "scratch": 0}
@@ -256,7 +256,7 @@ def outcome(job: Job) -> Outcome:
         mode, error = "", f"{type(exception).__name__}: {exception}"
     finally:
         _forget_runtimes()
-        with suppress(Exception):  # whatever it is, what the job was for is known by now
+        with suppress(Exception):  # a failure here is no matter: the job's result is known
             llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
     found = asdict(result) | {"cudagraph_mode": mode, "error": error, "seconds": time.monotonic() - began}
@@ -284,7 +284,7 @@ def main() -> None:
     logger, outcomes = logging.getLogger("vllm"), {}
     for name, job in jobs.items():
         logger.addHandler(listener := Listener())
-        # vLLM has all garbage collected eight times an engine, which would take longer than all else.
+        # vLLM collects all garbage eight times per engine, which would take longer than everything else.
         with patch.object(gc, "collect"):
             found = outcome(job)
         logger.removeHandler(listener)

@@ -36,7 +36,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 HAS_GRAMMARS = find_spec("xgrammar") is not None
-# Heads of one rank keep little, those of the other all.
+# The heads of one rank keep little, those of the other rank keep all.
 LITTLE, EVERYTHING = [64, 64], [2_000, 2_000]
 PATTERN = {
     "version": 1,
@@ -66,13 +66,13 @@ if HAS_GRAMMARS:
 
 
 def pair(model: Path, steps: list[Step], **options: Any) -> tuple[Job, Job]:
-    """Ours and vLLM's own."""
+    """The same job with our backend and with vLLM's own."""
     given = {**OPTIONS, **NO_TOKENIZER, **options}
     return Job(str(model), OURS, given, steps, ALL_KEYS), Job(str(model), STOCK, given, steps)
 
 
 def plain_jobs(llama: Path, head: Path, adapter: Path) -> dict[str, Job]:
-    """Of a plain decoder."""
+    """The jobs with a plain decoder."""
     grammars = {"backend": "xgrammar", "disable_any_whitespace": True} if HAS_GRAMMARS else {}
     with_tokenizer = {"skip_tokenizer_init": False, "structured_outputs_config": grammars}
     jobs = dict(zip(("plain", "plain stock"), pair(llama, list(PLAIN.values()), **with_tokenizer), strict=True))
@@ -86,7 +86,7 @@ def plain_jobs(llama: Path, head: Path, adapter: Path) -> dict[str, Job]:
         jobs[method], _ = pair(llama, [PLAIN["many tokens"]], speculative_config=speculative)
     loras = {"enable_lora": True, "max_lora_rank": 8}
     jobs["adapter"], jobs["adapter stock"] = pair(llama, [ask(lora=str(adapter)), ask()], **loras)
-    # There are pages for all prompts, with one of vLLM's own, but not for what follows them.
+    # There are pages for all prompts, and one that vLLM needs for itself, but not for all that the model generates.
     pages = {"num_gpu_blocks_override": 2 + sum(-(-length // PAGE) for length in LENGTHS)}
     preempted = [ask(max_tokens=MANY, priority=PRIORITY)]
     jobs["preempted"], _ = pair(llama, preempted, scheduling_policy="priority", **pages)
@@ -94,7 +94,7 @@ def plain_jobs(llama: Path, head: Path, adapter: Path) -> dict[str, Job]:
 
 
 def rank_jobs(llama: Path, pattern: Path) -> dict[str, Job]:
-    """One rank and two, with a pattern file."""
+    """Jobs with one rank and with two, which read a pattern file."""
     settings = ALL_KEYS | {"method": {"name": "auto", "pattern_file": str(pattern)}, "recall_floor": 0.0}
     settings["row_recall_floor"] = 0.0
     given = {**OPTIONS, **NO_TOKENIZER}
@@ -105,7 +105,7 @@ def rank_jobs(llama: Path, pattern: Path) -> dict[str, Job]:
 
 
 def jobs(folder: Path) -> dict[str, Job]:
-    """All of them; their models are made in the folder."""
+    """All jobs; their models are made in the folder."""
     for make in (make_llama, make_qwen3_moe, make_granite_hybrid, make_qwen3_next, make_deepseek, make_blip2):
         make(folder / make.__name__.removeprefix("make_"))
     llama, head, adapter, pattern = (folder / name for name in ("llama", "head", "adapter", "pattern.json"))
@@ -125,5 +125,5 @@ def jobs(folder: Path) -> dict[str, Job]:
     for name, (ours, stock) in pairs.items():
         named |= {name: ours, f"{name} stock": stock}
     named |= rank_jobs(llama, pattern)
-    # What vLLM imports for n-grams keeps it from starting another engine in this process.
+    # This job is last, because after its imports for n-grams vLLM cannot start another engine in the same process.
     return named | {"ngram": named.pop("ngram")}

@@ -14,14 +14,14 @@ logger = logging.getLogger("features")
 
 
 class Tolerance(NamedTuple):
-    """How far two kernels' rounding may move a logprob: any one, and all on average."""
+    """How far the rounding of two kernels may move a single logprob, and all of them on average."""
 
     most: float
     mean: float
 
 
 class Difference(NamedTuple):
-    """Of the tokens before the first that differs, if one does."""
+    """How two answers differ, up to the first token that is not the same in both."""
 
     tokens: int
     equal: int
@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 
 def answers(found: list[dict[str, Any]]) -> list[Answer]:
-    """All answers of a step that asked."""
+    """All answers that an `ask` step got."""
     return [answer for prompt in found for answer in prompt["answers"]]
 
 
@@ -46,7 +46,7 @@ def equal_prefix(one: list[int], other: list[int]) -> int:
 
 
 def compare(ours: list[Answer], stock: list[Answer], tolerance: Tolerance) -> Difference:
-    """Assert that answers are the same within rounding: where a token differs, the stock engine was in two minds."""
+    """Assert that answers agree up to rounding: a token may differ only where the stock engine had a near tie."""
     distances, equal = [], 0
     for mine, theirs in zip(ours, stock, strict=True):
         length = equal_prefix(mine["tokens"], theirs["tokens"])
@@ -73,7 +73,7 @@ def sparse_tokens(outcome: Outcome, until: int = -1, since: int | None = None) -
 
 
 def density(outcome: Outcome, rank: int = 0) -> float:
-    """Kept of all causal pairs of sparse attention, of one worker."""
+    """The share of the causal pairs of sparse attention that one worker kept."""
     last = outcome.counted[-1][rank]
     return last["kept"] / last["causal"]
 

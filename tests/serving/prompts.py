@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the servers go on with: texts of 2,200 to 2,900 tokens whose next words the small model is sure of.
+"""The prompts of the serving tests: texts of 2,200 to 2,900 tokens whose next words the small model is sure of.
 
 Where two tokens are about equally likely, the rounding of another kernel or chunk may swap them; the first 24 tokens
 after COPIES, and the first six after the other prompts, lead by more than a factor of three.

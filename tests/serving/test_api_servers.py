@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two API servers before two engines side by side (data parallel): whichever is asked, /metrics counts all."""
+"""Two API servers in front of two engines (data parallel): /metrics of either counts the prompts of both engines."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ def server(logs: Path) -> Iterator[Server]:
 
 
 def complete(server: Server, length: int) -> str:
-    """What follows a prompt, asked over a connection of its own: the system gives it to one of the API servers."""
+    """The reply to a prompt. Each uses its own connection, which the operating system gives to one of the servers."""
     model = str(server.log.with_name("llama"))
     reply = server.client().completions.create(
         model=model, prompt=token_ids(length), max_tokens=4, temperature=0, extra_body={"ignore_eos": True}
@@ -48,7 +48,7 @@ def test_prompts_of_all_engines_are_counted_once_by_whichever_api_server_is_aske
         texts = list(pool.map(lambda length: complete(server, length), LENGTHS))
     assert len(texts) == len(LENGTHS)
     assert all(server.metric("vllm:prompt_tokens_total", engine=engine) > 0 for engine in "01")
-    # A prompt's first chunk may be cut short by another's: what is left of it still passes the gate.
+    # Another prompt may cut a prompt's first chunk so short that it runs dense; the rest still passes the gate.
     assert prefill_tokens(server, path="sparse") > 0.7 * sum(LENGTHS)
     for _ in range(6):  # the servers take turns
         assert prefill_tokens(server) == sum(LENGTHS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving features on vLLM's real engine for the CPU: what runs sparse, with every key kept, answers as ever."""
+"""Serving features on vLLM's real engine for the CPU: with every key kept, sparse prefill does not change answers."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ TIMEOUT_S = 560
 ROUNDING = Tolerance(most=1e-3, mean=1e-4)  # float32
 ROUNDING_TO_BFLOAT16 = Tolerance(most=0.1, mean=0.02)
 TOKENS = sum(LENGTHS)
-ENOUGH = 0.8 * TOKENS  # of them pass the gate, but for short chunks and the short prompt
+ENOUGH = 0.8 * TOKENS  # pass the gate; short chunks and the short prompt do not
 
 Outcomes = dict[str, Outcome]
 
@@ -50,13 +50,13 @@ def report(request: pytest.FixtureRequest, record_property: Callable[[str, objec
 
 
 def plain(outcomes: Outcomes, name: str, stock: bool = False) -> list[dict[str, Any]]:
-    """What the plain decoder made of a step."""
+    """What the plain decoder answered in a step."""
     found: list[dict[str, Any]] = served(outcomes["plain stock" if stock else "plain"]).steps[list(PLAIN).index(name)]
     return found
 
 
 def many_tokens(outcomes: Outcomes) -> list[Answer]:
-    """The stock engine's."""
+    """The stock engine's answers of many tokens."""
     return answers(plain(outcomes, "many tokens", stock=True))
 
 
@@ -127,7 +127,7 @@ def test_a_preempted_prompt_is_read_again_by_priority(outcomes: Outcomes, report
     ours = served(outcomes["preempted"])
     report(ours, difference=compare(answers(ours.steps[0]), many_tokens(outcomes), ROUNDING)._asdict())
     assert metric(ours, "num_preemptions") > 0
-    # The second prompt is the one that had to wait.
+    # The second prompt has the lowest priority, so it was preempted and read again.
     assert sparse_tokens(ours) > sparse_tokens(outcomes["plain"], until=0) + LENGTHS[1] // 2
     assert len(answers(ours.steps[0])[1]["tokens"]) == MANY
 
@@ -157,7 +157,7 @@ def test_embeddings_of_a_causal_model(outcomes: Outcomes) -> None:
 
 
 def test_latent_attention_is_none_of_ours_and_the_log_says_so(outcomes: Outcomes) -> None:
-    # On a GPU vLLM refuses it at start. On a CPU its platform takes its own backend, whatever was asked for.
+    # On a GPU vLLM refuses such a model at start. On a CPU it takes its own backend, whatever was asked for.
     ours, stock = served(outcomes["latent attention"]), served(outcomes["latent attention stock"])
     compare(answers(ours.steps[0]), answers(stock.steps[0]), ROUNDING)
     [message] = [each for each in ours.log if "attention layers is ours" in each]
@@ -173,7 +173,7 @@ def test_two_ranks_cut_a_pattern_file_as_one_reads_it(outcomes: Outcomes, report
     first, second = two.counted[0]
     assert first["tokens"] == one.counted[0][0]["tokens"] and first["tokens"][SPARSE] >= ENOUGH
     assert second["tokens"] == {}  # the same prompts: one rank counts them
-    # The first has the heads that keep little, and what they leave out is seen in what the model answers.
+    # The first rank has the heads that keep little, and what they leave out changes the model's answers.
     assert density(two) < density(one) < density(two, rank=1) == 1
     pairs = zip(answers(one.steps[0]), answers(plain(outcomes, "greedy", stock=True)), strict=True)
     assert any(mine["logprobs"] != pytest.approx(theirs["logprobs"], abs=0.01) for mine, theirs in pairs)

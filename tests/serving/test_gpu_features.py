@@ -29,7 +29,7 @@ TIMEOUT_S = 280
 ROUNDING = Tolerance(most=0.25, mean=0.03)  # bfloat16, 24 layers
 ROUNDING_TO_FP8 = Tolerance(most=0.5, mean=0.06)
 LONGEST = 16_384
-# By force: with a share of 1, groups whose estimated mass rounds to none may be left out.
+# All keys are kept as local ones: a share of 1 could leave out groups whose estimated mass rounds to zero.
 ALL_KEYS = {"min_seq_len": 1024, "min_chunk": 64, "method": {"name": "block", "local_tokens": LONGEST}}
 CHUNK = 4096
 OPTIONS: dict[str, Any] = {
@@ -38,9 +38,9 @@ OPTIONS: dict[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": CHUNK,
     "kv_cache_memory_bytes": 2 * 10**9,
-    "gpu_memory_utilization": 0.15,  # so much must be free at start: others may use the card too
+    "gpu_memory_utilization": 0.15,  # as much as must be free at start; others may use the GPU too
 }
-# Nothing is compiled: where that is not what is tested, it would take longer than all else.
+# Nothing is compiled. Where compilation is not tested, it would take longer than everything else.
 QUICK = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 LENGTHS = (3_000, 6_000, 12_000)
 CUE_TOKENS, ANSWER_TOKENS, MANY_TOKENS = 64, 24, 300
@@ -52,7 +52,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def prompts() -> Prompts:
-    """Excerpts that end with the beginning of one of their passages: the model goes on with it, and is sure of that."""
+    """Excerpts that end with the beginning of one of their own passages, which the model surely continues."""
     from transformers import AutoTokenizer
 
     documents = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("methods", "performance", "troubleshooting")]
@@ -113,7 +113,7 @@ def report(request: pytest.FixtureRequest, record_property: Callable[[str, objec
 def test_compiled_and_in_cuda_graphs(
     mode: str | None, runner: str, prompts: Prompts, stock: dict[str, Any], engine: Run, report: Report
 ) -> None:
-    # A chunk of 4,096 tokens, or what is left of a prompt padded to that, is replayed where the mode has graphs for it.
+    # If the mode has graphs for chunks, one of 4,096 tokens is replayed, and so is a prompt's rest, padded to as many.
     compilation: dict[str, Any] = {"cudagraph_capture_sizes": [1, 2, 4, 8, CHUNK]}
     if mode:
         compilation["cudagraph_mode"] = mode
@@ -155,7 +155,7 @@ def test_a_cache_in_fp8(prompts: Prompts, engine: Run, report: Report) -> None:
 
 
 def test_without_asynchronous_scheduling(prompts: Prompts, stock: dict[str, Any], engine: Run, report: Report) -> None:
-    # All other tests have it, as is vLLM's default.
+    # All other tests have asynchronous scheduling, which is vLLM's default.
     found = engine(ours([asking(prompts, "three")], **QUICK, async_scheduling=False))
     difference = compare(answers(found.steps[0]), stock["three"], ROUNDING)
     report(found, difference=difference._asdict())
@@ -190,7 +190,7 @@ def test_asleep_and_awake_again(prompts: Prompts, stock: dict[str, Any], engine:
     report(found, differences=differences, levels=[found.steps[1], found.steps[4]])
     for level in found.steps[1], found.steps[4]:
         assert level["free_asleep"] > level["free_awake"] + 2 * 10**9
-    assert sparse_tokens(found) >= 3 * 0.9 * TOKENS  # each time it forgot what it had read
+    assert sparse_tokens(found) >= 3 * 0.9 * TOKENS  # read three times: each sleep loses the cache
     assert_all_kept(found)
 
 
@@ -203,7 +203,7 @@ def test_pages_that_were_moved_to_the_hosts_memory(
         "kv_connector_extra_config": {"cpu_bytes_to_use": 4 * 10**9},
     }
     question = asking(prompts, "three")
-    # Pages are written out during the steps after those that made them.
+    # Pages are moved during the steps that follow those in which they were filled.
     after: list[Step] = [{"do": "rest", "seconds": 1}, asking(prompts, "four", 4), {"do": "rest", "seconds": 1}]
     steps = [question, *after, {"do": "forget"}, question]
     found = engine(ours(steps, **QUICK, kv_transfer_config=connector))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 560
 SPARSE, SHORT, BELOW = "sparse gate_open", "dense short_chunk", "dense below_min_seq_len"
 ROUNDING = 1e-4  # in float32 the logprobs of two kernels differ by less
-ROUNDING_TO_FP8 = 0.1  # vLLM's CPU kernels cut digits off where ours, and GPUs, round to the nearest
+ROUNDING_TO_FP8 = 0.1  # vLLM's CPU kernels truncate; ours, and GPUs, round to nearest
 
 Outcomes = dict[str, Outcome]
 
@@ -28,7 +28,7 @@ def outcomes(logs: Path) -> Outcomes:
     """What came of every job of tiny_models, by its name."""
     folder, log = logs / "models", logs / "models.log"
     folder.mkdir()
-    # One engine in this process after the other, and nothing compiled.
+    # Engines run one after another in the program's process, and nothing is compiled.
     environ = {**environment(str(folder)), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, "-m", "tests.serving.tiny_models", str(folder)]
     with log.open("wb") as output:

@@ -26,7 +26,7 @@ RECALL = (
 
 
 class Alone(NamedTuple):
-    """What followed each question when the server had nothing else to do, and what it counted."""
+    """The reply to each question when the server had nothing else to do, and what it counted."""
 
     replies: dict[Question, Reply]
     tokens: float
@@ -64,13 +64,13 @@ def test_concurrent_prompts_are_answered_as_each_alone(sparse: Server, alone: Al
     for question, reply in together.items():
         assert question.answer in reply.text
         assert alone.replies[question].text.startswith(reply.text)
-    # A chunk that they share leaves a short rest to one of them.
+    # Prompts that share a chunk may leave a short rest of one of them, which runs dense.
     total = sum(reply.prompt_tokens for reply in together.values())
     assert total - CHUNK < prefill_tokens(sparse, path="sparse") - before <= total
 
 
 def test_a_repeated_prompt_reuses_its_prefix_and_goes_on_the_same(sparse: Server) -> None:
-    # The rest after two chunks is short and dense, the first time as well as the second.
+    # What follows the two chunks is short and runs dense, the first time as well as the second.
     rest = MIN_CHUNK - 1
     prompt, salt = tokenize(sparse, GARDEN.prompt)[-2 * CHUNK - rest :], next(new_salts)
     first = complete(sparse, prompt, salt, SURE_TOKENS)

@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 NUM_TOKENS = 512
-# Without a GPU, vLLM makes room for what a stage is sent when it warms up a compiled model only. This compiles nothing.
+# Without a GPU, vLLM allocates the buffers for what a stage receives only when it warms up a compiled model. With this
+# backend it compiles nothing.
 COMPILED = ["--no-enforce-eager", '--compilation-config={"mode": 1, "backend": "eager"}']
 TWO_STAGES = ["--pipeline-parallel-size=2", *([] if ON_GPU else COMPILED)]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with random weights that go with another: a head that drafts for it, an adapter; and one of experts."""
+"""Small models with random weights: a draft head and an adapter for another model, and a mixture of experts."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def make_eagle_head(folder: Path, model: Path) -> None:
 
 
 def make_adapter(folder: Path, model: Path, rank: int = 8) -> None:
-    """A LoRA adapter of the queries and outputs of every layer, large enough to be heard."""
+    """A LoRA adapter of the queries and outputs of every layer, with weights large enough to change answers."""
     import torch
     from safetensors.torch import save_file
 
@@ -74,7 +74,7 @@ def make_adapter(folder: Path, model: Path, rank: int = 8) -> None:
 
 
 def make_qwen3_moe(folder: Path) -> None:
-    """Every token takes all experts, so that rounding cannot send it to others."""
+    """Every token uses all experts, so that rounding cannot change which experts it uses."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

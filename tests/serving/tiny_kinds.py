@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-# Of the language models; each has two layers of attention with heads of 64.
+# The settings of all language models here; each has two layers of attention with heads of 64.
 COMMON: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -16,9 +16,9 @@ COMMON: dict[str, Any] = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
-END, IMAGE = 256, 257  # tokens that are no byte
+END, IMAGE = 256, 257  # the tokens that stand for no byte
 IMAGE_SIZE = 64
-STATE_SIZE = 256  # as large as 512 tokens' keys and values
+STATE_SIZE = 256  # makes a layer's state as large as the keys and values of 512 tokens
 
 
 def byte_tokenizer() -> Any:
@@ -37,7 +37,7 @@ def byte_tokenizer() -> Any:
 
 
 def make_llama(folder: Path) -> None:
-    """Four query heads and two KV heads, for two ranks to share; with a tokenizer."""
+    """A plain decoder with four query heads and two KV heads, which two ranks can share; with a tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,7 +99,7 @@ def make_qwen3_next(folder: Path) -> None:
 
 
 def make_deepseek(folder: Path) -> None:
-    """Multi-head latent attention (MLA), of the one size that vLLM's kernels know."""
+    """Multi-head latent attention (MLA), in the only size that vLLM's kernels support."""
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -122,7 +122,7 @@ def make_deepseek(folder: Path) -> None:
 
 
 def make_blip2(folder: Path) -> None:
-    """A decoder that sees images: an encoder and a query transformer of a layer each make eight tokens of one."""
+    """A decoder that sees images: an encoder and a query transformer, one layer each, turn one into eight tokens."""
     import torch
     from transformers import (
         Blip2Config,

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-GLOBAL_LAYER = 2  # not the last: what every row of the prompt gets from it counts
+GLOBAL_LAYER = 2  # not the last layer, so that its output for every row of the prompt matters
 START_OF_TRANSCRIPT = "<|startoftranscript|>"
 SECONDS_OF_AUDIO, SAMPLING_RATE = 2, 16_000
 
@@ -34,7 +34,7 @@ def make_gemma3(folder: Path) -> None:
 
 
 def make_gpt_oss(folder: Path) -> None:
-    """A sliding window in every other layer, and sinks in all, of which one takes nothing and one most."""
+    """A sliding window in every other layer, and sinks in all; one sink takes no attention and one takes most."""
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -61,7 +61,7 @@ def make_gpt_oss(folder: Path) -> None:
 
 
 def make_lfm2(folder: Path) -> None:
-    """Attention in every other layer; the others are convolutions, whose state is as large as 799 tokens' keys."""
+    """Attention in every other layer; the others are convolutions, whose state is as large as 799 tokens' cache."""
     import torch
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
@@ -121,7 +121,7 @@ def make_modernbert(folder: Path) -> None:
 
 
 def make_whisper(folder: Path) -> None:
-    """An encoder and a decoder of two layers each, a tokenizer of single bytes, and what makes audio into features."""
+    """An encoder and a decoder of two layers each, a tokenizer of single bytes, and the audio feature extractor."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import (

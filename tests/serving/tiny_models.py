@@ -2,7 +2,7 @@
 """A program that runs vLLM's real engine on the models of tiny_makers.
 
 `python -m tests.serving.tiny_models FOLDER` writes what came of every job to FOLDER/outcomes.json. All jobs share one
-process, for most of a start is imports.
+process, because most of a start is imports.
 """
 
 import gc
@@ -39,7 +39,7 @@ class Job:
     Attributes:
         model, backend: by name.
         cache: type of the KV cache; the model computes in float32.
-        settings: ours, beside those of FULL_BUDGET.
+        settings: of this package, in addition to FULL_BUDGET.
     """
 
     model: str
@@ -94,17 +94,17 @@ class Outcome:
 
 
 def token_ids(length: int) -> list[int]:
-    """Of letters: neither model has a token below 256 that means anything else."""
+    """Tokens that are letters: below 256 the models have no tokens of special meaning."""
     return [10 + (7 * i * i + length) % 240 for i in range(length)]
 
 
 def gemma3_prompts() -> list[Any]:
-    """Three chunks, one and a bit, and a part of one."""
+    """Prompts of three chunks, of somewhat more than one, and of a part of one."""
     return [{"prompt_token_ids": token_ids(length)} for length in (1_400, 700, 100)]
 
 
 def whisper_prompts() -> list[Any]:
-    """A high note and a deep one with the same text so far, and another note."""
+    """A high and a deep note, both with the same text before the answer, and a third note with a short text."""
     import numpy
 
     prompts = []
@@ -120,11 +120,11 @@ def whisper_prompts() -> list[Any]:
 PROMPTS = dict.fromkeys(MAKERS, gemma3_prompts) | {"whisper": whisper_prompts}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3": {"max_model_len": 2_048, "max_num_batched_tokens": CHUNK, "skip_tokenizer_init": True},
-    "whisper": {"max_model_len": 512},  # vLLM reads its prompts in one step each
-    "modernbert": {"runner": "pooling", "max_model_len": 2_048},  # and these
+    "whisper": {"max_model_len": 512},  # vLLM reads each of its prompts in one step
+    "modernbert": {"runner": "pooling", "max_model_len": 2_048},  # and of this model's
 }
 OPTIONS["gpt-oss"] = OPTIONS["gemma3"]
-OPTIONS["lfm2"] = OPTIONS["gemma3"] | {"block_size": 32}  # of which vLLM makes 800
+OPTIONS["lfm2"] = OPTIONS["gemma3"] | {"block_size": 32}  # which vLLM raises to 800
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def engine(job: Job, folder: Path) -> Iterator[Any]:
 
 
 def answer(job: Job, folder: Path) -> Outcome:
-    """What the model makes of all its prompts in one batch: an encoder vectors, others greedy tokens with logprobs."""
+    """The model's output for all its prompts in one batch: vectors of an encoder, else greedy tokens and logprobs."""
     from vllm import SamplingParams
 
     with engine(job, folder) as llm:
@@ -171,7 +171,7 @@ def answer(job: Job, folder: Path) -> Outcome:
 
 
 def counted(job: Job) -> dict[str, int]:
-    """The prefill tokens that our runtime has counted, as long as the engine lives whose it is."""
+    """The prefill tokens that our runtime has counted; its engine must still be alive."""
     if not job.is_ours:
         return {}
     from minference_vllm import impl
@@ -216,7 +216,7 @@ def main() -> None:
     outcomes = {}
     for name, job in JOBS.items():
         start = time.process_time()
-        # vLLM has all garbage collected eight times an engine, which would take longer than all else.
+        # vLLM collects all garbage eight times per engine, which would take longer than everything else.
         with patch.object(gc, "collect"):
             outcomes[name] = asdict(outcome(job, folder))
         logging.getLogger("vllm").info("Job %r took %.1f s of CPU", name, time.process_time() - start)
