@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse prefill of one chunk in one layer: choose the keys, attend to them, see that they were enough."""
+"""Sparse prefill of one chunk in one layer: choose the keys, attend to them, check that they were enough."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What measures whether the kept keys hold the attention of rows that did not choose them, and acts on it.
+    """Measures how much attention of rows that did not choose the kept keys lies on them, and acts if it is too little.
 
     Attributes:
         floors: a head that is below one of them in a chunk attends to all keys, in this chunk.
@@ -32,15 +32,15 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """What a layer brings to its chunks beside their tensors.
+    """What the sparse path needs of a layer, beside the tensors of its chunks.
 
     Attributes:
-        position: of the layer among the model's attention layers on this worker.
+        position: place of the layer among the plugin's layers on this worker.
         budgets: [num_qo_heads, ...], see Method.
         buffers: the method's scratch.
         attend: what attending writes beside the output.
         guard: None if recall is not measured.
-        number: by which log and metrics name it; -1 outside of an engine.
+        number: the number by which log and metrics name the layer; -1 outside of an engine.
     """
 
     position: int
@@ -52,12 +52,12 @@ class LayerState:
 
 
 Chooser = Callable[[Method, Chunk, LayerState], SparseIndex]
-"""Whoever chooses the keys of a chunk. Tuning, benchmarks and evaluation put their own in place of `choose`, to look at
-what a method chose or to have other keys attended to."""
+"""A function that chooses the keys of a chunk. Tuning, benchmarks and evaluation replace `choose` by their own, to look
+at what a method chose or to attend to other keys."""
 
 
 def choose(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
-    """The method chooses, as in service."""
+    """Let the method choose, as in service."""
     return method.choose(chunk, layer.budgets, layer.buffers)
 
 
@@ -68,10 +68,10 @@ def prefill(chunk: Chunk, method: Method, layer: LayerState, chooser: Chooser = 
         chunk: its `out` is written.
         method: how keys are chosen, and on which kernels.
         layer: whose budgets and scratch are used.
-        chooser: who chooses the keys.
+        chooser: chooses the keys.
 
     Returns:
-        What was attended to; its tensors are the scratch's, good until the next chunk.
+        The index that was attended to. Its tensors are part of the scratch, valid until the next chunk.
     """
     index = chooser(method, chunk, layer)
     ops.attend(chunk, index, layer.attend, method.kernel)
@@ -83,8 +83,9 @@ def prefill(chunk: Chunk, method: Method, layer: LayerState, chooser: Chooser = 
 def watch(chunk: Chunk, method: Method, layer: LayerState, guard: Guard) -> None:
     """Measure each head's recall in a chunk; heads below a floor attend again, to all keys.
 
-    How many they are stays on the device, and nothing of a chunk is remembered for the next: so it holds for any order
-    of chunks and requests. Rows that attend to all keys anyway are left out: they would hide what the others miss.
+    The number of these heads stays on the device, so the host never waits for it. No state is carried from one chunk to
+    the next, so chunks and requests may come in any order. Rows that attend to all keys anyway are left out: they would
+    hide what the other rows miss.
     """
     num_rows, attend = method.choosing_rows(chunk), layer.attend
     if num_rows == 0:

@@ -17,7 +17,7 @@ class MInferenceBackend(FlashAttentionBackend):
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        # Dense runs beside a sparse chunk are planned from the host's lengths.
+        # Dense runs beside a sparse chunk are planned from the lengths on the host, so the device's must be the same.
         return False
 
     @staticmethod

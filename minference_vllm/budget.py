@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler gives a step and its requests, and whether the gate can open under that."""
+"""The scheduler's limits for a step and its requests, and whether the gate can open within them."""
 
 import math
 from collections.abc import Sequence
@@ -9,20 +9,21 @@ from typing import NamedTuple
 from minference_vllm.config import MInferenceConfig
 
 DECODING = 64
-"""Rows of a step that are left for requests that decode beside a prompt."""
+"""How many rows of a step are assumed to go to requests that decode beside a prompt."""
 
 
 class Budget(NamedTuple):
-    """By what the scheduler cuts prompts into chunks; infinite where that is not known.
+    """The limits by which the scheduler cuts prompts into chunks; infinite if they are not known.
 
     Attributes:
-        tokens: most of a step (--max-num-batched-tokens).
-        rows: most of one request in a step, if there are others (--long-prefill-token-threshold); vLLM gives a request
-            that is alone the whole step.
-        slots: tokens of a step that each request takes beside its rows, for what a draft model adds to them.
-        scheduled: most rows of a step, where fewer are to fill it (--max-num-scheduled-tokens).
-        grain: keys of which every chunk but a prompt's last ends at a multiple, where vLLM caches the state of layers
-            without keys there; 1 elsewhere.
+        tokens: most tokens of a step (--max-num-batched-tokens).
+        rows: most rows of one request in a step, if there are others (--long-prefill-token-threshold); vLLM gives the
+            whole step to a request that is alone.
+        slots: tokens that each request takes from the step in addition to its rows, for what a draft model adds to
+            them.
+        scheduled: most rows of a step, if that is less than `tokens` (--max-num-scheduled-tokens); else infinite.
+        grain: every chunk but a prompt's last ends at a multiple of this many keys, if vLLM caches the states of layers
+            that have no keys (Mamba) at these places; else 1.
     """
 
     tokens: float
@@ -33,21 +34,21 @@ class Budget(NamedTuple):
 
     @property
     def alone(self) -> tuple[float, str]:
-        """Most rows of a request that is alone, and the option that says so."""
+        """Most rows of a request that is alone in a step, and the option that sets this limit."""
         whole = self.tokens - self.slots, "--max-num-batched-tokens"
         return min(whole, (self.scheduled, "--max-num-scheduled-tokens"))
 
     def is_spent(self, starts: Sequence[int]) -> bool:
-        """Whether nothing more would have fitted into a step.
+        """Whether a step is full.
 
         Args:
-            starts: the first query row of each request, and the number of rows.
+            starts: the first query row of each request, then the number of all rows.
         """
         taken = self.slots * sum(after > start for start, after in pairwise(starts)) if self.slots else 0
         return starts[-1] >= self.scheduled or starts[-1] + taken >= self.tokens
 
     def is_cut(self, rows: int, seq_len: int) -> bool:
-        """Whether a prompt goes on after these rows, as far as they tell, whatever else is in the step.
+        """Whether a prompt goes on after these rows, judged by them alone and not by what else is in the step.
 
         Args:
             rows: of the request in the step.
@@ -78,7 +79,7 @@ def gate_obstacle(config: MInferenceConfig, max_prompt: float, budget: Budget) -
 
 
 def sharing_obstacle(config: MInferenceConfig, budget: Budget) -> str:
-    """Why the gate opens for a request that is alone, and hardly while there are others; empty if it does."""
+    """Why the gate opens for a request alone in a step but hardly beside others; empty if it opens there too."""
     rows, option = budget.alone
     beside = rows - DECODING
     if config.min_chunk > budget.rows:

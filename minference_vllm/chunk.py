@@ -9,10 +9,10 @@ import torch
 from minference_vllm.index import BAND, TILE
 
 FP8 = torch.float8_e4m3fn
-"""What a quantized cache holds, and the queries that come with it; means of keys may be kept in it too."""
+"""The dtype of a quantized cache and of the queries that come with it. Means of keys may be stored in it too."""
 
 SINK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What learned sinks may be kept in."""
+"""The dtypes that learned sinks may have."""
 
 
 class PagedKV(NamedTuple):
@@ -20,7 +20,8 @@ class PagedKV(NamedTuple):
 
     Attributes:
         k, v: [num_pages, num_kv_heads, page_size, head_dim], any strides but the last, which is 1.
-        block_table: [num_reqs, max_pages] int32: page of the j-th page_size keys of each request.
+        block_table: [num_reqs, max_pages] int32: entry j of a row is the page of the request's keys from j * page_size
+            on.
         row: which row of block_table is this request's.
         k_scale, v_scale: [num_kv_heads] float32, any stride, what each head's FP8 keys and values are multiplied by;
             None if the cache is in the model's dtype.
@@ -55,8 +56,9 @@ class Chunk:
         q_scale: [num_kv_heads] float32, any stride, what FP8 queries of each KV head's query heads are multiplied by;
             None if q is in the model's dtype.
         sinks: [num_qo_heads], stride 1, a learned score of each query head that joins its rows' softmax and brings no
-            value (gpt-oss); None if the layer has none. A method's sink tokens, the prompt's first, are another thing.
-        may_end_prompt: whether this may be all that was left of the request's prompt.
+            value (gpt-oss); None if the layer has none. Not to be confused with a method's sink tokens, the prompt's
+            first keys.
+        may_end_prompt: whether this may be the last chunk of the request's prompt.
 
     Raises:
         ValueError: a kernel would read or write such tensors wrongly.
@@ -123,11 +125,11 @@ class Chunk:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether keys and values are FP8, and perhaps queries."""
+        """Whether keys and values are FP8. Queries may be FP8 too."""
         return self.kv.k_scale is not None
 
     def of_rows(self, first: int, count: int) -> "Chunk":
-        """Some rows of the chunk that follow each other, as a chunk of their own; those before them are its context."""
+        """Consecutive rows of the chunk as a chunk of their own; the rows before them become part of its context."""
         if count == self.num_rows:
             return self
         end = first + count
@@ -140,7 +142,7 @@ class Chunk:
         )
 
     def of_heads(self, first: int, count: int) -> "Chunk":
-        """The chunk under some of its query heads: all those of some KV heads, or some of one KV head's."""
+        """The chunk for some of its query heads: all query heads of some KV heads, or some of those of one KV head."""
         if count == self.num_qo_heads:
             return self
         heads, kv = slice(first, first + count), self.kv
@@ -181,10 +183,10 @@ class Chunk:
 
     @property
     def first_tile(self) -> int:
-        """Tile of the chunk's first row, on absolute positions."""
+        """Number of the tile that holds the chunk's first row, counted from the request's first row."""
         return self.context_len // TILE
 
     @property
     def num_tiles(self) -> int:
-        """Tiles that hold rows of the chunk."""
+        """How many tiles hold rows of the chunk."""
         return -(-self.seq_len // TILE) - self.first_tile if self.num_rows else 0

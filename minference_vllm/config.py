@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one configuration object: what the user may say, its bounds, and where it is read from."""
+"""The configuration object: the settings, their bounds, and where they are read from."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from minference_vllm.patterns import AutoSettings
 
 CONFIG_FILE_VARIABLE = "MINFERENCE_CONFIG"
 CONFIG_KEY = "minference"
-MOST_FAULTS = 8  # that one message names
+MOST_FAULTS = 8  # most errors that one message names
 
 SETTINGS: tuple[type[MethodSettings], ...] = (*(method.Settings for method in METHODS), AutoSettings)
-"""Of everything that the setting `method` may name."""
+"""The settings classes of everything that the setting `method` may name."""
 
 if TYPE_CHECKING:
     AnySettings = MethodSettings
-else:  # of the registry, so that a method is registered by one line there; the JSON schema lists the last one first
+else:  # made from METHODS, so that a new method is named only there; the JSON schema lists the last one first
     AnySettings = Annotated[
         Union[(*(method.Settings for method in reversed(METHODS)), AutoSettings)], Field(discriminator="name")
     ]
@@ -39,45 +39,52 @@ class MInferenceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     min_seq_len: int = Field(default=16384, ge=0, le=MAX_TOKENS)
-    """The gate: a chunk goes sparse once its context plus its own rows reach this many tokens. From the default on both
-    methods are clearly faster than dense on an H100 (32 query heads, 8 KV heads of 128); `minference-vllm tune` finds
-    where yours is."""
+    """The gate: a chunk runs sparse once its context plus its own rows reach this many tokens. At the default and
+    above, both methods are clearly faster than dense attention on an H100 (32 query heads, 8 KV heads of 128);
+    `minference-vllm tune` finds the length from which this holds on your GPU."""
 
     min_chunk: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     """Chunks with fewer rows than this run dense: choosing the keys would cost more than it saves."""
 
     method: AnySettings = BlockSettings()
-    """How the kept keys are chosen: a method's name, or an object of its name and settings. "auto" is vertical_slash
-    or block with what a pattern file gives each head of the model, where there is one, and else block."""
+    """How the kept keys are chosen: a method's name, or an object of its name and settings. "auto" takes a pattern file
+    for the model, which says how much each head keeps by vertical_slash or block; if there is no such file, it is
+    block."""
 
     measure_recall: bool = True
-    """Measure, for each head, how much of the attention of 64 rows of each chunk, in long chunks of every 8,192 rows,
-    lies on the keys that it kept. Without it there is no guard."""
+    """Measure, for each head, how much of the attention of 64 rows of each chunk lies on the keys that the head kept.
+    Chunks of more than 8,192 rows are divided into equal parts of at most that many, and 64 rows of each part are
+    measured. Without this there is no guard."""
 
     recall_floor: float = Field(default=0.7, ge=0, le=1)
-    """The guard: a head that kept less than this share of those rows' attention, on average over them, attends to all
-    keys, in the same chunk. No unit; 0 is no floor, and recall is still measured."""
+    """The guard: if the kept keys of a head hold less than this share of the measured rows' attention, on average over
+    the rows, the head attends to all keys instead, in the same chunk. No unit; with 0 there is no floor, and recall is
+    still measured."""
 
     row_recall_floor: float = Field(default=0.15, ge=0, le=1)
-    """The same for a head of which two of those rows are below this."""
+    """A second floor of the guard, for single rows: a head also attends to all keys if its kept keys hold less than
+    this share of the attention of at least two measured rows. No unit; with 0 there is no such floor."""
 
     dense_layers: int = Field(default=0, ge=0, le=10_000)
-    """The first layers of the model, this many, always run dense."""
+    """How many layers, from the model's first on, always run dense."""
 
     kernel: Literal["auto", "cuda", "triton", "reference"] = "auto"
-    """Which code attends: "cuda" on H100 and H200 if it was built, else "triton", "reference" (torch) without a GPU."""
+    """Which kernels run the sparse path: "cuda" needs an H100 or H200 and must have been built, "triton" needs a GPU,
+    "reference" (plain torch) runs anywhere. "auto" takes the first of these three that can run."""
 
     page_salt: Literal["off", "method", "server"] = "off"
-    """What the hashes by which vLLM knows pages depend on, beside the tokens in them. "off": nothing, so that prefix
-    caches and shared stores take sparse pages for dense ones. "method": the settings that decide what pages hold, and
-    the content of a pattern file, so that pages are shared with servers of the same settings alone. "server": a random
-    number as well, so that they are shared with no other server, nor after the next start."""
+    """What vLLM's hashes of KV cache pages depend on, beside the tokens. "off": nothing else, so prefix caches and
+    shared stores cannot tell sparse pages from dense ones. "method": also the settings that decide what pages hold, and
+    the content of the pattern file, so that only servers with the same settings share pages. "server": also a random
+    number that changes at each start, so that pages are shared neither with other servers nor with this one after a
+    restart."""
 
     log_every: float = Field(default=60.0, ge=0, le=86_400, allow_inf_nan=False)
     """Seconds between log lines that say what ran sparse, when there was prefill; 0 turns them off."""
 
     debug: bool = False
-    """For finding faults, slow: checks each index and output, and raises where service would run the chunk dense."""
+    """For finding faults; slow. Each index and output is checked, and an exception of the sparse path is raised instead
+    of being logged while the rows run dense."""
 
     @field_validator("method", mode="before")
     @classmethod
@@ -92,7 +99,7 @@ class MInferenceConfig(BaseModel):
         return settings
 
     def without_folders(self) -> "MInferenceConfig":
-        """The same for the log, which goes further than the machine: files by their names alone."""
+        """A copy for the log, which may leave the machine: files are named without their folders."""
         if not isinstance(self.method, AutoSettings):
             return self
         return self.model_copy(update={"method": self.method.without_folder()})
@@ -132,7 +139,7 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def _sentence(error: ValidationError) -> str:
-    """One sentence a fault: the field, what was given, what is allowed."""
+    """One sentence for each error: the field, what was given, what is allowed."""
     faults = [dict(fault) for fault in error.errors()]
     sentences = list(map(_describe, faults[:MOST_FAULTS]))
     if more := len(faults) - len(sentences):
@@ -157,10 +164,10 @@ def _describe(fault: dict[str, Any]) -> str:
 
 
 def allowed_numbers(schema: Mapping[str, Any]) -> str:
-    """What a setting that is a number may be, in words; empty for others.
+    """The allowed values of a numeric setting, in words; empty for other settings.
 
     Args:
-        schema: of the setting, as JSON schema has it.
+        schema: the JSON schema of the setting.
     """
     if "anyOf" in schema:
         numbers = allowed_numbers(schema["anyOf"][0])
@@ -174,7 +181,7 @@ def allowed_numbers(schema: Mapping[str, Any]) -> str:
 
 
 def _without_tag(loc: Sequence[int | str]) -> list[int | str]:
-    """Where a fault lies, as the user wrote it: pydantic puts the method's name between `method` and its settings."""
+    """The path of the bad field as the user wrote it: pydantic adds the method's name after `method`."""
     return [part for at, part in enumerate(loc) if at != 1 or part not in METHOD_NAMES]
 
 
@@ -183,6 +190,6 @@ def _own_settings(settings: type[MethodSettings]) -> set[str]:
 
 
 def _method_settings(fault: dict[str, Any]) -> type[MethodSettings]:
-    """The settings of the method in which a fault lies."""
+    """The settings class of the method that the bad field belongs to."""
     named = [settings for settings in SETTINGS if settings.model_fields["name"].default in fault["loc"]]
     return named[0] if named else SETTINGS[0]

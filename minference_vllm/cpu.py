@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend that vLLM sees without a GPU: the same plan, selection and index, attention in plain torch.
+"""The backend for vLLM on a CPU: plan, selection and index are the GPU's, attention runs in plain torch.
 
-Pages hold key and value side by side, as on a GPU: vLLM's CPU kernels pack them otherwise, so this backend writes and
-reads the cache itself. Layers that can never go sparse are left to vLLM's CPU kernels altogether.
+Pages hold key and value side by side, as on a GPU. vLLM's CPU kernels pack them differently, so this backend writes and
+reads the cache itself. Layers whose attention differs from the ordinary (see PLAIN_DENSE) are left to vLLM's CPU
+kernels altogether.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ from minference_vllm.reference.dense import dense
 from minference_vllm.reference.quantized import to_stored
 from minference_vllm.step import Step
 
-# With these a layer's rows are attended to as usual, only never sparsely: our own dense attention serves it.
+# Layers with these dense reasons, or none, have ordinary causal attention, which our own dense attention computes.
 PLAIN_DENSE = (None, Reason.DENSE_LAYER, Reason.DRAFT_LAYER, Reason.KV_SHARING, Reason.HEAD_DIM, Reason.BATCH_INVARIANT)
 
 
@@ -67,7 +68,7 @@ class MInferenceCPUBuilder(PlanningMixin, CPUAttentionMetadataBuilder):
         return metadata
 
     def make_step(self, plan: Plan, record: StepRecord, metadata: CPUAttentionMetadata) -> Step:
-        return Step(plan.chunks, (), record)  # the layers find the rest by themselves
+        return Step(plan.chunks, (), record)  # the layers find the dense rows by themselves
 
 
 class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
@@ -81,10 +82,10 @@ class MInferenceCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
         self._is_stock = False
 
     def decide(self) -> None:
-        """See SparseLayerMixin. Decides too whether vLLM's own kernels serve this layer: they fill pages their way.
+        """See SparseLayerMixin. Also decides whether vLLM's kernels serve this layer: their layout of pages differs.
 
         Raises:
-            ConfigError: neither they nor our attention serve such a cache.
+            ConfigError: neither vLLM's kernels nor our attention can serve such a cache.
         """
         super().decide()
         self._is_stock = self.dense_reason not in PLAIN_DENSE

@@ -11,7 +11,7 @@ from minference_vllm.scratch import RecallBuffers
 
 
 def checking(chooser: Chooser) -> Chooser:
-    """The same chooser, whose index is checked before keys are read by it: on a GPU a bad entry may end the process."""
+    """The same chooser, with its index checked before keys are read: on a GPU a bad entry may crash the process."""
 
     def choose_checked(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
         index = chooser(method, chunk, layer)
@@ -25,17 +25,17 @@ def check_index(chunk: Chunk, index: SparseIndex, layer: LayerState) -> None:
     """Check what a chunk is to attend to.
 
     Raises:
-        RuntimeError: an entry lies where no key is.
+        RuntimeError: an entry points to where no key is, or entries are not in ascending order.
     """
     faults = _faults_of_bands(chunk, index) if isinstance(index, BandIndex) else _faults_of_groups(chunk, index)
     _refuse(faults, chunk, layer)
 
 
 def check_output(chunk: Chunk, layer: LayerState) -> None:
-    """Check what came out, and which heads the guard had attend again.
+    """Check the output, and the list of the heads that the guard made attend again.
 
     Raises:
-        RuntimeError: the output is not finite, or the guard lists a head that is none.
+        RuntimeError: the output is not finite, or the guard lists a head that does not exist, or one twice.
     """
     faults = [] if layer.guard is None else _faults_of_heads(chunk, layer.guard.buffers)
     if not chunk.out.isfinite().all():
@@ -81,7 +81,7 @@ def _faults_of_groups(chunk: Chunk, index: TileIndex) -> list[str]:
 
 
 def _faults_of_heads(chunk: Chunk, recall: RecallBuffers) -> list[str]:
-    """Of the heads that the guard had attend to all keys."""
+    """Faults in the list of the heads that the guard made attend to all keys."""
     heads = recall.heads[: int(recall.num_heads)].tolist()
     if len(set(heads)) == len(heads) and all(0 <= head < chunk.num_qo_heads for head in heads):
         return []

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is raised to the user."""
+"""The exception that reports a bad configuration to the user, and how its message is made fit to print."""
 
 from collections.abc import Callable
 from typing import Any
 
 LONGEST_INPUT = 80  # characters of a bad key or value that a message repeats
 LONGEST_MESSAGE = 4000  # characters
-LAST_WORDS = 1000  # characters at the end of a longer one, where it says what to do
+LAST_WORDS = 1000  # characters kept from the end of a longer message, where it says what to do
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be served; the message names the field, the value and what is allowed.
 
-    It is one line that any terminal and log can show, whatever keys, values, paths and other programs' words are in it.
+    The message is one line of printable characters, whatever keys, values, paths or messages of other programs it
+    quotes, so any terminal and log can show it.
     """
 
     def __init__(self, message: str) -> None:
@@ -20,7 +21,7 @@ class ConfigError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Text on one line, with escapes for what is no letter, mark or space: a terminal could take it for a command."""
+    """Text on one line. Characters that cannot be printed become escapes: a terminal could take them for commands."""
     line = " ".join(text.splitlines())
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 

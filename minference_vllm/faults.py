@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exceptions that the plugin met: what is said of them, and when the sparse path is given up."""
+"""Exceptions of the sparse path: how they are logged and counted, and when the sparse path is given up."""
 
 import logging
 import traceback
@@ -7,22 +7,22 @@ import traceback
 from minference_vllm.errors import printable
 
 MOST_FAULTS = 3
-"""Faults of the sparse path, one after the other, after which it is not tried again."""
+"""After this many faults in a row the sparse path is not tried again."""
 
 logger = logging.getLogger("vllm.minference")
 
 
 class Faults:
-    """Exceptions of one engine on this worker. Each is logged once, with its traceback: of its kind and type from
-    the same place; all are counted.
+    """Counts and logs the exceptions of one engine on this worker.
 
-    Those who handle an exception tell it here, inside their `except`.
+    All exceptions are counted. Of those with the same kind, type and lines of code in their tracebacks, only the first
+    is logged. Code that catches an exception must report it here from inside its `except` block.
 
     Args:
-        raises: whether exceptions are raised again instead: the setting `debug`.
+        raises: whether exceptions are raised again instead (the setting `debug`).
 
     Attributes:
-        total: how many there were.
+        total: how many exceptions there were.
         is_broken: whether the sparse path is given up: all runs dense until the next start.
     """
 
@@ -30,11 +30,11 @@ class Faults:
         self._raises = raises
         self.total = 0
         self.is_broken = False
-        self._in_a_row = 0  # since a chunk last ran sparse
+        self._in_a_row = 0  # faults since a chunk last ran sparse
         self._told: set[tuple[object, ...]] = set()
 
     def in_start(self, error: Exception) -> None:
-        """Sparse attention of made-up keys has failed, before the first request."""
+        """Report that sparse attention over made-up keys has failed, before the first request."""
         if self._is_new("start", error):
             logger.exception(
                 "MInference: sparse attention cannot run here, and all runs dense: %s. Run minference-vllm doctor, and "
@@ -44,19 +44,19 @@ class Faults:
         self.is_broken = True
 
     def in_plan(self, error: Exception) -> None:
-        """A step could not be planned."""
+        """Report that a step could not be planned."""
         if self._is_new("plan", error):
             logger.exception("MInference: a step could not be planned; it runs dense.")
         self._extend_row()
 
     def in_layer(self, error: Exception, number: int) -> None:
-        """Sparse attention of a chunk has failed in the layer of this number."""
+        """Report that sparse attention of a chunk has failed in the layer of this number."""
         if self._is_new("layer", error):
             logger.exception("MInference: sparse attention failed in layer %d; its rows run dense.", number)
         self._extend_row()
 
     def in_account(self, error: Exception) -> None:
-        """What was measured could not be brought from the device. Nothing ran dense for it."""
+        """Report that measurements could not be copied from the device. No rows ran dense because of it."""
         if self._is_new("account", error):
             logger.exception(
                 "MInference cannot read what sparse attention measured: density, recall and times stand still in the "
@@ -64,11 +64,11 @@ class Faults:
             )
 
     def end_row(self) -> None:
-        """A chunk has run sparse."""
+        """Note that a chunk has run sparse: faults in a row are counted from 0 again."""
         self._in_a_row = 0
 
     def _is_new(self, kind: str, error: Exception) -> bool:
-        """Count an exception; whether it has not been logged yet."""
+        """Count an exception, and return whether it has not been logged yet."""
         if self._raises:
             raise error
         self.total += 1

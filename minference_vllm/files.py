@@ -19,7 +19,7 @@ MAX_LINES_BYTES = 2**34  # of all lines of a file together
 
 
 def read_file(path: Path, name: str, most: int = MAX_FILE_BYTES) -> bytes:
-    """What a file holds; `name` is how messages name it.
+    """The content of a file; messages call the file `name`.
 
     Raises:
         ConfigError: it cannot be read, or is larger than `most` bytes.
@@ -59,7 +59,7 @@ def parse_json(content: bytes | str, name: str) -> Any:
     """A JSON document in UTF-8, with or without a byte order mark.
 
     Raises:
-        ConfigError: it is none, or has a key twice: which of them counts, readers disagree about.
+        ConfigError: it is not valid JSON, or an object has a key twice: JSON readers disagree about which one counts.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
@@ -71,7 +71,7 @@ def parse_json(content: bytes | str, name: str) -> Any:
 
 
 def write_file(path: Path, text: str, name: str) -> None:
-    """Write a file, and the folders that it needs. An old one is replaced at once: no reader ever sees a part.
+    """Write a file, and create its folders. An existing file is replaced atomically: no reader sees half of it.
 
     Raises:
         ConfigError: it cannot be written.
@@ -96,7 +96,7 @@ def write_file(path: Path, text: str, name: str) -> None:
 
 
 def refuse_unwritable(path: Path, name: str) -> None:
-    """Check that a file can be written, before time is spent on what it is to hold.
+    """Check that a file can be written, before time is spent on its content.
 
     Raises:
         ConfigError: it cannot.
@@ -115,15 +115,19 @@ def refuse_unwritable(path: Path, name: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be used, without its name, which the sentence around it has."""
+    """Why a file cannot be used, without the file's name: the sentence around it gives that."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _open(path: Path, name: str) -> BinaryIO:
-    """A regular file, open. A pipe would be waited for, a device may never end, and of neither can all workers read."""
+    """Open a regular file, and refuse others.
+
+    A pipe may block until something is written to it, a device may never end, and several workers cannot all read the
+    same content from either.
+    """
     try:
         file = open(path, "rb", opener=lambda each, flags: os.open(each, flags | os.O_NONBLOCK))  # noqa: SIM115
-    except ValueError as error:  # a zero byte in the path, or what stands for no letter
+    except ValueError as error:  # the path holds a zero byte, or something that cannot be encoded
         raise ConfigError(f"{name} cannot be read: {error}.") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

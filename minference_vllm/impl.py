@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention layer on a GPU: FlashAttention's, but for the chunks that the step's plan names."""
+"""The attention layer on a GPU: FlashAttention's, except for the chunks that run sparse by the step's plan."""
 
 import logging
 from functools import partial
@@ -25,13 +25,14 @@ from minference_vllm.step import Step, run_metadata
 logger = logging.getLogger("vllm.minference")
 
 _runtimes: WeakValueDictionary[tuple[int, torch.device, str], Runtime] = WeakValueDictionary()
-"""By engine, device and settings. The engine's layers hold them: scratch and all, they go with it."""
+"""Runtimes by engine, device and settings. Only the engine's layers hold them, so they and their scratch are freed with
+the engine."""
 
 
 class SparseLayerMixin(SparseLayer):
-    """What a sparse layer adds to an attention implementation of vLLM, on whatever device."""
+    """What a sparse layer adds to an attention implementation of vLLM, on any device."""
 
-    # vLLM's implementation beside this mixin sets these.
+    # Set by vLLM's attention implementation, the other base class.
     num_heads: int
     scale: float
     sinks: torch.Tensor | None
@@ -57,12 +58,13 @@ class SparseLayerMixin(SparseLayer):
         )
 
     def decide(self) -> None:
-        """Have decided which of the model's layers may run sparse, and claim scratch if this is one of them.
+        """Decide which of the model's layers may run sparse, and claim scratch if this is one of them.
 
-        First called in the profiling run: vLLM sizes the KV cache with what is allocated then.
+        First called in the profiling run: vLLM subtracts the memory that is allocated then when it sizes the KV cache.
 
         Raises:
-            ConfigError: the pattern file does not fit the layer, or the kernels cannot have what the settings ask for.
+            ConfigError: the pattern file does not fit the layer, or the kernels do not support what the settings ask
+            for.
         """
         if not self.is_decided:
             decide_layers(self._vllm_config, self.runtime.publish, self.runtime.dense_layers)
@@ -71,7 +73,7 @@ class SparseLayerMixin(SparseLayer):
                 self.layer_state = self.runtime.layer_state(
                     self.shape, self.position, self.num_layers, self.index, self.number
                 )
-            except ConfigError as error:  # what only a layer's heads decide
+            except ConfigError as error:  # found only once a layer's heads are known
                 raise refused(str(error)) from None
 
     def run_sparse(
@@ -87,14 +89,14 @@ class SparseLayerMixin(SparseLayer):
 
         Args:
             step: names the chunks.
-            layer: vLLM's, which holds the scales of FP8.
+            layer: vLLM's attention layer, which holds the scales of FP8.
             query, output: [num_tokens, num_heads, head_size], in the model's dtype; queries may be FP8.
             kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any strides, in the model's dtype or, for
                 FP8, as bytes.
             block_table: [num_reqs, max_blocks] int32.
 
         Returns:
-            The chunks for which it failed: they are to run dense.
+            The chunks for which sparse attention failed: they must run dense.
         """
         failed = []
         for rows in step.chunks:
@@ -113,7 +115,7 @@ class SparseLayerMixin(SparseLayer):
         block_table: torch.Tensor,
         output: torch.Tensor,
     ) -> Chunk:
-        """One request's rows of the step; arguments as run_sparse's."""
+        """One request's rows of the step. For the arguments see run_sparse."""
         span = slice(rows.query_start, rows.query_start + rows.num_rows)
         k, v = self.keys_and_values(kv_cache)
         q_scale, k_scale, v_scale = self.scales(layer, query)
@@ -122,11 +124,11 @@ class SparseLayerMixin(SparseLayer):
         return Chunk(query[span], out, kv, rows.context_len, self.scale, q_scale, self.sinks, may_end)
 
     def keys_and_values(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The two halves of the cache. Where they are FP8, vLLM hands them out as bytes."""
+        """The two halves of the cache. vLLM passes an FP8 cache as bytes, so it is viewed as FP8 first."""
         return (kv_cache.view(FP8) if self.shape.has_fp8_kv else kv_cache).split(self.head_size, dim=-1)
 
     def scales(self, layer: torch.nn.Module, query: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """By what queries, keys and values are multiplied, see Chunk. Read each time: vLLM may load them anew."""
+        """The scales of queries, keys and values, see Chunk. Read for every chunk: vLLM may load new ones."""
         found = quantization.fp8_scales(layer, self.num_kv_heads) if self.shape.has_fp8_kv else None
         if found is None:
             return None, None, None
@@ -135,9 +137,9 @@ class SparseLayerMixin(SparseLayer):
 
 
 def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
-    """The runtime of this engine and device: a process may hold several engines, also of the same settings.
+    """The runtime of this engine and device. A process may hold several engines, even with the same settings.
 
-    A draft model's layers, which never run sparse, are the main model's guests: no pattern file need fit them.
+    Layers of a draft model use the main model's runtime. They never run sparse, so no pattern file has to fit them.
 
     Raises:
         ConfigError: the settings, or the pattern file that they name, cannot be served.
@@ -157,8 +159,8 @@ def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
 
 
 def refused(why: str) -> ConfigError:
-    """What to raise where the engine must not start."""
-    # The exception ends in a traceback of the worker's; this line is for the user.
+    """Log why the engine must not start, and return the exception to raise."""
+    # The exception appears at the end of a worker's long traceback; this line is what the user should read.
     logger.error("MInference cannot start: %s", why)
     return ConfigError(why)
 
@@ -184,8 +186,9 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See FlashAttentionImpl.forward; rows that the plan does not name run there, exactly as without us."""
-        # Every dense step passes here once a layer, so: one look-up, and no super(), which costs as much again.
+        """See FlashAttentionImpl.forward. Rows that do not run sparse run there, exactly as without the plugin."""
+        # Every dense step comes through here once per layer, so this must be cheap: one attribute look-up, and no
+        # super(), which would double the cost.
         step: Step | None = getattr(attn_metadata, "minference", None)
         if step is None or attn_metadata is None or self._stays_dense(output_scale, output_block_scale):
             if attn_metadata is None:
@@ -213,11 +216,11 @@ class MInferenceImpl(SparseLayerMixin, FlashAttentionImpl):
         metadata: FlashAttentionMetadata,
         output: torch.Tensor,
     ) -> None:
-        """FlashAttention for some requests of the step; `metadata` is that of a batch of their own."""
+        """FlashAttention for some requests of the step; `metadata` describes them as a batch of their own."""
         rows = slice(run.query_start, run.query_end)
         FlashAttentionImpl.forward(self, layer, query[rows], key, value, kv_cache, metadata, output[rows])
 
     def _stays_dense(self, *scales: torch.Tensor | None) -> bool:
         """Whether this layer runs dense even in a step in which others go sparse."""
-        is_fused = any(scale is not None for scale in scales)  # which FlashAttention refuses
+        is_fused = any(scale is not None for scale in scales)  # FlashAttention refuses a quantized output
         return is_fused or self.dense_reason is not None or torch.cuda.is_current_stream_capturing()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 TILE = 128
-"""Consecutive query rows of one head, on absolute positions, that one program attends for."""
+"""Consecutive query rows of one head that one program handles. A tile starts at an absolute multiple of TILE."""
 
 HALVES = 2
 
@@ -24,7 +24,7 @@ GROUP = 16
 GROUPS_PER_TILE = TILE // GROUP
 
 EVERY_GROUP = -1
-"""In place of a number of groups: the tile keeps all groups before it, and its list is not read."""
+"""Stands in place of a number of groups: the tile keeps all groups before it, and its list is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,15 @@ class BandIndex:
       * the tile's own keys, `t .. t + TILE - 1`, causally;
       * for each band offset `g >= 1` that its half sees with `BAND * g <= t`: the BAND keys from `t - BAND * g` on;
       * each column `c < t` of its head that no such band holds.
-    The lists are per head and never per tile: 1M tokens cost megabytes. All tensors are on the device, their sizes are
-    bounded up front.
+    The lists are per head, not per tile, so that 1M tokens take only megabytes. All tensors are on the device, and
+    their sizes are bounded up front.
 
     Band offsets come in three kinds: those that both halves see, only the first, only the second.
 
     Attributes:
         bands: [num_qo_heads, 3, max_bands] int32, ascending band offsets by kind; valid up to the head's count.
-        bands_indptr: [num_qo_heads, 3, max_tiles + 1] int32: how many offsets of a kind tile m may use, those up to
-            m * BANDS_PER_TILE: a prefix of the list.
+        bands_indptr: [num_qo_heads, 3, max_tiles + 1] int32: how many offsets of each kind tile m may use: those up to
+            m * BANDS_PER_TILE, which are a prefix of the list.
         band_halves: [num_qo_heads, max_bands + 1] uint8: bit h of [.., g] is set if half h sees offset g; [.., 0] is 0.
             Kernels read it in words of 4 bytes, so it starts on a multiple of 4 and is an allocation of its own.
         columns: [num_qo_heads, max_columns] int32, ascending; valid up to the head's count.
@@ -80,11 +80,11 @@ class TileIndex:
 
 @dataclass(frozen=True, slots=True)
 class HeadIndex:
-    """The query heads that attend to all keys. What the other heads have written already is left alone.
+    """The query heads that attend to all keys. The outputs of the other heads are left as they are.
 
     Attributes:
         heads: [num_qo_heads] int32, in any order; valid up to num_heads.
-        num_heads: [1] int32, on the device like all else: nobody waits to know how many they are.
+        num_heads: [1] int32, on the device like the other tensors, so that the host never waits for it.
     """
 
     heads: torch.Tensor

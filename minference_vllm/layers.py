@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention layers of the model may ever run sparse: decided once for all of them, and said in one line."""
+"""Which attention layers of the model may ever run sparse: decided once for all of them, and logged in one line."""
 
 import logging
 from collections import Counter
@@ -18,17 +18,18 @@ DECODER = "decoder"  # vLLM's AttentionType of causal self-attention
 
 
 class SparseLayer:
-    """What marks an attention implementation as ours, and what is decided of it.
+    """Base class that marks an attention implementation as the plugin's, and holds what is decided about its layer.
 
     Attributes:
-        WINDOW_OFF: what `sliding_window` is in a layer that has none.
-        is_decided: whether the attributes below hold.
+        WINDOW_OFF: the value of `sliding_window` in a layer without a sliding window.
+        is_decided: whether the attributes below have been set.
         dense_reason: why the layer never runs sparse; None if it may.
-        index: of the layer in the whole model, across pipeline stages; None if its name does not say.
-        number: by which log and metrics name a layer that may run sparse: its index, unless a layer of this worker has
-            none or two have the same; then its position.
-        position: of the layer among ours on this worker, in the order in which they run.
-        num_layers: of ours on this worker.
+        index: number of the layer in the whole model, across pipeline stages; None if the layer's name does not give
+            one.
+        number: the number by which log and metrics name a layer that may run sparse: its index or, if one of these
+            layers on this worker has no index or two have the same, its position.
+        position: place of the layer among the plugin's layers on this worker, in the order in which they run.
+        num_layers: number of the plugin's layers on this worker.
         is_last_sparse: whether no layer after it may run sparse.
     """
 
@@ -42,7 +43,7 @@ class SparseLayer:
     num_layers = 0
     is_last_sparse = False
 
-    # vLLM's implementation beside this class sets these.
+    # Set by vLLM's attention implementation, the other base class.
     attn_type: str
     head_size: int
     num_kv_heads: int
@@ -56,12 +57,12 @@ class SparseLayer:
 def decide_layers(vllm_config: Any, publish: bool, dense_layers: Container[int | None]) -> None:
     """Decide for every attention layer of ours whether it may ever run sparse, if that is not decided yet.
 
-    All of the model's layers exist before any of them runs, so the first that needs to know has all decided.
+    All of the model's layers exist before any of them runs, so the first layer that asks decides for all of them.
 
     Args:
         vllm_config: the engine's configuration, which holds the layers.
-        publish: whether this worker speaks for its pipeline stage in the log.
-        dense_layers: indices of those that are to run dense.
+        publish: whether this worker writes the log line of its pipeline stage.
+        dense_layers: indices of the layers that are to run dense.
     """
     ours = {name: layer for name, layer in compat.attention_layers(vllm_config).items() if compat.is_ours(layer)}
     impls = [layer.impl for layer in ours.values()]
@@ -94,7 +95,7 @@ def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[i
         has_alibi=impl.alibi_slopes is not None,
         has_soft_cap=bool(impl.logits_soft_cap),
         has_other_quantization=quantization.is_quantized(impl.kv_cache_dtype) and not is_fp8,
-        # vLLM keeps FP8 as bytes.
+        # vLLM stores an FP8 cache as bytes, so its dtype is never the model's.
         has_other_dtype=not is_fp8 and layer.kv_cache_torch_dtype != vllm_config.model_config.dtype,
         shares_kv=impl.kv_sharing_target_layer_name is not None,
         is_context_parallel=parallel.decode_context_parallel_size > 1
@@ -108,7 +109,7 @@ def traits_of(name: str, layer: Any, vllm_config: Any, dense_layers: Container[i
 
 
 def _report(impls: Sequence[SparseLayer], foreign: Mapping[str, str]) -> None:
-    """Say in one line for all layers here what may run sparse; a draft model's layers are not the model's."""
+    """Log in one line how many of this worker's layers may run sparse; layers of a draft model are not counted."""
     reasons = [impl.dense_reason for impl in impls if impl.dense_reason is not Reason.DRAFT_LAYER]
     dense = Counter(reason.value for reason in reasons if reason is not None)
     parts = [f"{reasons.count(None)} of {len(reasons) + len(foreign)} attention layers may run sparse"]

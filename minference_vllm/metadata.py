@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metadata builders: once a step, from host data, they attach what runs sparse to vLLM's own metadata."""
+"""The metadata builders: once per step they plan from host data what runs sparse, and attach it to vLLM's metadata."""
 
 import contextlib
 import logging
@@ -25,13 +25,13 @@ logger = logging.getLogger("vllm.minference")
 
 
 class PlanningMixin:
-    """Planning, for a builder of whatever vLLM backend. Expects vLLM's AttentionMetadataBuilder beside it."""
+    """Planning, for the builder of any vLLM backend. The other base class must be vLLM's AttentionMetadataBuilder."""
 
     def attach_layers(self, vllm_config: VllmConfig, layer_names: list[str], kv_cache_spec: Any) -> None:
-        """Have all layers decided, and make those of this group ready for their first request.
+        """Decide which layers may run sparse, and prepare those of this KV cache group for their first request.
 
         Raises:
-            ConfigError: of SparseLayerMixin.decide, or the setting page_salt has no effect on this engine.
+            ConfigError: see SparseLayerMixin.decide; or the setting page_salt has no effect on this engine.
         """
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = [layer.impl for layer in layers.values()]
@@ -57,7 +57,7 @@ class PlanningMixin:
 
     def attach_plan(self, common: CommonAttentionMetadata, metadata: Any) -> None:
         """Plan one step, and attach to its metadata what runs sparse. After an exception the step stays dense."""
-        if self._pools_blocks:  # its rows are no prompt's tokens, and more than scratch is claimed for
+        if self._pools_blocks:  # its rows are not tokens of a prompt, and may be too many for the scratch
             return
         try:
             plan, record = self.plan_step(common, metadata)
@@ -68,17 +68,18 @@ class PlanningMixin:
             self._count_fault(common)
 
     def make_step(self, plan: Plan, record: StepRecord, metadata: Any) -> Step:
-        """What tells the layers of a plan."""
+        """What tells the layers about a plan."""
         return Step.of(plan, record, metadata)
 
     def plan_step(self, common: CommonAttentionMetadata, metadata: Any) -> tuple[Plan, StepRecord | None]:
-        """Plan one step, and have it counted, now if it is dense, else by the last sparse layer.
+        """Plan one step. A dense step is counted now, any other by the last sparse layer.
 
         Returns:
-            The plan, and what is to be counted once its chunks have run.
+            The plan, and the record to count once its chunks have run; None if the whole step is dense.
         """
-        # This runs between two steps of the GPU, with cold caches: what it touches counts, not what it computes. So a
-        # step below the gate leaves references to vLLM's arrays, and another thread reads them.
+        # This runs between two steps of the GPU, when the CPU's caches are cold: its time depends on the memory that it
+        # touches, not on what it computes. So of a step below the gate it keeps references to vLLM's arrays only, and
+        # another thread reads them.
         if common.max_query_len == 1:
             return ALL_DENSE, None
         is_long = common.max_seq_len >= self._min_seq_len
@@ -96,13 +97,13 @@ class PlanningMixin:
 
     @property
     def _counts(self) -> bool:
-        """Whether this group speaks for the model: groups with sparse layers do if there are any."""
+        """Whether this group's steps are counted: if any group has sparse layers, only those of such groups are."""
         return self._runtime.publish and self._has_sparse_layers is self._runtime.has_sparse_layers
 
     def _plan_long(self, common: CommonAttentionMetadata, metadata: Any) -> tuple[Plan, StepRecord | None]:
         """Plan a step in which some chunk may pass the gate."""
-        # A group whose layers are all dense plans too where another has sparse ones: vLLM may hand them this group's
-        # metadata, with another block table (update_block_table).
+        # A group whose layers are all dense makes a plan too if another group has sparse layers: vLLM may give that
+        # group this group's metadata, with another block table (update_block_table).
         reason = None if self._runtime.has_sparse_layers else self._dense_reason
         fault = Reason.SPARSE_FAULT if self._runtime.is_broken else None
         requests, untold = _requests(common)
@@ -123,7 +124,7 @@ class PlanningMixin:
         return ALL_DENSE, None
 
     def _count_fault(self, common: CommonAttentionMetadata) -> None:
-        """Have a step counted that could not be planned: what passes the gate ran dense for that."""
+        """Count a step that could not be planned: chunks that pass the gate ran dense for that reason."""
         # If vLLM's metadata lacks something, this may fail as planning did. That fault is logged already.
         with contextlib.suppress(Exception):
             record = StepRecord(
@@ -136,7 +137,11 @@ class PlanningMixin:
 
 
 def _requests(common: CommonAttentionMetadata) -> tuple[Requests | None, bool]:
-    """The step's requests. Without any that reads a prompt None and False, without data to tell them None and True."""
+    """The step's requests, and whether they cannot be told apart.
+
+    The requests are None if none of them reads its prompt, and also if the data on the host does not tell them
+    apart.
+    """
     bounds, num_reqs = common.seq_lens_cpu_upper_bound, common.num_reqs
     if common.is_prefilling is None:
         return None, True
@@ -175,8 +180,8 @@ class MInferenceBuilder(PlanningMixin, FlashAttentionMetadataBuilder):
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
-        # By way of self.build: vLLM derives builders from this one, for cross attention say, that change there what is
-        # attended to.
+        # A flag, because vLLM's method calls self.build, and must: vLLM derives builders from this class (for cross
+        # attention, for example) that override it to change what is attended to.
         self._is_capturing = True
         try:
             return super().build_for_cudagraph_capture(common_attn_metadata)

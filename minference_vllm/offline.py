@@ -15,31 +15,31 @@ from minference_vllm.reason import Reason
 
 logger = logging.getLogger("vllm.minference.offline")
 
-# Whatever a server's gate, all of a prompt goes sparse here but a last token that comes alone.
+# Whatever the gate of a server, all of a prompt runs sparse here, except a last token in a step of its own.
 OPEN_GATE = {"min_seq_len": 0, "min_chunk": 1, "measure_recall": True}
 
 
 def start_engine(model: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    """vLLM with our backend; it is not compiled, and remembers no prompt.
+    """Start vLLM with our backend, in eager mode and without a prefix cache.
 
     Args:
         model: directory, or name on the hub.
-        settings: of the plugin, over those of MINFERENCE_CONFIG.
-        options: arguments of vllm.LLM, over those that are set here.
+        settings: settings of the plugin; they override those of MINFERENCE_CONFIG.
+        options: arguments of vllm.LLM; they override those that are set here.
 
     Raises:
         ConfigError: the settings are refused, or vLLM does not start.
     """
-    load_config({CONFIG_KEY: settings})  # an engine takes a while to say so
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the chooser is put into this process
-    plugin.register()  # vLLM does so where the package is installed, not where it only lies in the path
+    load_config({CONFIG_KEY: settings})  # an engine would refuse bad settings too, but only after a while
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run in this process, where the chooser is
+    plugin.register()  # vLLM calls it for an installed package, not for one that is only on sys.path
     try:
         return engines.offline_engine(
             model, settings, {"enforce_eager": True, "enable_prefix_caching": False, **options}
         )
     except ConfigError:
         raise
-    except Exception as error:  # vLLM has no one kind of exception for what it refuses
+    except Exception as error:  # vLLM raises various types of exceptions when it refuses something
         logger.debug("vLLM did not start", exc_info=True)
         raise ConfigError(f"vLLM does not start {model!r} with these options: {error}") from None
 
@@ -60,7 +60,7 @@ def sound_snapshot(runtime: Any) -> Snapshot:
     """What a runtime has counted.
 
     Raises:
-        ConfigError: its sparse path raised an exception, so that something ran dense which was to run sparse.
+        ConfigError: its sparse path raised an exception, so that rows ran dense which should have run sparse.
     """
     counted: Snapshot = runtime.counters.snapshot()
     if any(reason == Reason.SPARSE_FAULT for _, reason in counted.tokens):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipeline parallelism: which layers each stage runs, and which stage speaks for all."""
+"""Pipeline parallelism: which layers each stage runs, and which stage counts prompts and logs for all stages."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """An engine's stages, as one of them sees them.
+    """The pipeline stages of an engine, and which of them this process runs.
 
     Attributes:
-        stage: its number.
-        layers: by stage, the numbers in the whole model of the layers that attend to the whole prompt; a single stage
-            need not know its own.
+        stage: number of the stage that this process runs.
+        layers: for each stage, the numbers (in the whole model) of its layers that attend to the whole prompt. A single
+            stage may have an empty set: its layers are never needed.
     """
 
     stage: int = 0
@@ -21,11 +21,12 @@ class Pipeline:
     def speaks(self, dense_layers: Set[int] = frozenset()) -> bool:
         """Whether this stage counts prompts, and logs what holds for all stages.
 
-        Every stage reads the same prompts, so one must: the first with a layer that may run sparse, for a stage without
-        any would count them as dense. All stages come to the same answer, and need not ask each other.
+        Every stage reads the same prompts, so exactly one stage counts them: the first that has a layer that may run
+        sparse, since a stage without such layers would count them as dense. All stages compute the same answer, so they
+        need not communicate.
 
         Args:
-            dense_layers: numbers of those that are to run dense.
+            dense_layers: numbers of the layers that are to run dense.
         """
         sparse = (stage for stage, layers in enumerate(self.layers) if layers - dense_layers)
         return self.stage == next(sparse, 0)

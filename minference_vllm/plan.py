@@ -23,16 +23,16 @@ class LayerTraits:
     has_alibi: bool
     has_soft_cap: bool
     has_other_quantization: bool
-    """The cache is quantized otherwise than to FP8 (e4m3) with one scale for the layer, or one a KV head."""
+    """The cache is quantized, but not to FP8 (e4m3) with one scale for the layer or one for each KV head."""
     has_other_dtype: bool
-    """The cache, if it is not quantized, holds another type than the model computes in."""
+    """The cache is not quantized to a supported FP8, and its dtype is not the model's."""
     shares_kv: bool
     is_context_parallel: bool
     is_micro_batched: bool
     is_batch_invariant: bool
     is_draft: bool
     is_kept_dense: bool
-    """By the setting dense_layers."""
+    """By the setting dense_layers or a pattern file."""
     head_dim: int
 
     @property
@@ -49,13 +49,13 @@ _LAYER_RULES: tuple[tuple[Reason, Callable[[LayerTraits], bool]], ...] = (
     (Reason.QUANTIZED_KV, lambda layer: layer.has_other_quantization),
     (Reason.KV_SHARING, lambda layer: layer.shares_kv),
     (Reason.CONTEXT_PARALLEL, lambda layer: layer.is_context_parallel),
-    # Micro-batches run side by side, and the scratch is one.
+    # Micro-batches run concurrently, and would overwrite each other's data in the one scratch that they share.
     (Reason.MICRO_BATCHING, lambda layer: layer.is_micro_batched),
     (Reason.BATCH_INVARIANT, lambda layer: layer.is_batch_invariant),
     (Reason.HEAD_DIM, lambda layer: layer.head_dim not in SUPPORTED_HEAD_DIMS),
     (Reason.DRAFT_LAYER, lambda layer: layer.is_draft),
     (Reason.DENSE_LAYER, lambda layer: layer.is_kept_dense),
-    # vLLM cuts such a layer's requests into a batch of its own, without flags or lengths of whole prompts.
+    # For such a layer vLLM cuts the requests into another batch, without prefill flags and lengths of whole prompts.
     (Reason.CHUNKED_LOCAL, lambda layer: layer.attends_within_chunks),
     (Reason.DTYPE, lambda layer: layer.has_other_dtype),
 )
@@ -92,7 +92,7 @@ class SparseChunk(NamedTuple):
         query_start: its first row in the step's query tensor.
         num_rows: query rows.
         context_len: keys before the chunk.
-        may_end_prompt: whether this may be all that was left of the prompt.
+        may_end_prompt: whether this may be the last chunk of the request's prompt.
     """
 
     request: int
@@ -130,7 +130,8 @@ class Requests(NamedTuple):
         starts: [num_reqs + 1] first query row of each.
         seq_lens: [num_reqs] keys of each, its rows of this step included; exact for prefill rows. Empty if all requests
             are below the gate: then nobody needs the lengths.
-        is_prefilling: [num_reqs] whether it still reads its prompt. Shorter where the rest is padding, or longer.
+        is_prefilling: [num_reqs] whether the request still reads its prompt. May be shorter than the other lists if
+            padding follows, or longer.
     """
 
     starts: list[int]
@@ -139,13 +140,14 @@ class Requests(NamedTuple):
 
     @property
     def bounds(self) -> list[int]:
-        """`starts`, without what follows the requests whose lengths are known: padding."""
+        """`starts` without the padding that follows the requests whose lengths are known."""
         return self.starts[: len(self.seq_lens) + 1] if self.seq_lens else self.starts
 
     def prompts(self) -> Iterator[tuple[int, int, int]]:
-        """Request, rows and keys of what is prefill.
+        """Number, query rows and keys of each request that does prefill; 0 keys if the lengths are not known.
 
-        A request's last prompt token alone, all that a prefix cache may leave of it, is a decode row in all but name.
+        A single row does not count as prefill, even if it is a prompt's last token (a prefix cache may leave only
+        that): it runs as a decode row does.
         """
         for request in compress(range(len(self.starts) - 1), self.is_prefilling):
             rows = self.starts[request + 1] - self.starts[request]
@@ -174,7 +176,7 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
     Args:
         requests: of the step, with their lengths.
         config: the gate.
-        budget: of the scheduler, by which it cuts prompts into chunks.
+        budget: the scheduler's limits, by which it cuts prompts into chunks.
     """
     prompts = list(requests.prompts())
     # vLLM does not tell where a prompt ends, but a chunk that it cuts fills the step's budget. If there are several
@@ -195,10 +197,10 @@ def make_plan(requests: Requests, config: MInferenceConfig, budget: Budget) -> P
 
 
 def cut_prompts(requests: Requests, budget: Budget) -> set[int]:
-    """The requests of a step whose prompts go on in another, as far as can be told.
+    """The requests of a step whose prompts go on in a later step, as far as can be told.
 
-    A step that is full has cut one prompt, the one that came last to it. That is taken for the one with the fewest keys
-    before its rows, of several the last in the batch; where no lengths are known, for the last.
+    In a full step one prompt is cut: the one that was scheduled last. We assume that it is the prompt with the shortest
+    context, and of several such the last in the batch; if no lengths are known, the last in the batch.
     """
     prompts = list(requests.prompts())
     cut = {request for request, rows, seq_len in prompts if budget.is_cut(rows, seq_len)}
@@ -209,7 +211,7 @@ def cut_prompts(requests: Requests, budget: Budget) -> set[int]:
 
 
 def gate(rows: int, seq_len: int, config: MInferenceConfig) -> Reason:
-    """Why this many rows of a request with this many keys run where they run, if nothing else forbids it."""
+    """The reason why a chunk of `rows` rows runs sparse or dense, in a request of `seq_len` keys, by the gate alone."""
     if seq_len < config.min_seq_len:
         return Reason.BELOW_MIN_SEQ_LEN
     if rows < config.min_chunk:

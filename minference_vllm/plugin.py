@@ -12,12 +12,12 @@ RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 GPU_BACKEND = "minference_vllm.backend.MInferenceBackend"
 CPU_BACKEND = "minference_vllm.cpu.MInferenceCPUBackend"
 
-# vLLM's log handlers hang on the "vllm" logger only.
+# vLLM attaches its log handlers to the "vllm" logger only, so ours must be a child of it to be seen.
 logger = logging.getLogger("vllm.minference")
 
 
 def register() -> None:
-    """Register the backend. Never raises: vLLM calls this bare, for every user who has the package installed."""
+    """Register the backend. Never raises: vLLM would not catch it, and calls this wherever the package is installed."""
     try:
         _register()
     except Exception:
@@ -43,8 +43,8 @@ def _register() -> None:
             custom.get_path(),
         )
     register_backend(custom, path)
-    # An alias, not a member of its own: the configuration is pickled by value into spawned processes, which unpickle
-    # it before they load plugins, and know CUSTOM but no new member.
+    # An alias of CUSTOM, not a new member: spawned processes unpickle the configuration, which names the member by its
+    # value, before they load plugins. At that point they know CUSTOM, but would not know a new member.
     AttentionBackendEnum._member_map_.setdefault(NAME, custom)
 
 
@@ -70,7 +70,7 @@ def _check_version() -> None:
 
 
 def _reach_ray_workers() -> None:
-    """Ray's workers get those environment variables alone whose names begin as listed."""
+    """Add our prefix to those by which vLLM selects the environment variables that it copies to Ray's workers."""
     prefixes = os.environ.get(RAY_PREFIXES, "")
     if VARIABLES not in prefixes.split(","):
         os.environ[RAY_PREFIXES] = ",".join(filter(None, [prefixes, VARIABLES]))
@@ -102,7 +102,7 @@ def _pass_for_flash_attention() -> None:
 
     from minference_vllm.compat import pass_for_flash_attention
 
-    if not current_platform.is_cpu():  # there our backend is none
+    if not current_platform.is_cpu():  # on a CPU our backend is not FlashAttention's
         pass_for_flash_attention(AttentionBackendEnum.CUSTOM, AttentionBackendEnum.FLASH_ATTN)
 
 
@@ -127,7 +127,8 @@ def _install_metrics() -> None:
     install()
 
 
-# What else is done in every process, and what follows if it fails: never that the backend is not available.
+# The other steps of registration, in every process, each with the consequence that the log names if it fails. The
+# backend stays available whichever of them fails.
 STEPS: tuple[tuple[Callable[[], None], str], ...] = (
     (_check_version, "it cannot tell whether it was tested with this vLLM"),
     (_reach_ray_workers, "its environment variables do not reach Ray's workers"),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why prefill ran where it ran: the label of metrics and log lines. plan.py holds the rules."""
+"""Why prefill ran sparse or dense: the label of metrics and log lines. plan.py holds the rules."""
 
 from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """One member a rule."""
+    """One member for each rule."""
 
     GATE_OPEN = "gate_open"
     """Sparse: the chunk passed the gate."""

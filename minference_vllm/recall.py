@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recall of held-out rows: the attention that rows which did not choose the kept keys have on them."""
+"""Recall: the share of the attention of held-out rows, which had no part in choosing, that lies on the kept keys."""
 
 import itertools
 import operator
@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 RECALL_EDGES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
-"""Upper edges of the histogram's buckets but the last, which ends at 1."""
+"""Upper edges of the histogram's buckets, except that of the last, which ends at 1."""
 
 NUM_BUCKETS = len(RECALL_EDGES) + 1
 
 ROWS_PER_PART = 8192
-"""Rows of a chunk, at the most, of which HELD_OUT_ROWS are held out: a row a tile. So in a passage of two tiles that
-lost its keys there are two of them, enough for the guard to act."""
+"""Most rows in a part of a chunk. HELD_OUT_ROWS rows of each part are held out, which is one for every tile of the
+largest part. So a passage of two tiles that loses its keys contains two held-out rows, enough for the guard to act."""
 
 LOST_ROWS = 2
-"""Held-out rows of a chunk that must be lost before the guard acts: one may be an exception. In chunks of fewer than
-256 rows some held-out rows are the same row, so one that is lost may count as two."""
+"""How many held-out rows of a chunk must be below the floor for rows before the guard acts: a single one may be an
+exception. In chunks of fewer than 256 rows some held-out rows are the same row, so one row below the floor may count as
+two."""
 
 
 def parts_of(num_rows: int) -> list[range]:
-    """Equal parts of a chunk's rows, as few as hold ROWS_PER_PART each. Each has its HELD_OUT_ROWS."""
+    """Divide a chunk's rows into equal parts, as few as possible, of at most ROWS_PER_PART rows each."""
     if num_rows == 0:
         return []
     count = -(-num_rows // ROWS_PER_PART)
@@ -31,11 +32,11 @@ def parts_of(num_rows: int) -> list[range]:
 
 
 class Floors(NamedTuple):
-    """When a head's kept keys are too few. Shares of attention; 0 is no floor.
+    """The bounds of recall below which a head has kept too few keys in a chunk. Shares of attention; 0: no floor.
 
     Attributes:
-        head: its recall in a chunk, the mean over held-out rows, is below this;
-        row: or LOST_ROWS of these rows have less than this.
+        head: bound of the head's recall in the chunk, which is the mean over its held-out rows.
+        row: bound of the recall of a single held-out row; LOST_ROWS rows below it are too many.
     """
 
     head: float
@@ -44,7 +45,7 @@ class Floors(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerRecall:
-    """Of one layer: chunks measured, and by head the sum of their recalls and the smallest of them."""
+    """The recall of one layer: the number of chunks measured and, by head, the sum and the smallest of its recalls."""
 
     chunks: int
     totals: tuple[float, ...]
@@ -56,19 +57,20 @@ class LayerRecall:
         return LayerRecall(self.chunks + other.chunks, totals, worst)
 
     def __sub__(self, other: "LayerRecall") -> "LayerRecall":
-        """What came after `other`; of the smallest only those since start are known."""
+        """What was measured after `other`; only `worst` covers all chunks since the start: no other is known."""
         totals = tuple(map(operator.sub, self.totals, other.totals))
         return LayerRecall(self.chunks - other.chunks, totals, self.worst)
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Of all layers, since start or between two readings.
+    """The recall of all layers, since the start or between two readings.
 
     Attributes:
-        histogram: [NUM_BUCKETS] heads of chunks by recall, see RECALL_EDGES.
-        redone: heads of chunks that were attended to again.
-        layers: by number, see LayerState; a RecallMeter's are by position. Heads are this rank's.
+        histogram: [NUM_BUCKETS] number of recalls in each bucket, see RECALL_EDGES; each head of each chunk has one
+            recall.
+        redone: how many times a head attended again to a chunk, to all keys.
+        layers: by the layer's number, see LayerState (in a RecallMeter by its position). Heads are those of this rank.
     """
 
     histogram: tuple[int, ...] = (0,) * NUM_BUCKETS
@@ -90,7 +92,7 @@ class Recall:
 
     @property
     def measured(self) -> int:
-        """Heads of chunks."""
+        """How many recalls were measured: one for each head of each chunk."""
         return sum(self.histogram)
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class Recall:
         return cls(tuple(value["histogram"]), value["redone"], layers)
 
     def cumulative(self) -> Iterator[tuple[str, int]]:
-        """Upper edge of each bucket, as Prometheus writes it, and the heads of chunks whose recall is at most that."""
+        """Upper edge of each bucket, as Prometheus writes it, and how many recalls are at most that."""
         return zip((*map(str, RECALL_EDGES), "+Inf"), itertools.accumulate(self.histogram), strict=True)
 
     def heads(self) -> Iterator[tuple[str, str, float, float]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step leaves to be counted, by another thread and later."""
+"""What is recorded of a step, so that another thread can count it later."""
 
 import math
 from collections import defaultdict
@@ -24,8 +24,9 @@ class StepRecord:
     Attributes:
         group: the KV cache group whose builder planned the step.
         starts, seq_lens, is_prefilling: see Requests; lists, or host tensors that no later step overwrites.
-        layer_reason: what about the layers forbids sparse attention.
-        step_reason: what about the step forbids it to chunks that pass the gate.
+        layer_reason: why none of the layers may run sparse; None if some may.
+        step_reason: why the step's chunks run dense even if they pass the gate; None if nothing forbids them to run
+            sparse.
         failed: requests whose sparse attention raised an exception in some layer, so that their rows ran dense there.
     """
 
@@ -38,15 +39,16 @@ class StepRecord:
     failed: set[int] = field(default_factory=set)
 
     def tally(self, config: MInferenceConfig, budget: Budget = UNLIMITED, before: Reason = Reason.SHORT_CHUNK) -> Tally:
-        """Prefill tokens, chunks (requests' shares of the step) and requests; decode rows are not prefill.
+        """Count prefill tokens, chunks (requests' shares of the step) and requests; decode rows are not prefill.
 
-        A request counts in the step that reads the end of its prompt, by its chunk there. A chunk that is short but has
-        the gate behind it is what the scheduler, or the prefix cache, left of a prompt that passed, and counts as that.
+        A request is counted in the step that reads the end of its prompt, under the reason of its chunk in that step.
+        If this last chunk is short but its context alone reaches min_seq_len, it is the remainder that the scheduler or
+        the prefix cache left of a prompt that has passed the gate: the request is then counted under `before`.
 
         Args:
             config: the gate.
-            budget: by what the scheduler cuts prompts, which tells those that end.
-            before: why what passed the gate before this step ran where it ran.
+            budget: the scheduler's limits, which tell the prompts that end in this step from those that are cut.
+            before: the reason under which chunks that passed the gate in earlier steps were counted.
         """
         counts: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
         requests = self._requests()
@@ -62,7 +64,7 @@ class StepRecord:
         return {label: (tokens, chunks, requests) for label, (tokens, chunks, requests) in counts.items()}
 
     def copy_fields(self) -> None:
-        """Have lists in place of tensors that the next step overwrites."""
+        """Replace tensors by lists: the next step overwrites the tensors."""
         self.starts, self.seq_lens, self.is_prefilling = self._requests()
 
     def _requests(self) -> Requests:
@@ -83,7 +85,7 @@ def _label(reason: Reason) -> tuple[str, str]:
 
 
 def reason_of_passed(tally: Tally) -> Reason | None:
-    """Why what passed the gate in a step ran where it ran; None if nothing did."""
+    """The reason under which chunks that passed the gate in a step are counted; None if no chunk passed it."""
     kept_out = (Reason.BELOW_MIN_SEQ_LEN, Reason.SHORT_CHUNK)
     return next(
         (Reason(reason) for (_, reason), (_, chunks, _) in tally.items() if chunks and reason not in kept_out), None
@@ -91,9 +93,9 @@ def reason_of_passed(tally: Tally) -> Reason | None:
 
 
 def faults_of(tally: Tally) -> Tally:
-    """What of it a fault made dense, tokens and chunks; its requests are counted where the prompts are.
+    """A tally's tokens and chunks that a fault made dense. Its requests are counted by the stage that counts prompts.
 
-    A pipeline stage counts this even where another counts the prompts, for only the stage itself knows of its faults.
+    A pipeline stage counts these even if another stage counts the prompts: only the stage itself knows of its faults.
     """
     fault = "dense", Reason.SPARSE_FAULT.value
     return {label: (tokens, chunks, 0) for label, (tokens, chunks, _) in tally.items() if label == fault}
@@ -101,7 +103,7 @@ def faults_of(tally: Tally) -> Tally:
 
 @dataclass(slots=True)
 class UntoldStep:
-    """A step whose requests cannot be told apart on the host: all its tokens count as one dense chunk, of no request.
+    """A step whose requests cannot be told apart on the host: all its tokens count as one dense chunk of no request.
 
     Attributes:
         group: the KV cache group whose builder planned the step.

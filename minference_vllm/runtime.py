@@ -29,23 +29,23 @@ logger = logging.getLogger("vllm.minference")
 
 
 class Runtime:
-    """One an engine and device, in a worker process.
+    """What the layers of one engine on one device share, in a worker process.
 
     Args:
         config: the resolved configuration.
         device: where the model runs.
-        publish: whether this worker counts, and reports metrics for its pipeline stage. Any reports its faults.
+        publish: whether this worker counts and reports metrics for its pipeline stage. Every worker reports its faults.
         model: what is served; only the method "auto" needs to know.
-        pipeline: this worker's place in it.
+        pipeline: the engine's pipeline stages, and which of them this worker runs.
 
     Attributes:
-        resolved: what the setting `method` comes to.
+        resolved: what the setting `method` resolves to.
         dense_layers: layers of the whole model that always run dense, by the settings or a pattern file.
-        chooser: who chooses the keys of each chunk; see attention.Chooser.
-        floors: of the guard.
-        counts_prompts: whether prompts are counted here, for all stages.
-        faults: exceptions that were met.
-        failed: requests of this step whose sparse attention raised one.
+        chooser: chooses the keys of each chunk; see attention.Chooser.
+        floors: the guard's.
+        counts_prompts: whether this worker counts the prompts, for all pipeline stages.
+        faults: counts and logs exceptions.
+        failed: requests of this step whose sparse attention raised an exception.
         has_sparse_layers: whether any layer may run sparse.
     """
 
@@ -76,7 +76,7 @@ class Runtime:
         self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers, RecallBuffers | None]] = {}
         self._layers: dict[tuple[ScratchShape, int, int], LayerState] = {}
         self._warm: set[tuple[ScratchShape, int]] = set()
-        if self.counts_prompts:  # every rank has the same
+        if self.counts_prompts:  # the others would log the same
             logger.info("MInference: %s", config.without_folders())
             if self.resolved.why:
                 logger.info("MInference: %s.", self.resolved.why)
@@ -107,20 +107,21 @@ class Runtime:
     def layer_state(
         self, shape: ScratchShape, position: int, num_layers: int, index: int | None = None, number: int | None = None
     ) -> LayerState:
-        """What a layer brings to its chunks; claimed when first asked for, in the profiling run.
+        """The state of a layer. Its scratch is claimed on the first call, in the profiling run.
 
         Args:
             shape: of its scratch.
-            position, num_layers: its place among the plugin's layers on this worker, and how many they are.
+            position, num_layers: the layer's place among the plugin's layers on this worker, and how many these are.
             index: its number in the whole model, by which a pattern file knows it; None if it has none.
-            number: by which log and metrics name it; its position if not given.
+            number: the number by which log and metrics name the layer; its position if not given.
 
         Raises:
             ConfigError: the pattern file does not fit the layer.
         """
         key = shape, position, num_layers
         if key not in self._layers:
-            # Claimed inside vLLM's inference mode, but used outside it too, where its tensors could not be written.
+            # vLLM calls this in inference mode. Tensors made in that mode could not be written outside of it, where
+            # they are used too.
             number = position if number is None else number
             with torch.inference_mode(False):
                 buffers, attend, recall = self._claim(shape)
@@ -157,11 +158,11 @@ class Runtime:
         """Sparse attention of one layer for one chunk.
 
         Args:
-            make_chunk: gives it; what it raises is a fault as any other.
+            make_chunk: makes the chunk; an exception that it raises is handled as any other fault.
             layer: whose budgets and scratch are used.
 
         Returns:
-            Whether it could be done; if not, the chunk's output is undefined.
+            Whether it succeeded; if not, the chunk's output is undefined.
         """
         try:
             chunk = make_chunk()
@@ -184,7 +185,7 @@ class Runtime:
             debug.check_output(chunk, layer)
 
     def finish_step(self, record: StepRecord) -> None:
-        """The last sparse layer has run: have the step counted, and copy what was kept from the GPU, in its time."""
+        """After the last sparse layer: have the step counted, and its measurements copied behind the GPU's kernels."""
         record.failed, self.failed = self.failed, set()
         if self.publish:
             self.counters.defer(record)
@@ -193,11 +194,11 @@ class Runtime:
     def warm_up(self, shape: ScratchShape, page_size: int) -> None:
         """Compile every kernel that layers of this shape will need, before the first request.
 
-        If they cannot run here, all runs dense. Memory that is too little is another thing: as anywhere in vLLM's start
-        the server refuses.
+        If they cannot run here, everything runs dense. Only if memory does not suffice does the server refuse to start,
+        as anywhere else in vLLM's start.
 
         Raises:
-            torch.OutOfMemoryError: there is too little.
+            torch.OutOfMemoryError: there is too little memory.
         """
         if (shape, page_size) in self._warm or self.device.type != "cuda" or self.is_broken:
             return
@@ -210,7 +211,7 @@ class Runtime:
             self.faults.in_start(error)
 
     def dry_run(self, shape: ScratchShape, page_size: int) -> None:
-        """Sparse attention over made-up keys, at the end of each prompt that runs other kernels; it is not counted."""
+        """Run sparse attention over made-up keys, for each length of Method.prompt_lengths. Metrics do not count it."""
         for length in self.method.prompt_lengths(shape):
             self._dry_prefill(shape, page_size, length)
 
@@ -219,7 +220,7 @@ class Runtime:
             (1, page_size, shape.num_kv_heads, 2 * shape.head_dim), dtype=shape.kv_dtype, device=self.device
         )
         k, v = cache.transpose(1, 2).split(shape.head_dim, dim=-1)
-        # All of the request's pages are the one that there is.
+        # The cache has one page, and the block table names it as each page of the request.
         table = torch.zeros(1, -(-length // page_size), dtype=torch.int32, device=self.device)
         rows = min(2 * TILE, length, shape.max_chunk)
         q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.q_dtype, device=self.device)

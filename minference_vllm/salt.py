@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells the pages that a sparse server writes from those of servers that compute others."""
+"""The salt of page hashes: servers that compute different keys and values for the same tokens share no pages."""
 
 import hashlib
 import hmac
@@ -10,17 +10,19 @@ from minference_vllm.config import MInferenceConfig
 from minference_vllm.patterns.auto import Resolved
 
 SCHEME = 1
-"""Raised when the same settings come to keep other keys."""
+"""To be increased when a change of the code makes the same settings keep other keys: older pages then have another
+salt."""
 
 CHANGES_NO_PAGE = {"page_salt", "log_every", "debug"}
 
 
 def salt_of(config: MInferenceConfig, resolved: Resolved) -> str:
-    """The salt of these settings, 64 hexadecimal digits; empty where pages are to be known as everyone's.
+    """The salt of these settings, 64 hexadecimal digits; empty if page_salt is "off".
 
     Args:
         config: the settings.
-        resolved: what the setting `method` comes to; equal salts mean equal budgets of all heads, from whatever file.
+        resolved: what the setting `method` resolves to. The salt depends on the content of a pattern file, not on its
+            name.
     """
     if config.page_salt == "off":
         return ""
@@ -30,5 +32,5 @@ def salt_of(config: MInferenceConfig, resolved: Resolved) -> str:
     content = json.dumps([SCHEME, settings, method, heads], sort_keys=True).encode()
     if config.page_salt == "method":
         return hashlib.sha256(content).hexdigest()
-    # Random, and the same in all processes that a server's first one starts.
+    # The authkey is random, and the same in all processes that the server's first process starts.
     return hmac.new(multiprocessing.current_process().authkey, content, "sha256").hexdigest()

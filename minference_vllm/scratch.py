@@ -18,53 +18,54 @@ MASS_UNIT = 2.0**-23
 """Attention mass is counted in multiples of this: 128 probe rows of mass 1 still fit an int32."""
 
 PROBE_SPLITS = 32
-"""Key ranges that the probe's passes work on side by side."""
+"""Key ranges that the Triton probe's passes process in parallel."""
 
 PROBE_PARTIALS = 128
-"""Key ranges for which the partial softmax has room: the CUDA probe takes as many as fill the GPU."""
+"""Key ranges for which the buffers of partial softmaxes have room: the CUDA probe uses as many as fill the GPU."""
 
 SELECT_BINS = 2048
-"""Weights that the selection tells apart."""
+"""Number of different weights in the selection, see reference.select.weights."""
 
 SELECT_SPLITS = 16
-"""Ranges of a row that the selection works on side by side."""
+"""Ranges of a row that the selection processes in parallel."""
 
 MEAN = 4
-"""Consecutive keys, from a multiple of MEAN on, whose mean stands for them when groups are chosen."""
+"""Keys in a mean: consecutive keys from a multiple of MEAN on, which their mean represents when groups are chosen."""
 
 FP8_UNIT = 4.0
-"""Means in FP8, and query rows rounded to it, are multiples of this, a power of two: keys and queries up to 1792 do not
-saturate, and their common sizes lie where FP8 is relatively most exact."""
+"""Means and query rows in FP8 are stored divided by this power of two. So keys and queries of up to 1792 do not
+saturate, and their usual magnitudes lie where FP8's relative error is smallest."""
 
 FP8_MAX = 448.0
 """The largest number of FP8."""
 
 MASS_CODES = 256
-"""Values of a group's mass code, 0 being nothing: see minference_vllm.reference.codes."""
+"""How many values a mass code can have; 0 stands for no mass. See minference_vllm.reference.codes."""
 
 CODES_PER_OCTAVE = 8
-"""Mass codes for each factor of two: neighbours differ by 7 to 12%, less than the estimate is wrong by."""
+"""Mass codes for each factor of two: neighbours differ by 7 to 12%, less than the error of the estimate."""
 
 OCTAVES_BELOW_ONE = 26
-"""Masses under 2^-26 count as nothing. The largest code stands for 58 and more: 16 rows give a group 64 at most."""
+"""Masses up to about 2^-26 count as nothing. The largest code stands for 58 and more; the largest mass is 64, if each
+of 16 rows gives each of a group's 4 means 1."""
 
 HELD_OUT_ROWS = 64
-"""Query rows of a part of a chunk whose recall is measured; see recall.parts_of."""
+"""How many query rows are measured for recall, in each part of a chunk; see recall.parts_of."""
 
 LIST_BYTES = 256 * 2**20
-"""Lists of groups take no more than this. So in the longest prompts a tile may list less of them than it else might."""
+"""Most memory for lists of groups. In the longest prompts this lowers the number of groups that a tile can list."""
 
 MASS_BYTES = 136 * 2**20
-"""Mass codes take no more than this: heads choose in turns where those of all do not fit. With chunks of 16,384 rows
-and 32 heads they do up to 131,072 tokens."""
+"""Most memory for mass codes. If the codes of all heads do not fit, heads choose in turns. With chunks of 16,384 rows
+and 32 heads they fit up to 131,072 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScratchShape:
-    """What sizes scratch: a layer's heads on this tensor-parallel rank, the longest request and chunk in tokens.
+    """What the size of scratch depends on: a layer's heads on this tensor-parallel rank, the longest request and chunk.
 
-    `dtype` is the model's; the cache, and the queries with it, may be in FP8. `sinks_dtype` is that of Chunk.sinks: it
-    sizes nothing, but kernels are compiled for it.
+    Lengths are in tokens. `dtype` is the model's; the cache, and the queries with it, may be in FP8. `sinks_dtype` is
+    the dtype of Chunk.sinks: no size depends on it, but kernels are compiled for it.
     """
 
     num_qo_heads: int
@@ -116,12 +117,12 @@ class ProbeBuffers:
 
 @dataclass(frozen=True, slots=True)
 class SelectBuffers:
-    """What the selection counts in.
+    """Counters of the selection.
 
     Attributes:
         histogram: [num_heads, SELECT_BINS] int32, entries of a row by weight.
         counts: [num_heads, SELECT_SPLITS, 2] int32, entries of a range above and at the threshold.
-        totals: [num_heads, SELECT_SPLITS] int64, mass of a range (unit: MASS_UNIT); for a share of it only.
+        totals: [num_heads, SELECT_SPLITS] int64, mass of a range (unit: MASS_UNIT); used by share_sizes only.
     """
 
     histogram: torch.Tensor
@@ -142,9 +143,11 @@ class AttendBuffers:
     """What attending writes beside the output.
 
     Attributes:
-        lse: [num_qo_heads, max_chunk] float32, natural log-sum-exp of every row over its kept keys, no sink among them.
+        lse: [num_qo_heads, max_chunk] float32, natural log-sum-exp of every row over its kept keys, learned sinks left
+            out.
         kept_pairs: [1] int64, row-key pairs attended to since the start; only ever added to.
-        tile_counter: [1] int32, zero between launches: the CUDA kernel's programs draw their tiles from it.
+        tile_counter: [1] int32, zero between launches: the CUDA kernel's thread blocks take the numbers of their tiles
+            from it.
     """
 
     lse: torch.Tensor
@@ -162,14 +165,14 @@ class AttendBuffers:
 
 @dataclass(frozen=True, slots=True)
 class RecallTotals:
-    """What was measured of all layers since the start, in one tensor, so that it comes to the host in one copy.
+    """Recall of all layers, measured since the start, in one tensor, so that one copy brings it to the host.
 
     Attributes:
-        flat: [num_buckets + num_layers * (2 + 2 * num_qo_heads)] float64; the rest are views of it.
-        histogram: [num_buckets] recalls of a head in a chunk, by recall.RECALL_EDGES.
+        flat: [num_buckets + num_layers * (2 + 2 * num_qo_heads)] float64; the other attributes are views of it.
+        histogram: [num_buckets] number of recalls in each bucket, see recall.Recall.
         chunks: [num_layers] chunks measured.
-        redone: [num_layers] heads of chunks that were attended to again.
-        sums: [num_layers, num_qo_heads] of the recalls.
+        redone: [num_layers] how many times a head attended again to a chunk, to all keys.
+        sums: [num_layers, num_qo_heads] sum of the recalls.
         worst: [num_layers, num_qo_heads] smallest recall, 1 before the first.
     """
 
@@ -202,9 +205,10 @@ class RecallBuffers:
 
     Attributes:
         partial_max, partial_sum: [num_qo_heads, PROBE_PARTIALS, HELD_OUT_ROWS] float32, partial softmax of the rows.
-        recall: [num_qo_heads] float32, of each head in the chunk measured last; before its last part is, sums.
-        lost: [num_qo_heads] int32, held-out rows of the parts measured so far that are below the floor for rows.
-        heads: [num_qo_heads] int32, those of them that are below the floor, in any order; valid up to num_heads.
+        recall: [num_qo_heads] float32, recall of each head in the chunk measured last; until the chunk's last part is
+            measured, the sum of its rows' recalls so far.
+        lost: [num_qo_heads] int32, how many held-out rows of the parts measured so far are below the floor for rows.
+        heads: [num_qo_heads] int32, heads that are below a floor, in any order; valid up to num_heads.
         num_heads: [1] int32.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step in which something runs sparse: what the builder tells the layers."""
+"""A step of which some rows run sparse: the metadata builder makes it, and the attention layers read it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ class Step:
     """The attribute `minference` of vLLM's metadata; the metadata of a step that runs dense has none.
 
     Attributes:
-        chunks: requests' rows that run sparse; none if a fault has made them dense.
-        dense_runs: the other rows, in runs of neighbouring requests, each with the metadata of a batch of its own.
+        chunks: the requests' rows that run sparse; empty if a fault has made all rows dense.
+        dense_runs: the other rows, in runs of neighbouring requests, each with metadata that describes it as a batch of
+            its own.
         record: what is counted once all layers have run.
     """
 
@@ -51,7 +52,7 @@ def run_metadata(run: DenseRun, metadata: Any) -> Any:
         seq_lens=metadata.seq_lens[run.first : run.end],
         block_table=metadata.block_table[run.first : run.end],
         slot_mapping=metadata.slot_mapping[run.query_start : run.query_end],
-        # FlashAttention-3's schedule was made for the whole batch.
+        # FlashAttention-3's schedule was made for the whole batch, and does not fit a part of it.
         scheduler_metadata=None,
         max_num_splits=0,
     )

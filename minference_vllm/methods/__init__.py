@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the kept keys are chosen: one module a method, and its name in METHODS."""
+"""How the kept keys are chosen: each method is a module, and METHODS lists them."""
 
 from minference_vllm.methods.base import MAX_TOKENS, Method, MethodSettings
 from minference_vllm.methods.block import Block
@@ -7,7 +7,7 @@ from minference_vllm.methods.vertical_slash import VerticalSlash
 from minference_vllm.ops import Kernel
 
 METHODS: tuple[type[Method], ...] = (Block, VerticalSlash)
-"""All that the setting `method` may name, but for "auto"."""
+"""Everything that the setting `method` may name, except "auto"."""
 
 
 def make_method(settings: MethodSettings, kernel: Kernel) -> Method:

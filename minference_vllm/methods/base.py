@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a way of choosing keys must offer. One file a method; whoever adds one adds a line to methods/__init__.py."""
+"""The interface of methods of choosing keys. Each method is a file, and is listed in methods/__init__.py."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -13,7 +13,8 @@ from minference_vllm.ops import Kernel
 from minference_vllm.scratch import ScratchShape
 
 MAX_TOKENS = 2**24
-"""More than any model reads: the bound of settings in tokens, so that nothing derived from them overflows."""
+"""Upper bound of settings in tokens: more than the context of any model, so small that nothing derived from it
+overflows."""
 
 
 class MethodSettings(BaseModel):
@@ -28,8 +29,8 @@ class MethodSettings(BaseModel):
 class Method(ABC):
     """A way of choosing keys, with its settings and the kernels that it runs on.
 
-    Budgets are a device tensor per layer, [num_qo_heads, ...]: how much each head keeps. Whoever knows better than the
-    settings (a pattern file) writes there, and nothing waits for the device.
+    Budgets are a device tensor for each layer, [num_qo_heads, ...], that says how much each head keeps. A pattern file
+    replaces the settings' values by writing there, without waiting for the device.
     """
 
     Settings: ClassVar[type[MethodSettings]]
@@ -47,13 +48,13 @@ class Method(ABC):
         """What the settings let each head of a layer keep, [num_qo_heads, ...]."""
 
     def prompt_lengths(self, shape: ScratchShape) -> tuple[int, ...]:
-        """Lengths of prompts, up to the longest, that between them run all kernels which `choose` may."""
+        """Lengths of prompts, at most shape.max_seq_len, which together run every kernel that `choose` may run."""
         return (min(2 * TILE, shape.max_seq_len),)
 
     def choosing_rows(self, chunk: Chunk) -> int:
-        """Rows of a chunk, from its first on, that attend to what is chosen for them; the rest attend to all."""
+        """How many rows of a chunk, from its first on, attend to chosen keys only; later rows attend to all keys."""
         return chunk.num_rows
 
     @abstractmethod
     def choose(self, chunk: Chunk, budgets: torch.Tensor, buffers: Any) -> SparseIndex:
-        """Choose the keys of one chunk. Tensors of the index are the buffers': good until the next chunk."""
+        """Choose the keys of one chunk. The index's tensors are part of the buffers, valid until the next chunk."""

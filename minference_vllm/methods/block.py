@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block: for each half of a tile the 16-key groups that hold a share of its attention, estimated from means of 4 keys.
+"""Block: each half of a tile keeps the groups of 16 keys with most of its attention, estimated from means of 4 keys.
 
-A few rows of each half are scored against means of keys, as FlexPrefill (arXiv 2502.20766) scores means of queries, but
-with finer means and with rows of the half itself. What counts is a score beside those of the row's own tile and the
-first keys, at most as much as all of them: one pass over the means. The lightest groups are dropped while what is left
-holds the share; the first keys and those just before the tile always stay. In long prompts means of 32 keys are scored
-first, and those of 4 only in boxes of 128 keys that may matter. docs/methods.md has what was measured.
+A few rows of each half are scored against means of keys. FlexPrefill (arXiv 2502.20766) scores means of queries against
+means of keys; here the means are finer, and the rows are the half's own. The mass of a mean is its exponentiated score
+divided by the sum of those of the row's own tile and the first keys, limited to a quarter of that sum. The sum needs
+few means and is known beforehand, so one pass over all means is enough. The lightest groups are dropped as long as the
+others hold the setting `share`; the first keys and those just before the tile are always kept. In long prompts means of
+32 keys are scored first, and means of 4 only in boxes of 128 keys that may matter. docs/methods.md has the
+measurements.
 """
 
 from dataclasses import replace
@@ -44,11 +46,12 @@ class BlockSettings(MethodSettings):
     name: Literal["block"] = "block"
 
     rows_per_half: Literal[16, 32, 64] = 32
-    """Query rows of every 64 that choose the keys of all 64. The cost of choosing grows with them."""
+    """How many query rows of every 64 choose the keys for all 64. The cost of choosing grows with this number."""
 
     share: float = Field(default=0.84, gt=0, le=1)
-    """Share of the estimated attention that each head keeps for each half of a tile, the tile itself and what is always
-    kept included. No unit. With 1, all that has any mass is kept."""
+    """Share of the estimated attention that each head keeps, for every rows_per_list rows. The keys of the rows' own
+    tile of 128 and those that are always kept count towards it. No unit. With 1, every group of keys with any estimated
+    attention is kept."""
 
     rows_per_list: Literal[64, 128] = 128
     """Query rows that keep the same groups. With 64, each half of a tile has a list of its own: fewer pairs are kept,
@@ -61,25 +64,30 @@ class BlockSettings(MethodSettings):
     """Keys just before a tile that are always kept, beside the tile's own; rounded up to groups of 16."""
 
     last_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
-    """Query rows at the end of a prompt that attend to all keys, with the other rows of their tiles of 128. A prompt's
-    question stands there, and the few rows of it that look one far key up weigh little in a tile's choice."""
+    """How many query rows at the end of a prompt attend to all keys; the other rows of their tiles of 128 do too. A
+    prompt's question stands there, and the few of its rows that look up a single far key have little weight in the
+    choice for a whole tile."""
 
     score_dtype: Literal["auto", "fp8", "model"] = "auto"
-    """What means of keys and the rows that choose are rounded to: "model" is the model's dtype, "auto" FP8 (e4m3) where
-    scores are faster in it, which is on H100 and H200 for heads of 128, and else the model's. "fp8" asked for elsewhere
-    gives the same choice no faster; GPUs older than compute capability 8.9 cannot, and refuse it at start."""
+    """The dtype to which means of keys, and the rows that choose, are rounded. "model" is the model's dtype. "auto" is
+    FP8 (e4m3) where that makes scores faster, which is on H100 and H200 with heads of 128, and else the model's dtype.
+    "fp8" is FP8 in every case: on other GPUs and with other heads it leads to the same choice, but no faster, and on a
+    GPU of compute capability below 8.9 the server refuses it at start."""
 
     coarse_from: int = Field(default=COARSE_FROM, ge=0, le=MAX_TOKENS)
-    """From prompts of this length on, rows are scored against means of 32 keys first, and against those of 4 only in
-    boxes of 128 keys that these leave: all but those that together have a quarter of the mass that a head may drop."""
+    """Once context and chunk together reach this length, rows are scored against means of 32 keys first. The lightest
+    boxes of 128 keys are then dropped, as long as they hold at most a quarter of the attention that a head may drop,
+    and rows are scored against means of 4 keys in the other boxes only."""
 
     max_fine: float = Field(default=0.75, gt=0, le=1)
-    """Of the boxes before the chunk's last tile, no more than this share is scored finely: the heaviest. No unit."""
+    """At most this share of the boxes before the chunk's last tile is scored against means of 4 keys: the heaviest of
+    them. No unit."""
 
     max_density: float = Field(default=0.5, gt=0, le=1)
-    """A tile whose halves together want more than this share of the groups before the chunk's last tile keeps all
-    groups. No unit. It sizes the lists: at 0.5 and 131,072 tokens they take 16 KiB for each head and tile. In all they
-    take 256 MiB at the most, which with 32 heads and chunks of 16,384 is less than half from 524,288 tokens on."""
+    """A tile keeps all groups if its halves together want more than this share of the groups before the chunk's last
+    tile. No unit. The lists of groups are sized by it: at 0.5 and 131,072 tokens they take 16 KiB for each head and
+    tile. All lists together take at most 256 MiB, which lowers the share in longer prompts: with 32 heads and chunks of
+    16,384 tokens it is below 0.5 from 524,288 tokens on."""
 
 
 class Block(Method):
@@ -117,10 +125,10 @@ class Block(Method):
         return shapes_of(heads, head_dim, settings.rows_per_half, seq_len, tiles, max_boxes)
 
     def buffers(self, chunk: Chunk, scratch: BlockScratch) -> BlockBuffers:
-        """What scratch gives a chunk, under as many of its heads as it has room for.
+        """The part of the scratch that a chunk uses, for as many of its heads at once as there is room for.
 
         Raises:
-            ValueError: it has room for none.
+            ValueError: there is no room even for one head.
         """
         for heads in turns(chunk.num_qo_heads, chunk.kv.num_kv_heads):
             shapes = self._shapes(heads, chunk.head_dim, chunk.seq_len, chunk.num_tiles)
@@ -158,7 +166,7 @@ class Block(Method):
         num_heads = len(buffers.masses)
         for first in range(0, chunk.num_qo_heads, num_heads):
             heads, part = slice(first, first + num_heads), chunk.of_heads(first, num_heads)
-            # Heads in turns that share a KV head share its means too.
+            # Turns whose heads share a KV head use the same means: only the first of them computes these.
             if first % chunk.group_size == 0:
                 self._average_keys(part, buffers)
             self._choose_at_once(part, budgets[heads], buffers, TileIndex(index.groups[heads], index.counts[heads]))
@@ -169,7 +177,7 @@ class Block(Method):
             ops.coarse_means(buffers.means, chunk.seq_len, buffers.coarse.means, self.kernel)
 
     def _choose_at_once(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers, index: TileIndex) -> None:
-        """Write the lists of all heads of a chunk; their keys' means are there."""
+        """Write the lists for all heads of a chunk; the means of their keys must have been computed."""
         settings, kernel, means, masses = self.settings, self.kernel, buffers.means, buffers.masses
         forced, by_tile = (self.sink_groups, self.local_groups), settings.rows_per_list == TILE
         ops.row_normalisers(chunk, means, buffers.row_lse, kernel)
@@ -182,7 +190,7 @@ class Block(Method):
     def _choose_boxes(
         self, chunk: Chunk, budgets: torch.Tensor, row_lse: torch.Tensor, coarse: CoarseBuffers, masses: torch.Tensor
     ) -> Boxes:
-        """Boxes that are scored finely; codes of others are written to `masses`."""
+        """The boxes that are scored finely; in `masses` the codes of groups in all other boxes are set to 0."""
         ops.box_masses(chunk, coarse.means, row_lse, coarse.masses, self.kernel)
         room = self.max_boxes(chunk.first_tile + chunk.num_tiles - 1)
         boxes = replace(coarse.boxes, numbers=coarse.boxes.numbers[:, :, :room])
@@ -191,9 +199,10 @@ class Block(Method):
         return boxes
 
     def max_boxes(self, num_boxes: int) -> int:
-        """Boxes that a block of lists may score finely if up to this many lie before its last tile.
+        """How many boxes a block of lists may score finely if `num_boxes` lie before its last tile.
 
-        What is always kept has room: before each of the tiles that a block may have lies one box more.
+        Boxes that are always kept have room. A block has at most LISTS tiles, and each tile has one more box before it
+        than the one before, so these are up to LISTS more boxes than for one tile.
         """
         return max(int(num_boxes * self.settings.max_fine), min(self.sink_boxes + self.local_boxes, num_boxes) + LISTS)
 
@@ -203,6 +212,6 @@ class Block(Method):
         return (shortest, coarse_from) if shortest < coarse_from <= shape.max_seq_len else (shortest,)
 
     def max_kept(self, num_groups: int) -> int:
-        """Groups that a tile may list if up to this many lie before it: what is always kept has room."""
+        """How many groups a tile may list if `num_groups` lie before it; groups that are always kept have room."""
         wanted = max(int(num_groups * self.settings.max_density), self.sink_groups + self.local_groups)
         return max(1, min(wanted, num_groups))

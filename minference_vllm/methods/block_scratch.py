@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scratch of `block`, and how it is divided for some heads of a chunk.
+"""The scratch of `block`, and how it is divided for the heads of a chunk that choose at the same time.
 
-For the longest prompts not all heads' means and masses fit, so that heads choose in turns. How many take a turn depends
-on the chunk at hand: a server that takes a million tokens chooses for all heads at once where a prompt is short.
+In the longest prompts the means and masses of all heads do not fit, so heads choose in turns. The number of heads in a
+turn depends on the chunk: a server that accepts a million tokens still chooses for all heads at once if a prompt is
+short.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from minference_vllm.reference.normalisers import PART
 from minference_vllm.scratch import MASS_BYTES, MEAN
 
 ALIKE = 16
-"""Rows of scratch are multiples of this many elements. Triton compiles a kernel anew for a stride that is one where it
-was none before, and a prompt's length must not decide that: what a server compiles in service, requests wait for."""
+"""Rows of scratch are multiples of this many elements. Triton compiles different variants of a kernel for strides that
+are multiples of 16 and for others. If a prompt's length decided which one is needed, requests would have to wait while
+a server compiles it."""
 
 
 class Heads(NamedTuple):
@@ -31,12 +33,12 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CoarseBuffers:
-    """What `block` writes where prompts are scored coarsely first.
+    """Buffers of `block` for prompts that are scored coarsely first.
 
     Attributes:
         means: [num_kv_heads, max_coarse_means, head_dim], see ops.coarse_means.
         masses: [num_qo_heads, max_parts, max_boxes] uint8, see ops.box_masses.
-        boxes: what is left to be scored finely, see ops.select_boxes.
+        boxes: the boxes that are to be scored finely, see ops.select_boxes.
     """
 
     means: torch.Tensor
@@ -46,7 +48,7 @@ class CoarseBuffers:
 
 @dataclass(frozen=True, slots=True)
 class BlockBuffers:
-    """What `block` writes for a chunk under some heads.
+    """Buffers of `block` for a chunk and the heads of one turn.
 
     Attributes:
         means: [num_kv_heads, max_means, head_dim] in the dtype of the scores, see ops.means_dtype and ops.key_means.
@@ -63,7 +65,7 @@ class BlockBuffers:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Of the buffers of a chunk under some heads. No sizes where the prompt is not scored coarsely."""
+    """Shapes of the buffers for a chunk and the heads of a turn. Coarse buffers are empty if they are not needed."""
 
     means: tuple[int, ...]
     row_lse: tuple[int, ...]
@@ -78,12 +80,12 @@ class Shapes:
 
 @dataclass(frozen=True, slots=True)
 class BlockScratch:
-    """Scratch of `block`: flat, but for what `choose` returns a part of.
+    """Scratch of `block`: flat tensors, except the index, of which `choose` returns a part.
 
     Attributes:
         index: of all heads.
-        every_group: [3] int32, the counts of a tile that keeps all.
-        means, .., box_left_out: what Shapes says, of those chunks and heads that they have room for.
+        every_group: [3] int32, the counts of a tile that keeps all groups.
+        means, .., box_left_out: flat memory of the buffers that Shapes describes.
     """
 
     index: TileIndex
@@ -124,7 +126,7 @@ def shapes_of(heads: Heads, head_dim: int, rows_per_half: int, seq_len: int, til
 
     Args:
         seq_len: keys of the request, the chunk's own included.
-        tiles: that hold rows of the chunk.
+        tiles: how many tiles hold rows of the chunk.
         max_boxes: boxes that a block of lists may score finely; 0 if the prompt is not scored coarsely.
     """
     qo, kv = heads
@@ -134,7 +136,7 @@ def shapes_of(heads: Heads, head_dim: int, rows_per_half: int, seq_len: int, til
     return Shapes(
         means=(kv, length // MEAN, head_dim),
         row_lse=(qo, tiles * HALVES, rows_per_half),
-        # Also read as words, of a box's codes.
+        # Also accessed in words, each of which holds the codes of one box.
         masses=(qo, parts, rounded(length // GROUP, ALIKE * GROUPS_PER_BOX)),
         coarse_means=(kv * is_coarse, rounded(length // BOX_MEAN, COARSE_AT_ONCE), head_dim),
         box_masses=(qo * is_coarse, parts, rounded(length // BOX)),
@@ -146,10 +148,11 @@ def shapes_of(heads: Heads, head_dim: int, rows_per_half: int, seq_len: int, til
 
 
 def allocate(of_turns: Sequence[Shapes], means_dtype: torch.dtype, index: TileIndex) -> BlockScratch:
-    """Scratch, zero, for the largest turn whose masses fit, and for any more heads where a prompt is shorter.
+    """Scratch, zeroed, for the turn with most heads whose masses fit into MASS_BYTES in the longest prompt.
 
     Args:
-        of_turns: the buffers of the longest prompt, by how many heads take a turn, the most first.
+        of_turns: the buffers of the longest prompt for every possible number of heads in a turn, the largest number
+            first.
     """
     largest = next((shapes for shapes in of_turns if prod(shapes.masses) <= MASS_BYTES), of_turns[-1])
     # Buffers whose size does not depend on the prompt's length are small: they have room for all heads at once.
@@ -173,7 +176,7 @@ def allocate(of_turns: Sequence[Shapes], means_dtype: torch.dtype, index: TileIn
 
 
 def turns(num_qo_heads: int, num_kv_heads: int) -> Iterator[Heads]:
-    """How many heads may take a turn, the most first: even shares of the KV heads, then of one KV head's heads."""
+    """Possible sizes of a turn, the largest first: even shares of the KV heads, then of one KV head's query heads."""
     group_size = num_qo_heads // num_kv_heads
     for count in range(num_kv_heads, 0, -1):
         if count == -(-num_kv_heads // -(-num_kv_heads // count)):

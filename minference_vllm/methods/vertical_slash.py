@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vertical-slash (arXiv 2407.02490, section 3.2): the key columns and diagonals that probe rows weigh most.
+"""Vertical-slash (arXiv 2407.02490, section 3.2): keep the key columns and diagonals with most attention of probe rows.
 
-As many as the settings say, or as hold a share of the probe rows' attention (arXiv 2502.20766).
+Their number is fixed by the settings or a pattern file, or is such that they hold a share of the probe rows' attention
+(arXiv 2502.20766).
 """
 
 from dataclasses import dataclass
@@ -33,17 +34,18 @@ class VerticalSlashSettings(MethodSettings):
     """Which 64 query rows of a chunk estimate its pattern: its last ones, 64 spread evenly over it, or both (128)."""
 
     share: float | None = Field(default=None, gt=0, le=1)
-    """Share of the probe rows' attention that the kept columns hold, and that the kept diagonals hold, each for itself;
-    what is always kept counts. No unit. Null: fixed sizes."""
+    """Share of the probe rows' attention that the kept columns must hold, and that the kept diagonals must hold, each
+    counted separately. Columns and diagonals that are always kept count towards it. No unit. Null: fixed sizes."""
 
     vertical_size: int = Field(default=VERTICAL_SIZE, ge=1, le=MAX_TOKENS)
-    """Key columns kept for every row of the chunk, for each query head. With a share: no more than these, and unless
-    given, as many as hold it: a head that looks everywhere alike needs that share of all columns, and 1000 would break
-    the promise unseen. It sizes the list of columns, which unbounded takes 16 MiB for 32 heads and 131,072 tokens."""
+    """How many key columns each query head keeps for every row of the chunk. With a share this is an upper bound, and
+    if it is not given there is no bound: a head that attends to all keys alike needs that share of all columns, and
+    with a bound of 1000 it would silently hold less. The list of columns is sized by it, and takes 16 MiB for 32 heads
+    and 131,072 tokens if there is no bound."""
 
     slash_size: int = Field(default=SLASH_SIZE, ge=1, le=MAX_TOKENS)
-    """Diagonals (constant row minus column) kept, for each query head. With a share: no more than these, and unless
-    given, as many as hold it."""
+    """How many diagonals (constant row minus column) each query head keeps. With a share this is an upper bound, and if
+    it is not given there is no bound."""
 
     sink_tokens: int = Field(default=30, ge=0, le=MAX_TOKENS)
     """First key columns that are always kept, as far as vertical_size allows: they count towards it."""
@@ -54,7 +56,7 @@ class VerticalSlashSettings(MethodSettings):
     @model_validator(mode="before")
     @classmethod
     def _share_alone(cls, settings: Any) -> Any:
-        """A share without sizes is not bounded; written out, so that the log and a copy of the settings say so."""
+        """With a share, a size that is not given is no bound. It is set here so that the log and copies show it."""
         if isinstance(settings, dict) and settings.get("share") is not None:
             return {"vertical_size": MAX_TOKENS, "slash_size": MAX_TOKENS, **settings}
         return settings
@@ -74,8 +76,9 @@ class VerticalSlashBuffers:
     Attributes:
         sizes: [num_qo_heads, 2] int32, columns and diagonals that hold the share of each head; read with a share only.
         forced: [2] int32, the settings' first columns and nearest diagonals; read with a share only.
-        slash_indptr: [num_qo_heads, max_bands + BANDS_PER_TILE + 1] int32, kept diagonals smaller than BAND * j.
-        index: what `choose` returns a part of.
+        slash_indptr: [num_qo_heads, max_bands + BANDS_PER_TILE + 1] int32, how many kept diagonals are smaller than
+            BAND * j.
+        index: `choose` returns a part of it.
     """
 
     probe: ProbeBuffers
@@ -87,7 +90,7 @@ class VerticalSlashBuffers:
 
 
 class VerticalSlash(Method):
-    """Columns and diagonals by the attention mass of 64 or 128 probe rows: so many, or as many as hold a share."""
+    """Columns and diagonals by attention mass of 64 or 128 probe rows: a fixed number, or as many as hold a share."""
 
     Settings = VerticalSlashSettings
     settings: VerticalSlashSettings
@@ -170,7 +173,7 @@ class VerticalSlash(Method):
     def sizes(
         self, seq_len: int, budgets: torch.Tensor, buffers: VerticalSlashBuffers
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Columns and diagonals to keep, as the budgets say or as hold the share they say, and how many are forced.
+        """How many columns and diagonals to keep, fixed or by the share in the budgets, and how many always stay.
 
         Returns:
             Four times [num_qo_heads] int32, see `budgets`.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method is made of. An operation picks the code that runs it, launches it, and returns.
+"""The operations that methods are made of. Each picks the implementation that runs it, launches it, and returns.
 
-Signatures and meanings are those of its twin in minference_vllm.reference; `kernel` says which code is wanted. What the
-CUDA library is not made for (FP8 caches, heads of 256, tensors at odd addresses) runs in Triton.
+Arguments and results are those of the function in minference_vllm.reference that its docstring names; `kernel` says
+which implementation is wanted. What the CUDA library does not support (an FP8 cache under queries in the model's dtype,
+heads of 256, unaligned tensors) runs in Triton.
 """
 
 from minference_vllm.ops.attend import attend

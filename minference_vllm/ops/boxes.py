@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the masses of boxes to those that each block of lists looks at more closely."""
+"""Selects, by the masses of boxes, those that each block of lists scores finely."""
 
 import torch
 
@@ -29,7 +29,7 @@ def select_boxes(
         ValueError: there is no room for the chunk's blocks of lists, or for what is always kept.
     """
     blocks = -(-chunk.num_tiles * HALVES * rows_per_half // PART * chunk.group_size // LISTS)
-    # A block's tiles follow each other; before each lie boxes of its own that are kept.
+    # The tiles of a block are consecutive, and each has its own local boxes: up to LISTS more than for a single tile.
     forced = min(sink_boxes + local_boxes, chunk.first_tile + chunk.num_tiles - 1) + LISTS
     sets, room, columns = boxes.numbers.shape
     if sets < chunk.kv.num_kv_heads or room < blocks or columns < forced or masses.shape[2] % GROUPS_PER_BOX:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the masses of groups to the lists of those that each tile keeps."""
+"""Lists, by the masses of groups, those that each tile keeps."""
 
 import torch
 
@@ -27,7 +27,7 @@ def select_groups(
     """See minference_vllm.reference.select_groups.
 
     Raises:
-        ValueError: `masses` does not have the heads, or the parts of so many rows.
+        ValueError: `rows_per_half` is not 16, 32 or 64, or `masses` has no room for the chunk's heads and parts.
     """
     parts = chunk.num_tiles * HALVES * rows_per_half // PART
     if rows_per_half not in (16, 32, 64) or len(masses) < chunk.num_qo_heads or masses.shape[1] < parts:

@@ -17,7 +17,7 @@ logger = logging.getLogger("vllm.minference")
 
 
 class Kernel(StrEnum):
-    """Best first."""
+    """The implementations of the sparse path, the fastest first."""
 
     CUDA = "cuda"
     TRITON = "triton"
@@ -40,7 +40,7 @@ def choose_kernel(asked: str, device: torch.device) -> Kernel:
 
 
 def report_shape(kernel: Kernel, asked: str, shape: ScratchShape) -> None:
-    """Say in the log if layers of this shape run in Triton, where the CUDA library serves others."""
+    """Log it if layers of this shape run in Triton although the CUDA library is chosen."""
     if kernel is not Kernel.CUDA or not (obstacle := library.why_not(shape) or library.why_not_probe(shape)):
         return
     say = logger.info if asked == AUTO else logger.warning

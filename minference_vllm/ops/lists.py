@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what is kept to the lists that the attending kernels read."""
+"""Lists of the kept bands, as the attention kernels read them."""
 
 import torch
 

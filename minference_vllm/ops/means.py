@@ -14,21 +14,21 @@ from minference_vllm.ops.kernel import Kernel, describe
 from minference_vllm.scratch import FP8, MEAN, ScratchShape
 
 FP8_CAPABILITY = (8, 9)
-"""From here on Triton has FP8."""
+"""The lowest compute capability for which Triton supports FP8."""
 
 
 def means_dtype(
     asked: Literal["auto", "fp8", "model"], shape: ScratchShape, kernel: Kernel, device: torch.device
 ) -> torch.dtype:
-    """In which dtype means are kept, and query rows scored against them.
+    """The dtype in which means are stored and query rows are scored against them.
 
     Args:
         asked: "auto" is FP8 where it makes scores faster, else the model's dtype.
         shape: of the layer's scratch, which says the model's dtype.
-        kernel, device: what scores, and where.
+        kernel, device: the kernels that compute the scores, and their device.
 
     Raises:
-        ConfigError: FP8 was asked for, and the kernels cannot have it on this device.
+        ConfigError: FP8 was asked for, and the kernels do not support it on this device.
     """
     is_faster = kernel is Kernel.CUDA and cuda.masses.is_faster_in_fp8(shape.head_dim, shape.dtype)
     if asked == "model" or (asked == "auto" and not is_faster):
@@ -43,7 +43,7 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, kernel: Kernel) ->
     """See minference_vllm.reference.key_means.
 
     Raises:
-        ValueError: `means` has no room for the means of all keys, or not laid out as kernels read it.
+        ValueError: `means` has no room for the means of all keys, or is not laid out as kernels read it.
     """
     if seq_len // MEAN > means.shape[1]:
         raise ValueError(f"means has room for {means.shape[1]} of {MEAN} keys, and seq_len={seq_len}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By what the scores of the rows that choose groups are normalised."""
+"""The normalisers of the scores of the rows that choose groups."""
 
 import torch
 
@@ -14,8 +14,8 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, ke
     """See minference_vllm.reference.row_normalisers.
 
     Raises:
-        ValueError: `row_lse` has no room for the chunk's rows, is not laid out as kernels read it, or has not 16, 32 or
-            64 rows for a half.
+        ValueError: `row_lse` has no room for the chunk's rows, is not laid out as kernels read it, or the rows of a
+        half are not 16, 32 or 64.
     """
     if row_lse.shape[2] not in (16, 32, 64):
         raise ValueError(f"rows_per_half must be 16, 32 or 64, got {row_lse.shape[2]}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of their attention a chunk's held-out rows have on the keys that were kept."""
+"""The share of the attention of a chunk's held-out rows that lies on the kept keys."""
 
 import torch
 

@@ -22,7 +22,7 @@ def share_sizes(
     """See minference_vllm.reference.share_sizes.
 
     Raises:
-        ValueError: the rows do not have so many entries.
+        ValueError: `length` is below 1 or above the number of entries in a row.
     """
     if not 0 < length <= mass.shape[1]:
         raise ValueError(f"length={length}: rows have 1 .. {mass.shape[1]} entries")

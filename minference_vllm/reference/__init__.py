@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel again in plain torch, with the same signature: the oracle of the tests and the engine without a GPU."""
+"""Every kernel in plain torch, with the same signature: what tests compare kernels with, and what runs without a
+GPU."""
 
 from minference_vllm.reference.attend import attend
 from minference_vllm.reference.bands import band_lists

@@ -25,9 +25,9 @@ def attend(chunk: Chunk, index: AnyIndex, buffers: AttendBuffers) -> None:
     """Attend to the kept keys of each row.
 
     Args:
-        chunk: what is attended for; its `out` is written, of a HeadIndex' heads alone.
+        chunk: its queries and cache are read, its `out` is written; with a HeadIndex only for the listed heads.
         index: what is kept.
-        buffers: `lse` is written, as `out`; `kept_pairs` is added to.
+        buffers: `lse` is written for the same heads as `out`; `kept_pairs` is added to.
     """
     q, context_len, seq_len = chunk.q, chunk.context_len, chunk.seq_len
     keys, values = keys_and_values(chunk.kv, seq_len)
@@ -71,7 +71,7 @@ def kept_before(index: BandIndex, head: int, tile: int, half: int) -> torch.Tens
 
 
 def kept_by_tile(index: TileIndex, head: int, tile: int, half: int, first_tile: int) -> torch.Tensor:
-    """As `kept_before`. The index' lists begin with the chunk's first tile."""
+    """The same as `kept_before`, from an index whose lists begin with the chunk's first tile."""
     both, first, second = index.counts[head, tile - first_tile].tolist()
     if both == EVERY_GROUP:
         return torch.arange(tile * TILE, device=index.groups.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From kept diagonals to the band offsets that hold them."""
+"""Lists the bands that contain the kept diagonals."""
 
 import torch
 
@@ -18,12 +18,13 @@ def band_lists(
     """List the bands that each half of a tile needs to see every kept diagonal of its rows in full.
 
     Band `g` of the tile at row `t` holds the distances BAND * g - (BAND - 1) .. BAND * g + HALF - 1 of the first half's
-    rows. That half sees it if a kept diagonal lies in BAND * (g - 1) .. BAND * g + HALF - 1: one more than needed, so
-    that `slash_indptr` suffices. The second half lies HALF rows further, so it sees what the first sees at
-    g + HALF / BAND.
+    rows. That half sees it if a kept diagonal lies in BAND * (g - 1) .. BAND * g + HALF - 1: one distance more than
+    needed, so that the counts at multiples of BAND in `slash_indptr` suffice. The second half's rows come HALF later,
+    so it sees at offset g what the first half sees at g + HALF / BAND.
 
     Args:
-        slash_indptr: [num_heads, >= num_bands + TILE / BAND + 1] int32, kept diagonals smaller than BAND * j.
+        slash_indptr: [num_heads, >= num_bands + TILE / BAND + 1] int32, how many kept diagonals are smaller than BAND *
+            j.
         num_bands: largest offset that a tile of this chunk can use, a multiple of TILE / BAND.
         bands: [num_heads, 3, >= num_bands] int32, written: offsets that both halves see, only the first, only the
             second; each ascending, from 1 on.

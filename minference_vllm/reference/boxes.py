@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the masses of boxes to those that each block of lists looks at more closely."""
+"""Selects, by the masses of boxes, those that each block of lists scores finely."""
 
 import torch
 
@@ -11,13 +11,13 @@ from minference_vllm.reference.groups import threshold
 from minference_vllm.reference.normalisers import PART
 
 FIRST_COUNTED = 1
-"""The first box whose mass counts: the one before holds the first keys, which rows' normalisers have seen."""
+"""The first box whose mass is added to a list's mass: box 0 holds the first keys, which normalisers include already."""
 
 PART_OF_DROPPED = 0.25
-"""Of the mass that a head may drop, what its boxes may."""
+"""The share of the mass a head may drop that may be dropped as whole boxes."""
 
 FORCED = 256
-"""Above all differences of two codes."""
+"""Stands for the margin of a box that is always kept: above all differences of two codes."""
 
 
 def select_boxes(
@@ -30,11 +30,12 @@ def select_boxes(
     boxes: Boxes,
     masses: torch.Tensor,
 ) -> None:
-    """Of each list drop the lightest boxes, as many as PART_OF_DROPPED of what its head may drop; keep what any wants.
+    """Keep, for each block, the boxes that any of its lists wants: all but the list's lightest.
 
-    A list's mass is what its rows' normalisers have seen, as for select_groups, and that of the boxes before its tile.
-    If a block's lists want more boxes than there is room for, those stay that one of them wants most, by how far
-    their code lies above the list's threshold; of equals, the first.
+    The lightest boxes of a list may hold up to PART_OF_DROPPED of the mass that its head may drop. A list's mass is
+    that of what its rows' normalisers include, as in select_groups, and of the boxes before its tile. If a block's
+    lists want more boxes than there is room for, the boxes with the largest margins stay, and of equal ones the first.
+    A margin is how far a box's code lies above the threshold of the list that wants it most.
 
     Args:
         box_masses: [>= num_qo_heads, >= parts, >= boxes before the last tile] uint8, see group_masses.
@@ -43,8 +44,8 @@ def select_boxes(
         rows_per_half: rows of a half, PART to a part.
         sink_boxes, local_boxes: how many first boxes, at least one, and boxes before the tile are always kept.
         boxes: written; it has room for what is always kept.
-        masses: [>= num_qo_heads, ..] uint8, see group_masses: the codes of groups in boxes before a part's tile that
-            its block drops are written: 0.
+        masses: [>= num_qo_heads, ..] uint8, see group_masses: for each part, the codes of groups in boxes before its
+            tile that its block drops are set to 0.
     """
     parts_per_tile = HALVES * rows_per_half // PART
     num_lists = chunk.num_tiles * parts_per_tile * chunk.group_size
@@ -73,7 +74,7 @@ def margins(codes: torch.Tensor, seen: torch.Tensor, free: torch.Tensor, drops: 
     Args:
         codes: [LISTS or fewer, num_boxes] uint8.
         seen: [.., num_boxes] bool, boxes before each list's tile.
-        free: [.., num_boxes] bool, those of them that are not kept whatever their mass.
+        free: [.., num_boxes] bool, the boxes among them that are not always kept.
         drops: [..] float64, how much of its mass each list may drop.
     """
     cuts = [
@@ -85,7 +86,7 @@ def margins(codes: torch.Tensor, seen: torch.Tensor, free: torch.Tensor, drops: 
 
 
 def keep_most(margin: torch.Tensor, room: int) -> torch.Tensor:
-    """Which boxes of no negative margin stay, [num_boxes] bool: the `room` largest, of equals the first."""
+    """[num_boxes] bool, the boxes that stay: the `room` largest margins from 0 on, of equal ones the first."""
     kept = margin >= 0
     if kept.sum() > room:
         order = margin.sort(descending=True, stable=True).indices

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mass codes: masses as floats of 8 bits, five of exponent and three of mantissa, without a sign.
 
-A code is the upper bits of a float32, moved so that masses from 2^-OCTAVES_BELOW_ONE on have one. So encoding, decoding
-and weighing are shifts and additions, exact on every device.
+A code is the upper bits of a float32 less those of 2^-OCTAVES_BELOW_ONE, near the smallest mass that has a code; code 0
+stands for no mass. So encoding, decoding and weighing are shifts and additions, exact on every device.
 """
 
 import torch
@@ -10,17 +10,17 @@ import torch
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, OCTAVES_BELOW_ONE
 
 DROPPED_BITS = 20
-"""Of a float32's mantissa."""
+"""How many bits of a float32's mantissa a code leaves out."""
 
 LEAST_BITS = 127 - OCTAVES_BELOW_ONE << 23
-"""The float32 that has code 0 and is no longer nothing, as an integer."""
+"""The bits of the float32 2^-OCTAVES_BELOW_ONE, which would have code 0 if that did not stand for no mass."""
 
 ONE = CODES_PER_OCTAVE << OCTAVES_BELOW_ONE
 """The weight of a mass of 1."""
 
 
 def encode(mass: torch.Tensor) -> torch.Tensor:
-    """Codes of masses, uint8: the nearest, of two the upper one. Below the least there is, nothing: 0.
+    """Codes of masses, uint8: the nearest, of two equally near ones the upper. Masses nearer to none than code 1: 0.
 
     Args:
         mass: float32, not negative.
@@ -36,18 +36,19 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def weights(codes: torch.Tensor) -> torch.Tensor:
-    """Masses that codes stand for, int64, as integers, 1 being ONE, so that their sums are exact in any order.
+    """Masses that codes stand for, int64, in units of 1 / ONE, so that their sums are exact in any order.
 
-    The largest are below 2^35, and 2^24 tokens have 2^20 groups: sums stay below 2^63.
+    The largest weight is below 2^35, and 2^24 tokens have 2^20 groups, so sums stay below 2^63.
     """
     mantissa = CODES_PER_OCTAVE + codes.long() % CODES_PER_OCTAVE
     return (mantissa << codes.long() // CODES_PER_OCTAVE).where(codes > 0, 0)
 
 
 def add(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of the sums of several masses each, [parts, ..] uint8; neighbours are added, then their sums, and so on.
+    """Codes of the sums of masses over the first dimension of `codes`, [parts, ..] uint8.
 
-    There are 1, 2, 4 or 8 parts.
+    There are 1, 2, 4 or 8 parts. Neighbouring parts are added, then their sums, and so on: kernels add in the same
+    order, since it decides how sums are rounded.
     """
     mass = decode(codes)
     while len(mass) > 1:

@@ -59,7 +59,7 @@ def dense(
 def _beside_sinks(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float, sinks: torch.Tensor
 ) -> torch.Tensor:
-    """What torch's attention does not compute: a softmax that each head's sink joins as one more key, of value zero."""
+    """Attention with sinks, which torch lacks: each head's sink joins the softmax as one more key, of value zero."""
     out = torch.empty_like(q, dtype=torch.float32)
     group_size = q.shape[1] // len(keys)
     for head in range(q.shape[1]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the masses of groups to the lists of those that each tile keeps."""
+"""Lists, by the masses of groups, those that each tile keeps."""
 
 import torch
 
@@ -11,7 +11,7 @@ from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
 from minference_vllm.scratch import MASS_CODES
 
 ROW = int(ONE / LIMIT)
-"""The weight of all that a row's normaliser has seen."""
+"""The weight of all that a row's normaliser includes, which has a mass of 1 / LIMIT; see codes.weights."""
 
 
 def threshold(
@@ -22,15 +22,15 @@ def threshold(
     first_counted: int = NORMALISER_KEYS // GROUP,
     left_out: torch.Tensor | int = 0,
 ) -> int:
-    """The smallest code with which a group is kept. Those of the largest always are: it stands for any larger mass.
+    """The smallest code with which a group is kept. The largest code always is: it stands for all larger masses too.
 
     Args:
         codes: [num_groups] uint8.
-        free: [num_groups] bool, groups that are not kept whatever their mass.
-        drops: float64 scalar, how much of all mass is dropped; none that is not of free groups is.
-        num_rows: rows whose masses were added. Each has a mass of 1 / LIMIT in what its normaliser has seen.
-        first_counted: the first group that its normaliser has not seen.
-        left_out: int64 scalar, mass of further groups, which are dropped already.
+        free: [num_groups] bool, groups that may be dropped; the others are kept whatever their mass.
+        drops: float64 scalar, the share of all mass that may be dropped, from free groups only.
+        num_rows: rows whose masses were added. What the normaliser of a row includes has a mass of 1 / LIMIT.
+        first_counted: the first group that normalisers do not include.
+        left_out: int64 scalar, the mass of groups that are dropped already and have no mass in `codes`.
     """
     total = num_rows * ROW + weights(codes[first_counted:]).sum() + left_out
     allowed = (drops * total).long()
@@ -53,24 +53,25 @@ def select_groups(
     index: TileIndex,
     boxes: Boxes | None = None,
 ) -> None:
-    """Drop for each half, or tile, the lightest groups before the tile, as many as leave it a share of its rows' mass.
+    """For each half, or tile, drop the lightest groups before the tile as long as the others hold a share of the mass.
 
-    A row's mass is 1 / LIMIT, which is its own tile's and that of the first NORMALISER_KEYS keys, and what the groups
-    between have. Groups of equal mass code are dropped all or none. The first groups of the request and those just
-    before the tile always stay, and their mass counts. A half of which the chunk has no row keeps what the other keeps.
+    A row's mass is 1 / LIMIT, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between
+    them. Of groups with equal codes all are dropped or none. The first groups of the request and those just before the
+    tile are always kept, and their mass counts. A half of which the chunk has no row keeps what the other half keeps.
 
     Args:
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
-            group_masses. By tile, what they are afterwards is not said.
+            group_masses. With `by_tile` their values are undefined afterwards.
         chunk: whose masses these are.
         share: [num_qo_heads] float32, the share of each head; above 0. With 1 all that has mass is kept, above 1
             every group.
         rows_per_half: rows of a half whose masses are in `masses`, PART to a part.
         sink_groups, local_groups: how many first groups and groups before the tile are always kept.
         by_tile: whether both halves' rows choose together, and both keep the same.
-        index: lists and counts of the chunk's tiles are written. A tile of which the halves together keep more groups
-            than a list has room for keeps all: EVERY_GROUP.
-        boxes: if not None, groups of other boxes have a mass of 0 in `masses`; what it was says `left_out`.
+        index: lists and counts of the chunk's tiles are written. A tile whose halves together keep more groups than a
+            list has room for keeps all: EVERY_GROUP.
+        boxes: if not None, groups in boxes that are not listed have a mass of 0 in `masses`; `left_out` has what it
+            was.
     """
     parts = rows_per_half // PART
     for head in range(chunk.num_qo_heads):
@@ -91,7 +92,7 @@ def select_groups(
 
 
 def halves_that_choose(chunk: Chunk, tile: int) -> tuple[int, int]:
-    """For each half of a tile itself or, if the chunk has no row of it, the other."""
+    """Which half's rows choose for each half of a tile: its own or, if the chunk has none of these, the other's."""
     first_is_absent = tile == 0 and chunk.context_len % TILE >= HALF
     second_is_absent = tile == chunk.num_tiles - 1 and (chunk.seq_len - 1) % TILE < HALF
     return int(first_is_absent), int(not second_is_absent)

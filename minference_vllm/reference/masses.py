@@ -23,13 +23,13 @@ def group_masses(
     mean: int = MEAN,
     boxes: Boxes | None = None,
 ) -> None:
-    """Sum exp(score - normaliser) over a part's rows and a group's means, each mean as often as it has keys.
+    """Sum exp(score - normaliser) over a part's rows and a group's means, times the number of keys in a mean.
 
-    But no mean counts more than 1 for a row, which is LIMIT of what its normaliser has seen: a row that looks at a far
-    key its normaliser has not seen would else outweigh all others by any factor.
+    A mean counts at most 1 for a row, which is LIMIT of what the row's normaliser includes. Otherwise a row that
+    attends to a far key, which its normaliser does not include, could outweigh all other rows by any factor.
 
-    All groups lie before the tile, so every row sees them: no causal mask. Parts, not halves: what kernels hold of a
-    row's scores at once then does not grow with the number of rows.
+    All groups lie before the tile, so every row sees them and no causal mask is needed. Masses are summed by part, not
+    by half, so that the number of scores that a kernel holds at once does not grow with rows_per_half.
 
     Args:
         chunk: its queries are read.
@@ -37,10 +37,10 @@ def group_masses(
             are rounded to it too, as for their normalisers.
         row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, see row_normalisers.
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8,
-            written: codes of the groups before each part's tile; what they are from there on is not said. A half has
+            written: codes of the groups before each part's tile; codes from the tile on are undefined. A half has
             rows_per_half / PART parts.
         mean: keys in a mean: MEAN, or BOX_MEAN for the masses of boxes in place of groups.
-        boxes: if not None, only groups in the boxes of a part's block are looked at. Of others nothing is written.
+        boxes: if not None, only groups in the boxes of a part's block are scored. For other groups nothing is written.
     """
     rows_per_half = row_lse.shape[2]
     parts_per_tile = HALVES * rows_per_half // PART

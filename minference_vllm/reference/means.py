@@ -14,9 +14,9 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, mean: int = MEAN) 
 
     Args:
         kv: the request's cache.
-        seq_len: keys of the request that are there; a last few that are fewer than `mean` get no mean.
+        seq_len: keys of the request in the cache; if fewer than `mean` are left over at the end, they get no mean.
         means: [num_kv_heads, >= seq_len // mean, head_dim], in the model's dtype or FP8, see operands.to_operand;
-            the first seq_len // mean entries are written, in float32 until they are rounded once.
+            the first seq_len // mean entries are written, computed in float32 and rounded once.
         mean: keys in a mean.
     """
     count = seq_len // mean
@@ -31,7 +31,7 @@ def coarse_means(means: torch.Tensor, seq_len: int, coarse: torch.Tensor, keys: 
 
     Args:
         means: [num_kv_heads, >= seq_len // keys, head_dim].
-        seq_len: keys of the request; a last few that are fewer than `coarse_keys` get no mean.
+        seq_len: keys of the request; if fewer than `coarse_keys` are left over at the end, they get no mean.
         coarse: [num_kv_heads, >= seq_len // coarse_keys, head_dim] of the same dtype, written.
     """
     count, each = seq_len // coarse_keys, coarse_keys // keys

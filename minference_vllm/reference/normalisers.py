@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By what the scores of the rows that choose groups are normalised, and which rows those are."""
+"""The rows that choose groups, and the normalisers of their scores."""
 
 import math
 
@@ -12,24 +12,25 @@ from minference_vllm.reference.quantized import score_scales
 from minference_vllm.scratch import MEAN
 
 PART = 16
-"""A half's sampled rows come in parts of this many that follow each other; each part's masses have codes of their own.
+"""Rows in a part: a half's sampled rows are divided into parts of consecutive rows, and masses are summed by part.
 
-Kernels that make masses work on "lists": a list is a part under one head.
+The kernels that compute masses work on "lists": a list is a part for one query head.
 """
 
 NORMALISER_KEYS = 64
-"""First keys of a request that every row's normaliser counts, whatever the settings keep: there lie attention sinks."""
+"""How many first keys every row's normaliser includes, whatever the settings keep: attention sinks lie there."""
 
 LIMIT = 0.25
-"""The most that a mean counts in a row's choice, of what the row's normaliser has seen. Masses are in units of this."""
+"""The most that a mean can count for a row, as a share of what the row's normaliser includes. It is the unit of
+masses."""
 
 
 def sampled_rows(chunk: Chunk, rows_per_half: int) -> torch.Tensor:
     """[num_tiles * HALVES, rows_per_half] int64, absolute rows that choose for each half of each tile of the chunk.
 
-    They lie evenly over the half, at an offset that changes from tile to tile, lest they meet the same words of a text
-    of that period everywhere; it is always the same for the same tile. In place of rows before the chunk or past it
-    stand its first or its last. A half of which the chunk has no row has -1.
+    They are evenly spaced over the half, at an offset that depends on the tile's number only. It differs from tile to
+    tile because in a text that repeats with the same period, a constant offset would always sample the same words. Rows
+    before or past the chunk are replaced by its first or last row. A half of which the chunk has no row has -1.
     """
     stride = HALF // rows_per_half
     halves = torch.arange(chunk.num_tiles * HALVES, device=chunk.q.device)[:, None] + chunk.first_tile * HALVES
@@ -40,19 +41,20 @@ def sampled_rows(chunk: Chunk, rows_per_half: int) -> torch.Tensor:
 
 
 def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, mean: int = MEAN) -> None:
-    """Log-sum-exp of each sampled row over means of its own tile and of the first keys of the request, times LIMIT.
+    """Log-sum-exp of each sampled row over means of its own tile and of the request's first keys, plus log(LIMIT).
 
-    A row's own tile up to the row's group, and the first NORMALISER_KEYS keys: most rows have most of their attention
-    there, and rows that have not are held back where masses are made. Means and no single keys, even where those are
-    read anyway: peaks of single keys would make rows that have them count for little. See docs/methods.md.
+    It includes the means of the row's own tile up to the row's group, and of the first NORMALISER_KEYS keys. Most rows
+    have most of their attention there; for the others, group_masses limits what a mean can count. It uses means even
+    where single keys are read anyway: a peak at a single key would make all other masses of its row too small, so that
+    the row would count for little. See docs/methods.md.
 
     Args:
         chunk: its queries are read.
         means: [num_kv_heads, >= seq_len // mean, head_dim], of all keys of the request: see key_means. Where they are
             FP8, rows are rounded to it too.
-        row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, written: natural logarithms, a mean
-            counted as often as it has keys, plus log(LIMIT). Infinity for rows of a half of which the chunk has none,
-            so that they weigh nothing; minus infinity if the request has no mean yet. rows_per_half is 16, 32 or 64.
+        row_lse: [num_qo_heads, >= num_tiles * HALVES, rows_per_half] float32, written: natural logarithms, each mean
+            weighted by its number of keys, plus log(LIMIT). Infinity for a half of which the chunk has no row, so that
+            its masses are 0; minus infinity if the request has no mean yet. rows_per_half is 16, 32 or 64.
         mean: keys in a mean.
     """
     scales = score_scales(chunk)
@@ -61,7 +63,7 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
             row_lse[:, half] = torch.inf
             continue
         tile_start = (chunk.first_tile + half // HALVES) * TILE
-        # The first tile has the first keys itself.
+        # In the first tile the first keys are its own: they must not be counted twice.
         first = torch.arange(min(NORMALISER_KEYS, tile_start) // mean, device=rows.device)
         own = torch.arange(tile_start // mean, chunk.seq_len // mean, device=rows.device)
         number = torch.cat([first, own])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scores are products of, rounded to the dtype in which means are kept: the model's own, or FP8."""
+"""The operands of scores, rounded to the dtype of the means: the model's dtype, or FP8."""
 
 import torch
 
@@ -11,7 +11,7 @@ def to_operand(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Args:
         x: float32, or of the model's dtype.
-        dtype: if it is FP8, the result is in units of FP8_UNIT, and what is past the largest number becomes that.
+        dtype: if it is FP8, the result is in units of FP8_UNIT, and larger numbers than FP8 has become its largest.
     """
     return (x.float() / FP8_UNIT).clamp(-FP8_MAX, FP8_MAX).to(FP8) if dtype == FP8 else x.to(dtype)
 
@@ -22,10 +22,10 @@ def from_operand(x: torch.Tensor) -> torch.Tensor:
 
 
 def query_rows(q: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """Query rows as they are scored against `means`, float32: of FP8's numbers where the means are."""
+    """Query rows as they are scored against `means`, float32; rounded to FP8 if the means are FP8."""
     return from_operand(to_operand(q, FP8)) if means.dtype == FP8 else q.float()
 
 
 def unit_of_products(means: torch.Tensor) -> float:
-    """What the product of a row and a mean, both in `means`' dtype, is a multiple of."""
+    """By what to multiply the product of a stored row and a stored mean, both in the dtype of `means`."""
     return FP8_UNIT**2 if means.dtype == FP8 else 1.0

@@ -21,7 +21,7 @@ def queries(chunk: Chunk, rows: slice | torch.Tensor, head: int) -> torch.Tensor
 
 
 def score_scales(chunk: Chunk) -> torch.Tensor:
-    """[num_qo_heads] float32, by what products of stored queries and keys are multiplied to be scores."""
+    """[num_qo_heads] float32, the factors that make scores of products of stored queries and keys."""
     scales = torch.full((chunk.kv.num_kv_heads,), chunk.scale, dtype=torch.float32, device=chunk.q.device)
     for of_stored in (chunk.q_scale, chunk.kv.k_scale):
         if of_stored is not None:

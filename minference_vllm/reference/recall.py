@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of their attention a chunk's held-out rows have on the keys that were kept."""
+"""The share of the attention of a chunk's held-out rows that lies on the kept keys."""
 
 import torch
 
@@ -11,16 +11,17 @@ from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
 
 
 def held_out_rows(chunk: Chunk) -> torch.Tensor:
-    """[HELD_OUT_ROWS * parts] int64, rows of the chunk, in each of recall.parts_of its rows as many."""
+    """[HELD_OUT_ROWS * parts] int64, rows of the chunk: HELD_OUT_ROWS in each of its parts, see recall.parts_of."""
     parts = parts_of(chunk.num_rows)
     return torch.cat([_of_part(chunk.of_rows(part.start, len(part))) + part.start for part in parts])
 
 
 def _of_part(chunk: Chunk) -> torch.Tensor:
-    """[HELD_OUT_ROWS] int64, one in the middle of each of as many equal ranges.
+    """[HELD_OUT_ROWS] int64, one row near the middle of each of HELD_OUT_ROWS equal ranges.
 
-    Each is moved within its four rows, aligned on absolute positions, to where `block` never samples with 16 or 32 rows
-    of a half: its rows begin at (5 tile + 3) modulo 4 or 2, these lie at tile modulo 4.
+    Each row is moved, within the four rows from an absolute multiple of 4 on, to where `block` does not sample with 16
+    or 32 rows per half. In tile number t, `block` samples rows that are (5 t + 3) modulo 4 or modulo 2; a held-out row
+    is t modulo 4, which is never the same.
     """
     number = torch.arange(HELD_OUT_ROWS, device=chunk.q.device)
     positions = chunk.context_len + (2 * number + 1) * chunk.num_rows // (2 * HELD_OUT_ROWS)
@@ -33,13 +34,13 @@ def measure_recall(
 ) -> None:
     """Measure each head's recall: the attention that its held-out rows have on kept keys, on average over the rows.
 
-    A row's is exp(lse - its log-sum-exp over all keys).
+    The recall of a row is exp(lse - the row's log-sum-exp over all keys).
 
     Args:
         chunk: its queries and keys are read.
         lse: [num_qo_heads, >= num_rows] float32, natural log-sum-exp of each row over its kept keys, see AttendBuffers.
-        floors: heads that are below one are listed, and those whose recall is not a number; none without a floor.
-        layer: whose row of `totals` is added to.
+        floors: heads that are below a floor are listed, and heads whose recall is NaN; none if both floors are 0.
+        layer: position of the layer, which is its row in `totals`.
         buffers: `recall`, `heads` and `num_heads` are written.
         totals: added to.
     """

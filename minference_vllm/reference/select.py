@@ -9,8 +9,8 @@ from minference_vllm.scratch import SELECT_BINS, SelectBuffers
 def weights(mass: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
     """Masses as they are compared, [num_heads, length] int32: to seven significant bits, forced ones the heaviest.
 
-    Seven bits tell apart what differs by 1.6%, far finer than an estimate from 64 rows is true; in return one histogram
-    finds the threshold.
+    Seven bits distinguish masses that differ by 1.6%, which is much less than the error of an estimate from 64 rows.
+    Few enough different weights are left for one histogram to find the threshold.
     """
     weight = ((mass.float().view(torch.int32) >> 17) - 8127).clamp(min=0)
     is_forced = torch.arange(mass.shape[1], device=mass.device) < forced[:, None]
@@ -32,8 +32,8 @@ def select(
     Args:
         mass: [num_heads, >= length] int32, 0 .. 2^30.
         length: entries that count.
-        keep: [num_heads] int32, how many of each row are kept; no more than `length`, nor than `out` is wide.
-        forced: [num_heads] int32: the first entries of each row, this many, come before all others.
+        keep: [num_heads] int32, how many entries of each row are kept, at most `length` and the width of `out`.
+        forced: [num_heads] int32: how many first entries of each row come before all others.
         indptr: [num_heads, num_marks] int32, written: how many kept entries are smaller than grain * j;
             num_marks * grain >= length.
         grain: spacing of `indptr`.

@@ -8,7 +8,7 @@ from minference_vllm.scratch import SELECT_BINS, SelectBuffers
 
 
 def largest_masses(device: torch.device) -> torch.Tensor:
-    """[SELECT_BINS] int64: what no mass of a weight exceeds, see select.weights; below 2^24 the largest there is."""
+    """[SELECT_BINS] int64: upper bounds of the masses of each weight, see select.weights; exact below 2^24."""
     heavier = torch.arange(1, SELECT_BINS + 1, dtype=torch.int32, device=device)
     return ((heavier + 8127) << 17).view(torch.float32).ceil().long() - 1
 
@@ -24,16 +24,16 @@ def share_sizes(
 ) -> None:
     """Count the heaviest of the first `length` entries of each row that `select` must keep to hold a share of the mass.
 
-    The others are dropped: from the lightest up, of one weight all or none, as long as what is dropped holds no more
-    than 1 - share of the row's mass. A dropped entry is taken for the largest mass of its weight, up to 1/64 more than
-    its own, so what is kept does hold the share, and how many entries have each weight is all that must be known.
+    The others are dropped, the lightest first, of one weight all or none, as long as the dropped entries hold at most 1
+    - share of the row's mass. A dropped entry counts with the largest mass of its weight, up to 1/64 more than its own.
+    So the kept entries do hold the share, and only the number of entries of each weight must be known.
 
     Args:
         mass: [num_heads, >= length] int32, 0 .. 2^30.
         length: entries that count.
         share: [num_heads] float32, above 0. With 1 all entries that have mass are kept.
-        forced: [num_heads] int32: the first entries of each row, this many, are never dropped; their mass counts.
-        max_keep: no more are kept in any row, whatever they hold.
+        forced: [num_heads] int32: how many first entries of each row are never dropped; their mass counts.
+        max_keep: most entries that are kept in a row, even if they hold less than the share.
         keep: [num_heads] int32, written. Of a row without mass only the forced entries are kept.
         buffers: scratch of the kernel.
     """

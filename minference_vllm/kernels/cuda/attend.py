@@ -60,7 +60,7 @@ class _Heads(ctypes.Structure):
 
 
 def supports(chunk: Chunk) -> bool:
-    """Whether the kernel is made for this head size and these types, and for tensors that lie like these."""
+    """Whether the kernel supports this head_dim, these dtypes, and the strides and alignment of these tensors."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
     stored = library.is_aligned((q, kv.k, kv.v), (q.stride(0), q.stride(1), *kv_strides(kv)))
     written = library.is_aligned((out,), out.stride()[:2])

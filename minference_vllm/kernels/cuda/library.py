@@ -70,7 +70,7 @@ def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> 
     library = load()
     if library is None:
         raise RuntimeError(why_missing())
-    if (current := torch.cuda.current_device()) != device.index:  # the runtime would launch there
+    if (current := torch.cuda.current_device()) != device.index:  # CUDA launches on the current device
         raise RuntimeError(f"{function}: its tensors are on {device}, the current device is cuda:{current}. Set it.")
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     if error := library[function](ctypes.byref(arguments), stream):
@@ -95,7 +95,7 @@ def sizes_of(*names: str) -> list[tuple[str, Any]]:
 
 
 def arguments_of(pointers: Sequence[str], strides: Sequence[str], sizes: Sequence[str]) -> list[tuple[str, Any]]:
-    """Fields of the structure that a function of the library takes: its C twin names them in the same order."""
+    """Fields of the structure that a function of the library takes: the C structure has the same ones, in order."""
     return [
         *pointers_of(*pointers),
         *strides_of(*strides),
@@ -105,15 +105,15 @@ def arguments_of(pointers: Sequence[str], strides: Sequence[str], sizes: Sequenc
 
 
 def is_made_for(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels know heads of this size, in a model of this type."""
+    """Whether the kernels are compiled for this head_dim and this dtype of the model."""
     return head_dim in SUPPORTED_HEAD_DIMS and dtype in SUPPORTED_DTYPES
 
 
 def is_aligned(tensors: Sequence[torch.Tensor], strides: Iterable[int]) -> bool:
-    """Whether kernels can read or write these tensors, of one type, in pieces of ALIGNMENT_BYTES.
+    """Whether kernels can read or write these tensors, all of one dtype, in pieces of ALIGNMENT_BYTES.
 
     Args:
-        strides: theirs, in elements.
+        strides: the tensors' strides, in elements.
     """
     size = tensors[0].element_size()
     return all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in tensors) and all(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The masses of groups on Hopper, csrc/score.cu: bf16 and fp16, head_dim 64 and 128, and for 128 also in FP8.
 
-Queries may be in FP8 whatever the means are in.
+Queries may be in FP8 whatever the dtype of the means.
 """
 
 import ctypes
@@ -44,14 +44,14 @@ class _Arguments(ctypes.Structure):
 
 
 def is_faster_in_fp8(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels are made for means in FP8, where queries are of this size and type."""
+    """Whether the kernels support means in FP8, for queries of this head_dim in a model of this dtype."""
     return head_dim == FP8_HEAD_DIM and dtype in library.SUPPORTED_DTYPES
 
 
 def supports(chunk: Chunk, means_dtype: torch.dtype, rows_per_half: int) -> bool:
-    """Whether the kernels are made for this head size and type, this many rows, and queries that lie like these.
+    """Whether the kernels support this head_dim, these dtypes, this many rows, and these queries' strides.
 
-    Of a cache in FP8 they take scales with those of queries alone.
+    They take the scales of a cache in FP8 only together with scales of queries.
     """
     q, dtype = chunk.q, chunk.out.dtype
     takes_means = means_dtype == dtype or (means_dtype == FP8 and is_faster_in_fp8(chunk.head_dim, dtype))
@@ -70,7 +70,7 @@ def group_masses(
 ) -> None:
     """See minference_vllm.reference.group_masses. The last two dimensions of `means` and `row_lse` are contiguous.
 
-    Nothing is written but the codes of the groups before each part's tile.
+    Only the codes of the groups before each part's tile are written.
     """
     q = chunk.q
     arguments = _Arguments(
@@ -103,7 +103,7 @@ def group_masses(
 
 
 def _of_boxes(boxes: Boxes) -> dict[str, int]:
-    """The arguments that name them."""
+    """The arguments that describe the boxes."""
     return {
         "boxes": boxes.numbers.data_ptr(),
         "box_counts": boxes.counts.data_ptr(),

@@ -33,12 +33,12 @@ class _Arguments(ctypes.Structure):
 
 
 def supports(chunk: Chunk, num_last: int, num_spread: int) -> bool:
-    """Whether the kernel is made for this head size and type, this many rows, and tensors that lie like these."""
+    """Whether the kernel supports this head_dim, these dtypes, this many rows, and these tensors' strides."""
     return {num_last, num_spread} <= {0, GROUP} and supports_held_out(chunk)
 
 
 def supports_held_out(chunk: Chunk) -> bool:
-    """Whether the first pass is made for this head size and type, and for tensors that lie like these."""
+    """Whether the first pass supports this head_dim, these dtypes, and the strides of these tensors."""
     q, k = chunk.q, chunk.kv.k
     is_long = q.dtype != FP8 or chunk.head_dim == library.FP8_PROBE_HEAD_DIM
     is_made = is_long and library.is_made_for(chunk.head_dim, chunk.out.dtype)
@@ -54,14 +54,14 @@ def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -
 
 
 def held_out_sums(chunk: Chunk, buffers: RecallBuffers) -> int:
-    """Partial softmaxes of the held-out rows, see reference.recall, over ranges of all keys; how many ranges."""
+    """Compute partial softmaxes of the held-out rows, see reference.recall, over ranges of keys; return how many."""
     arguments = _describe(chunk, buffers, HELD_OUT)
     library.launch("minference_probe_sums", arguments, chunk.q.device)
     return int(arguments.splits)
 
 
 def _probe_group(chunk: Chunk, buffers: ProbeBuffers, before: int, which: int) -> None:
-    """Add one group of probe rows; `before` of them came earlier."""
+    """Add the masses of one group of probe rows; `before` rows came before it."""
     arguments = _describe(chunk, buffers, which)
     arguments.lse = buffers.lse[:, before:].data_ptr()
     arguments.vertical, arguments.slash = buffers.vertical.data_ptr(), buffers.slash.data_ptr()
@@ -71,7 +71,7 @@ def _probe_group(chunk: Chunk, buffers: ProbeBuffers, before: int, which: int) -
 
 
 def _describe(chunk: Chunk, buffers: ProbeBuffers | RecallBuffers, which: int) -> _Arguments:
-    """What the first pass needs; the rest is zero."""
+    """The arguments of the first pass; all others are zero."""
     q, kv = chunk.q, chunk.kv
     num_pages, num_kv_heads, page_size, head_dim = kv.k.shape
     page, kv_head, token = kv_strides(kv)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept by masses, on Hopper, csrc/select.cu: the groups of tiles whose halves choose together, and boxes."""
+"""Selection by masses for Hopper, csrc/select.cu: of boxes, and of groups for tiles whose halves choose together."""
 
 import ctypes
 
@@ -56,7 +56,7 @@ class _Boxes(ctypes.Structure):
 
 
 def supports(masses: torch.Tensor) -> bool:
-    """Whether the kernels can read masses that lie like these."""
+    """Whether the kernels can read masses with these strides and this alignment."""
     return masses.stride(2) == 1 and library.is_aligned((masses,), masses.stride()[:2])
 
 
@@ -70,10 +70,10 @@ def select_groups(
     index: TileIndex,
     boxes: Boxes | None = None,
 ) -> None:
-    """See minference_vllm.reference.select_groups, by tile.
+    """See minference_vllm.reference.select_groups, with `by_tile`.
 
-    `share` and the last dimension of the others are contiguous, of counts the last two. Rows of `masses` are read in
-    pieces of 16, so they hold a multiple of that.
+    `share`, the last dimension of the other tensors, and the last two of the counts must be contiguous. Rows of
+    `masses` are read 16 codes at a time, so their length must be a multiple of 16.
     """
     groups, counts = index.groups, index.counts
     arguments = _Groups(
@@ -113,7 +113,7 @@ def select_boxes(
 ) -> None:
     """See minference_vllm.reference.select_boxes. `share` and the last dimension of the others are contiguous.
 
-    Rows of `box_masses` are read in pieces of 16, and those of `masses` written in words of GROUPS_PER_BOX codes.
+    Rows of `box_masses` are read 16 codes at a time, and rows of `masses` written in words of GROUPS_PER_BOX codes.
     """
     words, numbers = masses.view(CODES_OF_A_BOX), boxes.numbers
     arguments = _Boxes(

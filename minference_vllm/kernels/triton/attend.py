@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a chunk over the keys that a BandIndex keeps, read from the pages through the block table.
 
-One program is one tile of one query head. Its kept keys come as one stream of BLOCK_N keys a step: the tile's own keys
-under a causal mask, bands that both halves of the tile see without a mask, then bands of one half and columns, each row
-masked out for the half that does not see the key or to which a band has already brought it.
+One program is one tile of one query head. It reads its kept keys BLOCK_N at a time: the tile's own keys under a causal
+mask, then bands that both halves of the tile see without a mask, then bands of one half and columns. In these last two,
+a key is masked for the rows of a half that does not see it, or that has seen it in a band already.
 """
 
 import functools
@@ -28,7 +28,7 @@ from minference_vllm.scratch import AttendBuffers
 
 # Run-time integers whose value or alignment must not select another compiled variant.
 PLAIN = ["num_rows", "context_len", "table_row", "stride_table", *SCALE_STRIDES]
-# Nor where these lie: they are found on the device, each layer's in a place of its own.
+# Nor must the alignment of these pointers: each layer has its own scales and sinks, at any address.
 ANYWHERE = [*SCALES, "sinks_ptr"]
 
 
@@ -75,7 +75,7 @@ def _attend_to_own_tile(
     k_ptr, v_ptr, table_ptr, stride_qt, stride_kp, stride_kt,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The tile's queries, and their online softmax over its own keys: those give every row a finite maximum."""
+    """The tile's queries, and their online softmax over the tile's own keys, which give every row a finite maximum."""
     o_d = tl.arange(0, HEAD_DIM)
     # [TILE, HEAD_DIM]
     b_q = tl.load(q_ptr + rows[:, None] * stride_qt + o_d[None, :], mask=in_chunk[:, None], other=0.0)
@@ -97,11 +97,11 @@ def _store_rows(
     out_ptr, lse_ptr, sinks_ptr, i_h, acc, row_max, row_sum, rows, in_chunk, stride_ot,
     HEAD_DIM: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
-    """Write the rows' outputs, and their natural log-sum-exps over keys; the first two pointers are at head i_h."""
+    """Write the rows' outputs and natural log-sum-exps over keys; out_ptr and lse_ptr are at head i_h already."""
     total = row_sum
     if sinks_ptr is not None:
-        # A sink has no value: all it does is take its share of the row's attention from the keys. If that is all of
-        # it, the exponential is infinite and the row is zero.
+        # A sink has no value: it only takes a share of the row's attention away from the keys. If it takes all of it,
+        # the exponential overflows to infinity, and the row becomes zero.
         total += tl.exp2(tl.load(sinks_ptr + i_h).to(tl.float32) * LOG2_E - row_max)
     b_o = acc / total[:, None]
     p_o = out_ptr + rows[:, None] * stride_ot + tl.arange(0, HEAD_DIM)[None, :]
@@ -191,8 +191,8 @@ def _attend_kernel(
     for start in range(0, num_columns, BLOCK_N):
         listed = start + o_n < num_columns
         keys = tl.load(columns_ptr + start + o_n, mask=listed, other=0)
-        # The halves to which no band has brought this column. Its byte is cut out of a word: a byte load would have
-        # Triton lay out the operands that it masks for 8-bit products, and hold Q twice.
+        # The halves that have not seen this column in a band. The byte is taken out of a loaded word: with a byte load,
+        # Triton would lay out the operands that the byte masks for 8-bit products, and hold Q twice.
         place = i_h * stride_band_halves + i_t * (TILE // BAND) - keys // BAND
         word = tl.load(band_halves_words + (place >> 2), mask=listed, other=-1)
         halves = ~(word >> ((place & 3) * 8)) & 3

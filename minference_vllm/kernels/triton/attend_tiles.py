@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a chunk over the groups that a TileIndex keeps, read from the pages through the block table.
 
-One program is one tile of one query head. Its kept keys come as one stream of BLOCK_N keys a step: the tile's own keys
-under a causal mask, groups that both halves keep without a mask, then the rest, each row masked out for the half that
-does not keep the group.
+One program is one tile of one query head. It reads its kept keys BLOCK_N at a time: the tile's own keys under a causal
+mask, then groups that both halves keep without a mask, then groups of one half, masked for the rows of the other half.
 """
 
 import triton
@@ -23,16 +22,17 @@ from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides
 from minference_vllm.scratch import AttendBuffers
 
 _TILES_AHEAD = tl.constexpr(2)
-"""As many as a prompt's last rows lie in, with the default of last_tokens."""
+"""How many of a chunk's last tiles are processed before all others: as many as can hold a prompt's last rows, with the
+default of last_tokens."""
 
 
 @triton.jit
 def _place(num_tiles, GROUP_SIZE: tl.constexpr):
     """A program's tile of the chunk, and its head.
 
-    Neighbouring programs are the heads of one KV head, then neighbouring tiles: they share keys in L2. The longest
-    tiles come first, so that the short ones fill the tail: under every head those two that may keep all keys, as the
-    last rows of a prompt do, before any other.
+    Neighbouring programs are the query heads of one KV head, then neighbouring tiles: they share keys in L2. The
+    longest tiles come first, so that the short ones fill the tail. Before all others come the last two tiles of every
+    head, since those may hold the last rows of a prompt, which keep all keys.
     """
     number = tl.program_id(0)
     ahead = tl.minimum(num_tiles, _TILES_AHEAD)
@@ -82,7 +82,7 @@ def _attend_tiles_kernel(
     num_shared = tl.load(counts_ptr)
     num_first = tl.load(counts_ptr + 1)
     num_second = tl.load(counts_ptr + 2)
-    # A tile that keeps every group has no list: its entries are the groups.
+    # A tile that keeps every group has no list: the number of an entry is that of its group.
     num_listed = tl.where(num_shared == EVERY_GROUP, 0, num_shared + num_first + num_second)
     num_shared = tl.where(num_shared == EVERY_GROUP, start_m // GROUP, num_shared)
     unmasked_groups = num_shared // GROUPS_PER_STEP * GROUPS_PER_STEP
@@ -124,7 +124,7 @@ def _attend_tiles_kernel(
 
 
 def attend_tiles(chunk: Chunk, index: TileIndex, buffers: AttendBuffers) -> None:
-    """See minference_vllm.reference.attend. A tile's groups and all counts of a head are contiguous."""
+    """See minference_vllm.reference.attend. A tile's groups and all counts of a head must be contiguous."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
     block_n, num_warps, num_stages = _launch_shape(chunk.head_dim, q.device)
     _attend_tiles_kernel[(chunk.num_tiles * chunk.num_qo_heads,)](

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From kept diagonals to the band offsets that hold them: one program a head and kind, a running prefix sum."""
+"""Lists the bands that contain the kept diagonals: one program for each head and kind, by a running prefix sum."""
 
 import torch
 import triton
@@ -24,7 +24,7 @@ def _band_lists_kernel(
     # Kinds 0, 1, 2 are the offsets that both halves see, only the first, only the second.
     wanted = tl.where(i_k == 0, 3, i_k)
     kept_before = 0
-    # Offset 0 is never kept: it opens bands_indptr and band_halves.
+    # Offset 0 is never kept: it is here only to write the first entries of bands_indptr and band_halves.
     for start in range(0, num_bands + 1, BLOCK):
         # [BLOCK]
         o_g = start + tl.arange(0, BLOCK)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the masses of boxes to those that each block of lists scores finely.
+"""Selects, by the masses of boxes, those that each block of lists scores finely.
 
-Of each list a histogram of its codes gives the threshold. Then a program takes a block under a set of heads: how far
-above the thresholds of its lists a box lies at the most is its margin, and a histogram of margins tells which boxes
-there is room for. Masses are added as integers: the same codes give the same boxes.
+The first kernel finds each list's threshold from a histogram of its codes. In the second, a program takes a block of
+lists under one KV head. The margin of a box is how far its code lies above the threshold of the list that wants it
+most, and a histogram of margins tells which boxes there is room for. Masses are added as integers, so the same codes
+give the same boxes.
 """
 
 import torch
@@ -23,20 +24,20 @@ CODES_OF_A_BOX = torch.int64
 assert CODES_OF_A_BOX.itemsize == GROUPS_PER_BOX
 
 SPAN = 1024
-"""Boxes of one list that are worked on at once."""
+"""Boxes that are processed at once for one list."""
 
 BLOCK = 512
-"""Boxes of all lists that are."""
+"""Boxes that are processed at once for all lists of a block."""
 
 EDGE = 16
-"""Of the few boxes that are always kept, those that are weighed at once."""
+"""Always kept boxes that are weighed at once. There are few of them."""
 
 PLAIN = ["context_len", "num_lists", "group_size", "sink_boxes", "local_boxes", "max_boxes"]
 
 
 @triton.jit
 def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr):
-    """What a list's boxes from `first` to `end` weigh."""
+    """The weight of a list's boxes from `first` on, before `end`."""
     total = tl.zeros([], tl.int64)
     for start in range(first, end, EDGE):
         o_n = start + tl.arange(0, EDGE)
@@ -49,7 +50,7 @@ def _weight_between(codes_ptr, first, end, EDGE: tl.constexpr):
 def _place(
     of_list, i_s, context_len, group_size, sink_boxes, local_boxes, TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr
 ):
-    """A list's head, its part, how many boxes lie before its tile, and from which to which they may be dropped."""
+    """A list's head, its part, how many boxes lie before its tile, and between which two they may be dropped."""
     part = of_list // group_size
     before = context_len // TILE + part // PARTS_PER_TILE
     sinks = tl.minimum(sink_boxes, before)
@@ -65,7 +66,7 @@ def _thresholds_kernel(
     FIRST_COUNTED: tl.constexpr, SPAN: tl.constexpr, EDGE: tl.constexpr,
     CODES: tl.constexpr,
 ):  # fmt: skip
-    """The least code of a box that each list keeps: see reference.groups.threshold."""
+    """The smallest code with which each list keeps a box: see reference.groups.threshold."""
     i_l, i_s = tl.program_id(0), tl.program_id(1)
     head, part, num_boxes, sinks, local = _place(
         i_l, i_s, context_len, group_size, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
@@ -76,12 +77,12 @@ def _thresholds_kernel(
         o_n = start + tl.arange(0, SPAN)
         b_code = tl.load(codes_ptr + o_n, mask=o_n < num_boxes, other=0).to(tl.int32)
         b_count += tl.histogram(b_code, CODES, mask=(o_n >= sinks) & (o_n < local))
-    # [CODES]; what is dropped if it is all boxes of this code and less
+    # [CODES]; the mass that is dropped if all boxes of this code and of smaller ones are
     dropped = tl.cumsum(b_count.to(tl.int64) * weights(tl.arange(0, CODES)), 0)
     total = PART_WEIGHT + tl.max(dropped, 0)
     total += _weight_between(codes_ptr, FIRST_COUNTED, sinks, EDGE)
     total += _weight_between(codes_ptr, tl.maximum(local, FIRST_COUNTED), num_boxes, EDGE)
-    # In 64 bits, the twin's very number.
+    # In 64 bits, to get exactly the number that the reference gets.
     drops = PART_OF_DROPPED * (1 - tl.load(share_ptr + head).to(tl.float64))
     allowed = (drops * total.to(tl.float64)).to(tl.int64)
     threshold = tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
@@ -100,7 +101,10 @@ def _margins(p_codes, b_before, b_sinks, b_local, b_threshold, o_n, FORCED: tl.c
 
 @triton.jit
 def _cut(b_count, room, FORCED: tl.constexpr):
-    """The least margin that there is room for, 0 if all of no less fit, and how many of just less do beside them."""
+    """The smallest margin that fits, and how many boxes of the next smaller margin there is room for beside it.
+
+    A margin fits if there is room for all boxes of it and of larger ones. If margin 0 fits, both results are 0.
+    """
     o_m = tl.arange(0, 2 * FORCED)
     # [2 FORCED]: how many have this margin or a larger one
     b_above = tl.sum(b_count, 0) - tl.cumsum(b_count, 0) + b_count
@@ -118,7 +122,7 @@ def _boxes_kernel(
     LISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0), tl.program_id(1)
-    # [LISTS]; what stands for a list too many is the last one
+    # [LISTS]; past the end, the last list is repeated
     o_l = tl.minimum(i_b * LISTS + tl.arange(0, LISTS), num_lists - 1)
     i_h, part, b_before, b_sinks, b_local = _place(
         o_l, i_s, context_len, group_size, sink_boxes, local_boxes, TILE, PARTS_PER_TILE
@@ -170,7 +174,7 @@ def select_boxes(
 ) -> None:
     """See minference_vllm.reference.select_boxes. The last dimension of all tensors is contiguous.
 
-    The codes of a box in `masses` must be a word: its rows begin on multiples of GROUPS_PER_BOX.
+    Rows of `masses` must begin at multiples of GROUPS_PER_BOX: the codes of a box are written as one word.
     """
     words = masses.view(CODES_OF_A_BOX)
     numbers, counts, thresholds, left_out = boxes.numbers, boxes.counts, boxes.thresholds, boxes.left_out

@@ -7,7 +7,7 @@ import triton.language as tl
 from minference_vllm.reference.codes import DROPPED_BITS, LEAST_BITS
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES
 
-# A mass code is a float of 8 bits: so many of them are its mantissa.
+# Bits of the mantissa of a mass code, which is a float of 8 bits.
 MANTISSA_BITS = CODES_PER_OCTAVE.bit_length() - 1
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the masses of groups to the lists of those that each tile keeps: one program a tile and head.
+"""Lists, by the masses of groups, those that each tile keeps: one program for each tile and head.
 
 A histogram of the codes gives the threshold and, where both halves keep the same, how many groups stay; then they are
 written in ascending order. No sort, no host sync, and masses are added as integers: the same codes give the same lists.
@@ -20,7 +20,7 @@ from minference_vllm.scratch import MASS_CODES
 BLOCK = 1024
 
 EDGE = 64
-"""Of the few groups that are always kept, those that are weighed at once."""
+"""Groups that are weighed at once where the histogram has none or too many. They are few."""
 
 PLAIN = ["num_rows", "context_len", "rows_per_half", "sink_groups", "local_groups", "max_kept"]
 
@@ -44,7 +44,7 @@ def _half_masses(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr):
 
 @triton.jit
 def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr):
-    """Codes of these sums."""
+    """Codes of the sums of the masses of a half's parts."""
     if PARTS == 1:
         return tl.load(codes_ptr + o_g, mask=o_g < num_groups, other=0).to(tl.int32)
     return encode(_half_masses(codes_ptr, stride, o_g, num_groups, PARTS))
@@ -56,11 +56,11 @@ def _threshold(
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
     CODES: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """See reference.groups.threshold; and how many groups are dropped.
+    """The threshold, see reference.groups.threshold, and how many groups are dropped.
 
-    Groups before `sinks` and from `local` on are not free to go. The mass of groups from COUNTED on is not in
-    rows_weight, the weight of what the rows' normalisers have seen. By tile the sums of both halves' masses take the
-    place of the first part's, for those who read them next.
+    Groups before `sinks` and from `local` on are always kept. rows_weight is the weight of what the rows' normalisers
+    include; the mass of groups from COUNTED on is added to it. With BY_TILE the codes of the sums of both halves'
+    masses overwrite those of the first part, and _codes reads them there.
     """
     b_count = tl.zeros([CODES], tl.int32)
     for start in range(0, num_groups, BLOCK):
@@ -73,10 +73,11 @@ def _threshold(
             b_code = _half_codes(codes_ptr, stride, o_g, num_groups, PARTS)
         b_count += tl.histogram(b_code, CODES, mask=(o_g >= sinks) & (o_g < local))
     if BY_TILE:
-        tl.debug_barrier()  # what one thread has written another may read
+        tl.debug_barrier()  # threads read below what other threads have written
     # [CODES]; the mass that is dropped if all groups of this code and of smaller ones are
     dropped = tl.cumsum(b_count.to(tl.int64) * weights(tl.arange(0, CODES)), 0)
-    # Of all groups from COUNTED on: the free ones are counted, but those before COUNTED too, and few are not free.
+    # The total is over all groups from COUNTED on. `dropped` has all free groups, so those that are not free are added,
+    # and free ones before COUNTED subtracted: both are few.
     total = rows_weight + left_out + tl.max(dropped, 0)
     for start in range(tl.maximum(local, COUNTED), num_groups, EDGE):
         total += _edge(codes_ptr, stride, start, num_groups, num_groups, PARTS, BY_TILE, EDGE)
@@ -85,7 +86,7 @@ def _threshold(
     for start in range(sinks, tl.minimum(COUNTED, local), EDGE):
         end = tl.minimum(COUNTED, local)
         total -= _edge(codes_ptr, stride, start, end, num_groups, PARTS, BY_TILE, EDGE)
-    # In 64 bits, the twin's very number.
+    # In 64 bits, to get exactly the number that the reference gets.
     allowed = ((1 - share.to(tl.float64)) * total.to(tl.float64)).to(tl.int64)
     allowed -= tl.minimum(tl.maximum(allowed, 0), left_out)
     threshold = tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
@@ -94,7 +95,7 @@ def _threshold(
 
 @triton.jit
 def _codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr, BY_TILE: tl.constexpr):
-    """Codes of a half's masses or, by tile, what _threshold has left."""
+    """Codes of a half's masses or, with BY_TILE, those of both halves, which _threshold has written."""
     return _half_codes(codes_ptr, stride, o_g, num_groups, 1 if BY_TILE else PARTS)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kernel that reads the cache is launched with."""
+"""Arguments that all kernels which read the cache have in common."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ LOG2_E = 1.4426950408889634
 def kv_strides(kv: PagedKV) -> tuple[int, int, int]:
     """Strides of page, KV head and token, the same for k and v.
 
-    The stride of a dimension of size 1 is arbitrary (one KV head under tensor parallelism): 0 stands for it, lest a
-    meaningless number, 1 above all, select another compiled variant.
+    The stride of a dimension of size 1 is arbitrary (one KV head under tensor parallelism). It is replaced by 0, so
+    that a meaningless number, above all 1, does not make Triton compile another variant.
     """
     page, head, token, _ = kv.k.stride()
     return page, head if kv.num_kv_heads > 1 else 0, token
 
 
-# Scales of FP8 are found on the device. Where they lie, and whether one serves all heads, must not select another
-# compiled variant.
+# The scales of FP8 are tensors. Neither their alignment nor their stride (0 if one scale serves all heads) must select
+# another compiled variant.
 SCALES = ["q_scale_ptr", "k_scale_ptr", "v_scale_ptr"]
 SCALE_STRIDES = ["stride_q_scale", "stride_k_scale", "stride_v_scale"]
 
@@ -34,7 +34,7 @@ def score_scales(chunk: Chunk) -> tuple[Any, ...]:
 
 
 def all_scales(chunk: Chunk) -> tuple[Any, ...]:
-    """Those, and of values."""
+    """Scales of queries, keys and values, see score_scales."""
     return *score_scales(chunk), *_described(chunk.kv.v_scale)
 
 

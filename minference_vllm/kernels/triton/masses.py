@@ -3,9 +3,9 @@
 
 A "list" is a part of a half's sampled rows under one head: ROWS rows. Lists are counted part by part, and within a part
 head by head. A program takes some lists under one KV head, BLOCK_M rows in all, and a range of means. Scores are
-computed means by rows, and rows are dealt out so that a thread of a tensor core's accumulator holds all rows of its
-lists: sums over rows need no exchange between threads, and those over a group's means come after, on a sixteenth of the
-numbers.
+computed as a matrix of means by rows. Rows are ordered such that, by the layout of a tensor core's accumulator, each
+thread holds all rows of its lists: sums over rows need no exchange between threads. Sums over a group's means come
+after, on a sixteenth of the numbers.
 """
 
 import torch
@@ -49,7 +49,8 @@ def _masses_kernel(
     # Neighbouring programs share the range of means.
     i_l, i_n, i_kv = tl.program_id(0) * LISTS, tl.program_id(1), tl.program_id(2)
     first_tile = context_len // TILE
-    # The last list's tile has the most groups before it. What others' masses are from their tiles on, nobody reads.
+    # The last list's tile has the most groups before it. Other lists get masses of groups in and past their tiles too,
+    # which nobody reads.
     last_list = tl.minimum(i_l + LISTS, num_lists) - 1
     num_means = (first_tile + last_list // group_size // (HALVES * PARTS)) * (TILE // MEAN)
     means_ptr += i_kv.to(tl.int64) * stride_kh
@@ -88,7 +89,7 @@ def _masses_kernel(
         o_j = start + o_n
         o_g = start // EACH + tl.arange(0, GROUPS)
         if boxes_ptr is not None:
-            # A place past the end gets a number past all means, so that nothing is kept there.
+            # An entry past the end gets a number past all means, so that nothing is stored for it.
             box = tl.load(boxes_ptr + o_j // BOX_MEANS, mask=o_j < end, other=1 << 24)
             o_j = box * BOX_MEANS + o_j % BOX_MEANS
             box = tl.load(boxes_ptr + o_g // GROUPS_PER_BOX, mask=o_g * EACH < end, other=1 << 24)
@@ -97,7 +98,7 @@ def _masses_kernel(
         p_means = means_ptr + o_j[:, None] * HEAD_DIM + o_d[None, :]
         b_k = tl.load(p_means, mask=(o_j < num_means)[:, None], other=0.0)
         b_k = dot_operand(b_k, b_q.dtype, INTERPRETED)
-        # [BLOCK_N, BLOCK_M]; no mean counts more than 1, which is LIMIT of what its row has seen
+        # [BLOCK_N, BLOCK_M]; no mean counts more than 1, which is LIMIT of what its row's normaliser includes
         b_p = tl.exp2(tl.minimum(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :], 0.0))
         # [BLOCK_N, LISTS]
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
@@ -116,7 +117,7 @@ def group_masses(
     mean: int = MEAN,
     boxes: Boxes | None = None,
 ) -> None:
-    """See minference_vllm.reference.group_masses. Means follow each other without a gap, and so do rows."""
+    """See minference_vllm.reference.group_masses. The last two dimensions of means and row_lse are contiguous."""
     q, rows_per_half = chunk.q, row_lse.shape[2]
     num_lists = chunk.num_tiles * HALVES * rows_per_half // PART * chunk.group_size
     num_means = (chunk.first_tile + chunk.num_tiles - 1) * TILE // mean

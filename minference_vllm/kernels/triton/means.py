@@ -11,7 +11,7 @@ from minference_vllm.kernels.triton.operands import from_operand, to_operand
 from minference_vllm.scratch import MEAN
 
 BLOCK_NUMBERS = 4096
-"""Of means that one program writes."""
+"""How many elements of means one program writes."""
 
 
 @triton.jit(do_not_specialize=["count", "num_kv_heads", "table_row", "stride_table"])
@@ -21,8 +21,8 @@ def _means_kernel(
     MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs are the heads of the same keys: in an NHD cache they lie side by side. A grid has no more
-    # than 65535 programs along its second axis, and eight million tokens have more of them.
+    # Neighbouring programs are the heads of the same keys, which are adjacent in an NHD cache. Heads and keys share one
+    # axis of the grid: its second axis is limited to 65,535 programs, and eight million tokens need more.
     i_kv, i_n = tl.program_id(0) % num_kv_heads, tl.program_id(0) // num_kv_heads
     k_ptr += i_kv.to(tl.int64) * stride_kh
     means_ptr += i_kv.to(tl.int64) * stride_mh

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By what the scores of the rows that choose groups are normalised: a softmax over a few means, without values.
+"""The normalisers of the rows that choose groups: log-sum-exps over a few means, as in a softmax without values.
 
 A program takes the sampled rows of some lists of one tile under one KV head. A "list" here is all sampled rows of one
 half under one head. A tile's lists are counted half by half, and within a half head by head.
@@ -47,7 +47,7 @@ def _normalisers_kernel(
     means_ptr += i_kv.to(tl.int64) * stride_mh
     scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_kv)
 
-    # [BLOCK_M], the list among the tile's and the row in it; the last block may have lists too many
+    # [BLOCK_M], the list among the tile's and the row in it; the last block may reach past the last list
     o_m = i_b % blocks_per_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, HEAD_DIM)
@@ -60,7 +60,7 @@ def _normalisers_kernel(
     p_q = q_ptr + (rows - context_len).to(tl.int64)[:, None] * stride_qt + i_h[:, None] * stride_qh + o_d[None, :]
     b_q = query_operand(tl.load(p_q), means_ptr, INTERPRETED)
 
-    # [BLOCK_N], the tile's own means and then the first ones, which the first tile has already
+    # [BLOCK_N], the tile's own means and then the first ones, which in the first tile are its own
     is_own = o_n < OWN
     o_j = tl.where(is_own, tile * OWN + o_n, o_n - OWN)
     counts = o_j < tl.where(is_own, (context_len + num_rows) // MEAN, tl.where(tile > 0, FIRST, 0))
@@ -70,7 +70,7 @@ def _normalisers_kernel(
     # [BLOCK_M, BLOCK_N]; a row sees the means of its own group, but no later ones
     seen = counts[None, :] & (o_j[None, :] * MEAN // GROUP <= rows[:, None] // GROUP)
     b_s = tl.where(seen, tl.dot(b_q, b_k) * scale_log2, float("-inf"))
-    # Finite even where a row sees nothing.
+    # Finite even if a row sees no mean: otherwise -inf would be subtracted from -inf.
     b_max = tl.maximum(tl.max(b_s, 1), -1e30)
     b_sum = tl.sum(tl.exp2(b_s - b_max[:, None]), 1)
     lse = tl.where(present, (b_max + tl.log2(b_sum) + LOG2_WEIGHT) / LOG2_E, float("inf"))
@@ -81,7 +81,7 @@ def _normalisers_kernel(
 def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, mean: int = MEAN) -> None:
     """See minference_vllm.reference.row_normalisers. Means follow each other without a gap, and so do rows."""
     q, rows_per_half = chunk.q, row_lse.shape[2]
-    # Also where a tile has fewer rows: heads of one KV head may take turns, and how many do must select no variant.
+    # The same even if a tile has fewer rows: the number of heads that choose in one turn must not select a variant.
     block_m = 128 if chunk.head_dim <= 128 else 64
     blocks_per_tile = triton.cdiv(HALVES * chunk.group_size * rows_per_half, block_m)
     _normalisers_kernel[(chunk.num_tiles * blocks_per_tile, chunk.kv.num_kv_heads)](

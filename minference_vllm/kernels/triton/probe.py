@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a chunk's probe rows over all keys, summed by column and by diagonal: an exact two-pass softmax.
 
-The first pass finds each row's log-sum-exp, key ranges side by side; the second recomputes the scores and adds up the
-probabilities. Masses are integers (see MASS_UNIT), so atomics give the same sums in any order.
+The first pass finds each row's log-sum-exp, over ranges of keys in parallel; the second recomputes the scores and adds
+up the probabilities. Masses are integers (see MASS_UNIT), so atomics give the same sums in any order.
 """
 
 from typing import Any, NamedTuple
@@ -143,7 +143,7 @@ def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -
 
 
 def held_out_sums(chunk: Chunk, buffers: RecallBuffers) -> int:
-    """Partial softmaxes of the held-out rows, see reference.recall, over ranges of all keys; how many ranges."""
+    """Compute partial softmaxes of the held-out rows, see reference.recall, over ranges of keys; return how many."""
     launch = _Launch.of(chunk, HELD_OUT_ROWS, HELD_OUT)
     _probe_lse_kernel[launch.grid](
         *launch.reads, buffers.partial_max, buffers.partial_sum, *launch.plain, **launch.shape
@@ -152,7 +152,7 @@ def held_out_sums(chunk: Chunk, buffers: RecallBuffers) -> int:
 
 
 def _probe_group(chunk: Chunk, buffers: ProbeBuffers, count: int, before: int, rows: int) -> None:
-    """Add one group of probe rows; `before` of them came earlier."""
+    """Add the masses of one group of probe rows; `before` rows came before it."""
     launch = _Launch.of(chunk, count, rows)
     partials = (buffers.partial_max, buffers.partial_sum)
     _probe_lse_kernel[launch.grid](*launch.reads, *partials, *launch.plain, **launch.shape)
@@ -166,7 +166,7 @@ def _probe_group(chunk: Chunk, buffers: ProbeBuffers, count: int, before: int, r
 
 
 class _Launch(NamedTuple):
-    """What both passes over some rows of a chunk are launched with."""
+    """The launch arguments that both passes over one group of rows share."""
 
     grid: tuple[int, int]
     reads: tuple[Any, ...]

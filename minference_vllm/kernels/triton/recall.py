@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From partial softmaxes of held-out rows over all keys to each head's recall: one program a head, part by part."""
+"""Each head's recall, from partial softmaxes of held-out rows over all keys: one program a head, one launch a part."""
 
 import torch
 import triton
@@ -23,7 +23,7 @@ def _held_out_rows(number, num_rows, context_len, ROWS: tl.constexpr, TILE: tl.c
 
 @triton.jit
 def _add_to_totals(totals_ptr, recall, layer, num_layers, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr):
-    """Count this program's head. The totals' parts follow each other, see RecallTotals."""
+    """Count this program's head. The totals are consecutive parts of one tensor, see RecallTotals."""
     i_h, num_qo_heads = tl.program_id(0), tl.num_programs(0)
     # A recall of NaN counts as 0: added to a sum, it would make that NaN for ever.
     recall = tl.where(recall == recall, recall, 0.0)
@@ -38,7 +38,7 @@ def _add_to_totals(totals_ptr, recall, layer, num_layers, EDGES: tl.constexpr, N
     tl.store(p_worst, tl.minimum(tl.load(p_worst), recall.to(tl.float64)))
 
 
-# A part of a chunk begins at any row.
+# A part of a chunk may begin at any row, so lse_ptr may have any alignment.
 @triton.jit(
     do_not_specialize=["num_rows", "context_len", "num_ranges", "part", "parts", "layer", "num_layers"],
     do_not_specialize_on_alignment=["lse_ptr"],
@@ -66,7 +66,7 @@ def _recall_kernel(
     exact = b_max + tl.log2(b_sum)
     rows = _held_out_rows(o_r, num_rows, context_len, ROWS, TILE)
     kept = tl.load(lse_ptr + i_h.to(tl.int64) * stride_lse + rows) * LOG2_E
-    # Not a minimum, which would take zero for what is no number.
+    # Not tl.minimum, which would turn NaN into zero.
     missed = tl.where(kept > exact, 0.0, kept - exact)
     b_recall = tl.exp2(missed)
     recall = tl.sum(b_recall, 0)
@@ -105,13 +105,13 @@ def measure_recall(
     buffers: RecallBuffers,
     totals: RecallTotals,
 ) -> None:
-    """See minference_vllm.reference.measure_recall. The last of the parts counts, and lists heads.
+    """See minference_vllm.reference.measure_recall. Totals and the list of heads are written with the last part.
 
     Args:
         chunk: the part's rows, see recall.parts_of.
         lse: of these rows.
         num_ranges: ranges of keys whose partial softmaxes of the held-out rows, base 2, are in `buffers`.
-        part, parts: which it is, and how many the chunk has; those before have been measured.
+        part, parts: the number of the part, and how many the chunk has; the parts before must have been measured.
     """
     partial = buffers.partial_max
     if part == 0:

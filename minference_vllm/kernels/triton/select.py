@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The heaviest entries of a row of masses: a histogram, the threshold it gives, a compaction in index order.
 
-Every row is cut into ranges that work side by side. No sort, no host sync, nothing allocated; the same masses give the
-same entries.
+Every row is cut into ranges that are processed in parallel. No sort, no host sync, nothing allocated; the same masses
+give the same entries.
 """
 
 import torch
@@ -13,7 +13,7 @@ from minference_vllm.scratch import SELECT_BINS, SELECT_SPLITS, SelectBuffers
 
 BLOCK = 4096
 PLAIN = ["length", "max_keep", "num_marks", "blocks_each"]
-ANYWHERE = ["keep_ptr", "forced_ptr"]  # columns of tensors that hold a row a head
+ANYWHERE = ["keep_ptr", "forced_ptr"]  # columns of tensors with one row for each head, so at any alignment
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _histogram_kernel(
     b_count = tl.zeros([BINS], tl.int32)
     for first in range(start, tl.minimum(start + blocks_each * BLOCK, length), BLOCK):
         b_weight, _ = _weights(mass_ptr, first, length, forced, BLOCK, BINS)
-        # Weightless entries, most of a row, follow from the others' number.
+        # Entries of weight 0, most of a row, are not counted: their number follows from that of the others.
         b_count += tl.histogram(b_weight, BINS, mask=b_weight > 0)
     tl.atomic_add(histogram_ptr + i_h * BINS + tl.arange(0, BINS), b_count, mask=b_count > 0, sem="relaxed")
 

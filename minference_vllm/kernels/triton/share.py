@@ -17,7 +17,7 @@ def _tally_kernel(
     mass_ptr, histogram_ptr, totals_ptr, forced_ptr, length, blocks_each, stride_mass, stride_forced,
     BLOCK: tl.constexpr, BINS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """How many entries of a range have each weight but 0, and their mass."""
+    """How many entries of a range have each weight, 0 left out, and the mass of all of them."""
     i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     mass_ptr += i_h * stride_mass
     forced = tl.load(forced_ptr + i_h * stride_forced)
@@ -43,7 +43,7 @@ def _sizes_kernel(
     i_h = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, SPLITS)
     total = tl.sum(tl.load(totals_ptr + i_h * SPLITS + o_s, mask=o_s < splits, other=0), 0)
-    # In 64 bits: the twin's very number.
+    # In 64 bits, to get exactly the number that the reference gets.
     share = tl.load(share_ptr + i_h * stride_share).to(tl.float64)
     allowed = ((1 - share) * total.to(tl.float64)).to(tl.int64)
     # [BINS]; weightless entries are not counted, and would add nothing
