@@ -65,8 +65,8 @@ CAUSAL_PAIRS = number(
     "minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.",
     lambda total: total.causal_pairs,
 )  # fmt: skip
-# A ratio cannot be summed, so of several processes the one that read its GPU last is shown. The ratio over all of them
-# is that of the two counters of pairs.
+# A ratio cannot be summed. Where prometheus_client merges the processes (PROMETHEUS_MULTIPROC_DIR), it shows that of
+# the process that read its GPU last; the ratio over all of them is that of the two counters of pairs.
 DENSITY = number(
     "minference_density", "Kept / causal pairs of all sparse attention since start, the guard's included.",
     lambda total: total.density, "mostrecent",
