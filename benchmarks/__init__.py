@@ -11,10 +11,10 @@ DENSE_BACKEND, SPARSE_BACKEND = "FLASH_ATTN", "MINFERENCE"
 
 
 def argument_parser(description: str | None, tiny: str, compares: bool = True) -> argparse.ArgumentParser:
-    """The options that every benchmark has; `tiny` says what its smoke test runs.
+    """A parser with the options that every benchmark has; `tiny` says what the benchmark's smoke test runs.
 
     Args:
-        compares: whether it runs an engine of vLLM's own beside the plugin's.
+        compares: whether the benchmark also runs an engine with vLLM's own attention.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the result file")
@@ -37,7 +37,7 @@ def load_engine(kind: str, spec: dict[str, Any]) -> Any:
     from minference_vllm import plugin
 
     if kind == SPARSE:
-        plugin.register()  # vLLM does it where the package is installed, not where it only lies in the path
+        plugin.register()  # vLLM does this only if the package is installed, not if it is merely on the path
         settings = {"minference": spec["minference"]}
         llm = LLM(**spec["engine"], attention_backend=SPARSE_BACKEND, additional_config=settings)
         if runtime().is_broken:
@@ -103,7 +103,7 @@ class SparseWork(NamedTuple):
 
 
 def sparse_work() -> SparseWork:
-    """What the plugin in this process has counted of all requests that are answered."""
+    """What the plugin in this process has counted for all requests that have been answered."""
     total = runtime().counters.snapshot()
     sparse = sum(tokens for (path, _), tokens in total.tokens.items() if path == SPARSE)
     recall = total.recall

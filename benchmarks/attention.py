@@ -34,8 +34,8 @@ from minference_vllm.tuning.timing import make_state
 
 T = TypeVar("T")
 
-MOST_OF_A_REASON = 300  # characters; CUDA's errors come with pages of advice
-LONG = 500_000  # tokens; from here on a dense call takes many seconds: one kernel, once
+MOST_OF_A_REASON = 300  # characters, because CUDA's errors come with pages of advice
+LONG = 500_000  # tokens; a dense call then takes many seconds: only one kernel is run, once
 
 FIELDS = (
     "tokens", "num_qo_heads", "num_kv_heads", "head_dim", "vertical", "slash", "kernel", "kept", "kept_64x64",
@@ -44,7 +44,7 @@ FIELDS = (
     "chunk_choose_ms", "chunk_attend_ms", "scratch_mib", "relative_error", "mi_triton_error", "fa2_sparse_error",
     "fa3_paged_error", "fa3_contiguous_error", "fa3_paged128_error", "mi_triton_vs_ours", "fa2_sparse_vs_ours",
 )  # fmt: skip
-"""Of every row; what was not measured is null, and settings["missing"] says why."""
+"""Fields of every row. A field that was not measured is null, and settings["missing"] says why."""
 SHOWN = FIELDS[:17]
 
 SETTINGS = {
@@ -79,12 +79,13 @@ SETTINGS = {
 
 
 def time_choice(whole: Chunk, last: Chunk, method: VerticalSlash, state: LayerState) -> dict[str, Any]:
-    """Times of what comes before attending to a prompt as one chunk, and to its last chunk.
+    """Times of everything before attending, for a prompt as one chunk and for its last chunk.
 
     Args:
-        state: its masses are the drawn ones and stay so.
+        state: its masses are the drawn ones, and are not changed.
     """
-    # Selecting from what the probe finds in random data would time another index than the one that is attended to.
+    # The probe writes elsewhere: selecting from what it finds in random data would time another index than the one that
+    # is attended to.
     drawn = state.buffers.probe
     probed = replace(drawn, vertical=torch.empty_like(drawn.vertical), slash=torch.empty_like(drawn.slash))
 
@@ -110,7 +111,7 @@ def time_choice(whole: Chunk, last: Chunk, method: VerticalSlash, state: LayerSt
 
 
 def measure_ours(case: Case, inputs: Inputs, sets: Sets, kernel: str) -> tuple[dict[str, Any], torch.Tensor]:
-    """Fields of a row that are ours, and our output, [tokens, num_qo_heads, head_dim].
+    """The fields of a row that concern our kernels, and our output, [tokens, num_qo_heads, head_dim].
 
     Raises:
         SystemExit: the output is wrong.
@@ -142,10 +143,10 @@ def measure_ours(case: Case, inputs: Inputs, sets: Sets, kernel: str) -> tuple[d
 
 @dataclass
 class Bench:
-    """A run: the peers, our chunks, and why some of them are missing.
+    """A run of the benchmark: the peers, our chunks, and why some of them are missing.
 
     Attributes:
-        missing: reasons by peer, or "chunks", and case.
+        missing: the reason for each peer (or "chunks") and case that is missing.
     """
 
     minference: MInference
@@ -153,7 +154,7 @@ class Bench:
     missing: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def attempt(self, peer: str, case: str, work: Callable[[], T], on_cpu: bool = False) -> T | None:
-        """What `work` returns, or None and the reason on record: a peer that fails must not take the others with it."""
+        """What `work` returns. If it fails, the reason is noted and None returned: the other peers still run."""
         try:
             if self.tiny and not on_cpu:
                 raise PeerMissing("the smoke test runs no peers")
@@ -165,11 +166,11 @@ class Bench:
             return None
 
     def chunks(self, case: Case, inputs: Inputs, kernel: str, seed: int) -> dict[str, Any]:
-        """Fields of the prompt in chunks."""
+        """The fields of a row that concern the prompt in chunks."""
         return self.attempt("chunks", str(case), partial(time_chunks, case, inputs, kernel, seed), on_cpu=True) or {}
 
     def dense(self, case: Case, inputs: Inputs) -> dict[str, Any]:
-        """Fields of the dense peers."""
+        """The fields of a row that concern the dense peers."""
         found: dict[str, Any] = {}
         for name in ("fa3_paged", "fa3_contiguous", "fa3_paged128"):
             work = partial(measure_peer, name, getattr(peers, name), inputs, peers.every_key(inputs))
@@ -179,7 +180,7 @@ class Bench:
         return found
 
     def sparse(self, case: Case, inputs: Inputs, sets: Sets, ours: torch.Tensor) -> dict[str, Any]:
-        """Fields of the sparse peers."""
+        """The fields of a row that concern the sparse peers."""
 
         def build() -> tuple[PeerIndex, dict[str, Any]]:
             call = self.minference.index(Sets.chosen(sets.vertical), Sets.chosen(sets.slash), case.tokens)
@@ -244,9 +245,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the result file")
     parser.add_argument("--minference-sdist", type=Path, help="folder of the unpacked minference-0.1.6.0")
-    parser.add_argument("--million", action="store_true", help=f"{MILLION.prompt} as well")
+    parser.add_argument("--million", action="store_true", help=f"measure {MILLION.prompt} as well")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kernel", default="auto", help="ours: a value of the setting of this name")
+    parser.add_argument("--kernel", default="auto", help="our kernel, as in the setting `kernel`")
     parser.add_argument("--tiny", action="store_true", help="smoke test on the CPU: toy sizes, the reference, no peers")
     return parser.parse_args()
 
@@ -272,7 +273,7 @@ def main() -> None:
             dense = bench.dense(case, inputs) if dense is None else dense
             found |= dense | bench.sparse(case, inputs, sets, ours)
             rows.append(make_row(case, found))
-            # After each case: what a run that is cut off has measured stays.
+            # Written after each case, so that a run that is cut off keeps what it has measured.
             results.write(options.out, rows, options.tiny, settings=settings)
             say(", ".join(f"{name} {value}" for name, value in rows[-1].items() if value is not None))
     print(results.table([{name: row[name] for name in SHOWN} for row in rows]))

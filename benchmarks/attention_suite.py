@@ -3,10 +3,10 @@
 
     python -m benchmarks.attention_suite --out benchmarks/results/attention-suite.json
 
-The method is that of vLLM's own tests of its attention backends (tests/v1/attention/test_attention_backends.py): vLLM's
-classes make layer, metadata and cache, whose pages lie in random order, and each output is held against exact attention
-in float32, and against FlashAttention's, run in the same way. What no request has written in the cache is NaN. The exit
-status is 1 if a row is wrong; all rows are measured and written first.
+The method is that of vLLM's own tests of its attention backends (tests/v1/attention/test_attention_backends.py). vLLM's
+classes make layer, metadata and cache, whose pages lie in random order. Each output is compared with exact attention in
+float32, and with FlashAttention's output, run in the same way. Cache slots that no request has written hold NaN. The
+exit status is 1 if a row is wrong; all rows are measured and written first.
 """
 
 import argparse
@@ -43,7 +43,8 @@ from minference_vllm.methods.base import MAX_TOKENS
 
 EVERYTHING, DEFAULT = "everything", "default"
 OPEN_GATE = {"min_seq_len": 1, "min_chunk": 1}
-# Lists may hold all groups, and so are made and read: a tile that wants more than its list holds takes all keys unread.
+# max_density 1 lets lists hold all groups, so that the lists are really made and read: a tile that wants more than its
+# list holds takes all keys without one.
 EVERY_GROUP = {"name": "block", "share": 1.0, "max_density": 1.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     f"{EVERYTHING}, block": {**OPEN_GATE, "method": EVERY_GROUP},
@@ -57,7 +58,7 @@ TINY_DEFAULT = {
 QUIET = {"log_every": 0.0}
 
 WORKERS = 4
-"""Processes that share the GPU: compiling kernels for twelve shapes takes longer than running them."""
+"""Processes that share the GPU, because compiling kernels for twelve shapes takes longer than running them."""
 
 Row = dict[str, Any]
 Step = tuple[Inputs, Exact, torch.Tensor | None]
@@ -71,7 +72,7 @@ def make_settings(tiny: bool) -> dict[str, dict[str, Any]]:
 
 
 def start(_: str, spec: dict[str, Any]) -> Callable[[int], list[Row]]:
-    """A worker: gives all rows of the shape with a number."""
+    """A worker: a function from a shape's number to all rows of that shape."""
     tiny, seed = spec["tiny"], spec["seed"]
     device = torch.device("cpu") if tiny else torch.device("cuda", torch.cuda.current_device())
     init_worker(device)
@@ -86,7 +87,7 @@ def run_shape(
     """A row for each batch under each of the settings.
 
     Args:
-        dense_backend: vLLM's to compare with; None on a CPU, whose backend does not bear NaN beside a request's keys.
+        dense_backend: vLLM's backend to compare with; None on a CPU, whose backend tolerates no NaN in unused slots.
     """
     from minference_vllm import impl
 
@@ -95,7 +96,7 @@ def run_shape(
     steps: list[Step] = []
     rows = []
     for setting, of_plugin in make_settings(tiny).items():
-        impl._runtimes.clear()  # `runtime` gives that of the one engine in this process
+        impl._runtimes.clear()  # `runtime` takes the only one in this process
         ours = OneLayer(SPARSE_BACKEND, shape, limits, device, of_plugin)
         for number, batch in enumerate(batches):
             if number == len(steps):
@@ -112,7 +113,7 @@ def measure(ours: OneLayer, batch: Batch, step: Step, keeps_all: bool) -> Row:
     (inputs, exact, dense), before = step, sparse_work()
     out = ours.run(batch, inputs)
     if out.is_cuda:
-        torch.cuda.synchronize()  # what is counted of it is on its way to the host
+        torch.cuda.synchronize()  # the counts of this step may still be on their way to the host
     work = sparse_work().since(before)
     lse = ours.layer.impl.layer_state.attend.lse
     config, is_fp8 = runtime().config, ours.shape.is_fp8
@@ -120,7 +121,7 @@ def measure(ours: OneLayer, batch: Batch, step: Step, keeps_all: bool) -> Row:
 
 
 def run_all(options: argparse.Namespace, num_shapes: int, write: Callable[[list[Row]], None]) -> list[Row]:
-    """The rows of all shapes, in order; written after each shape, so that those of a run that is cut off stay."""
+    """The rows of all shapes, in order. They are written after each shape: a run that is cut off keeps its rows."""
     waiting: SimpleQueue[int] = SimpleQueue()
     for number in range(num_shapes):
         waiting.put(number)

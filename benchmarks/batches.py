@@ -11,16 +11,16 @@ from typing import NamedTuple
 import torch
 
 KV_SCALES = {"_q_scale": 2.0**-4, "_k_scale": 2.0**-6, "_v_scale": 2.0**-5}
-"""Of a cache in FP8, by the layer's names. All differ, so that one in place of another shows; powers of two, so that
-vLLM's kernel and torch round to the same FP8 number, whichever of them divides and whichever multiplies."""
+"""Scales of a cache in FP8, by the layer's names. All differ, so that a mix-up shows. They are powers of two, so that
+vLLM's kernel and torch round to the same FP8 number, although one may divide where the other multiplies."""
 
 ALIKE_ROWS, ALIKE_KEYS, SHARPNESS = 128, 16, 4.0
-"""Prompts whose attention is concentrated: so many neighbouring queries, and keys, have a part in common, and queries
-are multiplied. On numbers without any pattern the default settings would keep every key."""
+"""For prompts whose attention is concentrated: this many neighbouring queries (or keys) share a common part, and
+queries are multiplied by the sharpness. On numbers without any pattern the default settings would keep every key."""
 
 
 class Request(NamedTuple):
-    """One request of a step: so many query rows after so many keys, of its prompt or, if not, of its answer."""
+    """One request of a step: `rows` query rows after `context_len` keys, of its prompt or else of its answer."""
 
     rows: int
     context_len: int = 0
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
             yield request, slice(start, start + request.rows)
 
     def passes(self, min_seq_len: int, min_chunk: int) -> list[bool]:
-        """Which requests are to run sparse behind such a gate; a single row of a prompt never does."""
+        """Which requests should run sparse with such a gate; a single row of a prompt never does."""
         return [
             request.is_prompt and request.rows >= max(min_chunk, 2) and request.seq_len >= min_seq_len
             for request in self.requests
@@ -82,12 +82,12 @@ class Shape(NamedTuple):
 
 
 def decodes(*seq_lens: int, rows: int = 1) -> tuple[Request, ...]:
-    """Requests that have read their prompts; more than one row each, if drafts of answers are verified."""
+    """Requests that have read their prompts. They have more than one row each if drafted tokens are verified."""
     return tuple(Request(rows, seq_len - rows, is_prompt=False) for seq_len in seq_lens)
 
 
 def chunks(rows: int, *seq_lens: int) -> tuple[Request, ...]:
-    """Requests that read so many rows of their prompts, and end at these lengths."""
+    """Requests that read this many rows of their prompts, and end at these lengths."""
     return tuple(Request(rows, seq_len - rows) for seq_len in seq_lens)
 
 
@@ -112,11 +112,11 @@ BATCHES = (
     Batch("long prompt, short chunk", (*chunks(200, 17000), *decodes(17000))),
 )
 MAX_ROWS, MAX_LEN = 4096, 18560
-"""Limits of the server that runs them (--max-num-batched-tokens, --max-model-len)."""
+"""Limits of the server that runs the batches (--max-num-batched-tokens, --max-model-len)."""
 
 SHAPES = (
-    # FlashAttention-3 writes bf16 only over a cache in FP8, so fp16 comes with plain caches alone. Each group size,
-    # head_dim, kind of numbers, layout and page size meets each of the others.
+    # FlashAttention-3 writes bf16 only over a cache in FP8, so fp16 comes with plain caches only. Each group size,
+    # head_dim, number type, layout and page size is combined with each of the others.
     Shape(32, 8, 128),
     Shape(2, 2, 64),
     Shape(4, 2, 64, layout="HND"),
@@ -149,7 +149,7 @@ class Inputs(NamedTuple):
     Attributes:
         q: [num_rows, num_qo_heads, head_dim], of the step's rows.
         k, v: [seq_len, num_kv_heads, head_dim] of each request, its rows of this step last.
-        block_table: [num_reqs, max_pages] int32; past a request's pages the page 0, which belongs to nobody.
+        block_table: [num_reqs, max_pages] int32; entries past a request's pages are page 0, which nobody has.
         num_pages: of the cache.
     """
 
@@ -166,7 +166,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(shape: Shape, batch: Batch, device: torch.device, seed: int) -> Inputs:
-    """Random queries, keys and values, and pages in random order, some of which nobody has."""
+    """Random queries, keys and values, and pages in random order, some of which belong to no request."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, shape.dtype)
 
@@ -181,7 +181,7 @@ def make_inputs(shape: Shape, batch: Batch, device: torch.device, seed: int) -> 
         rows, heads = request.rows, shape.num_qo_heads
         if not request.is_prompt:
             return normal(rows, heads)
-        before = request.context_len % ALIKE_ROWS  # as tiles do, runs begin at absolute positions
+        before = request.context_len % ALIKE_ROWS  # runs begin at absolute positions, as tiles do
         return SHARPNESS * alike(before + rows, heads, ALIKE_ROWS)[before:]
 
     pages = [-(-request.seq_len // shape.page_size) for request in batch.requests]

@@ -5,10 +5,10 @@
     python -m benchmarks.block --cache fp8 --kernel cuda triton --out benchmarks/results/h100-block-fp8.json
     python -m benchmarks.block --lists lists.npz --out benchmarks/results/h100-block-lists.json
 
-Queries and keys are random, so what is attended to is drawn: groups at a density. Choosing does all its work, which
-does not depend on the data but for the length of the lists: its share is set so that they have the drawn ones' length.
-With --lists what is attended to was chosen on a real prompt (benchmarks.record): as it was, and carried over to more
-heads and tokens.
+Queries and keys are random, so the groups that are attended to are drawn, at a given density. Choosing still does all
+of its work, which depends on the data only through the length of the lists: its share is set so that they are as long
+as the drawn ones. With --lists, the groups that are attended to were chosen on a real prompt (benchmarks.record). They
+are used as they were, and carried over to more heads and tokens.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from minference_vllm.tuning.groups import as_on_real_prompts, draw_groups
 
 CHECKED_HEADS, CHECKED_TILES = 2, 3
 DENSE_FP8_TOLERANCE = 0.5
-"""FlashAttention-3 rounds probabilities to FP8; a scale that is missing or taken twice is further off."""
+"""FlashAttention-3 rounds probabilities to FP8. A scale that is missing or applied twice gives a larger error."""
 
 
 SETTINGS = {
@@ -72,7 +72,7 @@ def make_chunk(case: Case, inputs: Inputs) -> Chunk:
 
 
 def every_group(chunk: Chunk) -> TileIndex:
-    """Under which all keys are attended to."""
+    """An index under which all keys are attended to."""
     counts = torch.tensor([EVERY_GROUP, 0, 0], dtype=torch.int32, device=chunk.q.device)
     counts = counts.repeat(chunk.num_qo_heads, chunk.num_tiles, 1)
     return TileIndex(torch.zeros_like(counts), counts)
@@ -95,7 +95,7 @@ def error_of(chunk: Chunk, index: TileIndex) -> float:
 
 
 def time_parts(method: Block, chunk: Chunk, scratch: BlockScratch, share: torch.Tensor) -> dict[str, float]:
-    """Milliseconds of the whole choice and of its parts."""
+    """Milliseconds that the whole choice takes, and each of its parts."""
     ms, kernel, settings = partial(median, device=chunk.q.device), method.kernel, method.settings
 
     buffers = method.buffers(chunk, scratch)
@@ -137,7 +137,7 @@ def time_parts(method: Block, chunk: Chunk, scratch: BlockScratch, share: torch.
 
 
 def make_guard(chunk: Chunk, attend: AttendBuffers, method: Block) -> Callable[[], None]:
-    """What measures the chunk's recall, and finds no head below the floor: the lowest there is."""
+    """A call that measures the chunk's recall, with floors so low that no head is below them."""
     heads, device = chunk.num_qo_heads, chunk.q.device
     lowest = torch.finfo(torch.float32).tiny
     guard = Guard(
@@ -148,7 +148,7 @@ def make_guard(chunk: Chunk, attend: AttendBuffers, method: Block) -> Callable[[
 
 
 class Dense(NamedTuple):
-    """FlashAttention-3 on a chunk: milliseconds, and its error."""
+    """The milliseconds of FlashAttention-3 on a chunk, and its error."""
 
     ms: float | None = None
     error: float | None = None
@@ -158,7 +158,7 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block, index: Tile
     """A row.
 
     Args:
-        index: what is attended to; drawn if it is not given.
+        index: what is attended to; it is drawn if not given.
 
     Raises:
         SystemExit: the output is wrong.
@@ -198,7 +198,7 @@ def measure_dense(case: Case, inputs: Inputs) -> Dense:
     """FlashAttention-3 on the chunk's rows.
 
     Raises:
-        SystemExit: its output is not what the scales say.
+        SystemExit: its output does not agree with the scales.
     """
     attention = peers.fa3_paged(inputs._replace(q=inputs.q[case.tokens - case.rows :]), case.tokens)
     chunk = replace(make_chunk(case, inputs), out=attention())
@@ -211,7 +211,7 @@ def measure_dense(case: Case, inputs: Inputs) -> Dense:
 def measure_all(
     options: argparse.Namespace, attended: list[Attended], methods: list[Block], device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """The rows, as they come."""
+    """The rows, each as soon as it is measured."""
     made: tuple[Any, Inputs, Dense] | None = None
     for cache, (case, named, index) in itertools.product(options.cache, attended):
         shape = (cache, case.tokens, case.rows, *case[3:])
@@ -238,7 +238,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="a row for each")
     parser.add_argument("--kernel", nargs="+", choices=["auto", *Kernel], default=["auto"], help="a row for each")
     parser.add_argument("--tokens", type=int, nargs="+", help="only the cases of these lengths")
-    parser.add_argument("--lists", type=Path, help="attend to these, which benchmarks.record has written")
+    parser.add_argument("--lists", type=Path, help="attend to lists that benchmarks.record has written")
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks.block measures: chunks of some shapes, and what they attend to, drawn or chosen on a real prompt."""
+"""What benchmarks.block measures: chunks of some shapes, and groups that were drawn or chosen on a real prompt."""
 
 from functools import partial
 from typing import NamedTuple
@@ -37,7 +37,7 @@ CASES = (
 )
 TINY = (Case(1024, 512, 0.3, 4, 2, 64),)
 LONGER, TINY_LONGER = Case(131072, 16384, 0.0), Case(2048, 512, 0.0, 8, 4, 64)
-"""What recorded lists are carried over to."""
+"""The cases that recorded lists are carried over to."""
 
 
 class Attended(NamedTuple):

@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What makes the inputs and the dense peers' times."""
+        """The sizes on which the inputs and the times of the dense peers depend."""
         return self.tokens, self.num_qo_heads, self.num_kv_heads, self.head_dim
 
     @property
@@ -45,7 +45,7 @@ class Case(NamedTuple):
         return min(CHUNK, self.tokens // 2)
 
     def scratch(self, max_chunk: int) -> ScratchShape:
-        """What sizes the scratch of a server whose longest request this is."""
+        """The shape of a server's scratch if this is its longest request."""
         heads = self.num_qo_heads, self.num_kv_heads, self.head_dim
         return ScratchShape(*heads, torch.bfloat16, max_seq_len=self.tokens, max_chunk=max_chunk)
 
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
         q: [tokens, num_qo_heads, head_dim], a view of packed q, k and v as a model's projection leaves it.
         kv: the keys and values in pages, as vLLM keeps them.
         scale: softmax scale.
-        q_scale: [num_kv_heads] float32, what q is multiplied by; None if it is no FP8.
+        q_scale: [num_kv_heads] float32, by which q is multiplied; None if q is not FP8.
     """
 
     q: torch.Tensor
@@ -81,7 +81,7 @@ class Inputs(NamedTuple):
     q_scale: torch.Tensor | None = None
 
     def chunk(self, context_len: int, out: torch.Tensor) -> Chunk:
-        """The rows after so many keys, as many as `out` has."""
+        """A chunk with as many rows as `out`, after `context_len` keys."""
         return Chunk(self.q[context_len : context_len + len(out)], out, self.kv, context_len, self.scale)
 
 
@@ -97,11 +97,11 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
 
 
 def in_fp8(inputs: Inputs) -> Inputs:
-    """The same prompt as vLLM hands it over with `--kv-cache-dtype fp8`, each tensor's largest number FP8's largest."""
+    """The same prompt as vLLM passes it with `--kv-cache-dtype fp8`; a tensor's largest number becomes that of FP8."""
     kv, num_kv_heads = inputs.kv, inputs.kv.num_kv_heads
     q, q_scale = _quantized(inputs.q)
     (k, k_scale), (v, v_scale) = (_quantized(stored.transpose(1, 2)) for stored in (kv.k, kv.v))
-    # Keys and values of a token side by side again.
+    # A token's keys and values lie side by side again, as in vLLM's cache.
     k, v = torch.cat([k, v], dim=-1).transpose(1, 2).split(k.shape[-1], dim=-1)
     scales = [scale.expand(num_kv_heads) for scale in (q_scale, k_scale, v_scale)]
     return Inputs(q, PagedKV(k, v, kv.block_table, kv.row, *scales[1:]), inputs.scale, scales[0])
@@ -113,7 +113,7 @@ def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Sets(NamedTuple):
-    """Masses, [num_qo_heads, tokens] int32 each, under which exactly the drawn columns and diagonals are selected."""
+    """Masses, each [num_qo_heads, tokens] int32, from which exactly the drawn columns and diagonals are selected."""
 
     vertical: torch.Tensor
     slash: torch.Tensor
@@ -128,7 +128,7 @@ class Sets(NamedTuple):
 
     @staticmethod
     def chosen(mass: torch.Tensor) -> torch.Tensor:
-        """[num_qo_heads, size] int32, ascending: what has mass."""
+        """[num_qo_heads, size] int32, ascending: the entries that have mass."""
         return mass.nonzero()[:, 1].view(len(mass), -1).int()
 
 

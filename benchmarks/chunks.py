@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our attention of a chunk, its check, and what all chunks of a prompt take, as vLLM serves it."""
+"""Our attention of a chunk with its check, and the time of all chunks of a prompt, as vLLM serves it."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -30,8 +30,8 @@ def our_error(chunk: Chunk, index: BandIndex) -> float:
     """Largest relative error of a chunk's output over a few tiles and heads, against the reference on the same index.
 
     Args:
-        chunk: attended for.
-        index: what it keeps.
+        chunk: a chunk whose output has been computed.
+        index: what was kept for it.
     """
     k, v, *pages = chunk.kv
     lse = AttendBuffers.allocate(1, TILE, chunk.q.device)
@@ -62,7 +62,7 @@ def check(case: Case, chunk: Chunk, index: BandIndex, kernel: str) -> float:
 
 
 def time_chunks(case: Case, inputs: Inputs, kernel: str, seed: int) -> dict[str, Any]:
-    """Field of a row: what all chunks of the prompt take, each choosing from drawn masses and attending.
+    """Fields of a row: the time of all chunks of the prompt, each of which chooses from drawn masses and attends.
 
     Raises:
         SystemExit: the output of the chunk in the middle is wrong.
@@ -80,21 +80,21 @@ def time_chunks(case: Case, inputs: Inputs, kernel: str, seed: int) -> dict[str,
         chunk = inputs.chunk(context_len, out[: case.tokens - context_len])
         run = partial(prefill, chunk, method, state, drawn_choice(method, chunk, state, seed))
         if number == timed[len(timed) // 2]:
-            out.fill_(torch.nan)  # what the chunk before has left here would do for rows that are not written
+            out.fill_(torch.nan)  # otherwise rows that are not written could pass with the output of the chunk before
             check(case, chunk, run(), method.kernel)
         times.append(median(run, device))
     return {"chunks_ms": total_ms(num_chunks, timed, times)}
 
 
 def timed_chunks(num_chunks: int) -> list[int]:
-    """Ascending numbers of the chunks to time, all if they are few: the first two, every k-th from there, the last.
+    """Ascending numbers of the chunks to time: all if they are few, else the first two, then every k-th, and the last.
 
-    The first has no context and costs less than a line through its neighbours says, so nothing is left out after it.
+    The first chunk has no context and costs less than its neighbours suggest, so the second one is timed as well.
     """
     step = max(-(-(num_chunks - 2) // (MOST_TIMED - 2)), 1)
     return sorted({0, *range(1, num_chunks, step), num_chunks - 1})
 
 
 def total_ms(num_chunks: int, timed: Sequence[int], times: Sequence[float]) -> float:
-    """Sum over all chunks; what lies between two timed ones lies on a line (trapezoid rule)."""
+    """The sum over all chunks. The times of chunks that were left out are interpolated linearly (trapezoid rule)."""
     return float(np.interp(range(num_chunks), timed, times).sum())

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a result of what `minference-vllm eval` has found: adds the card, versions and commit that HTTP does not tell.
+"""Makes a result of a report of `minference-vllm eval`: adds card, versions and commit, which HTTP does not tell.
 
     minference-vllm eval --serve "…" --model /tmp/qwen --prepared /tmp/samples --out /tmp/evaluation
     python -m benchmarks.evaluate --report /tmp/evaluation/report.json --out benchmarks/results/eval-qwen.json
 
-Run it where the servers ran, right after: card and commit are those of this moment. Where the run went on with replies
-of an earlier one, the report's notes say so and stand in the result's settings. Say by --note what they were then.
+Run it where the servers ran, right after them: it notes the card and the commit of this moment. If the run reused
+replies of an earlier one, the report's notes say so and go into the result's settings. Use --note to say with what card
+and commit those replies were made.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact attention of a batch in float32, by textbook: what benchmarks.attention_suite holds outputs against."""
+"""Exact attention of a batch in float32, straight from its definition: benchmarks.attention_suite compares with it."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Exact(NamedTuple):
     Attributes:
         out: [num_rows, num_qo_heads, head_dim] float32.
         lse: [num_rows, num_qo_heads] float32, natural log-sum-exp of each row's scores.
-        spread: [num_rows, num_qo_heads] float32, how far the numbers among a row's values lie apart at the most.
+        spread: [num_rows, num_qo_heads] float32, the largest difference between two numbers among a row's values.
     """
 
     out: torch.Tensor
@@ -23,10 +23,10 @@ class Exact(NamedTuple):
     spread: torch.Tensor
 
     def moved(self, lse: torch.Tensor, rows: slice) -> torch.Tensor:
-        """[rows, num_qo_heads, 1]: how far outputs of some rows may lie from exact ones if they leave keys out.
+        """[rows, num_qo_heads, 1]: how far outputs of some rows may be from exact ones because keys were left out.
 
-        An output is a mean of values. Without the share s of the weights it moves by s times the difference between
-        two other means of them.
+        An output is a weighted mean of values. If the share s of the weights is left out, the output moves by s times
+        the difference between two means, that of the values kept and that of the values left out.
 
         Args:
             lse: [rows, num_qo_heads], of the rows' scores with kept keys.
@@ -36,7 +36,7 @@ class Exact(NamedTuple):
 
 
 def attention(shape: Shape, batch: Batch, inputs: Inputs, has_fp8_queries: bool) -> Exact:
-    """Exact attention to the numbers that the cache stands for; queries are FP8 if the layer is given them so."""
+    """Exact attention on the numbers that the cache represents. Queries are in FP8 if the layer gets them so."""
     exact = Exact(
         torch.empty(inputs.q.shape, device=inputs.q.device),
         *torch.empty(2, *inputs.q.shape[:2], device=inputs.q.device),
@@ -58,6 +58,6 @@ def attention(shape: Shape, batch: Batch, inputs: Inputs, has_fp8_queries: bool)
 
 
 def as_stored(x: torch.Tensor, scale: str) -> torch.Tensor:
-    """The numbers that FP8 keeps of these under the layer's scale of that name."""
+    """The numbers that remain of these after rounding to FP8 under the layer's scale of that name."""
     scales = torch.full((x.shape[1],), KV_SCALES[scale], device=x.device)
     return to_stored(x, scales).float() * KV_SCALES[scale]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that hide twenty facts in a text, ask for all of them at the end, and hold the answers themselves.
+"""Prompts that hide twenty facts in a text, ask for all of them at the end, and contain the answers.
 
-What a model thinks of the answers' tokens, given all that comes before, tells more than whether it finds one fact.
+How likely a model finds the tokens of the answers, given all that comes before, says more than whether it finds one
+fact.
 """
 
 import random
@@ -14,9 +15,9 @@ CITIES = (
 OPENING = "Below is a long text. Some special magic numbers are hidden in it. Memorize them.\n\n"
 FACT = "The special magic number for {city} is {number}"
 QUESTION = "\n\nQuestion: What is the special magic number for {city} mentioned in the text?\nAnswer: "
-QUESTIONS_TOKENS = 1300  # about what questions, answers and facts take
+QUESTIONS_TOKENS = 1300  # about as many as questions, answers and facts take
 CHARACTERS_PER_TOKEN = 6  # more than most texts have on average; indented code may have more
-PLACES = 20  # of a text that are tried
+PLACES = 20  # places of a text that are tried
 
 
 class FactPrompt(NamedTuple):
@@ -24,7 +25,7 @@ class FactPrompt(NamedTuple):
 
     Attributes:
         tokens: of the opening, the text with the facts in it, questions and answers.
-        text_end: where the questions begin.
+        text_end: the position at which the questions begin.
         answers: positions of the answers' tokens.
     """
 
@@ -34,13 +35,13 @@ class FactPrompt(NamedTuple):
 
 
 def make_prompt(tokenizer: Any, text: str, tokens: int, seed: int) -> FactPrompt:
-    """A prompt of about so many tokens from a random place of the first half of a text.
+    """A prompt of about `tokens` tokens, from a random place of the first half of a text.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        text: long enough.
+        text: must be long enough.
         tokens: how long the prompt is to be, within a few percent.
-        seed: of the place, the facts and their places.
+        seed: of the place in the text, the facts and their places.
     """
     lots = random.Random(seed)
     numbers = draw_numbers(lots)
@@ -59,16 +60,16 @@ def draw_numbers(lots: random.Random) -> dict[str, str]:
 
 
 def cut(tokenizer: Any, text: str, tokens: int, lots: random.Random) -> str:
-    """So many tokens from a random place of the first half of a text.
+    """A passage of `tokens` tokens, from a random place of the first half of a text.
 
-    They end less than CHARACTERS_PER_TOKEN times as many characters behind that half: who keeps to what comes later, as
-    benchmarks.search does, has seen none of them.
+    It ends less than `tokens` * CHARACTERS_PER_TOKEN characters after that half. A reader that keeps to what comes
+    later, as benchmarks.search does, has therefore seen none of it.
 
     Raises:
-        ValueError: no place was found that has so many before that.
+        ValueError: no place was found that has so many tokens before that limit.
     """
     reach = len(text) // 2 + tokens * CHARACTERS_PER_TOKEN
-    for _ in range(PLACES):  # the first, but where it has too few
+    for _ in range(PLACES):  # the first place, unless it has too few tokens
         start = lots.randrange(len(text) // 2)
         body = begin(tokenizer, text[start:reach], tokens)
         if len(body) >= tokens:
@@ -77,10 +78,11 @@ def cut(tokenizer: Any, text: str, tokens: int, lots: random.Random) -> str:
 
 
 def begin(tokenizer: Any, text: str, tokens: int) -> list[int]:
-    """The first so many tokens of a text; all if it has fewer."""
+    """The first tokens of a text, as many as asked for; all, if it has fewer."""
     body: list[int] = []
     end = 0
-    # No more than needed: where it ends may change tokens, and prompts of earlier results are to stay what they are.
+    # Encodes no more of the text than needed. Do not change this: where the text is cut may change tokens, and the
+    # prompts of earlier results must stay the same.
     while len(body) < tokens and end < len(text):
         end += tokens * CHARACTERS_PER_TOKEN
         body = encode(tokenizer, text[:end])
@@ -96,7 +98,7 @@ def hide(text: str, numbers: dict[str, str], lots: random.Random) -> str:
 
 
 def ask(tokenizer: Any, prompt: list[int], numbers: dict[str, str], lots: random.Random) -> list[int]:
-    """Append a question and its answer for each city, in random order; positions of the answers' tokens."""
+    """Append a question and its answer for each city, in random order; return the positions of the answers' tokens."""
     answers: list[int] = []
     for city in lots.sample(CITIES, len(CITIES)):
         prompt += encode(tokenizer, QUESTION.format(city=city))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One chunk without a model, in which rows in its middle each look at one far place of their own.
+"""One chunk without a model, in which each row in its middle looks at a far place of its own.
 
-Sixteen keys at a time are alike, and random otherwise. Each row's query is the key before it, so that nearly all
-attention lies there. In every second head 256 rows in the middle of the chunk look instead each at other keys of the
-first half of the context.
+Keys are random, but sixteen neighbours are alike. Each row's query is the key just before it, so that nearly all of its
+attention lies there. In every second head, 256 rows in the middle of the chunk instead look each at a different key in
+the first half of the context.
 """
 
 from typing import Any
@@ -18,14 +18,14 @@ from minference_vllm.runtime import Runtime
 from minference_vllm.scratch import ScratchShape
 
 FAR_ROWS = 256
-LOOK = 1.4  # times what sixteen keys have in common, a query gives them nearly all attention: 16 nats above others
-UNLIKE = 0.3  # deviation of a key from what sixteen have in common
+LOOK = 1.4  # a query is this times what sixteen keys have in common, which puts them 16 nats above others
+UNLIKE = 0.3  # how much a key deviates from what its sixteen have in common
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 128
 CLOSE = 2e-2  # relative to the dense row
 
 
 def make_chunk(tokens: int, rows: int, seed: int, device: torch.device) -> tuple[Chunk, slice]:
-    """The last `rows` of a request of `tokens`, and which of them look far in every second head."""
+    """The last `rows` of a request of `tokens`, and the slice of them that looks far in every second head."""
     inputs = make_inputs(Case(tokens, 1, 1, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM), device, seed)
     context_len = tokens - rows
     pages = inputs.kv.block_table[0].long()
@@ -55,8 +55,8 @@ def measure(minference: dict[str, Any], tokens: int, rows: int, seed: int) -> di
 
     Returns:
         answers_dense: 1 by definition.
-        answers_sparse: share of the far rows, in the heads in which they look far, whose output is the dense one's.
-        error: relative to dense attention, of those rows together.
+        answers_sparse: share of the far rows, in the heads in which they look far, whose output is dense attention's.
+        error: relative to dense attention, over all of those rows.
         recall, redone, density: as for prompts; recall_worst: of the worst head.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,14 +6,14 @@
 
 The last tokens of each prompt are scored over the whole vocabulary, from the hidden states after the last layer.
 
-A method is named by its name alone, by the sizes of vertical_slash, or by a name and settings in JSON:
+A method is given by its name alone, by the sizes of vertical_slash, or by a name and settings in JSON:
 
     --methods block 1000:6096 'vertical_slash:{"vertical_size": 1000, "slash_size": 1000, "probe_rows": "spread"}' \
         'vertical_slash:{"share": 0.95}' 'vertical_slash:{"share": 0.95, "probe_rows": "spread"}'
 
-A control, which keeps everything, so that what it differs by is rounding: 'block:{"local_tokens": 1048576}'.
+A control keeps every key, so that it differs by rounding only: 'block:{"local_tokens": 1048576}'.
 
-In parts by length, chunk or method, on several cards, and put together; all of the same texts, which are pooled:
+In parts by length, chunk or method, on several cards, and then merged. All parts need the same texts, which are pooled:
 
     python -m benchmarks.fidelity --model /tmp/qwen --texts austen.txt.xz stdlib --tokens 28672 --out a.json
     python -m benchmarks.fidelity --model /tmp/qwen --texts austen.txt.xz stdlib --tokens 4096 8192 --out b.json
@@ -46,13 +46,13 @@ from benchmarks import (
 )
 from benchmarks.processes import EngineProcess, is_first_rank, on_gpus, serve_requests
 
-SCORED_TEXT = 2048  # tokens of the text's end, beside all questions and answers
+SCORED_TEXT = 2048  # tokens at the text's end, in addition to all questions and answers
 ROWS_AT_ONCE = 512
 GATE = {"min_seq_len": 3072, "min_chunk": 512}
 TINY_GATE = {"min_seq_len": 512, "min_chunk": 64}
-STDLIB = "stdlib"  # in place of a file: Python's own library, as it is installed here
+STDLIB = "stdlib"  # given in place of a file, it stands for Python's library as installed here
 ROW = ("tokens", "text", "method", "chunk")  # what tells one row from another
-SPARE = 2048  # tokens of max_model_len beyond those that prompts are to have
+SPARE = 2048  # tokens by which max_model_len exceeds the prompts' lengths
 
 
 def load_text(name: str) -> str:
@@ -65,12 +65,12 @@ def load_text(name: str) -> str:
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """An engine, and what scores a prompt with it."""
+    """An engine, as a function that scores a prompt with it."""
     return scorer(kind, load_engine(kind, spec))
 
 
 def scorer(kind: str, llm: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What scores a prompt with an engine: {"tokens", "scored", "text_end", "answers", "file"}.
+    """A function that scores a prompt with an engine: {"tokens", "scored", "text_end", "answers", "file"}.
 
     The dense engine leaves its hidden states in the file; a sparse one compares its own with them.
     """
@@ -150,7 +150,7 @@ def compare(model: Any, dense: Any, sparse: Any, request: dict[str, Any]) -> dic
 
 
 def make_requests(options: argparse.Namespace, directory: str) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """What is asked, by length and text."""
+    """The requests, by length and text."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -176,14 +176,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", help=f"files, or {STDLIB!r} for Python's own library")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 28672], help="prompt lengths")
     parser.add_argument("--prompts", type=int, default=8, help="prompts a text and length")
-    parser.add_argument("--kv-cache-dtype", default="auto", help="of both engines: fp8, for one")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of both engines, for example fp8")
     parser.add_argument("--gpus", type=int, default=1, help="tensor-parallel GPUs of each engine")
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 2048], help="max_num_batched_tokens")
     parser.add_argument(
         "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
         help='`block`, `vertical_slash:{"share": 0.95}`, or the sizes of vertical_slash',
     )  # fmt: skip
-    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: put the rows of these files together")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, but merge the rows of these files")
     options = parser.parse_args()
     if not options.merge and not (options.model and options.texts):
         parser.error("--model and --texts say what to measure, --merge what to put together")
@@ -204,7 +204,7 @@ def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -
 
 
 def engine_options(model: str, tokens: int, chunk: int) -> dict[str, Any]:
-    """Of an engine that reads one prompt of about so many tokens at a time, in chunks."""
+    """Options of an engine that reads one prompt of about `tokens` tokens at a time, in chunks."""
     return {
         "model": model, "dtype": "bfloat16", "max_model_len": tokens + SPARE,
         "max_num_batched_tokens": chunk, "max_num_seqs": 1, "enforce_eager": True, "enable_prefix_caching": False,
@@ -213,7 +213,7 @@ def engine_options(model: str, tokens: int, chunk: int) -> dict[str, Any]:
 
 
 def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a result file; each engine's come under "sparse" as it is started."""
+    """The settings of a result file. Each engine's come under "sparse" when it is started."""
     texts = {Path(name).name: sha256(load_text(name).encode()).hexdigest() for name in options.texts}
     return {
         "prompts": "twenty facts hidden in a text, all asked for at its end, the answers given (benchmarks.facts); one "
@@ -255,7 +255,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     found = {key: [sparse.ask(request) for request in some] for key, some in requests.items()}
                 measured += rows.make_rows({"method": text, "chunk": chunk}, found)
                 print(results.table(measured), flush=True)
-                # After each engine: what a run that is cut off has measured stays.
+                # Written after each engine, so that a run that is cut off keeps what it has measured.
                 results.write(options.out, measured, options.tiny, settings=settings)
     return measured
 
@@ -264,7 +264,7 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of several result files, put together in one.
 
     Raises:
-        SystemExit: they do not fit, or are of different texts: rows of "all" texts would be of some of them.
+        SystemExit: the files do not fit, or are of different texts: rows of "all" texts would then be of some only.
     """
     merged = results.merge_or_exit(options.merge, ROW)
     texts = merged.run["settings"]["texts_sha256"]

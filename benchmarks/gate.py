@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what length on sparse prefill wins: what `minference-vllm tune` measures, for the record.
+"""The length from which sparse prefill wins: what `minference-vllm tune` measures, as a result on record.
 
     python -m benchmarks.gate --chunks 16384 8192 --out benchmarks/results/h100-gate-block.json
     python -m benchmarks.gate --method 1000:6096 --chunks 16384 8192 --out benchmarks/results/h100-gate.json

@@ -4,8 +4,8 @@
     python -m benchmarks.greedy --model Qwen/Qwen2.5-Coder-0.5B-Instruct --haystack novel.txt \
         --out benchmarks/results/h100-greedy.json
 
-Another dense backend of vLLM's runs beside them as the control: two right kernels differ by rounding, and no other
-comparison can be expected to differ less.
+Another dense backend of vLLM's runs beside them as the control. Two correct kernels differ by rounding, so the sparse
+path cannot be expected to differ less than the control does.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ENDINGS = {
 
 
 def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens of every prompt, and the first token's alternatives."""
+    """The greedy tokens of every prompt, and the alternatives to its first token."""
     from vllm import SamplingParams
 
     llm = load_engine(kind, {**spec, "dense_backend": spec["control_backend"]} if kind == CONTROL else spec)
@@ -66,7 +66,7 @@ def equal_prefix(one: list[int], other: list[int]) -> int:
 
 
 def logprob_diff(dense: dict[str, float], other: dict[str, float]) -> float:
-    """How far the logprob of the dense run's likeliest first token is from the other run's for the same token."""
+    """The difference between the two runs in the logprob of the dense run's likeliest first token."""
     top = max(dense, key=dense.__getitem__)
     if top not in other:
         raise ValueError(f"first token {top} is not among the {LOGPROBS} likeliest of the other run: it is wrong.")
@@ -74,7 +74,7 @@ def logprob_diff(dense: dict[str, float], other: dict[str, float]) -> float:
 
 
 def make_rows(prompts: list[list[int]], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One a prompt."""
+    """One row for each prompt."""
 
     def compare(kind: str, at: int) -> tuple[int, float]:
         dense, other = found[DENSE], found[kind]
@@ -99,7 +99,7 @@ def make_rows(prompts: list[list[int]], found: dict[str, dict[str, Any]]) -> lis
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over all prompts; `control_` is the control."""
+    """The figures over all prompts; those of the control begin with `control_`."""
     return {
         "prompts": len(rows),
         **{

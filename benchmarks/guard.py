@@ -3,7 +3,7 @@
 
     python -m benchmarks.guard --model /tmp/qwen --texts austen.txt.xz stdlib --out benchmarks/results/guard.json
 
-And one chunk without a model, in which some rows in the middle each look at one far key (benchmarks.far_rows).
+It also runs one chunk without a model, in which some middle rows each look at one far key (benchmarks.far_rows).
 """
 
 import argparse
@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def make_requests(options: argparse.Namespace, directory: str) -> dict[str, list[dict[str, Any]]]:
-    """What is asked, by kind."""
+    """The requests, by kind of prompt."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure_traps(options: argparse.Namespace, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Add a row for each method, with and without the guard, and kind of prompt."""
+    """Add a row for each kind of prompt and each method, with and without the guard."""
     gate = TINY_GATE if options.tiny else GATE
     with tempfile.TemporaryDirectory(prefix="guard-") as directory:
         requests = make_requests(options, directory)
@@ -74,7 +74,7 @@ def measure_traps(options: argparse.Namespace, rows: list[dict[str, Any]], setti
                         of = {"kind": kind, "method": text, "guard": guard, "tokens": options.tokens}
                         rows.append(make_row(of, [sparse.ask(request) for request in some]))
                         print(rows[-1], flush=True)
-                # After each engine: what a run that is cut off has measured stays.
+                # Written after each engine, so that a run that is cut off keeps what it has measured.
                 results.write(options.out, rows, options.tiny, settings=settings)
 
 

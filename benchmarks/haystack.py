@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long prompts out of a plain text: with a fact hidden in it, or ending where a passage of it begins again."""
+"""Long prompts from a plain text: with a fact hidden in it, or with a passage of it beginning again at the end."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ QUESTION = (
     "What is the special magic number for {city} that the text above mentions? Answer with the number and nothing else."
 )
 SENTENCE_REACH = 200
-"""Tokens before the wanted depth among which the end of a sentence is looked for."""
+"""Tokens before the wanted depth in which the end of a sentence is searched for."""
 
 BODY_MARK = "<<the text>>"
 
@@ -60,13 +60,13 @@ class Haystack:
         return Needle([*before, *body[:at], *needle, *body[at:], *after], number, depth)
 
     def echo(self, tokens: int, cue: int, rng: random.Random) -> list[int]:
-        """A prompt of exactly `tokens` tokens whose last `cue` ones repeat a passage somewhere in it.
+        """A prompt of exactly `tokens` tokens, the last `cue` of which repeat a passage from somewhere in it.
 
         A model that sees the whole prompt goes on with what followed that passage, and hardly hesitates.
         """
         break_ = self._encode("\n\n")
         body = self.passage(tokens - cue - len(break_), rng)
-        room = len(body) - 4 * cue  # what follows the passage is no part of the cue
+        room = len(body) - 4 * cue  # leaves room after the passage, so that what follows it is no part of the cue
         if room <= 0:
             raise ValueError(f"a prompt of {tokens} tokens is too short to repeat {cue} of them.")
         at = rng.randrange(room)
@@ -103,14 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def identify(options: argparse.Namespace) -> dict[str, Any]:
-    """The text and the model for the record: a path says little to others."""
+    """What identifies the text and the model on record, because a path says little to others."""
     found = {"haystack": options.haystack.name, "haystack_sha256": sha256(options.haystack.read_bytes()).hexdigest()}
     config = Path(options.model, "config.json")
     return found | ({"model": json.loads(config.read_text())} if config.exists() else {})
 
 
 def identify_model(folder: str) -> dict[str, str]:
-    """What tells a model from others, on one line of the record: its folder's name and the hash of its config.json.
+    """What identifies a model on one line of the record: its folder's name and the hash of its config.json.
 
     Raises:
         SystemExit: it is no model's folder.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""95% intervals: of a mean of few numbers by Student's t, for two standard errors would hold 91% of eight; of a median
-by the order of the numbers alone, however they are distributed."""
+"""95% intervals. That of a mean uses Student's t, because two standard errors would hold only 91% of means of eight
+numbers. That of a median uses the order of the numbers only, so their distribution does not matter."""
 
 import math
 import statistics
@@ -10,13 +10,13 @@ from minference_vllm.evals.paired import sign_test
 
 LEVEL = 0.95
 WIDEST = 16.0
-"""Beyond the quantile of one degree of freedom."""
+"""Larger than the quantile of one degree of freedom."""
 FEWEST_OF_MEDIAN = 6
-"""Numbers below which not even the least and the greatest hold the median between them with the probability LEVEL."""
+"""With fewer numbers, not even the least and the greatest hold the median between them with the probability LEVEL."""
 
 
 def of_mean(numbers: Sequence[float]) -> tuple[float, float] | None:
-    """Its ends; None of a single number."""
+    """The ends of the mean's interval; None for a single number."""
     if len(numbers) < 2:
         return None
     mean, error = statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
@@ -25,7 +25,7 @@ def of_mean(numbers: Sequence[float]) -> tuple[float, float] | None:
 
 
 def of_median(numbers: Sequence[float]) -> tuple[float, float] | None:
-    """The ends of the median's: the numbers that the sign test rejects lie outside. None of few numbers."""
+    """The ends of the median's interval: outside lie the numbers that the sign test rejects. None for few numbers."""
     number = len(numbers)
     rejected = 0  # at each end
     while 2 * rejected < number and sign_test(rejected, number - rejected) <= 1 - LEVEL:
@@ -35,7 +35,7 @@ def of_median(numbers: Sequence[float]) -> tuple[float, float] | None:
 
 
 def t_quantile(degrees: int) -> float:
-    """What |t| stays below with the probability LEVEL, by bisection."""
+    """The bound that |t| stays below with the probability LEVEL, found by bisection."""
     low, high = 0.0, WIDEST
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (middle, high) if t_within(middle, degrees) < LEVEL else (low, middle)
@@ -43,7 +43,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def t_within(bound: float, degrees: int) -> float:
-    """How probable |t| < bound is: finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 4)."""
+    """The probability of |t| < bound: finite sums for whole degrees of freedom (Abramowitz, Stegun, 26.7.3 and 4)."""
     angle = math.atan(bound / math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile lists as `block` chose them of a real prompt, in a file, and carried over to other heads and longer prompts."""
+"""Tile lists that `block` chose on a real prompt, kept in a file; they can be carried over to more heads and tokens."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, TileIndex
 
 FIRST_GROUPS = 4
-"""Groups at the prompt's beginning that stay there when lists are carried over: the default `sink_tokens`."""
+"""Groups at the prompt's beginning that stay there when lists are carried over: those of the default `sink_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class Lists:
     Attributes:
         groups: [layers, heads, tiles, max_groups] int32, valid up to the tile's count; see TileIndex.
         counts: [layers, heads, tiles, 3] int32.
-        first_tile: of the prompt, that the lists begin with.
-        about: what they were recorded of: "layers" by number, "num_kv_heads", "head_dim", "tokens", and how.
+        first_tile: the number, in the prompt, of the tile with which the lists begin.
+        about: how they were recorded: "layers" by number, "num_kv_heads", "head_dim", "tokens", and more.
     """
 
     groups: torch.Tensor
@@ -36,10 +36,10 @@ class Lists:
         return self.counts.shape[2]
 
     def save(self, path: Path) -> None:
-        """Compressed: what is valid of the lists, one after the other."""
+        """Write the file, compressed: the valid entries of all lists, one after the other."""
         groups = self.groups[_is_listed(self.groups, self.counts)].numpy()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:  # numpy would add to the name
+        with path.open("wb") as file:  # given a path, numpy would add a suffix to the name
             np.savez_compressed(
                 file,
                 groups=groups.astype(np.min_scalar_type(int(groups.max(initial=0)))),
@@ -53,7 +53,7 @@ class Lists:
         """What `save` has written.
 
         Raises:
-            SystemExit: it is something else.
+            SystemExit: the file is something else.
         """
         try:
             with np.load(path) as found:
@@ -68,24 +68,25 @@ class Lists:
         return cls(groups, counts, first_tile, about)
 
     def of_layer(self, number: int) -> TileIndex:
-        """One layer's, as they were chosen."""
+        """The lists of one layer, as they were chosen."""
         return TileIndex(self.groups[number], self.counts[number])
 
     def carried(self, first_tile: int, num_tiles: int, heads: tuple[int, int], repeats: bool) -> TileIndex:
         """Lists for tiles of a longer prompt and for other heads, made of these.
 
-        Tiles follow each other as they do here, from the first again after the last; those at the prompt's end that
-        keep all keys under every head are the last ones there too. The heads of a KV head get lists of heads that
-        shared one in one layer. Groups keep their distances to the tile, but for the first ones, which stay the first.
+        Tiles follow each other as in these lists, and begin again with the first after the last. The tiles at the
+        prompt's end that keep all keys under every head become the last ones of the longer prompt. The query heads of
+        one KV head get the lists of heads that share a KV head here. Groups keep their distances to the tile, except
+        for the first groups, which stay the first.
 
         Args:
             first_tile, num_tiles: of the longer prompt's chunk.
             heads: query heads and KV heads.
-            repeats: whether what a tile looks at before it is repeated, back to the prompt's beginning. Without it a
-                tile looks no further back than here, and density falls as the length grows.
+            repeats: whether what a tile looks at before it is repeated back to the prompt's beginning. Otherwise a tile
+                looks no further back than here, and density falls as the length grows.
         """
         sources = [self._source(head, heads) for head in range(heads[0])]
-        # The prompt's last tiles, which keep all keys under every head.
+        # The number of tiles at the prompt's end that keep all keys under every head.
         keeps_all = (self.counts[..., 0] == EVERY_GROUP).all(0).all(0)
         last = min(int(keeps_all.flip(0).int().cumprod(0).sum()), self.num_tiles - 1)
         order = [number % (self.num_tiles - last) for number in range(num_tiles - last)]
@@ -96,14 +97,14 @@ class Lists:
         return _as_index(lists)
 
     def _source(self, head: int, heads: tuple[int, int]) -> tuple[int, int]:
-        """The layer and the head whose lists a head gets."""
+        """The layer and the head whose lists this head gets."""
         layers, num_heads = self.counts.shape[:2]
         own_size, size = num_heads // self.about["num_kv_heads"], heads[0] // heads[1]
         layer, kv_head = divmod(head // size % (layers * self.about["num_kv_heads"]), self.about["num_kv_heads"])
         return layer, kv_head * own_size + head % size % own_size
 
     def _moved(self, layer: int, head: int, here: int, tile: int, repeats: bool) -> list[torch.Tensor] | None:
-        """A tile's list at another tile: what both halves keep, the first, the second; None for everything."""
+        """A tile's list at another tile: what both halves keep, what the first, what the second; None for all keys."""
         counts = self.counts[layer, head, here].tolist()
         if counts[0] == EVERY_GROUP:
             return None
@@ -113,9 +114,9 @@ class Lists:
 
 
 def _move(groups: torch.Tensor, length: int, before: int, repeats: bool) -> torch.Tensor:
-    """Groups of a tile with `length` groups before it, for one that has more."""
+    """The groups of a tile with `length` groups before it, moved to a tile that has `before` groups before it."""
     first, near = groups[groups < FIRST_GROUPS], groups[groups >= FIRST_GROUPS]
-    # As far apart as the groups that are no first ones are many: none meets another.
+    # A step is as long as the groups before the tile, without the first ones, so that repeated groups never coincide.
     steps = range(0, max(before, 1) if repeats else 1, max(length - FIRST_GROUPS, 1))
     moved = torch.cat([near + (before - length) - step for step in reversed(steps)])
     return torch.cat([first, moved[moved >= FIRST_GROUPS]])
@@ -127,7 +128,7 @@ def _is_listed(groups: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def _as_index(lists: list[list[list[torch.Tensor] | None]]) -> TileIndex:
-    """Lists by tile and head, each of three parts."""
+    """An index from lists by tile and head, each of three parts."""
     longest = max((sum(map(len, parts)) for of_tile in lists for parts in of_tile if parts), default=0)
     groups = torch.zeros(len(lists[0]), len(lists), max(1, longest), dtype=torch.int32)
     counts = torch.zeros(len(lists[0]), len(lists), 3, dtype=torch.int32)
@@ -143,7 +144,7 @@ def _as_index(lists: list[list[list[torch.Tensor] | None]]) -> TileIndex:
 
 
 def kept_share(index: TileIndex, first_tile: int) -> float:
-    """Mean over tiles and heads of the groups that a tile's halves keep, of those before it."""
+    """Share of the groups before a tile that its halves keep: the mean over tiles and heads."""
     before = (first_tile + torch.arange(index.counts.shape[1], device=index.counts.device)) * GROUPS_PER_TILE
     both, first, second = index.counts.double().unbind(-1)
     kept = torch.where(both == EVERY_GROUP, before, both + (first + second) / 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models whose weights are made up: of a real one's shape, or of a toy's for smoke tests."""
+"""Models whose weights are made up: of the shape of a real model, or of a toy model for smoke tests."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ TINY = {
 
 
 def write_model(directory: str, shape: dict[str, int], layers: int, max_len: int) -> None:
-    """A model without weights or tokenizer: its config.json."""
+    """Write a model without weights or tokenizer: only its config.json."""
     model = dict(
         **shape, architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=layers, hidden_act="silu",
         max_position_embeddings=max_len, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=False,

@@ -3,8 +3,8 @@
 
     MINFERENCE_SKIP_CUDA_BUILD=TRUE pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0
 
-Its code is no part of this repository. Two files of the unpacked source distribution are read, each by its path:
-importing the package would drag in what it depends on.
+Its code is no part of this repository. Two files of the unpacked source distribution are loaded by their paths, because
+importing the package would import everything that it depends on.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ class MInference:
         return lambda: PeerIndex(*convert(*arguments))
 
     def triton(self, inputs: Inputs, index: PeerIndex) -> Attention:
-        """The kernel, on keys and values repeated for every query head, which it needs."""
+        """The kernel, on keys and values that are repeated for every query head, as it needs them."""
         num_rows, num_qo_heads, _ = inputs.q.shape
         # [1, num_qo_heads, tokens, head_dim]
         q = inputs.q.transpose(0, 1).contiguous()[None]
@@ -65,7 +65,7 @@ class MInference:
 
     @cached_property
     def _kernel(self) -> Any:
-        """Its module of the Triton kernel, under a name of our own."""
+        """MInference's module with the Triton kernel, under a name of our own."""
         if self._sdist is None:
             raise PeerMissing("--minference-sdist was not given")
         build = compile_index(self._sdist / INDEX_SOURCE)
@@ -83,9 +83,9 @@ class MInference:
 
 
 def compile_index(source: Path) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """MInference's CUDA file without its binding, which needs torch's headers and a minute: those are not everywhere.
+    """MInference's CUDA file without its binding, which takes a minute and torch's headers: not all machines have them.
 
-    The kernel and its launcher are compiled as they are; what the binding does, allocating zeros, is done below.
+    The kernel and its launcher are compiled as they are. What the binding does, allocating zeros, is done below.
     """
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -114,7 +114,7 @@ def compile_index(source: Path) -> Callable[..., tuple[torch.Tensor, ...]]:
 
 
 def without_binding(source: str) -> str:
-    """The CUDA file up to its torch function, the launcher with C linkage."""
+    """The CUDA file up to its torch function, with C linkage for the launcher."""
     kept, found, _ = source.partition("std::vector<at::Tensor>")
     kept = re.sub(r"^#include <(pybind11|torch)/.*$", "", kept, flags=re.MULTILINE)
     kept, launchers = re.subn(rf"^void {INDEX_LAUNCHER}\(", r'extern "C" \g<0>', kept, flags=re.MULTILINE)
@@ -124,5 +124,5 @@ def without_binding(source: str) -> str:
 
 
 def _length(tokens: int, like: torch.Tensor) -> torch.Tensor:
-    """[1] int32: how its kernels are told the length of a prompt."""
+    """[1] int32: the form in which its kernels take the length of a prompt."""
     return torch.tensor([tokens], dtype=torch.int32, device=like.device)

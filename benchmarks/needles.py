@@ -29,7 +29,7 @@ TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 64, "method": vertical_slash(4
 
 
 def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Hits of every prompt by concurrency, with the density that they were read at."""
+    """For each concurrency, which prompts' facts were found, and the density with which the prompts were read."""
     from vllm import SamplingParams
 
     llm = load_engine(kind, spec)
@@ -55,7 +55,7 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_rows(tokens: int, concurrency: list[int], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One a concurrency. `lost`: found densely, not sparsely; `same_hits`: the very prompts of the first row."""
+    """A row for each concurrency. `lost`: facts found densely, but not sparsely; `same_hits`: as in the first row."""
     first = found[SPARSE][str(concurrency[0])]["hits"]
     rows = []
     for number in concurrency:

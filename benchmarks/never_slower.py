@@ -4,12 +4,12 @@ large chunks, one at a time and many at once.
 
     python -m benchmarks.never_slower --out benchmarks/results/never-slower.json
 
-The shape is that of Llama-3.1-8B with made-up weights and few layers. Both engines are up side by side, and answer the
-same prompts in turns; what is attended to sparsely is drawn, of the density that real prompts have. The exit status is
-1 if a cell's speed-up is below 0.98 with its whole 95% interval, or if that is so wide that nothing is known; all cells
-are measured and written first, in about ten minutes, or twenty if all leave a doubt. Of the longest there are too few
-rounds to judge, unless these look slow. One that is to run sparse and does not ends it at once. In parts, and put
-together:
+The shape is that of Llama-3.1-8B with made-up weights and few layers. Both engines run side by side, and answer the
+same prompts in turns. The keys that are attended to sparsely are drawn, with the density of real prompts. The exit
+status is 1 if a cell's whole 95% interval of the speed-up is below 0.98, or if the interval is so wide that nothing is
+known. All cells are measured and written first, which takes about ten minutes, or twenty if all leave a doubt. The
+longest cells get too few rounds to be judged, unless these look slow. A cell that should run sparse and does not ends
+the benchmark at once. In parts that are then merged:
 
     python -m benchmarks.never_slower --cells '1024/*' '2048/*' --out a.json
     python -m benchmarks.never_slower --cells '8192/*' '16384/*' --out b.json
@@ -59,14 +59,14 @@ TINY_SECONDS = 0.1
 TINY_MEMORY = 0.1  # of the machine's, for each of two engines
 
 LONG_SECONDS = 60.0
-"""A cell is long if as many rounds as are judged would take longer: an H100 takes four seconds for 32 x 16384 tokens,
-and is asked for them four times a round."""
+"""A cell is long if the rounds that a judgement needs would take longer than this: an H100 takes four seconds for 32 x
+16384 tokens, and reads them four times a round."""
 
 Row = dict[str, Any]
 
 
 def make_chooser(seed: int) -> Chooser:
-    """Who has drawn keys attended to; drawn once for each place of a chunk, which warming up does."""
+    """A chooser of drawn keys. Keys are drawn once for each place of a chunk, which happens during warm-up."""
     drawn: dict[tuple[int, int, bool], Chooser] = {}
 
     def choose_drawn(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
@@ -79,7 +79,7 @@ def make_chooser(seed: int) -> Chooser:
 
 
 def start(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """An engine, and what times a request of it: so many prompts of so many tokens, all at once."""
+    """An engine, as a function that times a request of it: some prompts of the same length, all at once."""
     from vllm import SamplingParams
 
     llm = load_engine(kind, spec)
@@ -110,10 +110,10 @@ def time_cell(
     """A row, from rounds in which both engines read the same prompts, after each has read them once to warm up.
 
     Args:
-        long: seconds, see Rounds.time.
+        long: the most seconds that a judgement may take, see Rounds.time.
 
     Raises:
-        SystemExit: nothing ran sparse where the gate is open: two dense engines would be compared.
+        SystemExit: nothing ran sparse where the gate is open, so two dense engines would be compared.
     """
     request = {"tokens": cell.length, "prompts": cell.prompts}
 
@@ -141,7 +141,7 @@ def time_cell(
 
 
 def faults_of(rows: Sequence[Row], config: MInferenceConfig, limits: Limits = LIMITS) -> list[str]:
-    """What is wrong with the rows, a sentence each."""
+    """What is wrong with the rows, in one sentence each."""
     faults = []
     for row in rows:
         cell = Cell(row["chunk"], row["tokens"], row["prompts"])
@@ -155,7 +155,7 @@ def faults_of(rows: Sequence[Row], config: MInferenceConfig, limits: Limits = LI
 
 
 def make_spec(options: argparse.Namespace, directory: str, chunk: int) -> dict[str, Any]:
-    """What the engines of one chunk size are told."""
+    """What the engines are told for one chunk size."""
     cells = make_cells(options.tiny, ["*"])
     shape, layers = (TINY, TINY_LAYERS) if options.tiny else (LLAMA_8B, LAYERS)
     max_len = max(cell.length for cell in cells) + 16
@@ -175,7 +175,7 @@ def make_spec(options: argparse.Namespace, directory: str, chunk: int) -> dict[s
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a result file: alike in all parts of one result."""
+    """The settings of a result file, which must be alike in all parts of one result."""
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory, 0)
     own = ("model", "max_num_batched_tokens")
@@ -210,7 +210,7 @@ def judged_by(options: argparse.Namespace) -> tuple[MInferenceConfig, Limits]:
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    """The rows of the cells that are asked for, written after each."""
+    """The rows of the cells that are asked for; the file is written after each row."""
     cells = make_cells(options.tiny, options.cells)
     if not cells:
         every = " ".join(map(str, make_cells(options.tiny, ["*"])))
@@ -238,7 +238,7 @@ def merge(options: argparse.Namespace) -> list[Row]:
     """The rows of several result files, put together in one.
 
     Raises:
-        SystemExit: they do not hold each cell once.
+        SystemExit: together they do not hold each cell exactly once.
     """
     merged = results.merge_or_exit(options.merge)
     found = [Cell(row["chunk"], row["tokens"], row["prompts"]) for row in merged.rows]
@@ -254,8 +254,8 @@ def main() -> None:
     if serve_requests(start):
         return
     parser = argument_parser(__doc__, "two layers of a toy shape, short prompts, the gate at 256 tokens")
-    parser.add_argument("--cells", nargs="+", default=["*"], help="which: chunk/tokens/prompts, with * and ?")
-    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: put the rows of these files together")
+    parser.add_argument("--cells", nargs="+", default=["*"], help="which cells: chunk/tokens/prompts, with * and ?")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, but merge the rows of these files")
     options = parser.parse_args()
     rows = merge(options) if options.merge else measure(options)
     print(results.table(rows))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One attention layer of vLLM's without a model or a server: its backend, metadata builder and cache, called as vLLM's
-runner calls them."""
+"""One attention layer of vLLM's without a model or a server: its backend, metadata builder and cache are called as
+vLLM's runner calls them."""
 
 import tempfile
 from typing import Any
@@ -13,11 +13,11 @@ from benchmarks.made_up import write_model
 
 NAME = "model.layers.0.self_attn.attn"
 ALL_BITS = 0xFF
-"""A byte whose repetition is NaN in bf16, fp16, float32 and FP8 (e4m3) alike."""
+"""A byte which, when it is repeated, is NaN in bf16, fp16, float32 and FP8 (e4m3) alike."""
 
 
 def init_worker(device: torch.device) -> None:
-    """Make this process a worker of one: what vLLM's layers ask of it, and our backend's name."""
+    """Make this process the only worker of a group, as vLLM's layers expect, and register our backend's name."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
     from vllm.platforms import current_platform
@@ -39,8 +39,8 @@ class OneLayer:
     Args:
         backend: as in --attention-backend.
         shape: of the layer and its cache.
-        limits: most rows of a step (--max-num-batched-tokens) and longest request (--max-model-len).
-        settings: the plugin's, for its own backend.
+        limits: the most rows of a step (--max-num-batched-tokens) and the longest request (--max-model-len).
+        settings: the plugin's; only for its own backend.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class OneLayer:
         return self.layer.query_quant is not None
 
     def run(self, batch: Batch, inputs: Inputs) -> torch.Tensor:
-        """[num_rows, num_qo_heads, head_dim]: what the layer makes of a step; NaN where it writes nothing."""
+        """[num_rows, num_qo_heads, head_dim]: the layer's output for a step; NaN where it writes nothing."""
         cache, slots = self._fill_cache(batch, inputs), self._slots_of_rows(batch, inputs)
         metadata = self._builder.build(0, self._common(batch, inputs, slots))
         q, k, v = self._project(batch, inputs)
@@ -94,7 +94,7 @@ class OneLayer:
         return output
 
     def _project(self, batch: Batch, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        """Query, key and value of the step's rows, [num_rows, heads * head_dim]: views of one tensor, as a model's."""
+        """Query, key and value of the step's rows, [num_rows, heads * head_dim]: views of one tensor, as in a model."""
         new = [
             torch.cat([of[-request.rows :] for of, request in zip(all_of, batch.requests, strict=True)])
             for all_of in (inputs.k, inputs.v)
@@ -123,7 +123,7 @@ class OneLayer:
         return cache
 
     def _slots_of_rows(self, batch: Batch, inputs: Inputs) -> torch.Tensor:
-        """[num_rows] int64: where the step's own keys are to be written."""
+        """[num_rows] int64: the cache slots into which the step's own keys are to be written."""
         return torch.cat(
             [
                 inputs.slots(number, request.context_len, request.seq_len, self.shape.page_size)

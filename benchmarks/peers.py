@@ -14,7 +14,7 @@ from minference_vllm.chunk import PagedKV
 from minference_vllm.reference.pages import gather
 
 BLOCK = 64
-"""Rows and keys of the sparse peers' tiles."""
+"""Rows, and keys, of a tile of the sparse peers."""
 
 SAMPLED_TILES = 4
 
@@ -42,23 +42,23 @@ class PeerIndex(NamedTuple):
     column_index: torch.Tensor
 
     def keys(self, head: int, first: int) -> torch.Tensor:
-        """[num_kept] int64: the keys of the tile that starts at row `first`; causality is left to the kernel."""
+        """[num_kept] int64: keys kept for the tile that starts at row `first`; the kernel masks future ones."""
         tile = first // BLOCK
         blocks = self.block_offset[0, head, tile, : self.block_count[0, head, tile]].long()
         columns = self.column_index[0, head, tile, : self.column_count[0, head, tile]].long()
         return torch.cat([(blocks[:, None] + torch.arange(BLOCK, device=blocks.device)).flatten(), columns])
 
     def kept_pairs(self) -> int:
-        """Row-key pairs that are attended to, future keys not counted."""
+        """Row-key pairs that are attended to, without future keys."""
         num_heads, num_tiles = self.block_count.shape[1:]
         device = self.block_count.device
         distance = torch.arange(-BLOCK, BLOCK, device=device)
-        # [2 * BLOCK] pairs of a tile and a block that starts `distance` keys before it, or further
+        # [2 * BLOCK]: pairs of a tile and a block that starts `distance` keys, or more, before it.
         pairs = (distance[:, None] + torch.arange(1, BLOCK + 1, device=device)).clamp(0, BLOCK).sum(1)
         first = torch.arange(num_tiles, device=device)[:, None] * BLOCK
         total = self.column_count.sum() * BLOCK
         most = int(self.block_count.max())
-        for head in range(num_heads):  # one at a time: all heads' offsets take gigabytes
+        for head in range(num_heads):  # one at a time, because the offsets of all heads take gigabytes
             offset = self.block_offset[0, head, :, :most]
             valid = torch.arange(most, device=device) < self.block_count[0, head, :, None]
             total += (pairs[(first - offset).clamp(-BLOCK, BLOCK - 1) + BLOCK] * valid).sum()
@@ -72,7 +72,7 @@ def fa3_contiguous(inputs: Inputs) -> Attention:
 
 
 def fa3_paged(inputs: Inputs, tokens: int | None = None) -> Attention:
-    """FlashAttention-3 as vLLM calls it, on the same pages as ours; `tokens` if the queries are the last of so many."""
+    """FlashAttention-3 as vLLM calls it, on the same pages as ours. With `tokens`, queries are the last of so many."""
     kv, tokens = inputs.kv, tokens or len(inputs.q)
     # [num_pages, page_size, num_kv_heads, head_dim]
     k, v = kv.k.transpose(1, 2), kv.v.transpose(1, 2)
@@ -80,12 +80,12 @@ def fa3_paged(inputs: Inputs, tokens: int | None = None) -> Attention:
 
 
 def fa3_paged128(inputs: Inputs) -> Attention:
-    """FlashAttention-3 on larger pages, which its TMA loads can take."""
+    """FlashAttention-3 on pages large enough for its TMA loads."""
     return fa3_paged(inputs._replace(kv=repaged(inputs.kv, len(inputs.q), 128)))
 
 
 def repaged(kv: PagedKV, tokens: int, page_size: int) -> PagedKV:
-    """The same keys and values in pages of another size, in random order; `tokens` is a multiple of it."""
+    """The same keys and values in pages of another size, in random order; `tokens` must be a multiple of that size."""
     num_kv_heads, head_dim = kv.k.shape[1], kv.k.shape[3]
     table = torch.randperm(tokens // page_size, device=kv.k.device)
     cache = torch.empty(len(table), page_size, num_kv_heads, 2 * head_dim, dtype=kv.k.dtype, device=kv.k.device)
@@ -96,7 +96,7 @@ def repaged(kv: PagedKV, tokens: int, page_size: int) -> PagedKV:
 
 
 def fa2_sparse(inputs: Inputs, index: PeerIndex) -> Attention:
-    """vLLM's vertical-slash kernel of FlashAttention-2; it takes grouped heads as they are."""
+    """vLLM's vertical-slash kernel of FlashAttention-2, which takes grouped heads without repeating them."""
     from vllm.vllm_flash_attn import flash_attn_interface as interface
 
     if not interface.FA2_AVAILABLE:
@@ -109,7 +109,7 @@ def fa2_sparse(inputs: Inputs, index: PeerIndex) -> Attention:
 
 
 def every_key(inputs: Inputs) -> Callable[[int, int], torch.Tensor]:
-    """What a dense kernel keeps: see relative_error."""
+    """The keys that a dense kernel keeps, in the form that relative_error takes."""
     return lambda head, first: torch.arange(first + BLOCK, device=inputs.q.device)
 
 
@@ -119,7 +119,7 @@ def relative_error(out: torch.Tensor, inputs: Inputs, keys: Callable[[int, int],
     Args:
         out: [tokens, num_qo_heads, head_dim].
         inputs: what it was computed from.
-        keys: gives the kept keys of a head and of the tile that starts at a row; future ones are left out here.
+        keys: gives the kept keys of a head, for the tile that starts at a row; future keys are ignored.
     """
     k, v = gather(inputs.kv, len(inputs.q))
     errors = []
@@ -137,13 +137,13 @@ def relative_error(out: torch.Tensor, inputs: Inputs, keys: Callable[[int, int],
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Norm of what lies between them, as a share of that of b; NaN where a value is none."""
+    """Norm of the difference, relative to the norm of b; NaN if one of the values is NaN."""
     a, b = a.float(), b.float()
     return float((a - b).norm() / b.norm())
 
 
 def worst(errors: list[float]) -> float:
-    """The largest; NaN if one is, which max() may pass over."""
+    """The largest error; NaN if one is NaN, which max() may pass over."""
     return float(torch.tensor(errors).max())
 
 
@@ -153,7 +153,7 @@ def sampled_heads(q: torch.Tensor) -> tuple[int, int]:
 
 
 def sampled_rows(tokens: int, tile: int) -> list[int]:
-    """First rows of a few tiles, from the first to the last that is whole."""
+    """First rows of a few tiles, from the first tile to the last whole one."""
     last = tokens // tile - 1
     return [last * i // (SAMPLED_TILES - 1) * tile for i in range(SAMPLED_TILES)]
 
@@ -171,7 +171,7 @@ def _fa3(inputs: Inputs, k: torch.Tensor, v: torch.Tensor, tokens: int, **length
 
 
 def _fp8_arguments(inputs: Inputs, q_scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """As vLLM passes them: an output in the model's dtype, and scales by request and KV head."""
+    """The arguments for FP8 as vLLM passes them: an output in the model's dtype, and scales by request and KV head."""
     kv = inputs.kv
     assert kv.k_scale is not None
     assert kv.v_scale is not None

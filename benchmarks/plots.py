@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Kernel(NamedTuple):
-    """How one kernel is drawn: its label, the field of its time and that of the share of pairs it attends to."""
+    """How a kernel is drawn: its label, and the fields of its time and of the share of pairs that it attends to."""
 
     label: str
     ms: str
@@ -38,7 +38,7 @@ def label(row: dict[str, Any]) -> str:
 
 
 def tflops(row: dict[str, Any], kernel: Kernel) -> float | None:
-    """TFLOP/s on the pairs that this kernel attends to, each by its own tiles; None where something was not measured.
+    """TFLOP/s on the pairs that this kernel attends to, by its own tiles; None if something was not measured.
 
     A dense kernel attends to all causal pairs.
     """
@@ -54,7 +54,7 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def draw_ms(result: dict[str, Any]) -> "Figure":
-    """Bars: milliseconds of every kernel, by case; the scale is logarithmic, dense takes up to 62 times as long."""
+    """Bars: milliseconds of every kernel, by case. The scale is logarithmic: dense takes up to 62 times as long."""
     from matplotlib.figure import Figure
 
     rows = result["rows"]
@@ -78,7 +78,7 @@ def draw_ms(result: dict[str, Any]) -> "Figure":
 
 
 def draw_tflops(result: dict[str, Any]) -> "Figure":
-    """Points under the roof: TFLOP/s on kept pairs against the share that is kept."""
+    """Points below the card's limit: TFLOP/s on kept pairs, against the share of pairs that is kept."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
@@ -108,7 +108,7 @@ def draw_tflops(result: dict[str, Any]) -> "Figure":
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """An SVG that is the same byte for byte when made anew."""
+    """Write an SVG that has the same bytes whenever it is made."""
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every engine in a process of its own: one after the other, or several that take requests in turns.
 
-Engines that are up at the same time share the GPU's clock and temperature, which change within minutes by more than
-some of the differences that are to be measured.
+Engines that run at the same time share the GPU's clock and temperature. These change within minutes, by more than some
+of the differences that are to be measured.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from benchmarks import DENSE, SPARSE
 from minference_vllm.evals.serve import HOST, free_port
 
-# A worker must reach into its engine, and nothing of it may outlive the measurement.
+# A worker must be able to reach into its engine, and nothing of the engine may outlive the measurement.
 ENVIRON = {
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -34,9 +34,9 @@ class EngineProcess:
 
     Args:
         module: a benchmark whose main() begins with `serve_requests` or `serve_worker`.
-        kind: which engine.
-        spec: what it is told, as JSON; of an engine on several GPUs, with what `on_gpus` adds to its options.
-        gpus: how many it runs on. Each process then reads every request, as vLLM wants of external launchers.
+        kind: which engine to start.
+        spec: what the engine is told, as JSON. For an engine on several GPUs, `on_gpus` gives the options to add.
+        gpus: how many it runs on. Each process then reads every request, as vLLM demands of external launchers.
     """
 
     def __init__(self, module: str, kind: str, spec: dict[str, Any], gpus: int = 1) -> None:
@@ -47,7 +47,7 @@ class EngineProcess:
         self.ask(spec)
 
     def ask(self, request: Any) -> Any:
-        """What the engine answers; the first process of several.
+        """The engine's answer; if it has several processes, that of the first.
 
         Raises:
             SystemExit: a process has ended.
@@ -65,7 +65,7 @@ class EngineProcess:
         return json.loads(replies[self._ranks[0]])
 
     def _end(self, ended: "_Rank") -> NoReturn:
-        """One process is gone: end the others, which wait for it."""
+        """Stop because one process has ended: end the others, which wait for it."""
         status = ended.process.wait()
         for rank in self._ranks:
             rank.process.kill()
@@ -92,7 +92,7 @@ class _Rank:
         theirs.close()
 
     def send(self, message: bytes) -> None:
-        with suppress(ConnectionError):  # `receive` tells
+        with suppress(ConnectionError):  # `receive` reports it
             self.connection.send_bytes(message)
 
     def receive(self) -> bytes | None:
@@ -104,7 +104,7 @@ class _Rank:
 
 
 def _rank_environ(rank: int, gpus: int, port: str) -> dict[str, str]:
-    """What tells a process of several which it is, as torchrun does."""
+    """The environment that tells one of several processes which it is, as torchrun sets it."""
     if gpus == 1:
         return {}
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": gpus}
@@ -119,15 +119,15 @@ def on_gpus(gpus: int) -> dict[str, Any]:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one whose answer counts: what it alone does is done once."""
+    """Whether this process gives the engine's answer. What must be done once is done here only."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def serve_requests(start: Start) -> bool:
-    """In the process of an EngineProcess: answer requests until there are no more, return True.
+    """In the process of an EngineProcess, answer requests until there are no more, and return True.
 
     Args:
-        start: makes an engine of a kind and a spec, and gives what answers a request.
+        start: makes an engine of a kind from a spec, and returns the function that answers requests.
     """
     if "--serve" not in sys.argv:
         return False
@@ -150,7 +150,7 @@ def serve_requests(start: Start) -> bool:
 
 
 def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (SPARSE, DENSE)) -> dict[str, dict[str, Any]]:
-    """What the worker of each kind finds, by kind; one after the other, for each wants the whole GPU.
+    """What the worker of each kind finds, by kind. Workers run one after the other, because each needs the whole GPU.
 
     Args:
         module: a benchmark whose main() begins with `serve_worker`.
@@ -168,7 +168,7 @@ def measure(module: str, spec: dict[str, Any], kinds: Sequence[str] = (SPARSE, D
 
 
 def serve_worker(worker: Worker) -> bool:
-    """In a process that `measure` started: run the worker, hand over what it found, return True."""
+    """In a process that `measure` started, run the worker, pass on what it found, and return True."""
 
     def start(kind: str, spec: dict[str, Any]) -> Callable[[Any], Any]:
         found = worker(kind, spec)

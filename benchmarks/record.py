@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records the tile lists that `block` chooses of a real prompt, in some layers of the real engine.
+"""Records the tile lists that `block` chooses on a real prompt, in some layers of the real engine.
 
     python -m benchmarks.record --model /tmp/qwen --text austen.txt.xz --tokens 28672 --out lists.npz
     python -m benchmarks.block --lists lists.npz --out benchmarks/results/h100-block-lists.json
 
-The last tiles of the prompt are recorded, whatever chunks it was read in.
+The last tiles of the prompt are recorded, whatever the chunks in which it was read.
 """
 
 import argparse
@@ -74,12 +74,12 @@ def _padded(groups: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def spread(num_layers: int, count: int) -> list[int]:
-    """Positions of so many layers, spread over all: neither the first nor the last."""
+    """Positions of `count` layers, evenly spread, without the first and the last."""
     return sorted({(2 * number + 1) * num_layers // (2 * count) for number in range(count)})
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
-    """An engine, and what has it read the prompt and writes the lists."""
+    """An engine, as a function that has it read the prompt, and writes the lists."""
     from vllm import SamplingParams
 
     llm = load_engine(kind, spec)
@@ -101,8 +101,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a model directory")
     parser.add_argument("--text", help="a file, as for benchmarks.fidelity, that the prompt is cut from")
     parser.add_argument("--tokens", type=int, default=28672, help="prompt length")
-    parser.add_argument("--rows", type=int, default=8192, help="of the prompt's last ones, whose lists are recorded")
-    parser.add_argument("--layers", type=int, default=4, help="how many, spread over the model")
+    parser.add_argument("--rows", type=int, default=8192, help="number of last rows whose lists are recorded")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers, spread over the model")
     parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens")
     options = parser.parse_args()
     if not (options.tiny or (options.model and options.text)):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one format of a result: where and with what it was measured, then rows of figures.
 
-A result is a JSON object with the keys of `describe_run`, any more that the benchmark adds, and `rows`, a list of flat
-objects. A field that cannot be found stops the benchmark: a figure whose origin is unknown is no figure.
+A result is a JSON object with the keys of `describe_run`, further keys of the benchmark, and `rows`, a list of flat
+objects. If one of the keys cannot be found out, the benchmark stops: a figure of unknown origin is worthless.
 """
 
 import datetime
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 COMMIT_VARIABLE = "MINFERENCE_COMMIT"
 NO_GPU = "none (cpu)"
 NEEDS_NONE = "none needed"
-# A result written a moment ago is no change of what is measured.
+# A result that was just written does not change what is measured.
 MEASURED = (".", ":(exclude)benchmarks/results")
 ABSOLUTE_PATH = re.compile(r"""(?<![^\s=:,"'\[])/[^\s/:,"'\]][^\s:,"'\]]*""")
-"""In an argument, at its start or after what is no part of a path; not in a URL."""
+"""An absolute path at the start of an argument, or after a character that is no part of a path; not in a URL."""
 OF_A_PART = ("command", "date", "rows")
-"""What differs between the parts of one result."""
+"""Keys that differ between the parts of one result."""
 
 
 class ResultError(RuntimeError):
@@ -37,11 +37,11 @@ def describe_run(without_gpu: bool = False, needs_gpu: bool = True) -> dict[str,
     """Card, driver, versions, commit, command and date of this run. Call it first: it fails before time is spent.
 
     Args:
-        without_gpu: a smoke test, whose figures mean nothing: a machine without a GPU is fine.
-        needs_gpu: False where no figure has to do with one; a card that happens to be there is not on record.
+        without_gpu: whether this is a smoke test, whose figures mean nothing, so that a machine without a GPU will do.
+        needs_gpu: False if no figure depends on a GPU; a card that happens to be there is then not noted.
 
     Raises:
-        ResultError: one of them cannot be found.
+        ResultError: one of them cannot be found out.
     """
     import torch
     import triton
@@ -80,10 +80,10 @@ def write(
 
 
 class Merged(NamedTuple):
-    """What several parts are together; nothing is written yet.
+    """Several parts put together; nothing is written yet.
 
     Attributes:
-        run: all keys of a result but its rows.
+        run: all keys of a result except its rows.
         rows: of all parts.
     """
 
@@ -91,7 +91,7 @@ class Merged(NamedTuple):
     rows: list[dict[str, Any]]
 
     def write(self, path: Path) -> list[dict[str, Any]]:
-        """Write them as one result file, and give its rows."""
+        """Write the parts as one result file, and return its rows."""
         write_as(path, self.run, self.rows)
         return self.rows
 
@@ -100,8 +100,8 @@ def merge(parts: Sequence[Path]) -> Merged:
     """Put several parts of one benchmark together, run on cards of one kind.
 
     Raises:
-        ResultError: they cannot be read, or differ in more than rows, command, date and what only some of them have,
-            as the settings of an engine.
+        ResultError: they cannot be read, or differ in more than rows, command, date and settings that only some of them
+            have, such as those of an engine.
     """
     loaded = [read(part) for part in parts]
     shared = [{key: value for key, value in part.items() if key not in OF_A_PART} for part in loaded]
@@ -120,13 +120,13 @@ def merge(parts: Sequence[Path]) -> Merged:
 
 
 def merge_or_exit(parts: Sequence[Path], names: Sequence[str] = ()) -> Merged:
-    """As `merge`, for a command, which writes it once it has checked what else must be so.
+    """As `merge`, for a command. The command writes the result once it has checked everything else.
 
     Args:
         names: of fields that tell rows apart, if there are any.
 
     Raises:
-        SystemExit: they are no parts of one result, or measured the same.
+        SystemExit: they are no parts of one result, or two of them measured the same.
     """
     try:
         merged = merge(parts)
@@ -139,7 +139,7 @@ def merge_or_exit(parts: Sequence[Path], names: Sequence[str] = ()) -> Merged:
 
 
 def _join(whole: dict[str, Any], part: dict[str, Any]) -> list[str]:
-    """Add to objects of the whole what only the part's have; the names of what both have and differ in."""
+    """Add to the objects of the whole what only the part's have; return the names of entries in which both differ."""
     differing = []
     for key, value in part.items():
         if isinstance(value, dict) and isinstance(whole.get(key), dict):
@@ -165,10 +165,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write_as(path: Path, run: dict[str, str], rows: list[dict[str, Any]], **extra: Any) -> None:
-    """Write a result file of an earlier run, as when several are made one.
+    """Write a result file for an earlier run, as when several files are merged into one.
 
     Args:
-        run: what describe_run said then.
+        run: what describe_run returned then.
         path, rows, extra: see write.
     """
     if taken := extra.keys() & run.keys():
@@ -192,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _json(value: Any) -> str:
-    """One line an item: long lists of figures stay short, and a difference between two results shows."""
+    """JSON with one line for each item: long lists of figures stay short, and differences between results show."""
     if isinstance(value, dict):
         return "{\n  " + ",\n  ".join(f"{json.dumps(key)}: {_flat_json(item)}" for key, item in value.items()) + "\n}"
     if isinstance(value, list):
@@ -209,10 +209,10 @@ def _cell(value: Any) -> str:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """The command without the folders of this machine: of absolute paths, alone or in an argument, the name is left."""
+    """The command without this machine's folders: of absolute paths, alone or in an argument, only the name is left."""
     short = []
     for argument in arguments:
-        is_path = argument.startswith("/") and " /" not in argument  # it may hold what else would end one
+        is_path = argument.startswith("/") and " /" not in argument  # it may hold what ends ABSOLUTE_PATH
         short.append(
             (Path(argument).name or argument)
             if is_path
@@ -233,7 +233,7 @@ def _card() -> tuple[str, str]:
 
 
 def _commit() -> str:
-    """The commit that is measured: COMMIT_VARIABLE's, else git's, with "+dirty" when the tree differs from it."""
+    """The commit that is measured: from COMMIT_VARIABLE, else from git, with "+dirty" if the tree differs from it."""
     if commit := os.environ.get(COMMIT_VARIABLE, ""):
         return commit
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds in which two engines do the same: how much faster the sparse one is, and how sure that is under noise."""
+"""Rounds in which two engines do the same work: how much faster the sparse one is, and how sure that is."""
 
 import statistics
 from collections.abc import Callable
@@ -8,24 +8,24 @@ from typing import NamedTuple
 from benchmarks import DENSE, SPARSE, interval
 
 ORDER = (SPARSE, DENSE, DENSE, SPARSE)
-"""Of one round: the clock depends on what ran before, and what drifts evenly drops out of the round's ratio."""
+"""The order within a round: the clock depends on what ran before, and steady drift drops out of a round's ratio."""
 
 FEWEST_JUDGED = interval.FEWEST_OF_MEDIAN
-"""Rounds of a cell: of fewer there is no interval, and it is not judged."""
+"""Rounds of a cell. With fewer there is no interval, so the cell is not judged."""
 OF_LONG = 3
-"""Rounds of a cell of which so many as are judged would take too long."""
+"""Rounds of a cell for which FEWEST_JUDGED rounds would take too long."""
 EXTENSION = 12
-"""Further rounds of a cell in doubt, once. Where an answer's time has 2% of noise, an engine that is 5% slower fails in
-nine cells of ten, one that is 3% slower in one of five; where it has 1%, in all, and in two of three. One that is as
-fast as dense fails in fewer than one of forty."""
+"""Further rounds, made once, of a cell that is in doubt. If the time of an answer has 2% of noise, an engine that is 5%
+slower fails in nine of ten cells, and one that is 3% slower in one of five. With 1% of noise they fail in all cells,
+and in two of three. An engine that is as fast as dense fails in fewer than one of forty."""
 
 
 class Limits(NamedTuple):
-    """What speed-ups, dense's seconds / sparse's, are held to.
+    """The limits for speed-ups, dense's seconds / sparse's.
 
     Attributes:
-        least: a lower one is too slow; there is doubt about a cell of which the first rounds may show such a one.
-        shown: an interval that reaches below this shows nothing.
+        least: a lower speed-up is too slow. A cell is in doubt if its first rounds may mean such a speed-up.
+        shown: an interval that reaches below this is too wide to show anything.
     """
 
     least: float = 0.98
@@ -37,18 +37,18 @@ ROUNDS = (
     f"(of {OF_LONG} rounds, the speed-up) reaches below the least that is allowed. judged: whether there is an "
     f"interval, that is at least {FEWEST_JUDGED} rounds; what is not judged does not fail"
 )
-"""For the record: how many there are."""
+"""The rule for the number of rounds, for the record."""
 
 NO_LIMITS = Limits(0.0, 0.0)
-"""Of a smoke test, whose times mean nothing."""
+"""For a smoke test, whose times mean nothing."""
 
 
 class Rounds:
-    """Times of one piece of work.
+    """The times of one piece of work.
 
     Attributes:
-        seconds: of each time that it was done, by engine.
-        ratios: dense's seconds / sparse's, of each round.
+        seconds: by engine, for each time that the work was done.
+        ratios: dense's seconds / sparse's, for each round.
     """
 
     def __init__(self) -> None:
@@ -56,10 +56,10 @@ class Rounds:
         self.ratios: list[float] = []
 
     def add(self, ask: Callable[[str], float], rounds: int) -> None:
-        """Add so many rounds.
+        """Add rounds.
 
         Args:
-            ask: has the engine of a kind do the work, and gives the seconds that it took.
+            ask: has the engine of a kind do the work, and returns the seconds that it took.
         """
         for _ in range(rounds):
             total = {DENSE: 0.0, SPARSE: 0.0}
@@ -71,15 +71,15 @@ class Rounds:
     def time(self, ask: Callable[[str], float], most_seconds: float, limits: Limits) -> None:
         """Add FEWEST_JUDGED rounds, and EXTENSION more if these leave a doubt.
 
-        How many there are must not depend on their ratios but for that once: who adds rounds until a cell passes has
-        every cell pass in the end.
+        Apart from this one extension, the number of rounds must not depend on their ratios: adding rounds until a cell
+            passes would let every cell pass in the end.
 
         Args:
             ask: see add.
-            most_seconds: no more than OF_LONG are made where, by these, FEWEST_JUDGED would take longer.
+            most_seconds: only OF_LONG rounds are made if, judging by these, FEWEST_JUDGED would take longer.
         """
         self.add(ask, OF_LONG)
-        usual = statistics.median(self.seconds[DENSE] + self.seconds[SPARSE])  # one that stalled says nothing
+        usual = statistics.median(self.seconds[DENSE] + self.seconds[SPARSE])  # a single answer may stall
         if FEWEST_JUDGED * len(ORDER) * usual <= most_seconds:
             self.add(ask, FEWEST_JUDGED - OF_LONG)
         if self.is_in_doubt(limits):
@@ -87,16 +87,16 @@ class Rounds:
 
     @property
     def speedup(self) -> float:
-        """The rounds' median."""
+        """The median of the rounds' ratios."""
         return statistics.median(self.ratios)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of 95%, for the speed-up; None of few rounds."""
+        """The 95% interval of the speed-up; None if there are too few rounds."""
         return interval.of_median(self.ratios)
 
     def is_in_doubt(self, limits: Limits) -> bool:
-        """Whether the speed-up may be too low: by its interval's lower end, by itself where there is none."""
+        """Whether the speed-up may be too low, by the interval's lower end, or by itself if there is no interval."""
         low = self.interval[0] if self.interval else self.speedup
         return low < limits.least
 

@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks import DENSE, SPARSE, interval
 
 ALL = "all"
-"""In place of a text's name: the prompts of all texts."""
-DIGITS = 5  # of a share: thousandths of a percent
+"""Stands in place of a text's name for the prompts of all texts."""
+DIGITS = 5  # of a share, which makes thousandths of a percent
 PAIRED = ("answers", "answer_loss")
 INTERVALS = (
     "95% interval, by Student's t, of the mean difference of a prompt's answers or answer loss, sparse less dense; of "
@@ -17,15 +17,15 @@ INTERVALS = (
 )
 
 Prompt = Mapping[str, float | None]
-"""What was found of one prompt, by name."""
+"""The findings for one prompt, by name."""
 
 
 def make_rows(of: dict[str, Any], found: Mapping[tuple[int, str], Sequence[Prompt]]) -> list[dict[str, Any]]:
-    """A row for each length and text, and where there are several texts one for all of a length.
+    """A row for each length and text, and, if there are several texts, one more for all texts of a length.
 
     Args:
-        of: fields that they share.
-        found: by length and text.
+        of: fields that all rows share.
+        found: the prompts by length and text.
     """
     rows = [make_row({"tokens": tokens, "text": text, **of}, prompts) for (tokens, text), prompts in found.items()]
     for length in sorted({tokens for tokens, _ in found}):
@@ -37,11 +37,11 @@ def make_rows(of: dict[str, Any], found: Mapping[tuple[int, str], Sequence[Promp
 
 
 def make_row(of: dict[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """A row: means over prompts, and the intervals of what is paired, each prompt with itself."""
+    """A row: means over prompts, and intervals of the differences of each prompt's dense and sparse figures."""
     row = {**of, "prompts": len(prompts)}
     for name in prompts[0]:
         numbers = [number for prompt in prompts if (number := prompt[name]) is not None]
-        # Of what some prompts lack, as density where nothing ran sparse, there is no mean.
+        # No mean over prompts of which some lack the figure, such as density where nothing ran sparse.
         row[name] = round(statistics.fmean(numbers), DIGITS) if len(numbers) == len(prompts) else None
     for name in PAIRED:
         if f"{name}_{SPARSE}" in prompts[0]:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pattern file that `minference-vllm search` makes, against the default method: next tokens, answers and time.
+"""Compares a pattern file made by `minference-vllm search` with the default method: next tokens, answers and time.
 
     python -m benchmarks.search --model /tmp/qwen --texts austen.txt.xz pydoc.txt.xz stdlib \
         --search-texts austen.txt.xz pydoc.txt.xz --out benchmarks/results/search-qwen.json
 
-The search reads the second halves of its texts, the comparison the first: prompts as in benchmarks.fidelity, on an
-engine with vLLM's own attention, one with the default method and one with the file, all up at once and asked in turns.
+The search reads the second halves of its texts, the comparison reads first halves. Prompts are those of
+benchmarks.fidelity. Three engines run at the same time and are asked in turns: one with vLLM's own attention, one with
+the default method, one with the file.
 """
 
 import argparse
@@ -33,7 +34,7 @@ NOT_BETTER = 3  # exit status of the search
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """An engine, and what scores a prompt with it and times it: as fidelity's, with "ms"."""
+    """An engine, as a function that scores a prompt as benchmarks.fidelity does and adds its time, "ms"."""
     from minference_vllm.compat import engines
 
     llm = load_engine(kind, spec)
@@ -51,7 +52,7 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
 
 
 def search(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Have the command search; what is on record of it, and the file under "file", None if it wrote none."""
+    """x"""
     data = [second_half(name, max(options.tokens), folder) for name in options.search_texts or options.texts]
     out = (options.keep or folder) / "pattern.json"
     command = [
@@ -73,7 +74,7 @@ def search(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def second_half(name: str, tokens: int, folder: Path) -> Path:
-    """A text, but for its first half and what a prompt that begins there may reach."""
+    """The second half of a text, without what a prompt that begins in the first half may reach."""
     text = fidelity.load_text(name)
     path = folder / f"{Path(name).name.removesuffix('.xz')}.second"
     path.write_text(text[len(text) // 2 + tokens * facts.CHARACTERS_PER_TOKEN :])
@@ -81,7 +82,7 @@ def second_half(name: str, tokens: int, folder: Path) -> Path:
 
 
 def compare(options: argparse.Namespace, specs: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Rows by text, length and method, then one a method of all of them."""
+    """Rows by text, length and method, then one row for each method over all of them."""
     requests = fidelity.make_requests(options, str(folder))
     found: dict[tuple[Any, ...], list[dict[str, float]]] = {}
     with ExitStack() as stack:
@@ -112,9 +113,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a model directory; its final norm must be `model.norm`")
     parser.add_argument("--texts", nargs="+", required=True, help=f"files, or {fidelity.STDLIB!r}, to compare on")
     parser.add_argument("--search-texts", nargs="+", help="files to search with; none given: those of --texts")
-    parser.add_argument("--search-options", default="", help="more options of the search")
-    parser.add_argument("--pattern", type=Path, help="compare this file, and do not search")
-    parser.add_argument("--keep", type=Path, help="a folder in which the file and what was measured for it stay")
+    parser.add_argument("--search-options", default="", help="more options of minference-vllm search")
+    parser.add_argument("--pattern", type=Path, help="compare this pattern file, without a search")
+    parser.add_argument("--keep", type=Path, help="a folder that keeps the pattern file and the search's measurements")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 28672], help="prompt lengths")
     parser.add_argument("--prompts", type=int, default=4, help="prompts a text and length")
     parser.add_argument("--kv-cache-dtype", default="auto")

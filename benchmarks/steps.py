@@ -3,8 +3,8 @@
 
     python -m benchmarks.steps --out benchmarks/results/h100-steps.json
 
-Each step is run by the plugin's builder and layers or, drawn by lot, by those of vLLM's that they derive from: what the
-plugin adds is the difference of the medians, and the clock's own time is in both.
+For each step, a random draw decides whether it is run by the plugin's builder and layers, or by those of vLLM's that
+they derive from. What the plugin adds is the difference of the medians; the clock's own time is in both.
 """
 
 import argparse
@@ -25,8 +25,8 @@ clock = time.perf_counter
 
 GATE, PROMPT, MOST_ANSWER = 2048, 64, 8  # tokens
 TINY_GATE = 256
-TINY_MEMORY = 0.3  # of the machine's: a smoke test shares it
-ONE_IS_LONG = 4  # times max_num_seqs: of so many requests one is as long as the gate asks for
+TINY_MEMORY = 0.3  # of the machine's memory, which a smoke test shares with others
+ONE_IS_LONG = 4  # one of this many times max_num_seqs requests is as long as the gate asks for
 MAX_LEN = 4096
 RESAMPLES = 500
 
@@ -37,7 +37,7 @@ class TimedStep:
 
     Attributes:
         rows: "prefill" if the step reads prompts, else "decode".
-        beside: which of BESIDE it is.
+        beside: the kind of step, one of BESIDE.
         ours: whether the plugin's builder and layers ran it, or vLLM's.
         build_us: microseconds of the host to build its metadata.
         layers_us: microseconds of the host in all layers' forward.
@@ -51,15 +51,15 @@ class TimedStep:
 
 
 SHORT, LONG, AFTER = BESIDE = "short contexts", "a long context", "after a sparse step"
-"""No request is as long as the gate asks for; one is, but reads no chunk that could go sparse; the step before ran
-sparse."""
+"""In a step of the first kind no request is as long as the gate asks for. In the second one is, but it reads no chunk
+that could run sparse. In the third, the step before ran sparse."""
 
 
 class StepTimer:
-    """Times every step in which nothing runs sparse; by lot, vLLM's own code runs it in place of the plugin's.
+    """Times every step in which nothing runs sparse. A random draw may have vLLM's own code run it.
 
     Args:
-        seed: of the lots.
+        seed: of the draws.
 
     Attributes:
         steps: what was timed.
@@ -68,11 +68,11 @@ class StepTimer:
     def __init__(self, seed: int) -> None:
         self.steps: list[TimedStep] = []
         self._lots = random.Random(seed)
-        self._step: TimedStep | None = None  # the one that runs now, if it is timed
+        self._step: TimedStep | None = None  # the step that runs now, if it is timed
         self._after_sparse = False
 
     def watch_builder(self, ours: Any) -> None:
-        """Time a builder class of the plugin's."""
+        """Time a builder class of the plugin."""
         builds = {False: inherited(ours, "build"), True: ours.build}
 
         def build(builder: Any, common_prefix_len: int, common: Any, *arguments: Any, **settings: Any) -> Any:
@@ -80,7 +80,7 @@ class StepTimer:
             may_be_sparse = is_long and common.max_query_len >= builder._min_chunk
             is_ours = may_be_sparse or self._lots.random() < 0.5
             method = builds[is_ours]
-            clock()  # with the CPU's caches empty the first reading takes longer
+            clock()  # the first reading of the clock takes longer, as the CPU's caches are cold
             start = clock()
             metadata = method(builder, common_prefix_len, common, *arguments, **settings)
             us = 1e6 * (clock() - start)
@@ -96,7 +96,7 @@ class StepTimer:
         ours.build = build
 
     def watch_layers(self, ours: Any) -> None:
-        """Time a class of the plugin's layers."""
+        """Time a layer class of the plugin."""
         forwards = {False: inherited(ours, "forward"), True: ours.forward}
 
         def forward(layer: Any, *arguments: Any, **settings: Any) -> Any:
@@ -113,7 +113,7 @@ class StepTimer:
 
 
 def inherited(ours: Any, name: str) -> Any:
-    """vLLM's method that a class of the plugin's overrides."""
+    """The method of vLLM's that a class of the plugin overrides."""
     return next(vars(kind)[name] for kind in ours.__mro__[1:] if name in vars(kind))
 
 
@@ -138,7 +138,7 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
 
     serve(2 * spec["engine"]["max_num_seqs"])
     timer = StepTimer(spec["seed"])
-    for ours in PlanningMixin.__subclasses__():  # the GPU's, the CPU's: one of them is in use
+    for ours in PlanningMixin.__subclasses__():  # the GPU's and the CPU's class, of which one is in use
         timer.watch_builder(ours)
     for ours in SparseLayerMixin.__subclasses__():
         timer.watch_layers(ours)
@@ -147,7 +147,7 @@ def worker(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_rows(steps: Sequence[TimedStep], max_num_seqs: int) -> list[dict[str, Any]]:
-    """A row for each kind of step that came up."""
+    """A row for each kind of step that occurred."""
     rows = []
     for kind in product(("prefill", "decode"), BESIDE):
         some = [step for step in steps if (step.rows, step.beside) == kind]
@@ -162,7 +162,7 @@ def make_rows(steps: Sequence[TimedStep], max_num_seqs: int) -> list[dict[str, A
 
 
 def compare(name: str, stock: list[float], ours: list[float]) -> dict[str, float]:
-    """Fields of a row: the medians, and how far they lie apart with the standard error by bootstrap."""
+    """Fields of a row: the medians, their difference, and its standard error by bootstrap."""
     lots = random.Random(0)
 
     def resampled(times: list[float]) -> float:
@@ -216,8 +216,8 @@ def main() -> None:
     if serve_worker(worker):
         return
     parser = argument_parser(__doc__, "two layers of a toy shape, the gate at 256 tokens", compares=False)
-    parser.add_argument("--seqs", type=int, nargs="+", default=[8, 64, 256], help="max_num_seqs, an engine each")
-    parser.add_argument("--requests", type=int, default=192, help="how many for each of max_num_seqs")
+    parser.add_argument("--seqs", type=int, nargs="+", default=[8, 64, 256], help="max_num_seqs of each engine")
+    parser.add_argument("--requests", type=int, default=192, help="number of requests, for each of --seqs")
     options = parser.parse_args()
     results.describe_run(options.tiny)
     rows: list[dict[str, Any]] = []

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key sets as real prompts have them, for models whose weights are made up.
+"""Draws sets of keys as real prompts have them, for models whose weights are made up.
 
-Made-up weights attend to everything alike, so their heaviest diagonals and groups lie scattered over the whole prompt,
-which no trained model's do. Here the method chooses as always, but what is attended to is drawn.
+Made-up weights attend to everything alike, so that their heaviest diagonals and groups are scattered over the whole
+prompt, unlike those of any trained model. Here the method chooses as always, but the keys that are attended to are
+drawn.
 """
 
 from minference_vllm import ops

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a call takes on its device, and what has been measured so far."""
+"""Measures how long a call takes on its device, and prints progress."""
 
 import functools
 import statistics
@@ -10,10 +10,10 @@ import torch
 
 WARM_UPS = 2
 RUNS_IF_FASTER = ((2.0, 15), (50.0, 5), (float("inf"), 3))
-"""Runs of calls that take less than so many milliseconds."""
+"""How many runs are timed for calls that take less than so many milliseconds."""
 IDLE_SECONDS = 0.25
 FLUSHED_BYTES = 2**30
-FLUSHES = 3  # about a millisecond
+FLUSHES = 3  # which take about a millisecond
 
 _START = time.monotonic()
 
@@ -38,7 +38,7 @@ def once(call: Callable[[], object], device: torch.device) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # They empty the L2 cache, and the GPU is busy with them while the host launches the call.
+    # The flushes empty the L2 cache, and keep the GPU busy while the host launches the call.
     for _ in range(FLUSHES):
         _flushed(device).zero_()
     begin.record()
@@ -49,13 +49,13 @@ def once(call: Callable[[], object], device: torch.device) -> float:
 
 
 def bf16_matmul_tflops(device: torch.device, size: int = 8192) -> float:
-    """What this card's matrix units reach on random data: the roof."""
+    """TFLOP/s that this card's matrix units reach on random data: the limit for every kernel."""
     a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
     return 2 * size**3 / median(lambda: a @ b, device) / 1e9
 
 
 def say(text: str) -> None:
-    """Progress: a run that is cut off has still shown its figures."""
+    """Print progress, so that a run that is cut off has still shown its figures."""
     print(f"{time.monotonic() - _START:7.1f} s  {text}", flush=True)
 
 

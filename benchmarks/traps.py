@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts made to defeat whoever chooses keys: what matters lies far back, and only part of a chunk wants it."""
+"""Prompts made to mislead any choice of keys: what matters lies far back, and only part of a chunk needs it."""
 
 import random
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from benchmarks.facts import OPENING, QUESTIONS_TOKENS, FactPrompt, ask, cut, dr
 
 PASSAGE_TOKENS = 800
 TRIES = 50
-OVERLAP = 100  # characters that no two places of a text have in common
-PASSAGE_SEEN = 64  # tokens of the copy before it can be known for one
+OVERLAP = 100  # characters: no two places of a text have so many in common
+PASSAGE_SEEN = 64  # tokens of the copy after which a model can recognise it
 
 Trap = Callable[[Any, list[str], int, int], FactPrompt]
 """Makes a prompt from a tokenizer, two texts, the number of tokens and a seed."""
 
 
 def asked_in_the_middle(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactPrompt:
-    """Facts in the first half, questions and answers after it; then the text goes on, and its rows want nothing."""
+    """Facts in the first half, then questions and answers; after them the text goes on, in rows that need no facts."""
     lots = random.Random(seed)
     numbers = draw_numbers(lots)
     half = (tokens - QUESTIONS_TOKENS) // 2
@@ -29,7 +29,7 @@ def asked_in_the_middle(tokenizer: Any, texts: list[str], tokens: int, seed: int
 
 
 def copied(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactPrompt:
-    """A passage of the first tenth comes again, word for word, in the middle of a later chunk."""
+    """A passage from the prompt's beginning, after its first tenth, comes again word for word within a later chunk."""
     lots = random.Random(seed)
     size = min(PASSAGE_TOKENS, tokens // 8)
     passage = cut(tokenizer, texts[0], size, lots)
@@ -45,7 +45,7 @@ def copied(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactProm
 
 
 def cut_elsewhere(tokenizer: Any, text: str, tokens: int, lots: random.Random, passage: str) -> str:
-    """So many tokens of a text without a passage of it: its copy would have a nearer source."""
+    """Tokens of a text that do not contain the passage, because its copy would otherwise have a nearer source."""
     for _ in range(TRIES):
         part = cut(tokenizer, text, tokens, lots)
         if passage[:OVERLAP] not in part and passage[-OVERLAP:] not in part:
@@ -54,7 +54,7 @@ def cut_elsewhere(tokenizer: Any, text: str, tokens: int, lots: random.Random, p
 
 
 def changed_half_way(tokenizer: Any, texts: list[str], tokens: int, seed: int) -> FactPrompt:
-    """The first half, with the facts in it, is of one kind of text, the second of another; asked for at the end."""
+    """The first half, which holds the facts, is of one kind of text, the second of another; asked at the end."""
     lots = random.Random(seed)
     numbers = draw_numbers(lots)
     half = (tokens - QUESTIONS_TOKENS) // 2

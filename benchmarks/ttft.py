@@ -6,7 +6,7 @@
         --out benchmarks/results/h100-ttft-qwen.json
     python -m benchmarks.ttft --merge a.json b.json --out benchmarks/results/h100-ttft.json
 
-The last puts lengths or methods together that were measured on several cards.
+The last line merges lengths or methods that were measured on several cards.
 
 Time to first token is the wall time of `LLM.generate` for one prompt and one token, on an idle engine.
 """
@@ -44,14 +44,14 @@ from benchmarks.processes import EngineProcess, on_gpus, serve_requests
 TINY_SETTINGS = {"min_seq_len": 256, "min_chunk": 16}
 USUAL = {"tokens": [8192, 32768, 131072], "layers": 32}
 TINY_USUAL = {"tokens": [600], "layers": 2}
-MEMORY_OF_EACH = 0.47  # of the GPU's: two engines are up at a time
+MEMORY_OF_EACH = 0.47  # share of the GPU's, as two engines run at a time
 MEMORY_ALONE = 0.92
 WARM_UP = 32768
-LONG = 65536  # tokens; from here on two timed requests are enough, and time is short
+LONG = 65536  # tokens; from here on two timed requests must do, because they take long
 SHORT = 32768
 CHUNK = 16512  # not 16,384: a prompt that fills its last chunk is taken for one that goes on (plan.py)
 MOST_FOR_SHORT = 16
-SPARE = 16  # tokens of max_model_len beyond the longest prompt
+SPARE = 16  # tokens by which max_model_len exceeds the longest prompt
 
 
 TTFT = (
@@ -70,17 +70,17 @@ NATURAL = "natural: the plugin chooses by itself; made-up weights have no patter
 
 
 WORK = ("sparse_tokens", "density", "redone")
-"""Of benchmarks.SparseWork, on record for each row."""
+"""Fields of benchmarks.SparseWork that each row records."""
 
 ROW = ("tokens", "method")
-"""What tells one row of a result from another."""
+"""The fields that tell one row of a result from another."""
 
 Found = tuple[str, int, dict[str, Any]]
-"""A method, a prompt length, and what was found of both engines."""
+"""A method, a prompt length, and what both engines gave."""
 
 
 def num_timed(tokens: int, repeats: int) -> int:
-    """Timed requests: few of the long ones, which differ little, many of the short ones, which differ by percents."""
+    """Number of timed requests: few long ones, as they differ little; many short ones, as they differ by percents."""
     if tokens >= LONG:
         return min(repeats, 2)
     return repeats * min(max(SHORT // tokens, 1) ** 2, MOST_FOR_SHORT)
@@ -113,7 +113,7 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
 
 
 def make_tokens(spec: dict[str, Any], tokens: int) -> list[int]:
-    """So many tokens of the text if there is one, else random ones."""
+    """`tokens` tokens of the text if there is one, else random ones."""
     if not spec["text"]:
         drawn = np.random.default_rng(spec["seed"]).integers(10, spec["vocab_size"], tokens)
         return [int(token) for token in drawn]
@@ -133,7 +133,7 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
     dense.ask({"tokens": tokens, "count": False})
     seconds: dict[str, list[float]] = {DENSE: [], SPARSE: []}
     for i in range(num_timed(tokens, repeats)):
-        # Who comes first changes: the clock depends on what ran before.
+        # The engines take turns to be first, because the clock depends on what ran before.
         for engine in (dense, sparse) if i % 2 else (sparse, dense):
             reply = engine.ask({"tokens": tokens, "count": False})
             seconds[engine.kind].append(round(reply["seconds"], 4))
@@ -143,7 +143,7 @@ def time_side_by_side(dense: EngineProcess, sparse: EngineProcess, tokens: int, 
 
 
 def time_in_turn(engine: EngineProcess, tokens: int, repeats: int, warm_up: int) -> tuple[list[float], dict[str, Any]]:
-    """The times of an engine that is up alone, and what ran sparse in the request before.
+    """The times of an engine that runs alone, and what ran sparse in its warm-up request.
 
     Args:
         warm_up: tokens of that request.
@@ -157,7 +157,7 @@ def time_in_turn(engine: EngineProcess, tokens: int, repeats: int, warm_up: int)
 
 
 def make_row(method: str, layers: int | None, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
-    """A row of what time_side_by_side found."""
+    """A row made of the result of time_side_by_side."""
     dense_s, sparse_s = statistics.median(found[DENSE]), statistics.median(found[SPARSE])
     return {
         "tokens": tokens,
@@ -192,7 +192,7 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
 
 
 def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a result file; each engine's come under "sparse" as it is started."""
+    """The settings of a result file. Each engine's come under "sparse" when it is started."""
     made_up = {"shape": TINY if options.tiny else LLAMA_8B, "layers": options.layers, "weights": "dummy"}
     return {
         "ttft": TTFT + (IN_TURN if options.in_turn else SIDE_BY_SIDE),
@@ -215,7 +215,7 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
 def sparse_engine(
     options: argparse.Namespace, spec: dict[str, Any], method: str, settings: dict[str, Any]
 ) -> EngineProcess:
-    """An engine of the plugin; its settings go into those of the result file."""
+    """An engine of the plugin. Its settings are added to those of the result file."""
     minference: dict[str, Any] = {"method": parse_method(method), **({} if options.text else synthetic.LOWEST_FLOORS)}
     minference |= TINY_SETTINGS if options.tiny else {}
     settings["sparse"][method] = resolved(minference)
@@ -223,7 +223,7 @@ def sparse_engine(
 
 
 def side_by_side(options: argparse.Namespace, spec: dict[str, Any], settings: dict[str, Any]) -> Iterator[Found]:
-    """What both engines find that are up at the same time."""
+    """What both engines give if they run at the same time."""
     with EngineProcess("benchmarks.ttft", DENSE, spec, options.gpus) as dense:
         for method in options.methods:
             with sparse_engine(options, spec, method, settings) as sparse:
@@ -232,7 +232,7 @@ def side_by_side(options: argparse.Namespace, spec: dict[str, Any], settings: di
 
 
 def in_turn(options: argparse.Namespace, spec: dict[str, Any], settings: dict[str, Any]) -> Iterator[Found]:
-    """What the engines find one after the other."""
+    """What the engines give if they run one after the other."""
     warm_up = {**spec, "tokens": [*spec["tokens"], min(WARM_UP, *spec["tokens"])]}
     with EngineProcess("benchmarks.ttft", DENSE, warm_up, options.gpus) as engine:
         dense = {
@@ -241,7 +241,7 @@ def in_turn(options: argparse.Namespace, spec: dict[str, Any], settings: dict[st
     for method in options.methods:
         with sparse_engine(options, spec, method, settings) as engine:
             for tokens in options.tokens:
-                # What is drawn for a length is drawn while it is warmed up.
+                # The warm-up has the timed length, because keys for a length are drawn during it.
                 seconds, found = time_in_turn(engine, tokens, options.repeats, tokens)
                 yield method, tokens, {**found, DENSE: dense[tokens], SPARSE: seconds}
 
@@ -261,8 +261,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a directory with real weights, in place of made-up ones; with --text")
     parser.add_argument("--text", help="a file, as for benchmarks.fidelity, that prompts are cut from")
     parser.add_argument("--gpus", type=int, default=1, help="tensor-parallel GPUs of each engine")
-    parser.add_argument("--in-turn", action="store_true", help="one engine after the other: each gets all memory")
-    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: put the rows of these files together")
+    parser.add_argument("--in-turn", action="store_true", help="run one engine after the other, each with all memory")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, but merge the rows of these files")
     options = parser.parse_args()
     if bool(options.model) != bool(options.text):
         parser.error("--model and --text go together")
@@ -282,7 +282,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for method, tokens, found in (in_turn if options.in_turn else side_by_side)(options, spec, settings):
             seconds[f"{method}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
             rows.append(make_row(method, None if options.model else options.layers, tokens, found))
-            # After each row: what a run that is cut off has measured stays.
+            # Written after each row, so that a run that is cut off keeps what it has measured.
             results.write(options.out, rows, options.tiny, **record)
     return rows
 

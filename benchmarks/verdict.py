@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks.attention_suite says of one step's output: how far off it is, and whether that is wrong."""
+"""Judges a step's output for benchmarks.attention_suite: how far off it is, and whether that is wrong."""
 
 import math
 from collections.abc import Iterator
@@ -17,29 +17,30 @@ TOLERANCE = 1e-2
 """Absolute and relative, as in vLLM's tests."""
 
 DENSE_FP8_TOLERANCE = 5e-2
-"""The same for rows that FlashAttention-3 computes over a cache in FP8, against its own output for the whole batch: it
-rounds probabilities to FP8, and where it does depends on how it splits the keys, hence on the batch."""
+"""The same for rows that FlashAttention-3 computes over a cache in FP8, compared with its own output for the whole
+batch. It rounds probabilities to FP8, and at which point depends on how it splits the keys, and so on the batch."""
 
 RECALL_TOLERANCE = 1e-3
 
 DENSITY_TOLERANCE = 1e-4
-"""Where every key is to be kept: `block` takes groups with less than 2^-26 of a row's attention for nothing."""
+"""By how much density may be below 1 where every key must be kept: `block` drops groups below 2^-26 of a row's
+attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One step's output beside what it should be.
+    """One step's output, and what it should be.
 
     Attributes:
-        batch: of the step.
+        batch: the step's requests.
         config: the plugin's settings.
-        keeps_all: whether sparse attention must keep every key under them.
-        out: [num_rows, num_qo_heads, head_dim], the plugin's.
-        exact: what it should be.
-        dense: vLLM's backend's output for the same step; None if it was not run.
-        trusts_dense: whether rows that run dense are held against `dense`, not against `exact`.
-        work: what the plugin has counted of the step.
-        lse: [num_qo_heads, >= rows], what attending left of the sparse chunk that ran last; only read if there is one.
+        keeps_all: whether sparse attention must keep every key under these settings.
+        out: [num_rows, num_qo_heads, head_dim], the plugin's output.
+        exact: exact attention.
+        dense: the output of vLLM's backend for the same step; None if it was not run.
+        trusts_dense: whether rows that run dense are compared with `dense` instead of `exact`.
+        work: what the plugin has counted for the step.
+        lse: [num_qo_heads, >= rows], log-sum-exp of the last sparse chunk, as attending left it; unused without one.
     """
 
     batch: Batch
@@ -66,7 +67,7 @@ class Verdict:
 
     @property
     def recall(self) -> float | None:
-        """Of all rows of the last sparse chunk, after the guard acted."""
+        """Mean recall of all rows of the last sparse chunk, after the guard acted."""
         if not self.chunks:
             return None
         return float((self.chunk_lse - self.exact.lse[self.chunks[-1]]).exp().mean())
@@ -83,12 +84,12 @@ class Verdict:
             "max_from_dense": largest(self.out, self.dense),
         }  # fmt: skip
         shown = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in found.items()}
-        # JSON has no NaN; `fault` tells one.
+        # JSON has no NaN; a NaN is reported in `fault`.
         shown = {name: value if value is None or math.isfinite(value) else None for name, value in shown.items()}
         return {**shown, "ok": not faults, "fault": "; ".join(faults) or None}
 
     def _faults_of_work(self) -> Iterator[str]:
-        """What ran sparse that should not have, or the other way round, and how much it kept."""
+        """Whether the rows that ran sparse are those that should have, and whether enough was kept."""
         wanted = sum(rows.stop - rows.start for rows in self.chunks)
         if self.work.sparse_tokens != wanted:
             yield f"{self.work.sparse_tokens} rows ran sparse, not {wanted}"
@@ -126,10 +127,10 @@ class Verdict:
 
 
 def largest(out: torch.Tensor | None, expected: torch.Tensor | None) -> float | None:
-    """Largest difference between two numbers of them, if both are there."""
+    """Largest difference between two numbers at the same place; None if either tensor is missing."""
     return None if out is None or expected is None else float((out.float() - expected.float()).abs().max())
 
 
 def largest_relative(out: torch.Tensor | None, expected: torch.Tensor) -> float | None:
-    """Largest difference between two rows of a head, by norm, as a share of the expected row's norm."""
+    """Largest norm of the difference between two rows of a head, as a share of the expected row's norm."""
     return None if out is None else float(((out.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())

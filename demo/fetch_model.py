@@ -83,7 +83,7 @@ def read_model(reader: gguf.GGUFReader) -> LlamaForCausalLM:
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Let Transformers read vocabulary and chat template; it leaves out that SmolLM splits numbers into digits."""
+    """Let Transformers read vocabulary and chat template, and add that SmolLM splits numbers into digits."""
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     return tokenizer

@@ -20,7 +20,7 @@ QUESTION = "What is the magic number of the library? Answer with the number only
 EXPECTED = "7421"
 LOG = Path("build/demo-server.log")
 METRICS_TIMEOUT_S = 10
-# The default gate is made for longer prompts; this one is for 6K tokens in chunks of 2K. The method is the default one.
+# The default gate is for longer prompts than this one of 6K tokens in chunks of 2K. The method is the default one.
 OPTIONS = (*SMALL_MODEL, "--max-num-batched-tokens=2048", *minference_option(min_seq_len=2048, min_chunk=256))
 
 
@@ -69,7 +69,7 @@ def sparse_tokens(server: Server, prompt_tokens: int) -> int:
 
 
 def run(model: str) -> str | None:
-    """Serve, ask and report. Returns what went wrong."""
+    """Serve, ask and report; return what went wrong."""
     print(f"==> Starting vLLM with {model}; its log is {LOG}", flush=True)
     with running(model, LOG, *OPTIONS) as server:
         print(f'==> Reading (minutes without a GPU). Hidden: "{FACT}"\n    Question: {QUESTION}', flush=True)

@@ -47,7 +47,7 @@ class Server:
             return response.read().decode()
 
     def client(self) -> openai.OpenAI:
-        """The official client, past any proxy too."""
+        """The official client, set up to bypass any proxy."""
         direct = openai.DefaultHttpxClient(trust_env=False)
         base_url = f"{self.url}/v1"
         return openai.OpenAI(base_url=base_url, api_key="unused", timeout=600, max_retries=0, http_client=direct)
@@ -59,7 +59,7 @@ class Server:
 
 
 def open_directly(request: str | urllib.request.Request, timeout: float) -> Any:
-    """urlopen past any proxy that the environment names: a proxy has another 127.0.0.1."""
+    """urlopen that bypasses any proxy of the environment: to a proxy, 127.0.0.1 is another machine."""
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout)
 
 

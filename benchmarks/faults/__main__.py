@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server does when something breaks under it, with the plugin and without; ends with 1 if it is not as promised.
+"""What a server does when something breaks under it, with the plugin and without; the exit status is 1 if it does not
+do what is promised.
 
     python -m benchmarks.faults --model models/SmolLM2-135M-Instruct --out benchmarks/results/faults.json
 
-In parts, and put together:
+In parts that are then merged:
 
     python -m benchmarks.faults --model /tmp/qwen --cases 'a kernel raises once' 'engine killed' … --out a.json
     python -m benchmarks.faults --model /tmp/qwen --cases 'NaN, debug on' … --out b.json
     python -m benchmarks.faults --merge a.json b.json --out benchmarks/results/faults.json
 
-Beside other jobs on the card: --serve '… --gpu-memory-utilization 0.15 --kv-cache-memory-bytes 2000000000'.
+If other jobs use the card: --serve '… --gpu-memory-utilization 0.15 --kv-cache-memory-bytes 2000000000'.
 
-Faults come from outside (benchmarks/faults/injection.py); benchmarks/faults/cases.py says what is promised.
+Faults are injected from outside (benchmarks/faults/injection.py); benchmarks/faults/cases.py says what is promised.
 """
 
 import argparse
@@ -40,11 +41,11 @@ NOTHING = Case("nothing breaks", Outcome.GOES_ON, Outcome.GOES_ON)
 
 def parse() -> argparse.Namespace:
     parser = argument_parser(__doc__, "nothing else changes: name a small model", compares=False)
-    parser.add_argument("--model", help="a directory; it must go on a text that begins again")
+    parser.add_argument("--model", help="model directory; the model must continue a text that repeats itself")
     parser.add_argument("--serve", default=SERVE, help="options of both servers")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="some of them")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="cases to run")
     parser.add_argument("--logs", type=Path, help="a new folder, which keeps the servers' logs")
-    parser.add_argument("--merge", type=Path, nargs="+", help="break nothing: put the rows of these files together")
+    parser.add_argument("--merge", type=Path, nargs="+", help="run nothing, but merge the rows of these files")
     options = parser.parse_args()
     if not (options.merge or options.model):
         parser.error("name a --model, or files to --merge")
@@ -66,7 +67,7 @@ def control(options: argparse.Namespace, text: str, folder: Path) -> list[Answer
 
 
 def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each server; the file is written after each."""
+    """A row for each server. The file is written after each row."""
     text = TEXT.read_text()
     print("==> stock vLLM, nothing breaks", flush=True)
     expected = control(options, text, folder / "control")
@@ -84,7 +85,7 @@ def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any])
         case = CASES[name]
         beside = None
         if case.stock is not None:
-            # Cases that differ in the plugin's settings alone are one to stock vLLM.
+            # Cases that differ only in the plugin's settings are the same case for stock vLLM.
             same = case.fault, case.act
             beside = stock[same] = stock.get(same) or observe(name, is_dense=True)
         ours = observe(name, is_dense=False)
@@ -98,7 +99,7 @@ def run_all(options: argparse.Namespace, folder: Path, settings: dict[str, Any])
 
 
 def runnable(cases: Sequence[str], has_gpu: bool) -> list[str]:
-    """Those of the cases that have something to break on such a machine."""
+    """The cases that have something to break on such a machine."""
     return [name for name in cases if has_gpu or not CASES[name].needs_gpu]
 
 
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the cases that are asked for and can run here.
 
     Raises:
-        SystemExit: none can.
+        SystemExit: none of them can.
     """
     asked, options.cases = options.cases, runnable(options.cases, torch.cuda.is_available())
     for name in asked:
@@ -136,7 +137,7 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of several result files, put together in one.
 
     Raises:
-        SystemExit: they are no parts of one run, or do not hold each case once that can run on their machine.
+        SystemExit: they are no parts of one run, or do not hold each case that can run on their machine exactly once.
     """
     merged = results.merge_or_exit(options.merge)
     found = [row["case"] for row in merged.rows if row["backend"] == SPARSE]

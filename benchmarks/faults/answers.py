@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server is asked before, during and after a fault: texts that begin again, whose next words are sure."""
+"""What a server is asked before, during and after a fault: texts that repeat themselves, whose next words are sure."""
 
 import json
 import math
@@ -17,15 +17,15 @@ TIMEOUT_S = 300.0
 SHOWN = 200  # characters of an error
 OK = 200
 NO_ANSWER = 0
-"""The status where the connection broke before there was one."""
+"""Stands for an HTTP status if the connection broke before there was one."""
 
 
 LEAD = math.log(3)
-"""Where two tokens are about equally likely, the rounding of another kernel may swap them: a token is sure if it is at
-least three times as likely as the next."""
+"""Two tokens that are about equally likely may be swapped by the rounding of another kernel. A token therefore counts
+as sure only if it is at least three times as likely as the next."""
 
 FEWEST_SURE = 4
-"""Tokens that an answer must begin with for others to be compared with it."""
+"""Sure tokens that an answer must begin with, so that others can be compared with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Answer:
     """What a server answered.
 
     Attributes:
-        status: HTTP's.
+        status: the HTTP status.
         tokens: of the completion.
-        leads: by how much the log-probability of each is above that of the next likely; empty if not asked for.
-        error: the beginning of what else came.
+        leads: by how much each token's log-probability exceeds that of the next likely one; empty if not asked for.
+        error: the beginning of a reply that is no completion.
     """
 
     status: int
@@ -46,16 +46,16 @@ class Answer:
 
     @property
     def sure(self) -> int:
-        """With how many sure tokens it begins."""
+        """The number of sure tokens at its beginning."""
         return next((at for at, lead in enumerate(self.leads) if lead < LEAD), len(self.leads))
 
     def agrees(self, other: "Answer") -> bool:
-        """Whether another begins with the sure tokens of this one."""
+        """Whether another answer begins with the sure tokens of this one."""
         return other.status == OK and other.tokens[: self.sure] == self.tokens[: self.sure]
 
 
 def begin_again(text: str, start: int, length: int, cue: int) -> str:
-    """A text, and after it its own beginning up to the end of a word: it goes on as it did before.
+    """A passage of a text, and after it its own beginning up to the end of a word, which a model continues as before.
 
     Raises:
         ValueError: the text is too short.
@@ -67,12 +67,12 @@ def begin_again(text: str, start: int, length: int, cue: int) -> str:
 
 
 def long_prompts(text: str) -> list[str]:
-    """Above the gate."""
+    """Prompts that are long enough for the gate."""
     return [begin_again(text, start, TEXT_CHARACTERS, CUE_CHARACTERS) for start in LONG_STARTS]
 
 
 def short_prompt(text: str) -> str:
-    """Below the gate."""
+    """A prompt that is too short for the gate."""
     return begin_again(text, SHORT_START, SHORT_CHARACTERS, SHORT_CUE_CHARACTERS)
 
 
@@ -83,11 +83,11 @@ def ask(url: str, model: str, prompt: str, tokens: int = ANSWER_TOKENS, with_lea
         "cache_salt": uuid.uuid4().hex, "return_token_ids": True,
     }  # fmt: skip
     if with_leads:
-        body |= {"logprobs": 2, "return_tokens_as_token_ids": True}  # two tokens may look alike
+        body |= {"logprobs": 2, "return_tokens_as_token_ids": True}  # two tokens may have the same text
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    # A proxy that the environment names has another localhost.
+    # No proxy: to a proxy that the environment names, localhost is another machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=TIMEOUT_S) as response:
@@ -101,7 +101,7 @@ def ask(url: str, model: str, prompt: str, tokens: int = ANSWER_TOKENS, with_lea
 
 
 def ask_all(url: str, model: str, text: str, with_leads: bool = False) -> list[Answer]:
-    """One after the other, so that what shares a step with a prompt changes nothing."""
+    """The answers to all prompts, one after the other, so that no other request shares a step with a prompt."""
     prompts = (*long_prompts(text), short_prompt(text))
     return [ask(url, model, prompt, with_leads=with_leads) for prompt in prompts]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each thing that may break: how it is provoked, and what is promised of stock vLLM and of the plugin."""
+"""Everything that may break: how it is provoked, and what stock vLLM and the plugin are promised to do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.faults.injection import ALWAYS, Fault
 
-# No key is left out, so that answers can be compared with dense attention's; all chunks of a long prompt go sparse.
+# Every key is kept, so that answers can be compared with dense attention's. All chunks of a long prompt run sparse.
 SETTINGS: dict[str, Any] = {
     "min_seq_len": 1024,
     "min_chunk": 64,
@@ -40,18 +40,18 @@ class Case:
     """One way to break a server.
 
     Attributes:
-        how: what is done, for the reader of the result.
-        stock, ours: what each server is to do. None: stock vLLM has nothing of the kind to break.
-        fault: of attention, in the server's processes.
-        times: how often it comes.
+        how: what is done, told to the reader of the result.
+        stock, ours: what each server should do. None: stock vLLM has nothing of the kind that could break.
+        fault: the fault of attention in the server's processes.
+        times: how often the fault comes.
         act: what is done while it serves.
         has_bad_metrics_folder: whether the folder for metrics cannot be made.
-        settings: of the plugin, beside SETTINGS.
+        settings: of the plugin, in addition to SETTINGS.
         said: what the plugin's server must say in its log.
-        is_answered_right: whether the plugin's answers while the fault lasts are to be dense attention's.
-        starts_sparse: whether long prompts run sparse before it.
-        stays_sparse: whether they do after it.
-        needs_gpu: whether there is nothing to break without one.
+        is_answered_right: whether the plugin's server must answer as dense attention would while the fault lasts.
+        starts_sparse: whether long prompts run sparse before the fault.
+        stays_sparse: whether they do after the fault.
+        needs_gpu: whether there is nothing to break without a GPU.
     """
 
     how: str

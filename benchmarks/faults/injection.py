@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Breaks attention inside a server from outside, as a plugin of vLLM's that only this benchmark puts in its path.
 
-vLLM loads it in each of its processes, after which the functions to break are wrapped; nothing in the package knows of
-it. The wrapper does nothing until a file is there, so that a server can be broken, and mended, while it serves.
+vLLM loads this plugin in each of its processes, and the plugin wraps the functions that are to break; the package
+itself knows nothing of it. A wrapper does nothing until a file appears, so that a server can be broken, and repaired,
+while it serves.
 """
 
 import functools
@@ -32,13 +33,13 @@ class Fault(StrEnum):
     OUT_OF_MEMORY = "out of memory"
     GIVES_NAN = "gives NaN"
     NO_SCRATCH = "no scratch"
-    """Out of memory when the engine starts, where memory that is used once and for all is allocated."""
+    """Out of memory when the engine starts, where memory that lasts for the engine's life is allocated."""
     NO_LAUNCH = "no launch"
-    """An exception when the engine starts, where kernels are launched first: in the plugin's dry run, on a GPU only."""
+    """An exception when the engine starts, at the first launch of kernels: in the plugin's dry run, on a GPU only."""
 
 
 AT_START = {Fault.NO_SCRATCH, Fault.NO_LAUNCH}
-"""Faults that are there from the start, unarmed."""
+"""Faults that are active from the start, without being armed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Injection:
     Attributes:
         fault: of its attention.
         is_dense: whether vLLM's own attention is to fail, or the sparse path's.
-        folder: of this server; holds the files that arm the fault and count how often it came.
+        folder: this server's; it holds the files that arm the fault and count how often it came.
     """
 
     fault: Fault
@@ -56,7 +57,7 @@ class Injection:
     folder: Path
 
     def environ(self) -> dict[str, str]:
-        """What a server's environment needs beside its usual variables; makes the plugin that vLLM is to find."""
+        """The variables that a server's environment needs in addition; also writes the plugin that vLLM is to find."""
         metadata = self.folder / f"{PLUGIN}-1.0.dist-info"
         metadata.mkdir(parents=True)
         (metadata / "METADATA").write_text(METADATA)
@@ -71,7 +72,7 @@ class Injection:
         return cls(Fault(fields["fault"]), fields["is_dense"], Path(fields["folder"]))
 
     def arm(self, times: int = ALWAYS) -> None:
-        """From now on attention fails, so often."""
+        """From now on, attention fails this many times."""
         draft = self.folder / "arming"
         draft.write_text(str(times))
         draft.rename(self._armed)
@@ -81,7 +82,7 @@ class Injection:
 
     @property
     def fired(self) -> int:
-        """How often it has failed so far."""
+        """How often attention has failed so far."""
         return self._fired.stat().st_size if self._fired.exists() else 0
 
     def fires(self) -> bool:
@@ -126,7 +127,7 @@ def stock_backend() -> Any:
 
 
 def _break_stock(injection: Injection) -> None:
-    """vLLM's attention layer; for want of scratch its builder of metadata, which allocates when the engine starts."""
+    """Break vLLM's attention layer, or for NO_SCRATCH its metadata builder, which allocates when the engine starts."""
     if injection.fault is Fault.NO_SCRATCH:
         builder = stock_backend().get_builder_cls()
         start = builder.__init__
@@ -149,7 +150,7 @@ def _break_stock(injection: Injection) -> None:
 
 
 def _break_sparse(injection: Injection) -> None:
-    """What launches the sparse kernels, whichever they are."""
+    """Break the functions that launch the sparse kernels, whichever kernels these are."""
     from minference_vllm import ops
 
     ours = ops.attend

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a server did under a fault what is promised of it."""
+"""Whether a server did under a fault what is promised."""
 
 from benchmarks.faults.cases import Act, Case, Outcome
 from benchmarks.faults.injection import ALWAYS
@@ -7,10 +7,10 @@ from benchmarks.faults.trial import Finding
 
 
 def broken(case: Case, is_dense: bool, found: Finding, stock: Finding | None) -> list[str]:
-    """What was promised and is not so, in sentences; empty if all is.
+    """The promises that were not kept, in sentences; empty if all were.
 
     Args:
-        stock: what stock vLLM did in the same case, where there is such a case and `found` is the plugin's.
+        stock: what stock vLLM did in the same case, if there is such a case and `found` is the plugin's.
     """
     promised = case.stock if is_dense else case.ours
     faults = [] if found.outcome is promised else [f"the server {found.outcome}, and is to: {promised}"]

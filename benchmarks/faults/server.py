@@ -23,7 +23,7 @@ OURS = "minference"
 LOG = "log"
 METRICS = "metrics"
 PATTERN = "pattern.json"
-ALL_KEYS = 8192  # columns and diagonals: as many as a prompt may have tokens
+ALL_KEYS = 8192  # columns and diagonals, as many as a prompt may have tokens at most
 TOKENS_LOGGED = re.compile(r"MInference: ([\d,]+) prompt tokens sparse")
 FAULTS_LOGGED = re.compile(r"sparse_fault ([\d,]+)")
 
@@ -36,8 +36,8 @@ class Trial:
         model: a directory.
         serve: options of `vllm serve`, as a shell reads them.
         case: what is to break.
-        is_dense: whether it is stock vLLM, without the plugin, or the plugin's.
-        folder: an empty one, for all that belongs to the server. Its path must be short: sockets lie below it.
+        is_dense: whether this is stock vLLM without the plugin; otherwise it is the plugin's server.
+        folder: an empty one for all of the server's files. Its path must be short: sockets lie below it.
     """
 
     model: str
@@ -69,10 +69,10 @@ class Trial:
             yield server
 
     def act(self, process: int) -> None:
-        """What the case does while the server runs.
+        """Do what the case demands while the server runs.
 
         Args:
-            process: the server's first.
+            process: the first of the server's processes.
         """
         if self.case.act is Act.ARM and self.injection:
             self.injection.arm(self.case.times)
@@ -84,21 +84,21 @@ class Trial:
             largest(process).send_signal(signal.SIGKILL)
 
     def mend(self) -> None:
-        """Take the fault away, where it can be."""
+        """Take the fault away, if that is possible."""
         if self.case.act is Act.ARM and self.injection:
             self.injection.disarm()
 
     @property
     def fired(self) -> int | None:
-        """How often the injected fault came; None where none is injected."""
+        """How often the injected fault came; None if none is injected."""
         return self.injection.fired if self.injection else None
 
     def logged(self) -> tuple[int, int]:
-        """Prompt tokens that ran sparse, and those that ran dense for a fault of the sparse path, as the log says."""
+        """Prompt tokens that ran sparse, and that ran dense because of a fault of the sparse path, from the log."""
         return _total(TOKENS_LOGGED, self.log), _total(FAULTS_LOGGED, self.log)
 
     def left_folders(self) -> int:
-        """Folders for metrics that the server has left behind."""
+        """The number of metrics folders that the server has left behind."""
         return len(list((self.folder / "tmp").glob("minference-metrics-*")))
 
     def _settings(self) -> dict[str, object]:
@@ -122,7 +122,7 @@ class Trial:
 
 
 def descendants(process: int) -> list[psutil.Process]:
-    """All that a process has started, and they in turn."""
+    """All processes that a process has started, and those that they have started."""
     return psutil.Process(process).children(recursive=True)
 
 
@@ -132,7 +132,7 @@ def largest(process: int) -> psutil.Process:
 
 
 def pattern_file(model: str) -> dict[str, object]:
-    """A pattern file for a model, by which each head keeps all keys."""
+    """A pattern file for a model, with which each head keeps all keys."""
     config = json.loads(Path(model, "config.json").read_text())
     heads = config["num_attention_heads"]
     geometry = {

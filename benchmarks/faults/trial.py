@@ -20,13 +20,13 @@ from minference_vllm.evals.serve import ServerProcess
 from minference_vllm.metrics.families import BROKEN
 
 END_TIMEOUT_S = 60.0
-"""A server that still runs so long after its last answer goes on."""
+"""A server that still runs this long after its last answer is taken to go on."""
 SETTLE_S = 3.0  # counts come to the log once a second
-LEFT_TIMEOUT_S = 15.0  # a server's processes may end so long after the first
+LEFT_TIMEOUT_S = 15.0  # time that a server's other processes have to end after the first
 KILLED_AFTER_S = 1.0
-MANY_TOKENS = 4000  # an answer that is not over when its engine is killed
+MANY_TOKENS = 4000  # of an answer that must not be over before its engine is killed
 ENGINE_ERRORS = (answers.NO_ANSWER, 500)
-"""What a request gets whose engine dies: an error, or a connection that breaks."""
+"""What a request gets if its engine dies: an error, or a connection that breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,17 @@ class Finding:
     Attributes:
         outcome: see Outcome.
         fired: calls of attention that failed by injection; None where none is injected.
-        before_equal, during_equal, after_equal: whether its answers were, as far as they are sure, those of a dense
-            server that nothing befell.
+        before_equal, during_equal, after_equal: whether its answers were, as far as tokens are sure, those of a dense
+            server without any fault.
         during_status: HTTP status of the request that met the fault; 0 for a broken connection.
-        exit_status: of a server that has ended by itself.
-        seconds_to_end: from the fault to that.
-        sparse_tokens_before, sparse_tokens_after: prompt tokens that ran sparse before the fault, and once it was over.
+        exit_status: of a server that ended by itself.
+        seconds_to_end: from the fault to the end of such a server.
+        sparse_tokens_before, sparse_tokens_after: prompt tokens that ran sparse before and after the fault.
         fault_tokens: prompt tokens that ran dense because the sparse path failed.
-        broken_ranks: on which that is given up, as /metrics says at last; None where it says nothing of it.
+        broken_ranks: ranks that had given the sparse path up, by the last /metrics; None where that does not say.
         says_so: whether the log holds what the case promises.
-        left_processes: that a server which has ended by itself had started, and which still run; None for others.
-        left_folders: for metrics, after the server's end.
+        left_processes: of a server that ended by itself, the processes it had started that still run; None for others.
+        left_folders: metrics folders that are left after the server's end.
     """
 
     outcome: Outcome
@@ -89,7 +89,7 @@ def run(trial: Trial, text: str, expected: list[Answer]) -> Finding:
 
 
 def _break(trial: Trial, server: ServerProcess, text: str, expected: list[Answer]) -> dict[str, Any]:
-    """What happens from the fault on."""
+    """Break the server, and say what happens from then on."""
     began, family = time.monotonic(), descendants(server.process.pid)
     during = _ask_meanwhile(trial, server, text)
     found: dict[str, Any] = {"during_status": during.status, "during_equal": expected[0].agrees(during)}
@@ -97,7 +97,7 @@ def _break(trial: Trial, server: ServerProcess, text: str, expected: list[Answer
         try:
             found["exit_status"] = server.process.wait(END_TIMEOUT_S)
             found["seconds_to_end"] = round(time.monotonic() - began, 1)
-            # Before the server's block is left, which ends whatever is there.
+            # Counted inside the server's block, because leaving the block ends every process that is left.
             _, alive = psutil.wait_procs(family, LEFT_TIMEOUT_S)
             return {**found, "outcome": Outcome.ENDS, "left_processes": len(alive)}
         except subprocess.TimeoutExpired:
@@ -126,7 +126,7 @@ def _ask_meanwhile(trial: Trial, server: ServerProcess, text: str) -> Answer:
 
 
 def broken_ranks(page: str) -> int | None:
-    """What a server's /metrics say of BROKEN."""
+    """The value of BROKEN on a server's /metrics."""
     lines = "\n".join(line for line in page.splitlines() if line.startswith(BROKEN.name))
     families = text_string_to_metric_families(f"{lines}\n")
     found = [sample.value for family in families for sample in family.samples]
@@ -134,10 +134,10 @@ def broken_ranks(page: str) -> int | None:
 
 
 def _counted(trial: Trial, since: int = 0) -> tuple[int | None, int | None]:
-    """Trial.logged, once it holds all that was answered; nothing of stock vLLM, which counts none.
+    """Trial.logged, once it includes all that was answered; None for stock vLLM, which counts nothing.
 
     Args:
-        since: tokens that ran sparse before.
+        since: tokens that had run sparse before.
     """
     if trial.is_dense:
         return None, None

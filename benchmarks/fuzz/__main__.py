@@ -4,8 +4,8 @@
     python -m benchmarks.fuzz --cases 10000 --out benchmarks/results/fuzz.json
 
 Cases are shared evenly between the targets, and are the same in every run with the same Hypothesis. A case is at fault
-if it ends in another exception than a sentence to the user, if that sentence is no line or has no bounds, if another
-file than the one named is opened, if it computes for 5 s or takes 1 GiB, or if prompts or other files' names are
+if it ends in an exception that is no sentence to the user, if that sentence is not one line of bounded length, if a
+file is opened that was not named, if it computes for 5 s or takes 1 GiB, or if prompts or other files' names are
 logged. It needs no GPU.
 """
 
@@ -26,7 +26,7 @@ MOST_SHOWN = 20  # faults
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=10_000, help="of all targets together, about")
+    parser.add_argument("--cases", type=int, default=10_000, help="about how many cases, of all targets together")
     parser.add_argument("--out", type=Path, help="the result file")
     return parser.parse_args()
 
@@ -36,7 +36,7 @@ def main() -> None:
     results.describe_run(needs_gpu=False)
     rows, faults = [], {}
     left = options.cases
-    # Those with the fewest cases first: what they leave, others take.
+    # Targets with the fewest cases come first, so that the others get the cases that these cannot use.
     for at, target in enumerate(sorted(TARGETS, key=lambda target: target.most or options.cases)):
         found = search(target, left // (len(TARGETS) - at))
         left -= found.cases

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are no files, in place of each that a user may name; and the command line."""
+"""Things that are no regular files, in place of each file that a user may name; and the command line."""
 
 import contextlib
 import io
@@ -24,8 +24,8 @@ from minference_vllm.patterns import read_pattern
 from minference_vllm.patterns.published import FOLDER, NAMES, published
 from minference_vllm.tuning.gate import write_gate
 
-LARGE = 2**30  # bytes, of which none is on disk
-LONGEST_USAGE = 4000  # characters, which argparse puts before its message
+LARGE = 2**30  # bytes of a file that takes no space on disk
+LONGEST_USAGE = 4000  # characters that argparse may put before its message
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "settings": ("settings.json", lambda file: load_config(None, {CONFIG_FILE_VARIABLE: str(file)})),
@@ -88,7 +88,7 @@ def command(folder: Path, case: list[str]) -> Trial:
 
     def act() -> object:
         said = io.StringIO()
-        # Strict, as a terminal is.
+        # Encodes strictly, as a terminal does.
         shown = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
             try:
@@ -105,7 +105,7 @@ def command(folder: Path, case: list[str]) -> Trial:
 
 
 FIXED = {
-    "tune": ("tune",),  # without heads it does not measure
+    "tune": ("tune",),  # without heads it stops before it measures
     "show": ("patterns", "show"),
     "published": ("patterns", "published"),
     "eval": ("eval", "--model", "m", "--prepared", "FOLDER/good", "--out", "FOLDER/out"),

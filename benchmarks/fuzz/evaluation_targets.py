@@ -70,7 +70,7 @@ minference_recall_sum_total 1.8
 
 @some.composite
 def lines(draw: Callable[..., Any], good: list[Any]) -> bytes:
-    """A file of JSON lines of which one or none is not as it should be."""
+    """A file of JSON lines in which at most one line is wrong."""
     at = draw(some.integers(0, len(good) - 1))
     texts = [text_of(line).encode(errors="surrogatepass") for line in good]
     texts[at] = draw(documents(mutated(good[at])))
@@ -85,7 +85,7 @@ def samples(folder: Path, case: bytes) -> Trial:
 
 
 def replies(folder: Path, case: bytes) -> Trial:
-    """A run that goes on, up to its report."""
+    """A run that was cut off and goes on, up to its report."""
     file, whole = folder / "sparse.jsonl", folder / "dense.jsonl"
     file.write_bytes(case)
     whole.write_text("".join(f"{json.dumps(line)}\n" for line in JOURNAL_LINES))
@@ -96,14 +96,14 @@ def replies(folder: Path, case: bytes) -> Trial:
         for journal in journals:
             journal.refuse_misfits(prepared.samples)
         if any(journal.left(prepared.samples) for journal in journals):
-            return None  # the rest would be asked for
+            return None  # the server would be asked for the other replies
         return json.dumps(make_report(prepared, *journals), allow_nan=False)
 
     return act, [file, whole]
 
 
 class Letters:
-    """A tokenizer of one token a letter, with a chat template as models have them."""
+    """A tokenizer with one token for each letter, and a chat template like those of models."""
 
     def ask(self, question: str) -> dict[str, Any]:
         return {"prompt": question, "add_special_tokens": True}

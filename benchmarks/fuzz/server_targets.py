@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server reads: settings and pattern files; and what pattern files are made of."""
+"""What a server reads: settings and pattern files; and what pattern files are made from."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def settings_file(folder: Path, case: bytes) -> Trial:
 
 
 def method_file(folder: Path, case: str) -> Trial:
-    """A pattern file by the setting that names it."""
+    """A pattern file, read through the setting that names it."""
 
     def act() -> object:
         config = load_config({"minference": {"method": {"name": "auto", "pattern_file": case}}}, {})

@@ -14,16 +14,16 @@ from hypothesis.strategies import SearchStrategy
 from benchmarks.fuzz.watch import CANARY, Fault, examine
 
 Trial = tuple[Callable[[], object], Collection[Path]]
-"""What is tried, and the files and folders that it names."""
+"""What is tried, and the files and folders that it names to the plugin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """Attributes:
     name: for the result.
-    cases: what it is handed.
+    cases: the inputs.
     trial: the trial of a case; it may write into a folder of its own.
-    most: cases that there are; None for no end of them.
+    most: number of cases that there are; None if there is no end of them.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Target:
 
 @dataclass(slots=True)
 class Found:
-    """What came of many cases: how many were accepted and refused, and what must not have happened, by how often."""
+    """The result of many cases: how many were accepted and refused, and how often each thing went wrong."""
 
     accepted: int = 0
     refused: int = 0
@@ -46,7 +46,7 @@ class Found:
 
 
 def search(target: Target, cases: int) -> Found:
-    """Try about so many cases, the same each time; fewer where there are no more that differ."""
+    """Try about `cases` cases, the same each time; fewer, if there are not so many different ones."""
     found = Found()
 
     @settings(

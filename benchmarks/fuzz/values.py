@@ -95,7 +95,7 @@ plain = some.recursive(
     scalars,
     lambda inner: some.lists(inner, max_size=4) | some.dictionaries(some.sampled_from(WORDS), inner, max_size=4),
 )
-# Behind a function, for Hypothesis writes out what it is given, and Python writes out no such number.
+# Made by functions, because Hypothesis prints what it is given, and Python refuses to print such a number.
 outsized = some.sampled_from(
     (
         lambda: 10**5000,
@@ -110,7 +110,7 @@ values = some.one_of(scalars, plain, outsized)
 
 @some.composite
 def mutated(draw: Callable[..., Any], base: Any) -> Any:
-    """A JSON value with a few places of it replaced, removed, added or repeated."""
+    """A JSON value in which a few places were replaced, removed, added or repeated."""
     value = copy.deepcopy(base)  # it is changed in place
     for _ in range(draw(some.integers(0, 3))):
         value = _mutate(draw, value)
@@ -136,16 +136,16 @@ def _mutate(draw: Callable[..., Any], value: Any) -> Any:
 
 
 def settings_of(names: tuple[str, ...]) -> Any:
-    """Objects with some of these keys, and now and then another."""
+    """Objects with some of these keys, and now and then a different one."""
     keys = some.sampled_from(names) | some.sampled_from(WORDS)
     return some.dictionaries(keys, values | some.dictionaries(keys, values, max_size=5), max_size=5)
 
 
 def text_of(value: Any) -> str:
-    """JSON, or what comes nearest: NaN, numbers and depths that have no place in it."""
+    """JSON, or what comes nearest to it: NaN, numbers and depths that JSON does not allow."""
     try:
         return json.dumps(value)
-    except ValueError:  # Python writes out no number of more than 4,300 digits
+    except ValueError:  # Python prints no number of more than 4,300 digits
         return '{"min_seq_len": ' + "9" * 5000 + "}"
     except RecursionError:
         return '{"method": ' + "[" * DEPTH + "]" * DEPTH + "}"
@@ -155,7 +155,7 @@ def text_of(value: Any) -> str:
 def documents(draw: Callable[..., Any], content: Any) -> bytes:
     """Bytes of a JSON document, whole or spoilt."""
     text = text_of(draw(content))
-    if text.startswith("{") and draw(some.integers(0, 9)) == 0:  # a key that stands there twice
+    if text.startswith("{") and draw(some.integers(0, 9)) == 0:  # a key that occurs twice
         text = text[:-1] + "," + text[1:]
     raw = text.encode(errors="surrogatepass")
     return draw(spoilt(raw))
@@ -163,7 +163,7 @@ def documents(draw: Callable[..., Any], content: Any) -> bytes:
 
 @some.composite
 def spoilt(draw: Callable[..., Any], raw: bytes) -> bytes:
-    """Bytes as they are, most often, or cut, mixed up, or in another encoding."""
+    """Mostly the bytes as they are; else cut, mixed up, or in another encoding."""
     at = draw(some.integers(0, len(raw)))
     junk = draw(
         some.sampled_from((b"\0", b"\xff", b"\xed\xa0\x80", b"\xc3(", b"\xef\xbb\xbf", b"\n", b"\r", b"[" * 5000))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold for any input: it is taken, or refused with one sentence; soon, in little memory, and in private."""
+"""What must hold for any input: it is taken, or refused with one sentence; quickly, in little memory, and privately."""
 
 import logging
 import os
@@ -19,10 +19,10 @@ from minference_vllm.errors import LONGEST_MESSAGE, ConfigError
 from minference_vllm.evals.errors import ServerError
 
 MOST_SECONDS = 5.0  # of computing
-MOST_WAIT = 30.0  # seconds in all: others may keep the machine busy
+MOST_WAIT = 30.0  # seconds in all, because other jobs may keep the machine busy
 MOST_BYTES = 2**30  # beyond what the process holds already
 CANARY = "canary-7f3a"
-"""Stands in what nobody named, and in what is nobody's business: keys, prompts, other files and their names."""
+"""Marks what must not appear in any output: keys, prompts, and other files with their names."""
 
 CODE = tuple(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 ZIPS = tuple(os.path.realpath(path) for path in sys.path if path.endswith(".zip"))  # where imports look too
@@ -34,7 +34,7 @@ class Fault(Exception):
 
 
 class Overdue(BaseException):
-    """The time is up. No Exception: what is tried may catch those."""
+    """The time is up. It is no Exception, because the code that is tried may catch those."""
 
 
 _opened: list[Any] | None = None
@@ -46,15 +46,15 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
         _opened.append(arguments[0])
 
 
-sys.addaudithook(_note)  # it can never be taken away
+sys.addaudithook(_note)  # Python offers no way to remove it
 
 
 def examine(act: Callable[[], object], named: Collection[Path]) -> bool:
-    """Whether something is accepted.
+    """Whether an input is accepted.
 
     Args:
-        act: what is tried.
-        named: files and folders that the user named: no other may be opened, nor said in a log.
+        act: reads the input.
+        named: files and folders that the user named; no other may be opened, or named in a log.
 
     Raises:
         Fault: it is neither accepted nor refused as it should be.
@@ -109,7 +109,7 @@ def _is_within(path: str, folders: Collection[str]) -> bool:
 
 @contextmanager
 def _files_opened() -> Iterator[list[Any]]:
-    """What this thread opens meanwhile."""
+    """Inside a `with` block, what this thread opens."""
     global _opened, _watched
     opened: list[Any] = []
     _opened, _watched = opened, threading.get_ident()
@@ -121,7 +121,7 @@ def _files_opened() -> Iterator[list[Any]]:
 
 @contextmanager
 def _lines_logged() -> Iterator[list[str]]:
-    """What the package logs meanwhile."""
+    """Inside a `with` block, what the package logs."""
     lines: list[str] = []
     logger, handler = logging.getLogger("vllm"), logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -134,7 +134,7 @@ def _lines_logged() -> Iterator[list[str]]:
 
 @contextmanager
 def _bounded(most_bytes: int) -> Iterator[None]:
-    """Ends what takes too long, or has the process hold more memory than it may."""
+    """Stops what takes too long, and limits the process's memory."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise Overdue(f"not done after {MOST_SECONDS} s of computing, or {MOST_WAIT} s in all")

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minutes of mixed traffic on a dense and then a sparse server; ends with 1 if a limit is exceeded.
+"""Minutes of mixed traffic on a dense and then a sparse server; the exit status is 1 if a limit is exceeded.
 
     python -m benchmarks.soak --model /tmp/qwen --text austen.txt.xz --minutes 8 --out soak-1.json
     python -m benchmarks.soak --merge soak-1.json soak-2.json --out benchmarks/results/soak.json
 
-Long and short prompts, streamed answers, clients that hang up in the middle or before the first token, and requests
-that must be refused; benchmarks/soak/limits.py has the limits. Stretches with different seeds can be merged. Take a
---rate that the dense server keeps up with, as `late` in the result says: else the faster server gets more to do.
+The traffic is long and short prompts, streamed answers, clients that hang up during the answer or before its first
+token, and requests that must be refused. The limits are in benchmarks/soak/limits.py. Stretches with different seeds
+can be merged. Choose a --rate that the dense server keeps up with, as `late` in the result shows: otherwise the faster
+server gets more to do.
 """
 
 import argparse
@@ -46,7 +47,7 @@ TINY_USUAL: dict[str, Any] = {
     "short_tokens": [16, 96], "long_tokens": [600, 900], "answer_tokens": [4, 16],
 }  # fmt: skip
 SOURCE_TOKENS = 2**20
-LEAST_TOKEN = 10  # below are those that mean something to many models
+LEAST_TOKEN = 10  # smaller token ids have a special meaning in many models
 
 
 def parse() -> argparse.Namespace:
@@ -55,13 +56,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--text", help="a file, as for benchmarks.fidelity, that prompts are cut from; else random tokens"
     )
-    parser.add_argument("--dense-url", help="a server that runs, in place of one that is started")
-    parser.add_argument("--sparse-url", help="as --dense-url; both or none")
+    parser.add_argument("--dense-url", help="URL of a dense server that runs already; none is then started")
+    parser.add_argument("--sparse-url", help="URL of a sparse server that runs already; give both or none")
     parser.add_argument("--logs", type=Path, help="a folder that keeps the servers' logs")
-    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="results of stretches to make one of")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="results of stretches, to merge into one")
     usual = argparse.SUPPRESS
     parser.add_argument(
-        "--minutes", type=float, default=usual, help=f"of traffic, half on each server; usually {USUAL['minutes']}"
+        "--minutes", type=float, default=usual, help=f"minutes for both servers together; usually {USUAL['minutes']}"
     )
     parser.add_argument("--serve", default=usual, help=f"options of both servers; usually {USUAL['serve']!r}")
     parser.add_argument("--minference", default=usual, help="settings of the sparse server, JSON")
@@ -95,10 +96,10 @@ def make_source(options: argparse.Namespace) -> list[int]:
 
 
 def make_target(url: str, source: Sequence[int], traffic: Traffic) -> Target:
-    """The one model of a server, whose limit it knows.
+    """The target for requests to a server: the one model that it serves, with the model's limit.
 
     Raises:
-        SystemExit: the traffic's requests do not fit it.
+        SystemExit: the traffic's requests exceed that limit.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{url}/v1/models", timeout=60) as response:
@@ -110,10 +111,10 @@ def make_target(url: str, source: Sequence[int], traffic: Traffic) -> Target:
 
 
 def soak(options: argparse.Namespace, traffic: Traffic, source: Sequence[int], backend: str, logs: Path) -> Found:
-    """The traffic on one server."""
+    """Send the traffic to one server."""
 
     def run(url: str, process: int | None, is_alive: Callable[[], bool]) -> Found:
-        has_gpu = process is not None and torch.cuda.is_available()  # another machine's tells nothing
+        has_gpu = process is not None and torch.cuda.is_available()  # else its GPU is not ours
         watch = Watch(url, process, has_gpu)
         return asyncio.run(drive(traffic, make_target(url, source, traffic), backend, watch, is_alive))
 
@@ -127,7 +128,7 @@ def soak(options: argparse.Namespace, traffic: Traffic, source: Sequence[int], b
 
 
 def run_both(options: argparse.Namespace, logs: Path) -> list[str]:
-    """Both servers, one after the other, and the limits that are exceeded."""
+    """Send the traffic to both servers, one after the other; return the limits that are exceeded."""
     ranges = {name: tuple(getattr(options, name)) for name in ("short_tokens", "long_tokens", "answer_tokens")}
     mix = Mix(options.rate, **ranges)
     traffic = Traffic(mix, options.clients, options.minutes * 30, options.seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends one request and reads its stream, or hangs up on it, as its fate wants."""
+"""Sends one request and reads its stream, or hangs up on it, as the request's fate demands."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from benchmarks.soak.schedule import Fate, Request
 
 ANSWER_TIMEOUT_S = 300.0
 LONGEST_PATIENCE_S = 0.5
-"""Who hangs up before the first token does so within this."""
+"""A client that hangs up before the first token does so within this time."""
 
 DATA, DONE = b"data: ", b"[DONE]"
 SHOWN = 200  # characters of an error
@@ -28,8 +28,8 @@ class Target:
     Attributes:
         url: the server's.
         model: as the API names it.
-        most_tokens: that a request may have.
-        source: tokens that prompts are cut from; more than a prompt has.
+        most_tokens: the most tokens that a request may have.
+        source: tokens that prompts are cut from, more than one prompt has.
     """
 
     url: str
@@ -50,7 +50,7 @@ class Target:
         }
 
     def invalid_body(self, request: Request) -> bytes:
-        """What a server must refuse, in one of four ways."""
+        """A body that a server must refuse, wrong in one of four ways."""
         body = self.body(request)
         wrong = (
             json.dumps({**body, "max_tokens": -1}),
@@ -63,13 +63,13 @@ class Target:
 
 @dataclass(slots=True)
 class Sent:
-    """What came of a request.
+    """The result of a request.
 
     Attributes:
         fate: how it ended, which is not always what was drawn: a token may come before its client hangs up.
-        error: what went wrong and was not provoked.
-        ttft_s: until the first token.
-        gaps_s: between a token and the next.
+        error: what went wrong without being provoked.
+        ttft_s: seconds until the first token.
+        gaps_s: seconds between each token and the next.
     """
 
     fate: Fate
@@ -79,7 +79,7 @@ class Sent:
 
 
 async def send(session: aiohttp.ClientSession, target: Target, request: Request) -> Sent:
-    """Send it, and say what came of it; raises nothing that a server can cause."""
+    """Send a request and return its result. Whatever the server does, no exception is raised."""
     patience = request.moment * LONGEST_PATIENCE_S if request.fate is Fate.DROPPED else ANSWER_TIMEOUT_S
     sent = Sent(request.fate)
     try:
@@ -91,13 +91,13 @@ async def send(session: aiohttp.ClientSession, target: Target, request: Request)
     except TimeoutError:
         if request.fate is not Fate.DROPPED:
             sent.error = f"no answer in {ANSWER_TIMEOUT_S:.0f} s"
-    except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: what came is no JSON
+    except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: the reply is no JSON
         sent.error = f"{type(error).__name__}: {error}"[:SHOWN]
     return sent
 
 
 async def _be_refused(session: aiohttp.ClientSession, target: Target, request: Request) -> str:
-    """What is wrong with the answer to an invalid request."""
+    """What is wrong with the answer to an invalid request; empty if it was refused."""
     headers = {"Content-Type": "application/json"}
     async with session.post(_path(target), data=target.invalid_body(request), headers=headers) as response:
         return "" if response.status in REFUSED else f"an invalid request got HTTP {response.status}"
@@ -132,15 +132,15 @@ async def _read(session: aiohttp.ClientSession, target: Target, request: Request
             last = now
             if len(sent.gaps_s) + 1 >= hang_up_after:
                 sent.fate = Fate.CANCELLED
-                response.close()  # not read to its end: the server is to notice
+                response.close()  # not read to its end, so that the server notices
                 return
-    sent.fate = Fate.ANSWERED  # also where all came before its client would have hung up: an event may hold two tokens
+    sent.fate = Fate.ANSWERED  # even if its client was to hang up: the last event may hold two tokens
     if not is_done or written != request.answer_tokens:
         sent.error = f"{written} tokens of {request.answer_tokens}, {'with' if is_done else 'without'} an end"
 
 
 def _tokens_to_read(request: Request) -> float:
-    """After how many the client hangs up."""
+    """The number of tokens after which the client hangs up."""
     if request.fate is Fate.DROPPED:
         return 1
     if request.fate is Fate.CANCELLED:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the traffic found out about one server, or about several stretches of it together."""
+"""The findings about one server under traffic, or about several stretches of it together."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -15,22 +15,22 @@ COUNTS = (
     "preemptions", "sparse_tokens", "kept_pairs", "causal_pairs",
 )  # fmt: skip
 TIMES = ("itl_short", "itl_long", "ttft_short", "ttft_long", "late")
-"""late: how long after its time a request was sent, because its client was still busy."""
+"""`late` is how long after its due time a request was sent, because its client was still busy."""
 MEMORIES = ("host", "gpu")
 QUANTILES = {"p50": 0.5, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One server under traffic.
+    """The findings about one server under traffic.
 
     Attributes:
-        backend: which.
+        backend: which server.
         seconds: of traffic.
-        counts: of COUNTS.
-        times: of TIMES.
-        growth: of MEMORIES; None where it was not watched. Of several stretches, that which may have grown most.
-        errors: what was not provoked, and how often.
+        counts: by the names in COUNTS.
+        times: by the names in TIMES.
+        growth: by the names in MEMORIES; None where it was not watched. Of several stretches, the largest possible one.
+        errors: those that were not provoked, and how often they came.
     """
 
     backend: str
@@ -41,7 +41,7 @@ class Found:
     errors: Counter[str] = field(default_factory=Counter)
 
     def take(self, sent: Sent, is_long: bool, late_s: float) -> None:
-        """Count a request that is over."""
+        """Count a request that has ended."""
         length = "long" if is_long else "short"
         self.times["late"].add(late_s)
         if sent.error:
@@ -76,7 +76,7 @@ class Found:
         return row
 
     def details(self) -> dict[str, Any]:
-        """What a row cannot hold."""
+        """Findings that do not fit into a row."""
         return {"times": {name: times.to_json() for name, times in self.times.items()}, "errors": dict(self.errors)}
 
     @classmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether memory grows: a line's slope through samples, how far it may be off, and a step between two thirds."""
+"""Whether memory grows: the slope of a line through samples, its confidence interval, and a step between two thirds."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, median
 
 FEWEST = 16
-"""Samples below which no slope is told."""
+"""With fewer samples, no slope is computed."""
 
 CONFIDENCE = 0.95
 SECONDS_PER_HOUR = 3600.0
@@ -19,9 +19,9 @@ class Growth:
 
     Attributes:
         per_hour, low, high: MiB an hour in the second half, with the ends of the confidence interval.
-        level: MiB, the median of the second third.
-        step: MiB by which the median of the last third is above that. In a few minutes, where slopes are lost in noise,
-            this one tells: a median moves little by waves and single samples.
+        level: MiB, the median of the middle third.
+        step: MiB by which the median of the last third exceeds that level. In a few minutes, when slopes are lost in
+            noise, the step still shows growth, because waves and single samples hardly move a median.
     """
 
     per_hour: float
@@ -32,10 +32,11 @@ class Growth:
 
 
 def growth(times_s: list[float], mib: list[float]) -> Growth | None:
-    """The slope over the second half of the samples, by least squares, and the step; None if these are too few.
+    """The slope over the second half of the samples, by least squares, and the step; None if there are too few samples.
 
-    Memory goes up and down in waves longer than the pause between samples, so neighbours tell partly the same. The
-    interval counts as many independent samples as their residuals' correlation leaves: n (1 - r) / (1 + r).
+    Memory rises and falls in waves that are longer than the time between samples, so neighbours carry partly the same
+    information. The interval counts as many independent samples as their residuals' correlation r leaves: n (1 - r) /
+    (1 + r).
     """
     times, values = times_s[len(times_s) // 2 :], mib[len(mib) // 2 :]
     if len(times) < FEWEST:
@@ -63,7 +64,7 @@ def _independent(residuals: list[float]) -> float:
 
 
 def _student(freedom: float) -> float:
-    """The two-sided quantile of Student's t, by its expansion about the normal one (Abramowitz and Stegun, 26.7.5)."""
+    """The two-sided quantile of Student's t, from its expansion around the normal one (Abramowitz, Stegun, 26.7.5)."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

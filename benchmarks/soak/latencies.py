@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 STEP = 1.002
-"""Each bucket is so much wider than the one before: quantiles are exact to a tenth of a per cent."""
+"""Each bucket is wider than the one before by this factor, so quantiles are exact to a tenth of a per cent."""
 
 SHORTEST_S = 1e-6
 
@@ -30,7 +30,7 @@ class Latencies:
         return self.counts.total()
 
     def quantile(self, share: float) -> float | None:
-        """The least time in seconds that so large a share of all times does not exceed; None without any."""
+        """The smallest time in seconds that this share of all times does not exceed; None if there are none."""
         seen = 0
         for bucket in sorted(self.counts):
             seen += self.counts[bucket]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sparse server must keep to."""
+"""The limits that the sparse server must keep."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,29 +8,30 @@ from benchmarks import DENSE, SPARSE
 from benchmarks.soak.found import MEMORIES, Found
 
 MOST_ERRORS = 0
-"""Requests that failed and were not provoked to, on either server."""
+"""Requests that failed without being provoked, on either server."""
 
 MOST_RESTARTS = 0
 """Times that a server's process ended or was replaced."""
 
 MOST_LEFT_REQUESTS = 0
-"""Requests that a server still holds once its clients have none."""
+"""Requests that a server still holds after its clients have none any more."""
 
 MOST_MIB_PER_HOUR = {"host": 256.0, "gpu": 16.0}
-"""Memory may grow by no more. The lower end of the slope's interval counts: what noise explains is no growth."""
+"""The most by which memory may grow. The lower end of the slope's interval counts: noise is no growth."""
 
 MOST_STEP_MIB = {"host": 32.0, "gpu": 64.0}
 MOST_STEP_SHARE = {"host": 0.005, "gpu": 0.0}
-"""Memory may be higher in the last third of a stretch than in the second by no more than both, beyond what it is on the
-dense server: a slope's interval is so wide in a few minutes that hardly any leak would fail. In four minutes at eight
-requests a second 32 MiB are a leak of 50 KiB a request. Of a GPU the allocator takes some MiB at once."""
+"""From the second to the last third of a stretch, memory may rise by the larger of MOST_STEP_MIB and this share of its
+level, beyond its rise on the dense server. A slope would show hardly any leak, because its interval is wide in a few
+minutes. In four minutes at eight requests a second, 32 MiB are a leak of 50 KiB a request. On a GPU the allocator takes
+some MiB at once."""
 
 LEAST_SPARSE_TOKENS = 1
-"""Prompt tokens of the traffic that the sparse server must run sparse, in every stretch: else two dense servers were
-compared, which keep every other limit."""
+"""Prompt tokens of the traffic that the sparse server must run sparse, in every stretch. Otherwise two dense servers
+would be compared, which keep every other limit."""
 
 MOST_ITL_RATIO = 1.05
-"""99th percentile of the time between two tokens of short requests, to dense's."""
+"""The most that the 99th percentile of the time between two tokens of short requests may be, sparse / dense."""
 
 
 def as_json() -> dict[str, Any]:
@@ -58,7 +59,7 @@ def exceeded(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
 
 
 def of_traffic(found: Mapping[str, Found]) -> list[str]:
-    """What `exceeded` says of all but memory, of one stretch or of several together."""
+    """The exceeded limits other than memory's, of one stretch or of several together."""
     faults = []
     for backend, one in found.items():
         limits = (("errors", MOST_ERRORS), ("restarts", MOST_RESTARTS), ("left_requests", MOST_LEFT_REQUESTS))
@@ -75,13 +76,13 @@ def of_traffic(found: Mapping[str, Found]) -> list[str]:
 
 
 def of_sparse_work(found: Mapping[str, Found]) -> list[str]:
-    """What `exceeded` says of a sparse server that ran too little sparse."""
+    """The limit that is exceeded if the sparse server ran too little sparse."""
     too_few = found[SPARSE].counts["sparse_tokens"] < LEAST_SPARSE_TOKENS
     return ["nothing ran sparse: the traffic shows nothing"] * too_few
 
 
 def of_memory(found: Mapping[str, Found], watched: tuple[str, ...]) -> list[str]:
-    """What `exceeded` says of memory: of one stretch, for dense's step of another says nothing about this one."""
+    """The exceeded limits of memory. They hold within a stretch: dense's step in another says nothing about it."""
     dense, sparse = found[DENSE], found[SPARSE]
     faults = []
     for name in MEMORIES:

@@ -36,8 +36,8 @@ def read(path: Path) -> dict[str, Found]:
 def merge(paths: Sequence[Path], out: Path) -> list[str]:
     """Write one result of several, and return the limits that it exceeds.
 
-    Errors, restarts and tokens are added, latencies pooled. Memory is judged in each stretch, sparse's against dense's
-    of the same one; the rows of all hold the most that it may have grown in any. Each must have run prompts sparse.
+    Errors, restarts and tokens are added, latencies pooled. Memory is judged within each stretch, sparse against dense;
+    the merged rows hold the most that it may have grown in any of them. Prompts must have run sparse in each stretch.
 
     Raises:
         MergeError: they differ in what was measured or with what, or two have one seed.
@@ -56,7 +56,7 @@ def merge(paths: Sequence[Path], out: Path) -> list[str]:
     rows = [row for number, found in enumerate(stretches, 1) for row in make_rows(found, number)]
     watched = tuple(first["watched"])
     faults = limits.of_traffic(pooled)
-    is_any_sparse = not limits.of_sparse_work(pooled)  # which one stretch is enough for
+    is_any_sparse = not limits.of_sparse_work(pooled)  # true even if only one stretch ran sparse
     for path, found in zip(paths, stretches, strict=True):
         of_one = limits.of_memory(found, watched) + limits.of_sparse_work(found) * is_any_sparse
         faults += [f"{path}: {fault}" for fault in of_one]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each client asks and when: drawn from a seed, so that a dense and a sparse server get the same."""
+"""What each client asks and when. Both are drawn from a seed, so that a dense and a sparse server get the same."""
 
 import random
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Fate(StrEnum):
-    """How a request is to end."""
+    """How a request should end."""
 
     ANSWERED = "answered"
     CANCELLED = "cancelled"
@@ -16,7 +16,7 @@ class Fate(StrEnum):
     DROPPED = "dropped"
     """The client hangs up before the first token."""
     INVALID = "invalid"
-    """The server is to refuse it."""
+    """The server should refuse it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Mix:
 
     Attributes:
         rate: requests a second, of all clients together.
-        short_tokens, long_tokens: least and most of a prompt; long ones are above the gate.
-        answer_tokens: least and most.
-        long_share: of all requests.
+        short_tokens, long_tokens: fewest and most tokens of a prompt; long ones are above the gate.
+        answer_tokens: fewest and most.
+        long_share: share of long prompts among all requests.
         cancelled, dropped, invalid: shares of all requests.
     """
 
@@ -46,12 +46,12 @@ class Request:
     """One request of a client.
 
     Attributes:
-        at_s: seconds after the traffic began; later if the one before is not over by then.
+        at_s: seconds after the traffic began; the request is sent later if the client's last one is not over by then.
         is_long: whether its prompt is above the gate.
         prompt_tokens, answer_tokens: how many.
         place: where in the source of tokens the prompt begins, from 0 to 1.
-        fate: how it is to end.
-        moment: when that is, from 0 to 1 of the time that it may take.
+        fate: how it should end.
+        moment: when it should end so, from 0 to 1 of the time that it may take.
     """
 
     at_s: float

@@ -18,7 +18,7 @@ from minference_vllm.evals.work import Work, parse
 
 IDLE_TIMEOUT_S = 30.0
 IDLE_POLL_S = 0.5
-COUNTED_S = 3.0  # workers publish once a second
+COUNTED_S = 3.0  # after which all is counted, as workers publish once a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Traffic:
     Attributes:
         mix: what requests are drawn from.
         clients: how many at once.
-        seconds: no request is sent later; those under way are awaited.
-        seed: the same one gives the same requests at the same times.
+        seconds: how long requests are sent; answers that are under way then are awaited.
+        seed: the same seed gives the same requests at the same times.
     """
 
     mix: Mix
@@ -39,13 +39,13 @@ class Traffic:
 
 
 async def drive(traffic: Traffic, target: Target, backend: str, watch: Watch, is_alive: Callable[[], bool]) -> Found:
-    """Send it all, and say what came of it.
+    """Send all requests, and return the findings.
 
     Args:
-        is_alive: whether the server's process runs; where it does not, nothing more is sent.
+        is_alive: whether the server's process runs; if it does not, nothing more is sent.
     """
     found = Found(backend)
-    # No connection is used twice: one that the server closes for idleness at that moment would look like an error.
+    # No connection is used twice, because one that the server closes as idle at that moment would look like an error.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
         at_start = await asyncio.to_thread(_work, target)
@@ -64,7 +64,7 @@ async def drive(traffic: Traffic, target: Target, backend: str, watch: Watch, is
             seconds = time.monotonic() - began
             watching.cancel()
             with suppress(asyncio.CancelledError):
-                await watching  # raises what ended it before its time
+                await watching  # raises the exception if watching ended early
     found.counts["restarts"] += watch.restarts + (not is_alive())
     if watch.unread and is_alive():
         found.counts["errors"] += watch.unread
@@ -89,7 +89,7 @@ async def _client(
 
 
 async def _warm_up(session: aiohttp.ClientSession, traffic: Traffic, target: Target) -> None:
-    """A long and a short answer, which compile what is compiled when first used. Not counted."""
+    """Ask for a long and a short answer, which compiles what is compiled on first use. They are not counted."""
     for is_long in (True, False):
         tokens = (traffic.mix.long_tokens if is_long else traffic.mix.short_tokens)[1]
         request = Request(0.0, is_long, tokens, traffic.mix.answer_tokens[1], 0.0, Fate.ANSWERED, 0.0)

@@ -32,9 +32,9 @@ class Sample:
 
     Attributes:
         at_s: on the monotonic clock.
-        host_mib: resident memory of its processes together; what they share counts in each. None if it is not ours.
-        gpu_mib: used on the server's GPUs, by whomever; None without one.
-        totals: of WATCHED on its /metrics; None if the page could not be read.
+        host_mib: resident memory of its processes together, each with what they share. None if it does not run here.
+        gpu_mib: memory used on the server's GPUs, by any process; None without a GPU.
+        totals: the metrics in WATCHED, from its /metrics; None if the page could not be read.
     """
 
     at_s: float
@@ -49,7 +49,7 @@ class Watch:
     Args:
         url: the server's.
         process: the first of its processes, if they run here.
-        has_gpu: whether to ask nvidia-smi.
+        has_gpu: whether to ask nvidia-smi for its memory.
     """
 
     def __init__(self, url: str, process: int | None, has_gpu: bool) -> None:
@@ -57,7 +57,7 @@ class Watch:
         self.samples: list[Sample] = []
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Take samples until cancelled."""
         while True:
             self.samples.append(await asyncio.to_thread(self.sample))
             await asyncio.sleep(EVERY_S)
@@ -71,7 +71,7 @@ class Watch:
 
     @property
     def restarts(self) -> int:
-        """How often another process answered than before."""
+        """How often another process answered than the time before."""
         starts = [sample.totals[STARTED] for sample in self.samples if sample.totals and STARTED in sample.totals]
         return sum(one != other for one, other in itertools.pairwise(starts))
 
@@ -86,7 +86,7 @@ class Watch:
         return int(read[-1] - read[0]) if read else 0
 
     def growth(self) -> dict[str, Growth | None]:
-        """Of host and GPU memory."""
+        """Growth of host and GPU memory."""
         kinds: dict[str, Callable[[Sample], float | None]] = {
             "host": lambda sample: sample.host_mib,
             "gpu": lambda sample: sample.gpu_mib,
@@ -99,14 +99,14 @@ class Watch:
 
 
 def scrape(url: str) -> str:
-    # A proxy that the environment names has another localhost.
+    # No proxy: to a proxy that the environment names, localhost is another machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{url}/metrics", timeout=SCRAPE_TIMEOUT_S) as response:
         return str(response.read().decode())
 
 
 def read_totals(page: str) -> dict[str, float]:
-    """The sum of all samples of each of WATCHED. Only their lines are parsed: the traffic needs this process too."""
+    """The sum of the samples of each metric in WATCHED. Only these lines are parsed: traffic needs this process too."""
     lines = "\n".join(line for line in page.splitlines() if line.startswith(WATCHED))
     totals: dict[str, float] = {}
     for family in text_string_to_metric_families(f"{lines}\n"):
@@ -116,7 +116,7 @@ def read_totals(page: str) -> dict[str, float]:
 
 
 def resident_mib(process: int) -> float | None:
-    """Of a process and all that it has started; None once it is gone."""
+    """Memory of a process and of all that it has started; None once it is gone."""
     try:
         first = psutil.Process(process)
         family = [first, *first.children(recursive=True)]
@@ -130,7 +130,7 @@ def resident_mib(process: int) -> float | None:
 
 
 def gpu_mib() -> float:
-    """Used memory of the GPUs that a server started here sees, as nvidia-smi says: other jobs may run on the rest."""
+    """Memory used on the GPUs that a server started here would see, by nvidia-smi. Other GPUs may run other jobs."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={visible.replace(' ', '')}")  # numbers or UUIDs

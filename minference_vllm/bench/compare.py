@@ -9,7 +9,7 @@ from minference_vllm.evals.extras import need
 from minference_vllm.evals.paired import TAILS
 
 RESAMPLES = 2000
-MOST_AT_ONCE = 2**21  # values of draws that are looked at together
+MOST_AT_ONCE = 2**21  # values of resamples that are in memory together
 PERCENTILES = (50, 90, 99)
 METRICS = {
     "ttft": "time to first token",
@@ -39,7 +39,7 @@ class Latency(NamedTuple):
 
 
 def compare(pairs: Sequence[tuple[Request, Request]], seed: int) -> list[Latency]:
-    """All metrics that the requests have: with answers of one token there is nothing between tokens.
+    """The latencies of all metrics that the requests have: answers of one token have no time between tokens.
 
     Args:
         pairs: dense and sparse answers to the same requests.
@@ -47,14 +47,14 @@ def compare(pairs: Sequence[tuple[Request, Request]], seed: int) -> list[Latency
     """
     numpy = need("numpy")
     number, servers = len(pairs), tuple(zip(*pairs, strict=True))
-    # A request that is drawn is drawn on both servers: what is hard for one is so for the other.
+    # Both servers get the same resamples, because a request that is hard for one is hard for the other.
     drawn = numpy.random.default_rng(seed).multinomial(number, [1 / number] * number, RESAMPLES)
     counts = numpy.vstack([numpy.ones((1, number), dtype=int), drawn[: len(drawn) if number > 1 else 0]])
     return [latency for metric in METRICS for latency in _compared(metric, servers, counts)]
 
 
 def values(request: Request, metric: str) -> tuple[float, ...]:
-    """Seconds; as many as the request has."""
+    """The request's values of a metric, in seconds: none, one or several."""
     if metric == "ttft":
         return (request.ttft,)
     if metric == "itl":
@@ -70,7 +70,7 @@ def _compared(metric: str, servers: tuple[Sequence[Request], ...], counts: Any) 
     pools = [_Pool([values(request, metric) for request in requests]) for requests in servers]
     if any(len(pool.values) == 0 for pool in pools):
         return
-    # [1 + resamples, percentiles]; the first row is of what was measured.
+    # [1 + resamples, percentiles]; the first row is the measurement itself.
     dense, sparse = (pool.percentiles(counts) for pool in pools)
     with numpy.errstate(divide="ignore", invalid="ignore"):
         ratios = dense / sparse
@@ -83,7 +83,7 @@ def _compared(metric: str, servers: tuple[Sequence[Request], ...], counts: Any) 
 
 
 class _Pool:
-    """Values of requests that are drawn, with all that a request has, more or less often."""
+    """All requests' values of a metric. A resampled request brings all its values along, as often as it was drawn."""
 
     def __init__(self, by_request: Sequence[Sequence[float]]) -> None:
         numpy = need("numpy")
@@ -93,7 +93,7 @@ class _Pool:
         self.values, self._owners = pooled[order], owners[order]
 
     def percentiles(self, counts: Any) -> Any:
-        """As numpy.percentile of the values, each as often as its request was drawn; not a number of none.
+        """As numpy.percentile of the values, each taken as often as its request was drawn; NaN if none was drawn.
 
         Args:
             counts: [draws, requests] how often each request was drawn.
@@ -114,7 +114,7 @@ class _Pool:
         for at, percentile in enumerate(PERCENTILES):
             ranks = numpy.maximum(last - 1, 0) * percentile / 100
             below = numpy.floor(ranks)
-            # A value has every rank below the number drawn up to it.
+            # A value holds the ranks below the count of values drawn up to and including it.
             low, high = (
                 self.values[numpy.minimum((up_to <= rank[:, None]).sum(axis=1), len(self.values) - 1)]
                 for rank in (below, numpy.ceil(ranks))

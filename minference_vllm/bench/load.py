@@ -19,7 +19,7 @@ from minference_vllm.files import write_file
 
 RANDOM, OWN_TEXT = ("--dataset-name", "random"), ("--dataset-name", "custom", "--skip-chat-template", "--ignore-eos")
 DATASET_OPTION = "--dataset-name"
-# Options of vllm bench serve that this command sets itself; for lengths it has several spellings.
+# Options of vllm bench serve that this command sets itself. vLLM has several spellings for lengths.
 TAKEN = (
     "--base-url", "--host", "--port", "--model", "--served-model-name", "--tokenizer", "--seed", "--num-prompts",
     "--num-warmups", "--request-rate", "--max-concurrency", "--input-len", "--output-len", "--random-input-len",
@@ -49,7 +49,7 @@ class Point(Line):
 
     @property
     def arguments(self) -> list[str]:
-        """Of vllm bench serve."""
+        """The options of vllm bench serve for this point."""
         given = {
             "--input-len": self.input_len,
             "--output-len": self.output_len,
@@ -78,13 +78,13 @@ class Load:
     """What every point of a sweep has in common.
 
     Attributes:
-        requests: of a point.
+        requests: number at each point.
         warmups: requests that are sent beforehand, of each pair of lengths, and not measured.
-        seed: of prompts and times.
-        tokenizer: of the model, by directory or name.
-        options: more of vllm bench serve.
+        seed: of prompts and sending times.
+        tokenizer: the model's, by directory or name.
+        options: further options of vllm bench serve.
         text: prompts are cut from it; None for another data set.
-        folder: of the prompts that are cut.
+        folder: for the prompts that are cut from the text.
     """
 
     requests: int
@@ -96,14 +96,15 @@ class Load:
     folder: Path
 
     def arguments(self, point: Point, requests: int) -> list[str]:
-        """What follows `vllm bench serve` beside the server and the result.
+        """What follows `vllm bench serve`, without the server and the result file.
 
-        Prompts are the same at every point, so every run has a salt of its own: it finds no pages of another one.
+        Prompts are the same at every point. Each run has a cache salt of its own, so that it finds no pages of another
+        run.
         """
         ours = {"--tokenizer": self.tokenizer, "--seed": self.seed, "--num-prompts": requests}
         salt = json.dumps({"cache_salt": uuid.uuid4().hex})
         return [
-            "--temperature=0",  # the servers are to generate alike; an option may say otherwise
+            "--temperature=0",  # so that both servers generate alike; the user's options may override it
             *self._dataset(point),
             *self.options,
             *(f"{option}={value}" for option, value in ours.items()),
@@ -139,7 +140,7 @@ class Load:
 
 
 def described(load: Load) -> dict[str, str | int | None]:
-    """What tells this load from others, for files and reports."""
+    """What this load is identified by in files and reports."""
     return {
         "requests": load.requests,
         "warmups": load.warmups,
@@ -158,7 +159,7 @@ def split_options(text: str) -> tuple[str, ...]:
     """Options of vllm bench serve, as a shell reads them.
 
     Raises:
-        ConfigError: they are none, or choose what is chosen here.
+        ConfigError: they are no options, or they choose what is chosen here.
     """
     try:
         options = tuple(shlex.split(text))

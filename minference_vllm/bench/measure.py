@@ -26,7 +26,7 @@ class Origin(Line):
 
 
 class Measurements(LineFile[Measured]):
-    """A server's points on disk. See LineFile."""
+    """A server's measurements of points, on disk. See LineFile."""
 
     origin: Origin
 
@@ -38,7 +38,7 @@ class Measurements(LineFile[Measured]):
         return next((entry for entry in reversed(self.lines) if entry.point == point), None)
 
     def left(self, points: Sequence[Point]) -> list[Point]:
-        """The points that are still to be measured; those with a request that failed are."""
+        """The points that are still to be measured, including those in which a request failed."""
         newest = {point: self.of(point) for point in points}
         return [point for point, found in newest.items() if found is None or len(found.answered) < len(found.requests)]
 
@@ -47,11 +47,11 @@ def measure(client: Client, load: Load, points: Sequence[Point], into: Measureme
     """Measure what is left of these points.
 
     Args:
-        log: of the sender.
-        is_dense: nothing may run sparse.
+        log: a file for what the sender says.
+        is_dense: whether this is the dense server, on which nothing may run sparse.
 
     Raises:
-        ConfigError: something did.
+        ConfigError: something ran sparse on the dense server.
         ServerError: the server cannot be reached any more, or a point has errors only.
     """
     left = into.left(points)
@@ -81,6 +81,6 @@ def _named(point: Point) -> str:
 
 
 def _refuse_hopeless(requests: Sequence[Request], url: str) -> None:
-    """Stop where errors are all that comes: the server or its options are wrong, and a night would be lost."""
+    """Stop if all requests failed: the server or its options are wrong, and going on could waste a night."""
     if requests and all(request.error for request in requests):
         raise ServerError(f"{url} gave errors only, to {len(requests)} requests. The first: {requests[0].error}")

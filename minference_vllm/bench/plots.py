@@ -33,7 +33,7 @@ def draw(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _groups(rows: Sequence[dict[str, Any]], fixed: tuple[str, ...], varied: str) -> list[tuple[str, list[Any]]]:
-    """Rows that differ in one thing, under the names of what they have in common; only where several do."""
+    """Groups of rows that differ in `varied` only, named by what they have in common; single rows are left out."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in fixed if row[name] is not None)
@@ -44,7 +44,7 @@ def _groups(rows: Sequence[dict[str, Any]], fixed: tuple[str, ...], varied: str)
 
 
 def _speedups(figure: "Figure", report: dict[str, Any]) -> None:
-    """The medians', with their intervals."""
+    """Speed-ups of the medians, with their intervals."""
     names = [_name(row) for row in report["rows"]]
     figure.set_size_inches(WIDTH, 1.4 + 0.45 * len(names))
     axes = figure.add_subplot()
@@ -68,7 +68,7 @@ def _speedups(figure: "Figure", report: dict[str, Any]) -> None:
 
 
 def _distributions(figure: "Figure", report: dict[str, Any]) -> None:
-    """What share of the requests has its first token by when."""
+    """The share of the requests that have their first token, over time."""
     for axes, of_point in _small(figure, report["distributions"]):
         for server, color in COLORS.items():
             times = [0.0, *of_point[server]]
@@ -124,7 +124,7 @@ def _small(figure: "Figure", items: Sequence[Any]) -> Iterator[tuple["Axes", Any
 
 
 def _name(row: dict[str, Any]) -> str:
-    """Of a point, or of what several have in common."""
+    """The name of a point, or of what several points have in common."""
     lengths = (f"{row[name]:,} {word}" for name, word in WORDS.items() if row.get(name) is not None)
     return ", ".join(filter(None, (*lengths, row.get("load"))))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both servers' measurements come to: rows by point, in the format of the files under benchmarks/results."""
+"""Compares both servers' measurements in rows by point, in the format of the files under benchmarks/results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,15 +29,15 @@ class Compared:
 
     @property
     def place(self) -> dict[str, Any]:
-        """What tells its rows from others."""
+        """The fields that tell a point's rows from others."""
         return {"input_len": self.point.input_len, "output_len": self.point.output_len, "load": self.point.load}
 
 
 def make_report(points: Sequence[Point], dense: Measurements, sparse: Measurements) -> dict[str, Any]:
-    """All figures, as JSON. Every point has been measured on both.
+    """All figures, as JSON. Every point has been measured on both servers.
 
     Raises:
-        ConfigError: they were not sent the same.
+        ConfigError: the servers were not sent the same.
     """
     seed = int(dense.origin.load["seed"] or 0)
     compared = [_pair(point, dense.of(point), sparse.of(point)) for point in points]
@@ -107,7 +107,7 @@ THROUGHPUT = "tokens a second, read and written"
 
 
 def _rates(one: Compared) -> Iterator[dict[str, Any]]:
-    """Of each server, over all that it has answered."""
+    """The rates of each server, over all requests that it has answered."""
     counts = {
         "requests a second": lambda request: 1,
         "tokens written a second": lambda request: request.output_tokens,

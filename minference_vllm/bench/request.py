@@ -16,18 +16,18 @@ NO_TOKEN = "no token came"
 
 
 class Request(Line):
-    """One request; seconds from when it was sent."""
+    """One request. Its times are in seconds, counted from when it was sent."""
 
     input_tokens: int
     output_tokens: int
     ttft: float
-    """To the first token."""
+    """Time of the first token."""
     latency: float
-    """To the last one."""
+    """Time of the last token."""
     gaps: tuple[float, ...]
-    """Between two pieces of the answer that came one after the other: with speculation, a piece is several tokens."""
+    """Times between two consecutive pieces of the answer. With speculative decoding, a piece may be several tokens."""
     error: str = ""
-    """In place of an answer; the other fields then say nothing."""
+    """Why there is no answer; the other fields then mean nothing."""
 
 
 class Measured(Line):
@@ -47,7 +47,7 @@ class Measured(Line):
 
 
 class Result(BaseModel):
-    """What we read of the file."""
+    """The parts of the file that we read."""
 
     duration: float
     completed: int

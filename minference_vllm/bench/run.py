@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A benchmark from the points of a sweep to the report: each server in turn, then what came of it on disk."""
+"""A benchmark from the points of a sweep to the report: measures each server in turn, then writes the comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class Run:
     """What is measured.
 
     Attributes:
-        servers: both; their folder is that of measurements and report too.
+        servers: both; their folder also holds measurements and report.
         load: what is sent.
         points: the sweep.
-        record: more for the report, what and when for one.
+        record: further entries of the report, such as the command and its date.
     """
 
     servers: Pair
@@ -31,17 +31,17 @@ class Run:
 
 
 def run(wanted: Run) -> dict[str, Any]:
-    """Measure both servers, write both reports, and give that in JSON.
+    """Measure both servers, write both reports, and return the JSON one.
 
     Raises:
-        ConfigError: the servers, or files of an earlier run, are not what they are to be.
+        ConfigError: the servers, or files of an earlier run, do not fit what is asked for.
         ServerError: a server did not come up, or cannot be reached any more.
     """
     servers = wanted.servers
     wanted.load.cut_prompts(wanted.points)
     dense, sparse = (_measurements(wanted, server) for server in servers.both)
     for server, measurements in zip(servers.both, (dense, sparse), strict=True):
-        # A server that has nothing left to do is not started: that takes minutes.
+        # A server that has nothing left to do is not started, because that takes minutes.
         if measurements.left(wanted.points):
             with servers.client(server) as client:
                 log = servers.folder / f"{server.name}-load.log"

@@ -20,10 +20,10 @@ RESULT = "result.json"
 
 
 def check_sender(load: Load) -> None:
-    """Before anything is started.
+    """Check, before anything is started, that what sends the load is installed.
 
     Raises:
-        ConfigError: what sends the load is not installed.
+        ConfigError: it is not.
     """
     if not serve.has_vllm():
         raise ConfigError(
@@ -36,11 +36,11 @@ def check_sender(load: Load) -> None:
 def send(
     client: Client, load: Load, point: Point, requests: int, log: Path, timeout_s: float
 ) -> tuple[float, tuple[Request, ...]]:
-    """Seconds that it took, and what came of each request.
+    """The seconds that the load took, and what came of each request.
 
     Args:
-        log: what the sender says is added to it.
-        timeout_s: for all of it.
+        log: the sender's output is appended to it.
+        timeout_s: seconds for the whole load.
 
     Raises:
         ServerError: nothing was measured.
@@ -75,7 +75,7 @@ def _run(arguments: Sequence[str], url: str, log: Path, timeout_s: float) -> Non
 
 
 def _environ(url: str) -> dict[str, str]:
-    """A proxy that the environment names has another localhost."""
+    """The sender's environment, without proxies for this machine: to a proxy, localhost is another machine."""
     if urlsplit(url).hostname not in THIS_MACHINE:
         return dict(os.environ)
     names = ("no_proxy", "NO_PROXY")

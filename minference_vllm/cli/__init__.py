@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, `minference-vllm COMMAND`: a module a command, each with `add_parser`."""
+"""The command line, `minference-vllm COMMAND`. Each command is a module with `add_parser`."""
 
 import argparse
 import io
@@ -15,9 +15,9 @@ COMMANDS = (tune, doctor, evaluate, bench, patterns, search, plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status, which is FAILED with a sentence where something given does not fit."""
+    """Run a command and return its exit status: FAILED, after a sentence on stderr, where an input does not fit."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
     options = parse(arguments)
     try:
         return int(options.run(options))
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command; `run` is its function."""
+    """The options of a command; their attribute `run` is the command's function."""
     parser = Parser(prog="minference-vllm", description="Tools around sparse prefill in vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

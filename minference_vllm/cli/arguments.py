@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands' options take."""
+"""Parsers for the values of the commands' options."""
 
 import argparse
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from minference_vllm.methods.base import MAX_TOKENS
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, not all of which is what was given."""
+    """Reports a fault in one line, which repeats only the beginning of a long input."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message)[:LONGEST_MESSAGE])
 
 
 def count_to(most: int, least: int = 1) -> Callable[[str], int]:
-    """Takes a whole number in plain digits."""
+    """A parser of whole numbers in plain digits, from `least` to `most`."""
 
     def count(text: str) -> int:
         is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
@@ -33,10 +33,10 @@ count = count_to(MAX_TOKENS)
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:
-    """What an option takes as a JSON object.
+    """The JSON object that an option was given.
 
     Raises:
-        ConfigError: it was given something else.
+        ConfigError: the option was given something else.
     """
     value = parse_json(text, option)
     if not isinstance(value, dict):

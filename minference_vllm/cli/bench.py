@@ -31,16 +31,16 @@ SHOWN = (
 )
 
 BENCH = f"""\
-Has `vllm bench serve` send a dense server and one of `--attention-backend minference` the same requests, one point of
-the sweep after the other, and writes times to first token, between tokens and to the last one, and rates, side by side,
-into report.json and report.html in --out. The servers are there already (--dense, --sparse), or are started here, one
-after the other (--serve). A run that was cut off goes on where it stopped.
+Has `vllm bench serve` send the same requests to a dense server and to one of `--attention-backend minference`, one
+point of the sweep after the other. Writes both servers' rates, and their times to the first token, between tokens and
+to the last token, into report.json and report.html in --out. The servers run already (--dense, --sparse), or are
+started here, one after the other (--serve). A run that was cut off goes on where it stopped.
 Exit status: 0 all requests are answered; {FAILED} something does not fit, or a server is gone; {NOT_SPARSE} nothing ran
 sparse; {INCOMPLETE} some requests failed; {STOPPED} stopped by a signal."""
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Send, compare, report; the exit status."""
+    """Send, compare and report; return the exit status."""
     return servers.run(_bench, options)
 
 
@@ -98,7 +98,7 @@ def _say(report: dict[str, Any], page: Path) -> None:
 
 
 def _rate(text: str) -> float:
-    """Takes requests a second."""
+    """A parser of rates, in requests a second."""
     try:
         rate = float(text)
     except ValueError:
@@ -113,31 +113,36 @@ def add_parser(commands: Any) -> None:
     command = commands.add_parser("bench", description=BENCH, help="compare a model's latencies, dense and sparse")
     command.set_defaults(run=bench)
     servers.add_options(command, 7200, "one point of the sweep")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder of measurements and report")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder for the measurements and the report")
     sweep = command.add_argument_group("sweep", "Every length is measured at every load.")
     sweep.add_argument(
         "--input-len", type=count, nargs="+", help=f"tokens of a prompt; default: {' '.join(map(str, INPUT_LENS))}"
     )
     sweep.add_argument(
-        "--output-len", type=count, nargs="+", help=f"of an answer; default: {' '.join(map(str, OUTPUT_LENS))}"
+        "--output-len", type=count, nargs="+", help=f"tokens of an answer; default: {' '.join(map(str, OUTPUT_LENS))}"
     )
     sweep.add_argument("--rate", type=_rate, nargs="+", help="requests a second, sent at random times")
     sweep.add_argument(
         "--concurrency", type=count_to(MOST_IN_FLIGHT), nargs="+", help="requests in flight; default: 1, without --rate"
     )
     sweep.add_argument(
-        "--requests", type=count_to(MOST_REQUESTS), default=REQUESTS, help=f"of a point; default: {REQUESTS}"
+        "--requests",
+        type=count_to(MOST_REQUESTS),
+        default=REQUESTS,
+        help=f"requests at each point; default: {REQUESTS}",
     )
     sweep.add_argument(
         "--warmups",
         type=count_to(MOST_WARMUPS, least=0),
         default=WARMUPS,
-        help=f"requests of each length that are sent before and not measured; default: {WARMUPS}",
+        help=f"requests of each length that are sent first and not measured; default: {WARMUPS}",
     )
-    sweep.add_argument("--seed", type=count_to(MOST_SEED, least=0), default=0, help="of prompts and times; default: 0")
+    sweep.add_argument(
+        "--seed", type=count_to(MOST_SEED, least=0), default=0, help="seed of prompts and sending times; default: 0"
+    )
     prompts = command.add_argument_group("prompts", "Random tokens, unless one of these says otherwise.")
-    prompts.add_argument("--text", type=Path, metavar="FILE", help="cut them from a long text, plain or .xz")
+    prompts.add_argument("--text", type=Path, metavar="FILE", help="cut prompts from a long text, plain or .xz")
     prompts.add_argument(
-        "--bench", metavar="OPTIONS", default="", help="more options of vllm bench serve, --dataset-name for one"
+        "--bench", metavar="OPTIONS", default="", help="more options of vllm bench serve, for example --dataset-name"
     )
     prompts.add_argument("--tokenizer", help="directory, or name on the hub; default: --model")

@@ -18,8 +18,8 @@ Exit status: 0 no check failed, {CHECK_FAILED} one did, 2 wrong usage."""
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Check, print; the exit status."""
-    # Before vLLM is imported: its log goes to stdout otherwise.
+    """Make all checks and print them; return the exit status."""
+    # Set before vLLM is imported, because its log would go to stdout otherwise.
     os.environ.update(VLLM_LOGGING_STREAM="ext://sys.stderr", VLLM_LOGGING_LEVEL="WARNING")
     additional_config = json_object("--additional-config", options.additional_config)
     if options.config:
@@ -42,9 +42,11 @@ def add_parser(commands: Any) -> None:
     command = commands.add_parser("doctor", description=DOCTOR, help="check installation, machine and settings")
     command.set_defaults(run=doctor)
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--no-gpu", action="store_true", help="for an image's build: skip what needs a GPU")
-    command.add_argument("--model", help="directory, or name on the hub, that would be served")
-    command.add_argument("--config", type=Path, help=f"settings in place of the file that {CONFIG_FILE_VARIABLE} names")
+    command.add_argument("--no-gpu", action="store_true", help="skip what needs a GPU, as while an image is built")
+    command.add_argument("--model", help="model that would be served: directory, or name on the hub")
+    command.add_argument(
+        "--config", type=Path, help=f"file of settings, in place of the one that {CONFIG_FILE_VARIABLE} names"
+    )
     server = command.add_argument_group("options of the server, as vllm serve takes them")
     server.add_argument("--additional-config", metavar="JSON", default="{}", help='settings under "minference"')
     server.add_argument("--max-num-batched-tokens", type=count)

@@ -29,14 +29,14 @@ SHOWN = (
 
 EVAL = f"""\
 Asks a dense server and one of `--attention-backend minference` the same prompts, greedily, scores both, pairs the
-scores sample by sample, and writes report.json and report.html into --out. The servers are there already (--dense,
+scores sample by sample, and writes report.json and report.html into --out. The servers run already (--dense,
 --sparse), or are started here, one after the other (--serve). A run that was cut off goes on where it stopped.
 Exit status: 0 all samples are answered; {FAILED} something does not fit, or a server is gone; {NOT_SPARSE} nothing ran
 sparse; {INCOMPLETE} some samples have an error in place of an answer; {STOPPED} stopped by a signal."""
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Prepare, ask, report; the exit status."""
+    """Prepare, ask and report; return the exit status."""
     return servers.run(_evaluate, options)
 
 
@@ -109,17 +109,23 @@ def add_parser(commands: Any) -> None:
     servers.add_options(command, 1800, "one answer").add_argument(
         "--concurrency", type=count_to(MOST_IN_FLIGHT), default=4, help="requests in flight; default: 4"
     )
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder of replies and report")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder for the replies and the report")
     prompts = command.add_argument_group("prompts")
-    prompts.add_argument("--tasks", nargs="+", help="names; default: all that have what they need")
-    prompts.add_argument("--tokens", type=count, nargs="+", help=f"lengths; default: {' '.join(map(str, TOKENS))}")
-    prompts.add_argument("--samples", type=count_to(MOST_SAMPLES), help=f"of each task and length; default: {SAMPLES}")
-    prompts.add_argument("--seed", type=count_to(MOST_SEED, least=0), help=f"of all that is drawn; default: {SEED}")
+    prompts.add_argument("--tasks", nargs="+", help="names of tasks; default: all whose inputs are given")
     prompts.add_argument(
-        "--text", type=Path, metavar="FILE", help="a long text, plain or .xz, for needle, facts, position"
+        "--tokens", type=count, nargs="+", help=f"lengths in tokens; default: {' '.join(map(str, TOKENS))}"
     )
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="your prompts, JSONL, for agreement")
+    prompts.add_argument(
+        "--samples", type=count_to(MOST_SAMPLES), help=f"samples of each task and length; default: {SAMPLES}"
+    )
+    prompts.add_argument(
+        "--seed", type=count_to(MOST_SEED, least=0), help=f"seed of all random choices; default: {SEED}"
+    )
+    prompts.add_argument(
+        "--text", type=Path, metavar="FILE", help="a long text, plain or .xz, for the tasks needle, facts and position"
+    )
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="your own prompts, JSONL, for the task agreement")
     prompts.add_argument("--tokenizer", help="directory, or name on the hub; default: --model")
     prompts.add_argument("--chat", action="store_true", default=None, help="put questions into the chat template")
-    prompts.add_argument("--prepare", type=Path, metavar="DIR", help="only make the samples, for --prepared elsewhere")
+    prompts.add_argument("--prepare", type=Path, metavar="DIR", help="only make the samples, for a later --prepared")
     prompts.add_argument("--prepared", type=Path, metavar="DIR", help="use samples that --prepare made")

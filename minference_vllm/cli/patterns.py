@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`minference-vllm patterns`: makes pattern files of MInference's lists, and says what one holds."""
+"""`minference-vllm patterns`: makes pattern files from MInference's lists, and shows what a pattern file holds."""
 
 import argparse
 from collections import Counter
@@ -11,13 +11,13 @@ from minference_vllm.errors import ConfigError, shortened
 from minference_vllm.files import read_file, write_file
 
 IMPORT = f"""\
-Makes a pattern file of a list as MInference's search writes it, which is also what checkpoints of Qwen with a context
-of a million tokens hold, in sparse_attention_config.json or in config.json. What becomes of entries that this package
-has no equal of stands in the file's notes, which are printed.
+Makes a pattern file from a list that MInference's search has written. Checkpoints of Qwen with a context of a million
+tokens hold such a list too, in sparse_attention_config.json or in config.json. The file's notes, which are printed, say
+how entries without an equivalent in this package were converted.
 Exit status: 0 written, {FAILED} not."""
 
 PUBLISHED = """\
-Makes the pattern files that come with this package anew, from MInference's release:
+Makes the pattern files that come with this package again, from MInference's unpacked release:
 MINFERENCE_SKIP_CUDA_BUILD=TRUE pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0"""
 
 
@@ -39,7 +39,7 @@ def run_import(options: argparse.Namespace) -> int:
             num_kv_heads=heads.num_kv_heads,
             head_dim=heads.head_dim,
         )
-    except Exception as error:  # vLLM and transformers have no one kind of exception for what they refuse
+    except Exception as error:  # vLLM and transformers have no common exception for a refusal
         raise ConfigError(
             f"Layers and heads of {options.model!r} cannot be read from its config.json: {error}"
         ) from None
@@ -102,15 +102,15 @@ def add_parser(commands: Any) -> None:
     """Add this command to those of an argparse parser."""
     command = commands.add_parser("patterns", help="pattern files: how much each head of a model keeps")
     actions = command.add_subparsers(required=True, metavar="ACTION")
-    action = actions.add_parser("import", description=IMPORT, help="make one of MInference's lists a pattern file")
+    action = actions.add_parser("import", description=IMPORT, help="make a pattern file from one of MInference's lists")
     action.set_defaults(run=run_import)
     action.add_argument("list", type=Path, help="the list")
-    action.add_argument("--model", required=True, help="directory, or name on the hub: its config.json says the heads")
-    action.add_argument("--name", action="append", help='what "auto" knows the model by; default: as --model')
+    action.add_argument("--model", required=True, help="directory, or name on the hub; its config.json has the heads")
+    action.add_argument("--name", action="append", help='name by which "auto" finds the file; default: --model')
     action.add_argument("--out", type=Path, required=True, help="the pattern file")
-    action.add_argument("--source", default="imported by hand", help="where the list is from, for the file")
-    action.add_argument("--licence", default="", help="of the list, for the file")
-    action = actions.add_parser("published", description=PUBLISHED, help="make the files of this package anew")
+    action.add_argument("--source", default="imported by hand", help="where the list is from, to be noted in the file")
+    action.add_argument("--licence", default="", help="licence of the list, to be noted in the file")
+    action = actions.add_parser("published", description=PUBLISHED, help="make the pattern files of this package again")
     action.set_defaults(run=run_published)
     action.add_argument("sdist", type=Path, help="the unpacked release")
     action.add_argument("--out", type=Path, required=True, help="a folder")

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 MOST_LAYERS = 10_000
 
 PLOT = f"""\
-Starts vLLM in this process, has it read a text once, and draws what was chosen on the way: `model`, density and recall
-of each head, and `layer-N`, which keys each head of a layer kept for which rows; PNG and SVG, and the numbers in
-choice.json. Density counts the keys that were chosen, not what the guard attended to again; recall is what it measured
-before. Layers are the plugin's, counted from 0. Settings are those of MINFERENCE_CONFIG, but all of the text goes
-sparse.
+Starts vLLM in this process, has it read a text once, and draws which keys were chosen. The figure `model` shows density
+and recall of each head, `layer-N` which keys each head of layer N kept for which rows. Figures are PNG and SVG, and
+choice.json has the numbers. Density counts the keys that were chosen, not those that the guard had heads attend to
+again; recall is measured before the guard acts. Layers are the plugin's, counted from 0. Settings are those of
+MINFERENCE_CONFIG, but all of the text goes sparse.
 Exit status: 0 drawn, {FAILED} not."""
 
 
@@ -52,7 +52,7 @@ def plot(options: argparse.Namespace) -> int:
 
 
 def draw(choice: "PromptChoice", model: str, folder: Path) -> list[Path]:
-    """Write all figures, and the numbers behind that of the model."""
+    """Write all figures, and the numbers that the model's figure shows."""
     from minference_vllm.plots.figures import draw_heads, draw_model, save
 
     density, recall = choice.tables()
@@ -79,9 +79,9 @@ def add_parser(commands: Any) -> None:
     command.add_argument("model", help="directory, or name on the hub")
     command.add_argument("--prompt", type=Path, required=True, help="a file of text, plain or .xz")
     command.add_argument("--out", type=Path, required=True, help="the folder of the figures")
-    command.add_argument("--tokens", type=count, help="no more than so many of the text's")
+    command.add_argument("--tokens", type=count, help="read at most this many tokens of the text")
     command.add_argument(
-        "--layers", type=count_to(MOST_LAYERS, least=0), nargs="+", help="layers to draw; default: six, evenly"
+        "--layers", type=count_to(MOST_LAYERS, least=0), nargs="+", help="layers to draw; default: six, evenly spread"
     )
     command.add_argument("--method", help="a method's name, or a JSON object of its settings")
     command.add_argument("--chunk", type=count, default=8192, help="the engine's max_num_batched_tokens")

@@ -18,17 +18,17 @@ TOKENS, METHODS = (16384, 28672), ("block", "vertical_slash")
 MOST_NAME = 256
 
 SEARCH = f"""\
-Starts vLLM in this process and has it read prompts that are made of your texts, half of them to search and half to
-check with. On the way every candidate (shares of block, sizes of vertical_slash, A-shapes, all keys) attends in every
-layer beside dense attention, and is timed; each layer is read sparsely alone, to see what its errors do to the next
-tokens. The pattern file that harms least at no more than the default method's time is checked against the default on
-the other prompts, and written if it is better. What was measured stays in FILE.jsonl: the same command goes on with it.
+Starts vLLM in this process and has it read prompts made of your texts, half of them to search with and half to check
+with. Every candidate (shares of block, sizes of vertical_slash, A-shapes, all keys) attends in every layer beside dense
+attention, and is timed. Then one layer at a time runs sparse, to measure what its errors do to the next tokens. The
+pattern file that does the least harm in no more than the default method's time is compared with the default on the
+other prompts, and written if it is better. The measurements stay in FILE.jsonl, from which the same command goes on.
 Exit status: 0 written, {FAILED} not measured, {NOT_BETTER} no better than the default, nothing written, {STOPPED}
 stopped."""
 
 
 def search(options: argparse.Namespace) -> int:
-    """Search, write; the exit status."""
+    """Search and write the file; return the exit status."""
     engine = _engine(options)
     if len(options.model) > MOST_NAME:
         raise ConfigError(f"The model's name is longer than the {MOST_NAME} letters that a pattern file holds.")
@@ -77,7 +77,7 @@ def _found(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
 
 
 def _origin(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
-    """What the journal belongs to."""
+    """The settings that the journal's measurements belong to."""
     import torch
 
     from minference_vllm.compat import installed_version
@@ -121,17 +121,24 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="long texts, plain or .xz")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the pattern file")
     command.add_argument(
-        "--tokens", type=count, nargs="+", default=TOKENS, help=f"lengths; default: {' '.join(map(str, TOKENS))}"
+        "--tokens",
+        type=count,
+        nargs="+",
+        default=TOKENS,
+        help=f"lengths in tokens; default: {' '.join(map(str, TOKENS))}",
     )
     several = count_to(MOST_PROMPTS, least=2)
     command.add_argument(
-        "--prompts", type=several, default=6, help="to search with, and as many to check with; default: 6"
+        "--prompts", type=several, default=6, help="prompts to search with; as many more to check with; default: 6"
     )
-    command.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="to try; default: both")
+    command.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="methods to try; default: both")
     command.add_argument(
-        "--cost", choices=["time", "pairs"], default="time", help="what may not be more; default: time"
+        "--cost",
+        choices=["time", "pairs"],
+        default="time",
+        help="cost that must not exceed the default method's; default: time",
     )
     command.add_argument("--repeats", type=count_to(100), default=3, help="timed runs of each candidate; default: 3")
-    command.add_argument("--seed", type=count_to(MOST_SEED, least=0), default=0, help="of all that is drawn")
+    command.add_argument("--seed", type=count_to(MOST_SEED, least=0), default=0, help="seed of all random choices")
     command.add_argument("--chunk", type=count, default=8192, help="the engine's max_num_batched_tokens")
     command.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, a JSON object")

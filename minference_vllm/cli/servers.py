@@ -17,20 +17,23 @@ MOST_SECONDS = 10**6
 
 
 def add_options(command: Any, timeout_s: int, timed: str) -> Any:
-    """Add those that name the servers.
+    """Add the options that name the servers.
 
     Args:
-        timeout_s, timed: default of --timeout, and what has so long.
+        timeout_s: default of --timeout.
+        timed: what --timeout limits.
 
     Returns:
-        Their group, for more.
+        The group of these options, so that more can be added.
     """
     servers = command.add_argument_group("servers")
-    servers.add_argument("--dense", metavar="URL", help="of a server with another attention backend")
-    servers.add_argument("--sparse", metavar="URL", help="of a server with --attention-backend minference")
+    servers.add_argument("--dense", metavar="URL", help="URL of a server with another attention backend")
+    servers.add_argument("--sparse", metavar="URL", help="URL of a server with --attention-backend minference")
     servers.add_argument("--serve", metavar="OPTIONS", help="start both here, with these options of vllm serve")
-    servers.add_argument("--serve-sparse", metavar="OPTIONS", default="", help="--additional-config of the sparse one")
-    servers.add_argument("--model", help="as the servers name it, or what --serve is to serve")
+    servers.add_argument(
+        "--serve-sparse", metavar="OPTIONS", default="", help="--additional-config for the sparse one only"
+    )
+    servers.add_argument("--model", help="name of the model on the servers, or the model to --serve")
     servers.add_argument(
         "--timeout", type=count_to(MOST_SECONDS), default=timeout_s, help=f"seconds for {timed}; default: {timeout_s}"
     )
@@ -41,12 +44,12 @@ def check(options: argparse.Namespace, without: bool = False, alternative: str =
     """Refuse options that contradict each other.
 
     Args:
-        without: no server is wanted.
-        alternative: how that is said.
+        without: whether the command is to run without servers.
+        alternative: how a message names the option for that.
         needs_model: whether the model must be named.
 
     Raises:
-        ConfigError: they do.
+        ConfigError: they contradict each other, or one is missing.
     """
     urls, serves = bool(options.dense or options.sparse), options.serve is not None
     if urls + serves + without != 1 or bool(options.dense) != bool(options.sparse):
@@ -84,7 +87,7 @@ def record() -> dict[str, str]:
 
 
 def run(work: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """The exit status of a command. On the way out, servers that were started here are stopped."""
+    """Run a command's work and return the exit status. Servers that were started here are stopped on the way out."""
     from minference_vllm.evals.errors import ServerError  # none of this for --help
 
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -100,7 +103,7 @@ def run(work: Callable[[argparse.Namespace], int], options: argparse.Namespace) 
 
 
 def say_end(report: dict[str, Any], page: Path) -> None:
-    """Print what a report's reader must know beside its rows, and where it is."""
+    """Print where a report is, and what its reader must know beside its rows."""
     for note in report["notes"]:
         print(note)
     for warning in report["warnings"]:

@@ -20,13 +20,13 @@ NEVER_WINS = 3
 
 TUNE = f"""\
 Times one layer's attention at the end of prompts of growing length, dense (vLLM's FlashAttention) and sparse (this
-package's kernels, on drawn key sets), and writes the length from which sparse stays faster into a file of settings for
-{CONFIG_FILE_VARIABLE}. Its other settings are kept, and measured with.
+package's kernels, on random sets of keys), and writes the length from which sparse stays faster into a file of settings
+for {CONFIG_FILE_VARIABLE}. Other settings in that file are kept, and used for the measurement.
 Exit status: 0 written, {FAILED} not measured, {NEVER_WINS} sparse never wins, nothing written."""
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Measure, decide, write; the exit status."""
+    """Measure, decide and write; return the exit status."""
     config = load_config(None, {CONFIG_FILE_VARIABLE: str(options.out)} if os.path.lexists(options.out) else {})
     refuse_unwritable(options.out, str(options.out))
     timings: list[Timing] = []
@@ -76,7 +76,7 @@ def add_parser(commands: Any) -> None:
     """Add this command to those of an argparse parser."""
     command = commands.add_parser("tune", description=TUNE, help="find min_seq_len for a model on this machine")
     command.set_defaults(run=tune)
-    command.add_argument("--model", help="directory, or name on the hub: its config.json says the heads")
+    command.add_argument("--model", help="directory, or name on the hub; its config.json has the heads")
     command.add_argument("--heads", type=count, help="query heads, in place of --model")
     command.add_argument("--kv-heads", type=count)
     command.add_argument("--head-dim", type=count)

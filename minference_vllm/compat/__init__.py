@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between vLLM releases, and what we ask of vLLM that is no stable interface."""
+"""Everything in the plugin that depends on the vLLM release, or on parts of vLLM that are no stable interface."""
 
 import functools
 import importlib.metadata
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from minference_vllm.patterns import ServedModel
 
 TESTED = ((0, 32), (0, 33))
-WHOLE_PROMPT = ("full_attention", "attention")  # what model configurations call layers that attend to it
+WHOLE_PROMPT = ("full_attention", "attention")  # names that model configurations give to such layers
 
 logger = logging.getLogger("vllm.minference")
 
 
 def installed_version() -> str:
-    """Of vLLM."""
+    """The version of the vLLM that is installed."""
     try:
         return importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:  # a source tree in the path, or a build of another name
@@ -37,13 +37,13 @@ def is_tested(version: str) -> bool:
 
 
 def tested_versions() -> str:
-    """Those releases, to be read by people."""
+    """The tested releases as text, for messages."""
     return " and ".join(".".join(map(str, release)) for release in TESTED)
 
 
 @functools.cache
 def warn_if_untested() -> None:
-    """One warning where the installed vLLM is none that this release was tested with."""
+    """Log one warning if the installed vLLM is not a release that this plugin was tested with."""
     version = installed_version()
     if not is_tested(version):
         logger.warning(
@@ -62,17 +62,18 @@ def layer_index(layer_name: str) -> int | None:
 
 
 def reports_metrics() -> bool:
-    """Whether this worker speaks for its pipeline stage: every tensor-parallel rank of it sees the same tokens."""
+    """Whether this worker reports for its pipeline stage: one tensor-parallel rank does, all see the same tokens."""
     from vllm.distributed.parallel_state import get_tp_group
 
     return get_tp_group().rank_in_group == 0
 
 
 def engine_id(vllm_config: Any) -> int:
-    """A number of the engine that this configuration is of, as long as the engine lives.
+    """A number that identifies the engine of this configuration for as long as the engine lives.
 
-    vLLM hands out several configurations for one engine, for parts of its model and for its draft model, and gives each
-    an `instance_id` of its own. What they share is the dictionary in which all of the engine's layers are entered.
+    vLLM creates several configurations for one engine, for parts of its model and for its draft model, and gives each
+    its own `instance_id`. All of them share the dictionary that holds the engine's layers, so the id of that dictionary
+    is used.
     """
     return id(vllm_config.compilation_config.static_forward_context)
 
@@ -93,16 +94,16 @@ def pipeline(vllm_config: Any) -> Pipeline:
 
 
 def served_model(vllm_config: Any, rank: int | None = None) -> "ServedModel":
-    """Names and geometry of the whole model, and which share of its heads this worker holds, if not the one given."""
+    """Names and geometry of the whole model, and the tensor-parallel rank: this worker's unless `rank` is given."""
     from vllm.distributed.parallel_state import get_tp_group
 
-    from minference_vllm.patterns import Geometry, ServedModel  # brings PyTorch, which registration has no use for
+    from minference_vllm.patterns import Geometry, ServedModel  # imports PyTorch, which registration does not need
 
     model = vllm_config.model_config
     aliases = model.served_model_name or ()
     names = (model.model, *([aliases] if isinstance(aliases, str) else aliases))
     arch = model.model_arch_config
-    geometry = Geometry.model_construct(  # unchecked: the model may be any, and bounds are for files
+    geometry = Geometry.model_construct(  # not validated: the bounds are for pattern files only
         num_layers=arch.total_num_hidden_layers,
         num_qo_heads=arch.total_num_attention_heads,
         num_kv_heads=arch.total_num_kv_heads,
@@ -112,7 +113,7 @@ def served_model(vllm_config: Any, rank: int | None = None) -> "ServedModel":
 
 
 def batch_invariant() -> bool:
-    """Whether the user asked for results that do not depend on batching; chunks change what a sparse layer keeps."""
+    """Whether the user asked for results independent of batching. Sparse results do depend on the chunks."""
     from vllm import envs
 
     return bool(envs.VLLM_BATCH_INVARIANT)
@@ -128,7 +129,7 @@ def flash_attention(head_dim: int) -> Callable[..., Any]:
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
     """This worker's attention layers by name, in the order in which they run: ours, and decoders of other backends.
 
-    Draft models' are among them. Layers of other backends need not be vLLM's `Attention`, nor have an `impl`.
+    Layers of draft models are included. Layers of other backends need not be vLLM's `Attention`, nor have an `impl`.
     """
     layers = vllm_config.compilation_config.static_forward_context  # in the order of construction
     return {name: layer for name, layer in layers.items() if is_ours(layer) or _is_decoder(layer)}
@@ -141,7 +142,7 @@ def is_ours(layer: Any) -> bool:
 
 
 def _is_decoder(layer: Any) -> bool:
-    """Whether a layer attends to the sequence's earlier tokens. Others hold a state, an index's keys, or encode."""
+    """Whether a layer attends to the sequence's earlier tokens. Others hold a state or an index's keys, or encode."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.layers.mamba.abstract import MambaBase
 
@@ -171,8 +172,9 @@ def is_loading_drafter() -> bool:
 def is_draft_layer(name: str, layer: Any, vllm_config: Any) -> bool:
     """Whether a layer belongs to a draft model, once all layers are made.
 
-    vLLM marks such layers, but 0.32 does so under its V2 runner only. Ours know it from their construction. What is
-    left shows by its name: a drafter's layers are counted on from the main model's, or are named otherwise.
+    vLLM marks such layers, but 0.32 does so under its V2 runner only, and our layers note it when they are constructed.
+    All others are recognised by name: vLLM numbers a drafter's layers on from the main model's, or names them
+    differently.
     """
     if getattr(layer, "is_draft_layer", False) or getattr(getattr(layer, "impl", None), "is_of_drafter", False):
         return True
@@ -182,7 +184,7 @@ def is_draft_layer(name: str, layer: Any, vllm_config: Any) -> bool:
         return True
     if getattr(vllm_config, "speculative_config", None) is None:
         return False
-    first = next(iter(attention_layers(vllm_config)), name)  # the main model's: vLLM makes its layers first
+    first = next(iter(attention_layers(vllm_config)), name)  # of the main model, whose layers vLLM makes first
     return _before_index(name) != _before_index(first)
 
 
@@ -191,10 +193,11 @@ def _before_index(layer_name: str) -> str:
 
 
 def pass_for_flash_attention(ours: Any, flash_attention: Any) -> None:
-    """Have vLLM's settings for single models see FLASH_ATTN where our backend is selected.
+    """Let vLLM's settings for single models see FLASH_ATTN where our backend is selected.
 
-    Some ask for FLASH_ATTN by name before they choose the version of FlashAttention that their layers need, or refuse
-    every name that they do not know. They run when a configuration is made, long before vLLM asks a backend anything.
+    Some of these settings look for the name FLASH_ATTN before they choose the version of FlashAttention that their
+    layers need, others refuse every name that they do not know. They run when a configuration is made, long before vLLM
+    calls a backend.
 
     Args:
         ours, flash_attention: members of vLLM's AttentionBackendEnum.
@@ -222,9 +225,10 @@ def pass_for_flash_attention(ours: Any, flash_attention: Any) -> None:
 
 
 def report_models_without_our_layers(platform: Any, ours: Any) -> None:
-    """Have a worker say so if our backend is selected and not one layer is ours.
+    """Make a worker report it if our backend is selected and none of the layers is ours.
 
-    No code of a backend runs then. Every executor has its platform settle the page size once a worker has its layers.
+    No code of our backend runs in that case. A method of vLLM's platform is wrapped instead, which every executor calls
+    to settle the page size once a worker has its layers.
 
     Args:
         platform: class of vLLM's current platform.

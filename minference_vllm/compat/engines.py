@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tools ask of vLLM: a model's config, a server's, an engine in Python."""
+"""What the command-line tools need of vLLM: a model's config, a server's config, an engine in Python."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ def text_config(model: str) -> Any:
 
 
 def engine_config(model: str, **options: Any) -> Any:
-    """The VllmConfig that `vllm serve MODEL` makes of its options, by EngineArgs' names; None is as not given.
+    """The VllmConfig that `vllm serve MODEL` makes of its options, named as in EngineArgs; None means not given.
 
     No weights are read and nothing is started.
 
     Raises:
-        Exception: of whatever kind vLLM refuses the model or an option with.
+        Exception: of any type; vLLM has no common one for refusing a model or an option.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -42,7 +42,7 @@ def offline_engine(model: str, settings: Mapping[str, Any], options: Mapping[str
 
 
 def our_layers(llm: Any) -> list[Any]:
-    """The implementations of our layers but drafters', in an engine of this process, in the order in which they run."""
+    """The implementations of our layers, but drafters', in an engine of this process, in running order."""
     config = llm.llm_engine.vllm_config
     layers = attention_layers(config).items()
     return [layer.impl for name, layer in layers if is_ours(layer) and not is_draft_layer(name, layer, config)]
@@ -57,10 +57,10 @@ def read_tokens(llm: Any, tokens: Sequence[int]) -> None:
 
 
 class States:
-    """The hidden states that an engine of this process computes, after its last layer, and what they predict.
+    """The hidden states after the last layer of an engine in this process, and the logits that follow from them.
 
     Args:
-        llm: the engine; what it reads from now on is kept until `take`.
+        llm: the engine. The states of everything that it reads from now on are kept until `take`.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -69,7 +69,7 @@ class States:
         self._model.register_forward_hook(self._keep)
 
     def _keep(self, module: Any, arguments: Any, output: Any) -> None:
-        # A drafter has some models give states of other layers beside.
+        # With a draft model, some models return the states of other layers as well.
         self._steps.append((output[0] if isinstance(output, tuple) else output).clone())
 
     def take(self) -> Any:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By what vLLM knows a page: a hash of its tokens and of all before them, which starts from a seed of the engine's.
+"""Salts the hashes by which vLLM identifies pages, so that pages which our layers compute differently are not shared.
 
-The engine core hashes so for its prefix cache and for connectors that share pages, and LMCache in workers too. All ask
-one function for the seed, once the engine core has its executor or the worker its layers.
+vLLM hashes a page's tokens and all tokens before them, starting from a seed of the engine. The engine core does so for
+its prefix cache and for connectors that share pages; LMCache does so in workers too. All of them get the seed from one
+function: the engine core once it has its executor, a worker once it has its layers.
 """
 
 import functools
@@ -18,10 +19,10 @@ logger = logging.getLogger("vllm.minference")
 
 
 class SaltedSeed:
-    """In place of vLLM's resolve_none_hash_seed.
+    """Replaces vLLM's resolve_none_hash_seed, and adds our salt to the seed.
 
-    It keeps no engine: a configuration has the layers, their weights and scratch, and an engine may end before its
-    process does.
+    It refers to engines weakly: a configuration holds the layers with their weights and scratch, and an engine may end
+    before its process does.
     """
 
     def __init__(self, stock: Callable[[Any], str]) -> None:
@@ -29,16 +30,16 @@ class SaltedSeed:
         self._noted: list[weakref.ref[Any]] = []
 
     def note(self, vllm_config: Any) -> None:
-        """Add an engine of this process."""
+        """Remember an engine of this process."""
         self._noted = [weakref.ref(noted) for noted in self.engines() if noted is not vllm_config]
         self._noted.append(weakref.ref(vllm_config))
 
     def engines(self) -> list[Any]:
-        """The configurations of the engines that have not ended, the last at the end: vLLM's own seed is the last's."""
+        """The configurations of the engines that still live, the newest last: vLLM's own seed is the newest's."""
         return [vllm_config for noted in self._noted if (vllm_config := noted()) is not None]
 
     def __call__(self, hash_fn: Any) -> str:
-        """vLLM's seed, which PYTHONHASHSEED may name or which may be random, and our salt if there is one."""
+        """vLLM's seed, which PYTHONHASHSEED sets or which is random, followed by our salt if there is one."""
         seed = self._stock(hash_fn)
         if not self._noted:
             logger.warning(
@@ -50,7 +51,7 @@ class SaltedSeed:
 
 
 def salt_block_hashes() -> None:
-    """Have the seed of block hashes depend on what our layers will compute, in this process."""
+    """Make the seed of block hashes in this process depend on what our layers will compute."""
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.executor.abstract import Executor
 
@@ -68,7 +69,7 @@ def salt_block_hashes() -> None:
 
 
 def serve(vllm_config: Any) -> None:
-    """Note the engine of this process, from whose settings the salt is made once the seed is asked for."""
+    """Remember the engine of this process: the salt is made from its settings when the seed is asked for."""
     from vllm.v1.core import kv_cache_utils
 
     if isinstance(kv_cache_utils.resolve_none_hash_seed, SaltedSeed):
@@ -76,7 +77,7 @@ def serve(vllm_config: Any) -> None:
 
 
 def require(config: "MInferenceConfig") -> None:
-    """Check that pages can be salted, if they are to be.
+    """Check that pages can be salted, if the settings ask for it.
 
     Raises:
         ConfigError: this vLLM has no such seed, or registration could not reach it.
@@ -94,12 +95,12 @@ def require(config: "MInferenceConfig") -> None:
 
 
 def require_noted(config: "MInferenceConfig", vllm_config: Any) -> None:
-    """Check that vLLM has told us of an engine, if its pages are to be salted. To be asked once it has its layers.
+    """Check that vLLM has told us of this engine, if its pages are to be salted. Call it once it has layers.
 
-    A worker that is a process of its own sees only what it was told itself, not the engine core.
+    A worker that is a process of its own does not see what the engine core was told.
 
     Raises:
-        ConfigError: it has not, and so none of its pages is salted in this process.
+        ConfigError: vLLM has not told us, so none of the engine's pages is salted in this process.
     """
     from vllm.v1.core import kv_cache_utils
 
@@ -117,13 +118,13 @@ def require_noted(config: "MInferenceConfig", vllm_config: Any) -> None:
 
 
 def is_selected(vllm_config: Any, ours: Any) -> bool:
-    """Whether our member of vLLM's AttentionBackendEnum is the backend, of layers of some kind at least."""
+    """Whether `ours`, our member of vLLM's AttentionBackendEnum, is selected for layers of at least one kind."""
     attention = vllm_config.attention_config
     return ours is attention.backend or ours in attention.backend_per_kind.values()
 
 
 def _salt_of(vllm_config: Any) -> str:
-    """The salt of an engine; empty if our backend is not selected, so that its pages are dense.
+    """The salt of an engine; empty if page_salt is off, or if our backend is not selected, so that pages are dense.
 
     Raises:
         ConfigError: the settings, or a pattern file that they name, are refused.
@@ -132,7 +133,8 @@ def _salt_of(vllm_config: Any) -> str:
 
     if not is_selected(vllm_config, AttentionBackendEnum.CUSTOM):
         return ""
-    # Not at the top: these import PyTorch and every kernel, for which a server of another backend has no use.
+    # Imported here, because these modules import PyTorch and every kernel, which a server of another backend does not
+    # need.
     from minference_vllm.compat import served_model
     from minference_vllm.config import load_config
     from minference_vllm.patterns import AutoSettings, resolve

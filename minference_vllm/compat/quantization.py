@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's cache holds, and the scales of it."""
+"""The type of what vLLM's KV cache holds, and its scales."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ def kv_cache_dtype(vllm_config: Any) -> "torch.dtype":
 
 
 def is_quantized(kv_cache_dtype: str) -> bool:
-    """Whether the cache holds anything but plain keys and values of the model's kind."""
+    """Whether the cache holds anything but plain floating-point keys and values."""
     return kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32", "half", "float")
 
 
 def is_fp8(kv_cache_dtype: str) -> bool:
-    """Whether the cache holds FP8 (e4m3, with NaN and without infinities), scaled by the layer's numbers alone."""
+    """Whether the cache holds FP8 (e4m3, with NaN and without infinities) that has no scales but the layer's."""
     import torch
     from vllm.platforms import current_platform
 
@@ -29,10 +29,9 @@ def is_fp8(kv_cache_dtype: str) -> bool:
 
 
 def fp8_scales(layer: Any, num_kv_heads: int) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None":
-    """By what FP8 queries, keys and values of a layer are multiplied, [num_kv_heads] float32 on the device each.
+    """The layer's scales of FP8 queries, keys and values, each [num_kv_heads] float32 on the device.
 
-    None if the layer has neither one such number for all heads nor one a KV head, which is all that vLLM's own
-    FlashAttention takes.
+    None unless the layer has one scale for all heads or one for each KV head: vLLM's FlashAttention takes no others.
     """
     import torch
 

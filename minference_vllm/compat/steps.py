@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a metadata builder of ours is told of a step, and what of that can be relied on."""
+"""What a metadata builder of ours is told about a step, and which parts of it can be relied on."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from minference_vllm.plan import StepTraits
 
 
 def has_host_tensors_of_its_own(vllm_config: Any) -> bool:
-    """Whether no later step overwrites the host tensors that describe a step.
+    """Whether the host tensors that describe a step are never overwritten by a later step.
 
-    vLLM's V2 runner makes them anew for each, its V1 runner has one set.
+    vLLM's V2 runner makes new ones for each step, its V1 runner reuses one set.
     """
     return bool(getattr(vllm_config, "use_v2_model_runner", False))
 
 
 def pools_blocks(builder: Any) -> bool:
-    """Whether the rows that a metadata builder of ours is told of are several for each token.
+    """Whether a metadata builder of ours is told of several rows for each token.
 
-    So it is where vLLM has derived it for audio layers that pool blocks (Voxtral's). It multiplies all lengths, and we
-    do not see it: the specification that it hands on says `tokens_per_state` 1.
+    This is so in the builders that vLLM derives from ours for audio layers which pool blocks (Voxtral's). vLLM
+    multiplies all lengths there without showing it: the specification that it passes on says `tokens_per_state` 1.
     """
     return any("BlockPooling" in base.__name__ for base in type(builder).__mro__)
 

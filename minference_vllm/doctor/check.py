@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check says."""
+"""The result of a check."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 NO_GPU = "no GPU is expected here"
-"""Why a check is skipped that needs one, while an image is built."""
+"""Why checks that need a GPU are skipped while an image is built."""
 
 LONGEST = 400  # characters of an exception that a check repeats
 
@@ -26,11 +26,11 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        name: of the thing.
+        name: of the thing that was looked at.
         status: how it ended.
-        what: was found, or why it was skipped.
-        remedy: what to do; of a warning and of a failed check only.
-        facts: the same for programs, where `what` is not enough; values as JSON has them.
+        what: the finding, or why the check was skipped.
+        remedy: what to do; only warnings and failed checks have one.
+        facts: the finding for programs, where `what` does not suffice; JSON values.
     """
 
     name: str
@@ -46,7 +46,7 @@ def ok(name: str, what: str, **facts: Any) -> Check:
 
 
 def warning(name: str, what: str, remedy: str, **facts: Any) -> Check:
-    """It serves, if not as it might; the remedy says what to do."""
+    """The server works, but not as well as it could; the remedy says what to do."""
     return Check(name, Status.WARNING, what, remedy, facts)
 
 
@@ -56,11 +56,11 @@ def failed(name: str, what: str, remedy: str, **facts: Any) -> Check:
 
 
 def skipped(name: str, why: str) -> Check:
-    """It could not be looked at, or means nothing here."""
+    """The check could not be made, or means nothing here."""
     return Check(name, Status.SKIPPED, why)
 
 
 def on_one_line(error: BaseException) -> str:
-    """What an exception says on one line, and not all of it if it is long; its type, if it says nothing."""
+    """An exception's message on one line, cut off if it is long; the exception's type, if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

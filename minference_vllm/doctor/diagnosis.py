@@ -35,7 +35,7 @@ def diagnose(
         model: directory, or name on the hub.
         limits: what the server would be given.
         additional_config: its `--additional-config`.
-        expects_gpu: False while an image is built: what needs one is skipped, if there is none.
+        expects_gpu: False while an image is built: checks that need a GPU are then skipped if there is none.
     """
     where = device()
     expects_gpu = expects_gpu or where.type == "cuda"
@@ -52,7 +52,7 @@ def diagnose(
 
 
 def _examine(name: str, check: Callable[..., Iterable[Check]], *arguments: Any) -> list[Check]:
-    """What checks say; an exception of theirs is a failed check, and no other goes without being made."""
+    """The results of one function of checks. An exception becomes a failed check, so that all others are still made."""
     try:
         return list(check(*arguments))
     except Exception as error:
@@ -65,14 +65,14 @@ def has_failed(checks: Iterable[Check]) -> bool:
 
 
 def to_json(checks: Sequence[Check]) -> str:
-    """For programs: one object, its layout of SCHEMA_VERSION."""
+    """The checks for programs: one JSON object, whose layout SCHEMA_VERSION numbers."""
     status = Status.FAILED if has_failed(checks) else Status.OK
     report = {"schema_version": SCHEMA_VERSION, "version": __version__, "status": status}
     return json.dumps({**report, "checks": [asdict(check) for check in checks]}, indent=2)
 
 
 def to_lines(checks: Sequence[Check]) -> list[str]:
-    """For people: aligned lines, and under each that is not as it should be what to do."""
+    """The checks for people: aligned lines, each problem with its remedy below it."""
     width = max((len(check.name) for check in checks), default=0)
     lines = []
     for check in checks:

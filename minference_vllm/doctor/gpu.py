@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether there is a GPU that the kernels are made for, and the library for it."""
+"""Whether there is a GPU that the kernels support, and the CUDA library for it."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from minference_vllm.kernels.cuda import library
 from minference_vllm.ops.kernel import HOPPER, describe
 
 OLDEST = (8, 0)
-"""Compute capability from which on vLLM's FlashAttention runs, and so all of ours."""
+"""Lowest compute capability on which vLLM's FlashAttention runs, and therefore all of our kernels."""
 
 
 def device() -> torch.device:
@@ -19,7 +19,7 @@ def device() -> torch.device:
 
 
 def check_gpu(expects_gpu: bool = True) -> Iterator[Check]:
-    """The GPU, and the CUDA library, which is for Hopper; where no GPU is expected, whether the library loads."""
+    """The GPU and the CUDA library, which is for Hopper; where no GPU is expected, only whether the library loads."""
     if not expects_gpu:
         yield skipped("gpu", NO_GPU)
         yield _check_loading()

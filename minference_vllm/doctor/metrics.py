@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what workers count would reach the server's /metrics."""
+"""Whether the workers' counts would reach the server's /metrics."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ WRITTEN = 42
 
 
 def check_metrics(environ: Mapping[str, str]) -> Iterator[Check]:
-    """A count is written where a worker writes it, and read as on a scrape."""
+    """Write a count as a worker does, and read it as a scrape does."""
     parent = environ.get(METRICS_DIR)
     if parent == NOWHERE:
         yield skipped("metrics folder", f"{METRICS_DIR}={NOWHERE} turns the metrics off")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's configuration says of its attention layers, before anything of it is loaded."""
+"""What a model's configuration says about its attention layers, before the model is loaded."""
 
 from collections.abc import Container, Iterator
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from minference_vllm.compat import quantization
 from minference_vllm.layers import DECODER, SparseLayer, traits_of
 
 SPARSE = "sparse"
-"""What a layer is that may run sparse."""
+"""What describes a layer that may run sparse."""
 
 NONE = "no attention"
 OTHER = "another backend"
@@ -20,20 +20,20 @@ FULL_KINDS = {"full_attention", "attention", "hybrid"}
 SLIDING_KINDS = {"sliding_attention", "hybrid_sliding"}
 CHUNKED_KINDS = {"chunked_attention"}
 NO_ATTENTION_KINDS = {"linear_attention", "mamba", "mamba2", "conv", "moe", "mlp", "recurrent"}
-"""Words of Hugging Face configurations, in `layer_types` and `layers_block_type`."""
+"""Layers without attention, as Hugging Face configurations name them in `layer_types` and `layers_block_type`."""
 
 NAME = "model.layers.{}.self_attn.attn"
 
 
 def describe_layers(vllm_config: Any, dense_layers: Container[int | None]) -> list[str]:
-    """For each layer of the model SPARSE, the reason why it always runs dense, NONE or OTHER.
+    """For each layer of the model: SPARSE, the reason why it always runs dense, NONE or OTHER.
 
-    The rules are the server's. What it will ask the layers, this asks the configuration, where models say it in the
-    usual words; in the server's log stands what the layers themselves have said.
+    The rules are the server's. A server asks the layers themselves; here the configuration is asked instead, which
+    works where models use the usual names. What the layers said is in the server's log.
 
     Args:
         vllm_config: the engine's configuration.
-        dense_layers: those that are to run dense, by the settings or a pattern file.
+        dense_layers: layers that the settings or a pattern file keep dense.
     """
     return [
         _describe(index, kind, vllm_config, dense_layers)
@@ -61,11 +61,11 @@ def _describe(index: int, kind: str, vllm_config: Any, dense_layers: Container[i
 
 
 def _layer(index: int, kind: str, vllm_config: Any) -> Any:
-    """What `traits_of` looks at in a layer of vLLM's."""
+    """A stand-in for a layer of vLLM's, with what `traits_of` reads of it."""
     model = vllm_config.model_config
     text = model.hf_text_config
     num_shared = getattr(text, "num_kv_shared_layers", None) or 0
-    # Gemma 4's layers with the whole context have larger heads than the others.
+    # Gemma 4's layers that attend to the whole context have larger heads than its other layers.
     head_dim = getattr(text, "global_head_dim", None) if kind in FULL_KINDS else None
     impl = SimpleNamespace(
         WINDOW_OFF=SparseLayer.WINDOW_OFF,
@@ -79,7 +79,7 @@ def _layer(index: int, kind: str, vllm_config: Any) -> Any:
         num_kv_heads=1,
     )
     chunk_size = getattr(text, "attention_chunk_size", None) if kind in CHUNKED_KINDS else None
-    one = torch.ones(())  # as vLLM's layers have it, whatever a checkpoint brings
+    one = torch.ones(())  # vLLM's layers have one number, whatever the checkpoint holds
     return SimpleNamespace(
         impl=impl, attention_chunk_size=chunk_size, kv_cache_torch_dtype=quantization.kv_cache_dtype(vllm_config),
         _q_scale=one, _k_scale=one, _v_scale=one,

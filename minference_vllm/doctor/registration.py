@@ -17,7 +17,7 @@ FILTER = "VLLM_PLUGINS"
 
 
 def check_registration(environ: Mapping[str, str], expects_gpu: bool = True) -> Iterator[Check]:
-    """The entry point, and the backend once vLLM has loaded its plugins, as it does in each of its processes."""
+    """The entry point, and what the backend is once vLLM has loaded its plugins, as each of its processes does."""
     entry = _check_entry_point(environ)
     yield entry
     if entry.remedy:
@@ -57,7 +57,7 @@ def _check_backend() -> Check:
 
 @contextmanager
 def _collected(logger: logging.Logger) -> Iterator[list[str]]:
-    """The warnings and errors that a logger and those below it give meanwhile."""
+    """Inside a `with` block, the warnings and errors of a logger and its children."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

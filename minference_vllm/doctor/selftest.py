@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every operation by the kernels of this machine, against the reference."""
+"""Runs every operation with the kernels of this machine, and compares it with the reference."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ REMEDY = {
 
 
 def try_kernels(device: torch.device) -> Iterator[Check]:
-    """Each operation by each kernel that runs here; without a GPU, the reference against dense attention."""
+    """Each operation with each kernel that runs here; without a GPU, the reference against dense attention."""
     if device.type != "cuda":
         yield skipped("kernels", "no GPU to run them on")
         yield from try_reference()
@@ -46,7 +46,7 @@ def try_kernels(device: torch.device) -> Iterator[Check]:
 
 
 def try_kernel(chunk: Chunk, kernel: Kernel) -> Iterator[Check]:
-    """Each operation of which this kernel has code of its own; over a cache in FP8 those that read it."""
+    """Each operation for which this kernel has code of its own; over an FP8 cache, only those that read the cache."""
     for trial in make_trials(chunk, kernel):
         if (kernel is not Kernel.CUDA or trial.has_cuda) and (trial.reads_cache or not chunk.is_quantized):
             cache = ", cache in FP8" if chunk.is_quantized else ""
@@ -61,7 +61,7 @@ def _compare(trial: Trial, kernel: Kernel, on_what: str) -> Check:
     except Exception as error:  # of Triton's compiler or CUDA
         return failed(name, on_one_line(error), REMEDY[kernel])
     compared = list(zip(errors, (tolerance for _, tolerance in expected), strict=True))
-    # Not `error > limit`: what is no number is wrong too.
+    # Not `error > limit`, because a NaN must count as wrong too.
     wrong = [f"{error:.1e} where {limit:.1e} is allowed" for error, limit in compared if not error <= limit]
     if wrong:
         return failed(name, f"error relative to the reference: {', '.join(wrong)}", REMEDY[kernel])
@@ -69,7 +69,7 @@ def _compare(trial: Trial, kernel: Kernel, on_what: str) -> Check:
 
 
 def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of a row's difference to its size, or to the mean size if that is more; rows lie along the last dimension."""
+    """The largest error of a row (last dimension), relative to its norm or to the mean norm, whichever is more."""
     if actual.shape != expected.shape:
         return torch.inf
     got, want = actual.double(), expected.double()

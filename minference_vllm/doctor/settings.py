@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings as a server would resolve them, and what they come to for a model and a server's limits."""
+"""The settings as a server would resolve them, and what follows from them for a model and a server's limits."""
 
 import math
 from collections import Counter
@@ -23,7 +23,7 @@ from minference_vllm.patterns import resolve
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Options of `vllm serve`, by vLLM's names; None is what vLLM takes by itself."""
+    """Options of `vllm serve`, under vLLM's names; None stands for vLLM's own default."""
 
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
@@ -40,7 +40,7 @@ def check_settings(
 ) -> Iterator[Check]:
     """The settings, the kernels that they choose here, and whether the gate can open; for a model, its layers too.
 
-    No device: a GPU is not expected here.
+    `device` is None where no GPU is expected.
     """
     try:
         config = load_config(additional_config, environ)
@@ -76,7 +76,7 @@ def _check_kernel(config: MInferenceConfig, device: torch.device) -> Check:
 def _check_model(config: MInferenceConfig, model: str, limits: Limits) -> Iterator[Check]:
     try:
         engine = engines.engine_config(model, attention_backend=plugin.NAME, **asdict(limits))
-    except Exception as error:  # vLLM has no one kind of exception for what it refuses
+    except Exception as error:  # vLLM has no common exception for what it refuses
         yield failed("model", f"vLLM refuses {model!r}: {on_one_line(error)}", "Correct what vLLM names")
         yield skipped("method", "vLLM refuses the model")
         yield skipped("layers", "vLLM refuses the model")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each operation on a small prompt of odd lengths, for one kernel and its twin in plain torch to be compared on.
+"""Each operation on a small prompt of odd lengths, so that a kernel can be compared with its twin in plain torch.
 
-What an operation reads, the reference has made: one that is wrong does not spoil those after it.
+The inputs of every operation come from the reference, so that one wrong operation does not spoil those after it.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, 
 CONTEXT, ROWS, PAGE_SIZE = 333, 211, 16
 SEQ_LEN = CONTEXT + ROWS
 ROWS_PER_HALF: Final = 32
-# bf16 keeps eight bits of an output and of its probabilities; sums of float32 differ by their order.
+# Allowed relative errors. bf16 keeps eight bits of outputs and probabilities; float32 sums depend on their order.
 ROUNDED, SUMMED, COUNTED, EXACT = 3.2e-2, 2e-3, 1e-2, 0.0
 
 
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 
 Results = list[tuple[torch.Tensor, float]]
-"""What an operation wrote, each with the relative error that a row of it may have."""
+"""The tensors that an operation wrote, each with the relative error that a row of it may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class Trial:
     Attributes:
         name: of the operation.
         has_cuda: whether the CUDA library has code for it, for these heads and this cache.
-        run: has the operation run by a kernel, into buffers of its own.
-        reads_cache: whether it reads queries, keys or values, whose type then matters.
+        run: runs the operation with a kernel, into buffers of its own.
+        reads_cache: whether it reads queries, keys or values, so that their type matters.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Trial:
 
 
 def make_chunk(shape: Shape, device: torch.device) -> Chunk:
-    """The prompt's last rows, over pages in no order; where the request has no key, NaN."""
+    """The prompt's last rows, over pages in random order; cache slots past the prompt's last key hold NaN."""
     generator = torch.Generator().manual_seed(0)
     pages = -(-SEQ_LEN // PAGE_SIZE)
     cache = torch.randn(pages * PAGE_SIZE, shape.num_kv_heads, 2 * shape.head_dim, generator=generator)
@@ -71,7 +71,7 @@ def make_chunk(shape: Shape, device: torch.device) -> Chunk:
     paged[order] = cache.view_as(paged)
     k, v = paged.to(device, torch.bfloat16).transpose(1, 2).split(shape.head_dim, dim=-1)
     table = order.to(device, torch.int32)[None]
-    # Cut out of the fused projection, as vLLM does.
+    # A view of the fused projection, as vLLM passes it.
     width = shape.num_qo_heads + 2 * shape.num_kv_heads
     qkv = torch.randn(ROWS, width, shape.head_dim, generator=generator).to(device, torch.bfloat16)
     q = qkv[:, : shape.num_qo_heads]
@@ -80,9 +80,9 @@ def make_chunk(shape: Shape, device: torch.device) -> Chunk:
 
 
 def in_fp8(chunk: Chunk) -> Chunk:
-    """The same rows and keys in FP8, each KV head's with scales of its own."""
+    """The same rows and keys in FP8; each KV head has scales of its own."""
     heads = torch.arange(chunk.kv.num_kv_heads, device=chunk.q.device)
-    # Powers of two, so that nothing but the rounding to FP8 is lost; they are of their heads alone.
+    # Powers of two, so that only the rounding to FP8 is lost. Neighbouring heads have different scales.
     q_scale, k_scale, v_scale = (2.0 ** -(bits + heads % 2).float() for bits in (4, 5, 3))
 
     def divided(tensor: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -103,14 +103,14 @@ def scratch_shape(chunk: Chunk) -> ScratchShape:
 
 
 def make_trials(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
-    """All operations, as this kernel would be asked for them."""
+    """All operations, with the arguments that this kernel would get."""
     yield from _trials_of_bands(chunk)
     yield from _trials_of_groups(chunk, kernel)
     yield from _trials_of_recall(chunk)
 
 
 def _trials_of_bands(chunk: Chunk) -> Iterator[Trial]:
-    """What `vertical_slash` is made of."""
+    """The operations that `vertical_slash` consists of."""
     settings = VerticalSlashSettings(vertical_size=40, slash_size=120, probe_rows="both")
     method, device = VerticalSlash(settings, Kernel.REFERENCE), chunk.q.device
     made: VerticalSlashBuffers = method.scratch(scratch_shape(chunk), device)
@@ -152,7 +152,7 @@ def _trials_of_bands(chunk: Chunk) -> Iterator[Trial]:
 
 
 def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
-    """What `block` is made of."""
+    """The operations that `block` consists of."""
     settings = BlockSettings(
         rows_per_half=ROWS_PER_HALF, rows_per_list=64, sink_tokens=16, local_tokens=16, coarse_from=0
     )
@@ -164,7 +164,7 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
     budgets = method.budgets(chunk.num_qo_heads, device)
     index = method.choose(chunk, budgets, scratch)
     made = method.buffers(chunk, scratch)
-    # Past a part's tile, codes are not said to be anything.
+    # From a part's own tile on, its masses are unspecified and not compared.
     is_before = torch.arange(made.masses.shape[2], device=device) < _tiles_before(chunk) * GROUPS_PER_TILE
 
     def key_means(kernel: Kernel) -> Results:
@@ -197,7 +197,7 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
 
 
 def _trials_of_boxes(chunk: Chunk, budgets: torch.Tensor, made: BlockBuffers) -> Iterator[Trial]:
-    """What it is made of besides, in long prompts."""
+    """The further operations of `block` in long prompts."""
     coarse = made.coarse
     assert coarse is not None
     is_before = torch.arange(coarse.masses.shape[2], device=chunk.q.device) < _tiles_before(chunk)
@@ -224,16 +224,16 @@ def _trials_of_boxes(chunk: Chunk, budgets: torch.Tensor, made: BlockBuffers) ->
 
 
 def _tiles_before(chunk: Chunk) -> torch.Tensor:
-    """[parts, 1] int64: how many tiles lie before each part's, of those that choose."""
+    """[parts, 1] int64: how many tiles lie before the tile that a part of the choosing rows belongs to."""
     parts_per_tile = HALVES * ROWS_PER_HALF // PART
     part = torch.arange(chunk.num_tiles * parts_per_tile, device=chunk.q.device)
     return chunk.first_tile + part[:, None] // parts_per_tile
 
 
 def _trials_of_recall(chunk: Chunk) -> Iterator[Trial]:
-    """What the guard is made of."""
+    """The operations that the guard consists of."""
     heads, device = chunk.num_qo_heads, chunk.q.device
-    # Of every other head, rows that have kept less than half of their attention.
+    # In every other head, these rows have kept less than half of their attention.
     whole = AttendBuffers.allocate(heads, ROWS, device)
     everyone = torch.arange(heads, dtype=torch.int32, device=device)
     ops.attend(chunk, HeadIndex(everyone, torch.tensor([heads], device=device)), whole, Kernel.REFERENCE)

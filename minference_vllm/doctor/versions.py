@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which software this is."""
+"""The versions of the software that a server runs with."""
 
 import ctypes
 import platform
@@ -12,11 +12,11 @@ from minference_vllm import __version__, compat
 from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, skipped
 
 NVML = "libnvidia-ml.so.1"
-"""The library of NVIDIA's driver that says which one it is; vLLM finds its GPUs by it too."""
+"""NVIDIA's driver library, which says its version; vLLM finds its GPUs through it too."""
 
 
 def check_versions(expects_gpu: bool = True) -> Iterator[Check]:
-    """Versions; only that of vLLM can be wrong, and a driver be missing where a GPU is expected."""
+    """The versions. Only vLLM's can be wrong, and the driver's can be missing where a GPU is expected."""
     yield ok("minference-vllm", __version__)
     yield ok("python", platform.python_version())
     yield _check_vllm()

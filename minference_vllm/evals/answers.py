@@ -14,20 +14,20 @@ from minference_vllm.evals.journal import Batch, Journal
 from minference_vllm.evals.sample import Reply, Sample
 from minference_vllm.evals.work import Work, settled
 
-HOPELESS = 16  # prompts
-ROUNDS = 4  # prompts of a batch, for each that is in flight: waiting for the metrics must not cost much
+HOPELESS = 16  # prompts: if there are at least so many and all failed, the evaluation stops
+ROUNDS = 4  # prompts of a batch, for each in flight: the wait for the metrics at its end must not cost much
 
 
 def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurrency: int, is_dense: bool) -> None:
     """Add batches to the journal until all samples are answered.
 
     Args:
-        concurrency: requests in flight. Density and recall are known of each batch; with 1, a batch is one sample.
-        is_dense: nothing may run sparse.
+        concurrency: requests in flight. Density and recall are known for each batch; with 1, a batch is one sample.
+        is_dense: whether this is the dense server, on which nothing may run sparse.
 
     Raises:
-        ConfigError: something did.
-        ServerError: the server cannot be reached any more, gives errors only, or runs nothing sparse any more.
+        ConfigError: something ran sparse on the dense server.
+        ServerError: the server cannot be reached any more, gives errors only, or can no longer run sparse.
     """
     left = journal.left(samples)
     progress = need("tqdm").tqdm(
@@ -61,7 +61,7 @@ def _ask(client: Client, samples: Sequence[Sample], pool: ThreadPoolExecutor, pr
 
 
 def _refuse_hopeless(journal: Journal, url: str) -> None:
-    """Stop where errors are all that comes: the server or its options are wrong, and a night would be lost."""
+    """Stop if all replies are errors: the server or its options are wrong, and going on could waste a night."""
     replies = list(journal.replies().values())
     if len(replies) >= HOPELESS and all(reply.error for reply in replies):
         raise ServerError(f"{url} gave errors only, to {len(replies)} prompts. The first: {replies[0].error}")
@@ -71,8 +71,8 @@ def work_of(client: Client, is_dense: bool) -> Work:
     """What the server's sparse path has done so far.
 
     Raises:
-        ConfigError: it has done something, and the server is to be the dense one.
-        ServerError: it can do nothing any more, and the server is to be the sparse one.
+        ConfigError: something ran sparse, but the server is to be the dense one.
+        ServerError: nothing can run sparse any more, but the server is to be the sparse one.
     """
     work = client.work()
     if is_dense:
@@ -83,11 +83,11 @@ def work_of(client: Client, is_dense: bool) -> Work:
 
 
 def work_after(client: Client, is_dense: bool, before: Work, read: Sequence[int]) -> Work:
-    """As work_of, once the counts hold these prompts.
+    """As work_of, but waits until the counts include the prompts just sent.
 
     Args:
-        before: the counts before they were sent.
-        read: the tokens of each that was answered.
+        before: the counts before the prompts were sent.
+        read: the number of tokens of each prompt that was answered.
     """
     if is_dense:
         return work_of(client, is_dense)

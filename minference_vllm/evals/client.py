@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server with OpenAI's API, as vLLM speaks it: asks for what each kind of sample needs."""
+"""A client for the OpenAI API of a vLLM server: asks for what each kind of sample needs."""
 
 import itertools
 import json
@@ -18,9 +18,9 @@ from minference_vllm.evals.sample import POSITIONS, Kind, Reply, Sample, Step
 from minference_vllm.evals.work import Work, parse
 
 API_KEY = "OPENAI_API_KEY"
-RETRIES = 3  # of connection errors, of no answer in time, and of statuses that say to try again
+RETRIES = 3  # after connection errors, timeouts, and statuses that ask for another try
 GET_TIMEOUT_S = 30
-LIKELIEST = 20  # the most that vLLM lists unless told otherwise
+LIKELIEST = 20  # the most that vLLM lists by default
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 SHOWN = 500  # characters of an error
 
@@ -31,8 +31,8 @@ class Client:
     Args:
         url: the server's, with or without /v1.
         model: as the API names it.
-        timeout_s: for one answer.
-        or_the_only: take the one model that is served, whatever its name.
+        timeout_s: seconds for one answer.
+        or_the_only: whether to take the one model that is served, whatever its name.
 
     Raises:
         ConfigError: the server cannot be reached, or does not serve the model.
@@ -44,7 +44,7 @@ class Client:
         self.timeout_s = timeout_s
         openai = need("openai")
         self._errors = openai
-        # A proxy that the environment names has another localhost.
+        # No proxy for this machine's own addresses: to a proxy, localhost is another machine.
         try:
             through_proxy = urlsplit(self.url).hostname not in THIS_MACHINE
         except ValueError as error:
@@ -70,10 +70,10 @@ class Client:
         return parse(self._get("/metrics"))
 
     def version(self) -> str:
-        """vLLM's, as the server says.
+        """vLLM's version, as the server reports it.
 
         Raises:
-            ServerError: it does not say it.
+            ServerError: the server does not report it.
         """
         try:
             return str(json.loads(self._get("/version"))["version"])
@@ -96,7 +96,7 @@ class Client:
             return Reply(id=sample.id, error=str(error)[:SHOWN] or type(error).__name__)
 
     def _ask(self, sample: Sample) -> Any:
-        # Every prompt is read anew: cached pages of another one would have been chosen for that one.
+        # The salt prevents the reuse of cached pages: they depend on the keys chosen for another prompt.
         extra: dict[str, Any] = {"cache_salt": uuid.uuid4().hex}
         if isinstance(sample.prompt, str):
             extra["add_special_tokens"] = sample.add_special_tokens
@@ -105,7 +105,7 @@ class Client:
         options: dict[str, Any] = {}
         if sample.kind is Kind.AGREEMENT:
             options["logprobs"] = LIKELIEST
-            extra["return_tokens_as_token_ids"] = True  # two tokens may look alike
+            extra["return_tokens_as_token_ids"] = True  # two tokens may have the same text
         return self._api.completions.create(
             model=self.model,
             prompt=sample.prompt if isinstance(sample.prompt, str) else list(sample.prompt),
@@ -145,7 +145,7 @@ class Client:
             served = [str(entry.id) for entry in self._api.models.list()]
         except self._errors.APIError as error:
             raise ConfigError(f"{self.shown_url} does not answer as a server with OpenAI's API: {error}") from None
-        except (AttributeError, TypeError, ValueError):  # a page of another kind, of which the client makes something
+        except (AttributeError, TypeError, ValueError):  # the client took another page for a reply
             raise ConfigError(f"{self.shown_url} does not answer as a server with OpenAI's API.") from None
         if model in served:
             return model
@@ -158,7 +158,7 @@ def _own_entries(prompt: Sequence[int] | str, listed: Any) -> Iterator[dict[str,
     """The entry of each token of a prompt after the first.
 
     Raises:
-        ValueError: the server sent none, or read other tokens.
+        ValueError: the server sent no entries, or those of other tokens.
     """
     if not listed or len(listed) != len(prompt):
         raise ValueError(f"the server sent prompt_logprobs of {len(listed or ())} tokens; the prompt has {len(prompt)}")
@@ -169,6 +169,6 @@ def _own_entries(prompt: Sequence[int] | str, listed: Any) -> Iterator[dict[str,
 
 
 def _in_parts(logprobs: Sequence[float]) -> tuple[float, ...]:
-    """Means over equal parts."""
+    """The mean log-probability in each of POSITIONS equal parts."""
     edges = [round(part * len(logprobs) / POSITIONS) for part in range(POSITIONS + 1)]
     return tuple(statistics.fmean(logprobs[low:high]) for low, high in itertools.pairwise(edges))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time, as reports and files of replies have it."""
+"""The current time, in the form that reports and files of replies use."""
 
 import datetime
 
 
 def now() -> str:
-    """In UTC, to the second, in the one form in which texts sort as times do."""
+    """The time in UTC, to the second. All times have this one form, so that sorted as texts they are in order."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

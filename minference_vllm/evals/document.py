@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reports have in common: a JSON file, and an HTML file that needs no other."""
+"""What reports have in common: a JSON file, and an HTML file that is complete in itself."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def write_reports(folder: Path, report: dict[str, Any], page: str) -> None:
     """Put a report into its folder.
 
     Args:
-        page: the same in HTML.
+        page: the report as HTML.
     """
     for name, text in ((JSON_REPORT, f"{json.dumps(report, indent=1, allow_nan=False)}\n"), (HTML_REPORT, page)):
         write_file(folder / name, text, str(folder / name))
@@ -61,7 +61,7 @@ def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
     """A table in HTML.
 
     Args:
-        columns: titles by what the rows name it.
+        columns: the columns' titles by the rows' field names.
     """
     head = "".join(f"<th>{escape(title)}</th>" for title in columns.values())
     body = "\n".join(
@@ -76,7 +76,7 @@ def legend(text: str) -> str:
 
 
 def cell(value: Any) -> str:
-    """A figure as a reader wants it."""
+    """A value of a report as the text of a table's cell."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -88,7 +88,7 @@ def figures(report: dict[str, Any], draw: Callable[[dict[str, Any]], Iterator[tu
     """Figures in HTML.
 
     Args:
-        draw: gives caption and SVG of each; it needs matplotlib.
+        draw: gives the caption and the SVG of each figure; it needs matplotlib.
     """
     if importlib.util.find_spec("matplotlib") is None:
         yield f"<p>{escape(NO_PLOTS)}</p>"

@@ -48,7 +48,7 @@ class Batch(Line):
 
 
 class Journal:
-    """A file of batches: it never holds a reply without its work. See LineFile."""
+    """A file of batches, so that replies are never stored without what was counted for them. See LineFile."""
 
     def __init__(self, path: Path, origin: Origin) -> None:
         self.origin = origin
@@ -84,7 +84,7 @@ class Journal:
                 )
 
     def left(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples that are still to be asked; those that ended in an error are."""
+        """The samples that still need a reply, including those whose reply was an error."""
         replies = self.replies()
         return [sample for sample in samples if sample.id not in replies or replies[sample.id].error]
 

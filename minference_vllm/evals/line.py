@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines of our JSON files. The first says how the file was made; a file made otherwise is never gone on with."""
+"""Lines of our JSON files. The first says how the file was made; a file that was made differently is not continued."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from minference_vllm.files import read_lines, reason
 class Line(BaseModel):
     """A line of a file."""
 
-    # JSON has no word for what is no number: where a server sends such a thing, that is its error.
+    # JSON has no NaN and no infinity: a server that sends one is at fault.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -22,11 +22,11 @@ AnyLine = TypeVar("AnyLine", bound=Line)
 
 
 def read_line(kind: type[AnyLine], raw: bytes, where: str, what: str) -> AnyLine:
-    """A line of a file. What it holds is not repeated: prompts and answers are nobody else's business.
+    """A line of a file. Messages do not repeat its content, because prompts and answers are private.
 
     Args:
         where: file and number of the line, for messages.
-        what: the file is to be.
+        what: what the file should be, for messages.
 
     Raises:
         ConfigError: it is no such line.
@@ -38,17 +38,17 @@ def read_line(kind: type[AnyLine], raw: bytes, where: str, what: str) -> AnyLine
 
 
 def first_fault(error: ValidationError, whole: str) -> str:
-    """The first thing that is wrong, and where; what stands there is not repeated.
+    """The first fault and its place, without the content found there.
 
     Args:
-        whole: the name of what was read, for faults that are of no field.
+        whole: the name of what was read, for faults that belong to no single field.
     """
     fault = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(shortened(part, str) for part in fault['loc']) or whole}: {fault['msg']}"
 
 
 def refuse_other(path: Path, found: Line, wanted: Line) -> None:
-    """Check that a file was made with what is asked for now.
+    """Check that a file was made with the current settings.
 
     Raises:
         ConfigError: it was not; the message names each difference.
@@ -64,13 +64,13 @@ class LineFile(Generic[AnyLine]):
     """A file whose first line says what the others belong to, so that a run which was cut off goes on where it stopped.
 
     Args:
-        path: the file; it is made, or gone on with.
-        origin: what the lines are to belong to.
-        kind: of the lines after the first.
-        what: the file is to be, for messages.
+        path: the file; it is created, or continued if it exists.
+        origin: what the lines must belong to.
+        kind: the type of the lines after the first.
+        what: what the file should be, for messages.
 
     Attributes:
-        lines: after the first, those that were there already among them.
+        lines: the lines after the first, including those that the file held before.
 
     Raises:
         ConfigError: the file belongs to something else.
@@ -101,11 +101,11 @@ class LineFile(Generic[AnyLine]):
             raise ConfigError(f"{self.path} cannot be written: {reason(error)}.") from None
 
     def _take(self) -> bool:
-        """Read the file, whether it holds anything yet; what a run that was cut off left half written is dropped."""
+        """Read the file and return whether it holds anything. A last line that was only half written is dropped."""
         whole, first = 0, f"{self.origin.model_dump_json()}\n".encode()
         for number, line in enumerate(read_lines(self.path, str(self.path)), start=1):
             is_cut = not line.endswith(b"\n")
-            if is_cut and (number > 1 or first.startswith(line)):  # else it is a file of someone else's
+            if is_cut and (number > 1 or first.startswith(line)):  # else the file is not ours
                 os.truncate(self.path, whole)
                 break
             whole += len(line)

@@ -28,7 +28,7 @@ class Tokenizer:
         chat: put questions into the model's chat template.
 
     Raises:
-        ConfigError: there is none of that name, or it has no chat template.
+        ConfigError: there is no tokenizer of that name, or it has no chat template.
     """
 
     def __init__(self, name: str, chat: bool = False) -> None:
@@ -50,12 +50,12 @@ class Tokenizer:
 
     @property
     def start(self) -> list[int]:
-        """What the model expects before any text."""
+        """The tokens that the model expects before any text."""
         bos = self._tokenizer.bos_token_id
         return [bos] if bos is not None and self._tokenizer.encode("")[:1] == [bos] else []
 
     def ask(self, question: str, answer_start: str = "") -> dict[str, Any]:
-        """`prompt` and `add_special_tokens` of a Sample.
+        """The fields `prompt` and `add_special_tokens` of a Sample that asks a question.
 
         Args:
             question: the text.
@@ -66,7 +66,7 @@ class Tokenizer:
         return self.converse([{"role": "user", "content": question}], answer_start.lstrip())
 
     def converse(self, messages: list[dict[str, Any]], answer_start: str = "") -> dict[str, Any]:
-        """As `ask`, of a conversation, always in the chat template.
+        """As `ask`, for a whole conversation, which always uses the chat template.
 
         Raises:
             ConfigError: the tokenizer has no template, or its template refuses the conversation.
@@ -75,14 +75,14 @@ class Tokenizer:
             raise ConfigError("Prompts of messages need a tokenizer with a chat template: give texts instead.")
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the model's own
+        except Exception as error:  # a template is a program that comes with the model
             raise ConfigError(
                 f"The tokenizer's chat template refuses a conversation: {shortened(error, str)}."
             ) from None
         return {"prompt": str(text) + answer_start, "add_special_tokens": False}
 
     def length(self, asked: dict[str, Any]) -> int:
-        """Tokens of what `ask` gave, as the server will count them, within SLACK."""
+        """The number of tokens in a result of `ask`, within SLACK of what the server will count."""
         return len(self.encode(asked["prompt"]))
 
 
@@ -92,10 +92,10 @@ class Material:
 
     Attributes:
         tokenizer: the model's.
-        tokenizer_name: where it came from, for programs of others.
-        text: tokens of the user's text, none without.
+        tokenizer_name: its directory or name, for other programs that load it.
+        text: tokens of the user's text; empty if there is none.
         prompts: the user's own, each with "prompt" or "messages".
-        seed: of all that is drawn.
+        seed: of all random choices.
     """
 
     tokenizer: Tokenizer
@@ -105,11 +105,11 @@ class Material:
     seed: int = 0
 
     def lots(self, task: str, tokens: int, index: int) -> random.Random:
-        """What a sample draws from: the same whatever other samples are made."""
+        """The random numbers for one sample. They do not depend on which other samples are made."""
         return random.Random(f"{self.seed}/{task}/{tokens}/{index}")
 
     def passage(self, tokens: int, lots: random.Random) -> list[int]:
-        """So many tokens from a random place of the text.
+        """As many tokens as asked for, from a random place of the text.
 
         Raises:
             ConfigError: the text is too short.
@@ -121,14 +121,14 @@ class Material:
 
 
 def check_room(task: str, tokens: int, room: int, least: int = 1) -> None:
-    """Refuse a length that a task's own words fill.
+    """Refuse a length that leaves too little room beside the task's own words.
 
     Args:
-        room: what the task's words leave of so many tokens, in any unit.
-        least: the room that it needs.
+        room: what the task's words leave of `tokens`, in any unit.
+        least: the room that is needed.
 
     Raises:
-        ConfigError: there is less.
+        ConfigError: there is less room than that.
     """
     if room < least:
         raise ConfigError(f"The task {task} does not fit into {tokens} tokens: ask for more by --tokens.")
@@ -138,8 +138,8 @@ def load_text(path: Path, expected: str | None = None, option: str = "--text") -
     """A text file, plain or compressed by xz.
 
     Args:
-        expected: the fingerprint that it is to have.
-        option: by which it was named.
+        expected: the fingerprint that the file must have.
+        option: the option that named the file.
 
     Raises:
         ConfigError: it cannot be read, is too large, or has changed.
@@ -200,7 +200,7 @@ def _read(path: Path, name: str, expected: str | None) -> bytes:
 
 
 def fingerprint(path: Path) -> str:
-    """Tells a file from others in a few letters."""
+    """A short text by which a file is told from others."""
     return _told(read_file(path, str(path), MAX_TEXT_BYTES))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differences of paired scores say: every sample is compared with itself, so that its own difficulty drops out."""
+"""What differences of paired scores mean: every sample is compared with itself, so its difficulty drops out."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ class Difference(NamedTuple):
         loss: mean difference; above 0 where sparse is worse.
         low, high: its 95% interval by a paired bootstrap; None of a single sample.
         lost, gained: samples that are worse with sparse, or better.
-        p_value: of the exact two-sided sign test on these. Where samples are right or wrong it is McNemar's.
+        p_value: of the exact two-sided sign test on lost and gained. Where samples are right or wrong, this is
+            McNemar's test.
     """
 
     loss: float
@@ -44,7 +45,7 @@ def compare(dense: Sequence[float], sparse: Sequence[float], seed: int) -> Diffe
 
 
 def sign_test(lost: int, gained: int) -> float:
-    """How probable so uneven a split is, or a more uneven one, if a sample that changes is as likely lost as gained."""
+    """The probability of a split at least as uneven, if a changed sample is as likely to be lost as gained."""
     changed, fewer = lost + gained, min(lost, gained)
     tail = sum(math.comb(changed, count) for count in range(fewer + 1))
     return min(1.0, 2 * tail / 2**changed)

@@ -17,7 +17,7 @@ TASK_COLORS = (
 DENSE_COLOR, SPARSE_COLOR = "#5f6b7a", "#c2410c"
 Draw = Callable[["Figure", dict[str, Any]], None]
 Drawing = tuple[str, str, Draw]
-"""What a report must have something of, the caption, and who draws it."""
+"""The part of a report that a figure needs, the figure's caption, and the function that draws it."""
 
 
 def draw(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -26,7 +26,7 @@ def draw(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def draw_all(report: dict[str, Any], drawings: Sequence[Drawing]) -> Iterator[tuple[str, str]]:
-    """What each figure shows, and the figure; only those that the report has something for."""
+    """Caption and SVG of each figure for which the report has something to show."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def _densities(figure: "Figure", report: dict[str, Any]) -> None:
 
 
 def _depths(figure: "Figure", report: dict[str, Any]) -> None:
-    """Two maps a task: length across, depth down."""
+    """Two maps for each task, with lengths across and depths down."""
     tasks = list(dict.fromkeys(cell["task"] for cell in report["depths"]))
     figure.set_size_inches(7.5, 3.2 * len(tasks))
     places = figure.subplots(len(tasks), 2, squeeze=False)
@@ -98,7 +98,7 @@ def _depths(figure: "Figure", report: dict[str, Any]) -> None:
 
 
 def _positions(figure: "Figure", report: dict[str, Any]) -> None:
-    """Per length, how much worse each token is foreseen."""
+    """For each length, how much worse each token is predicted."""
     figure.set_size_inches(7.5, 3.2)
     axes = figure.add_subplot()
     for tokens in sorted({point["tokens"] for point in report["positions"]}):
@@ -113,7 +113,7 @@ def _positions(figure: "Figure", report: dict[str, Any]) -> None:
 
 
 def _band(depth: float) -> float:
-    """Depths are told apart by tenths of the prompt."""
+    """The beginning of the tenth of the prompt in which a depth lies; depths are told apart by tenths."""
     return min(int(depth * 10), 9) / 10
 
 
@@ -124,7 +124,7 @@ def _mean(cells: Sequence[dict[str, Any]], length: int, band: float, server: str
 
 
 def plain(axes: "Axes") -> None:
-    """Without the lines that bound nothing."""
+    """Remove the top and right lines of the frame."""
     axes.spines[["top", "right"]].set_visible(False)
 
 

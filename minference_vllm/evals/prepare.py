@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the samples of an evaluation, once, into a file: how they were made, then a line a sample."""
+"""Makes the samples of an evaluation once, and writes a file: a line on how they were made, then one for each."""
 
 import os
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ class Request:
 
     Attributes:
         tokenizer: directory, or name on the hub.
-        tasks: names; none for all that have what they need.
+        tasks: names; if empty, all tasks that have what they need.
         tokens: lengths.
         samples: of each task and length.
-        chat: questions go into the model's chat template.
+        chat: whether questions go into the model's chat template.
         text, prompts: the user's files.
     """
 
@@ -48,7 +48,7 @@ class Request:
 
 
 class Settings(Line):
-    """All that decides what the samples are; files by their fingerprints, for a path says little to others."""
+    """Everything that decides what the samples are. Files stand by fingerprints: a path says little to others."""
 
     tokenizer: str
     tasks: tuple[str, ...]
@@ -67,7 +67,7 @@ class Header(Line):
 
     settings: Settings
     left_out: dict[str, str]
-    """Tasks, or lengths of a task, that there are no samples of: why."""
+    """The tasks, or lengths of a task, without samples, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Prepared:
 
 
 def prepare(request: Request, folder: Path) -> Prepared:
-    """The samples of a folder, which are made if it has none.
+    """The samples in a folder. They are made if the folder has none.
 
     Raises:
         ConfigError: a task lacks something, or the folder has samples of other settings.
@@ -136,7 +136,7 @@ def load(folder: Path) -> Prepared:
 
 
 def _settle(request: Request) -> tuple[Settings, dict[str, str]]:
-    """Settings with single tasks, and the tasks that are left out."""
+    """The settings with each task by its own name, and the tasks that are left out."""
     chosen, left_out = [], {}
     for name in tasks.expand(request.tasks or tasks.NAMES):
         if lack := _lack(name, request):
@@ -160,7 +160,7 @@ def _settle(request: Request) -> tuple[Settings, dict[str, str]]:
 
 
 def _lack(name: str, request: Request) -> str:
-    """What a task lacks, as the rest of a sentence; empty for nothing."""
+    """What a task lacks, as the end of a sentence; empty if it lacks nothing."""
     if name in tasks.OF_TEXT and not request.text:
         return "needs a text: --text FILE"
     if name == tasks.OF_PROMPTS and not request.prompts:
@@ -171,7 +171,7 @@ def _lack(name: str, request: Request) -> str:
 
 
 def _make(request: Request, settings: Settings) -> tuple[list[Sample], dict[str, str]]:
-    """All samples, and why there are none of a task and length."""
+    """All samples, and the reasons why a task and length has none."""
     tokenizer = Tokenizer(request.tokenizer, request.chat)
     material = Material(
         tokenizer=tokenizer,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 SECRET_OPTION = r"--(?:api[-_]k|hf[-_]t|header)[\w-]*"
-"""Of vllm serve and vllm bench serve, also where cut short; what follows up to the next option is secret."""
+"""Options of vllm serve and vllm bench serve, also when abbreviated; everything up to the next option is secret."""
 
 WITHHELD = "***"
 ALONE = re.compile(SECRET_OPTION)
@@ -16,7 +16,7 @@ OF_URL = re.compile(r"(\w+://)[^/?#\s]*@")
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """A command's arguments, each of which may hold options itself."""
+    """A command's arguments without secrets. An argument may hold several options itself."""
     return list(_shown(arguments))
 
 
@@ -26,7 +26,7 @@ def own_command() -> str:
 
 
 def of_url(text: str) -> str:
-    """A URL, or a text with some, without names and passwords."""
+    """A text without the user names and passwords in its URLs."""
     return OF_URL.sub(rf"\1{WITHHELD}@", text)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both servers' replies come to: rows by task and length, in the format of the files under benchmarks/results."""
+"""Compares both servers' replies in rows by task and length, in the format of the files under benchmarks/results."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ NOT_SPARSE = (
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One sample with what came of it; without scores if a server gave an error."""
+    """One sample with both replies and their scores; there are no scores if a server gave an error."""
 
     sample: Sample
     dense: Reply
@@ -65,11 +65,11 @@ def make_report(prepared: Prepared, dense: Journal, sparse: Journal) -> dict[str
 
 
 def reused(name: str, journal: Journal, samples: Sequence[Sample], started: str) -> list[str]:
-    """What a reader must know of replies that were there before this run.
+    """What a reader must know about replies that were made before this run.
 
     Args:
         name: the server's.
-        started: when this run did, as batches have their date.
+        started: when this run began, in the form of the batches' dates.
     """
     batches = journal.batch_of_each()
     dates = sorted(batches[sample.id].date for sample in samples if batches[sample.id].date < started)
@@ -84,7 +84,7 @@ def reused(name: str, journal: Journal, samples: Sequence[Sample], started: str)
 
 
 def _described_journal(journal: Journal, samples: Sequence[Sample]) -> dict[str, Any]:
-    """A server, and when the first and the last of the replies that count came; None where that was not noted."""
+    """A server, with the times of the first and the last reply that count; None where no time was noted."""
     batches = journal.batch_of_each()
     dates = {batches[sample.id].date for sample in samples}
     found = described_server(journal.origin, (batch.vllm for batch in journal.batches))
@@ -111,7 +111,7 @@ def _row(group: tuple[str, int], compared: Sequence[Compared], sparse: Journal, 
         row["sparse_score"] = statistics.fmean(s.sparse for s in scores)
         row |= difference._asdict()
         if compared[0].sample.kind is Kind.AGREEMENT:
-            row["p_value"] = None  # nothing can be gained on what is right by definition
+            row["p_value"] = None  # dense is right by definition, so nothing can be gained
             row["kl"] = statistics.fmean(s.kl for s in scores if s.kl is not None)
     return rounded(row | _described(sparse.work(group)))
 
@@ -184,11 +184,11 @@ def described_server(origin: Any, versions: Iterable[str]) -> dict[str, Any]:
     """A server, by the first line of its file.
 
     Args:
-        versions: of vLLM, that it said it was.
+        versions: the versions of vLLM that it reported.
     """
     return {"model": origin.model, "server": origin.server, "vllm": sorted(set(versions))}
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with no more digits than mean something."""
+    """A row with its numbers rounded to the digits that mean something."""
     return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in row.items()}

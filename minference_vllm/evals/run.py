@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation from samples to report: each server in turn, then what came of it on disk."""
+"""An evaluation from samples to report: asks each server in turn, then writes the comparison to disk."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,9 @@ class Run:
     """How samples are evaluated.
 
     Attributes:
-        servers: to ask; their folder is that of the replies and the report too.
+        servers: to ask; their folder also holds the replies and the report.
         concurrency: requests in flight.
-        record: more for the report, the "date" of the start for one.
+        record: further entries of the report, such as the "date" of the start.
     """
 
     servers: Pair
@@ -29,10 +29,10 @@ class Run:
 
 
 def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Ask both servers, write both reports, and give that in JSON.
+    """Ask both servers, write both reports, and return the JSON one.
 
     Raises:
-        ConfigError: the servers, or files of an earlier run, are not what they are to be.
+        ConfigError: the servers, or files of an earlier run, do not fit what is asked for.
         ServerError: a server did not come up, or cannot be reached any more.
     """
     servers = run.servers
@@ -46,7 +46,7 @@ def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
     for journal in (dense, sparse):
         journal.refuse_misfits(prepared.samples)
     for server, journal in ((servers.dense, dense), (servers.sparse, sparse)):
-        # A server that has nothing left to answer is not started: that takes minutes.
+        # A server that has nothing left to answer is not started, because that takes minutes.
         if journal.left(prepared.samples):
             with servers.client(server) as client:
                 answer(client, prepared.samples, journal, run.concurrency, server.is_dense)

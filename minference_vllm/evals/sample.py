@@ -9,11 +9,11 @@ from pydantic import Field
 from minference_vllm.evals.line import Line
 
 POSITIONS = 16
-"""Parts of a prompt whose log-probabilities are told apart."""
+"""Equal parts of a prompt whose log-probabilities are kept apart."""
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 LogProb = Annotated[float, Field(ge=-1e6, le=1e-3)]
-"""A little above 0 by rounding; vLLM says -9999 for what cannot be."""
+"""Rounding may put it a little above 0; vLLM sends -9999 for a token that is impossible."""
 
 
 class Kind(StrEnum):
@@ -24,15 +24,15 @@ class Kind(StrEnum):
     ANY = "any"
     """An answer in text: whether it holds one of the references."""
     FIRST_CHOICE = "first_choice"
-    """The prompt holds its answers: the share of their tokens that the model itself would have said."""
+    """The prompt holds its answers: the share of their tokens that were the model's first choice."""
     LOGPROB = "logprob"
-    """The prompt alone: the mean log-probability of its tokens."""
+    """Only the prompt counts: the mean log-probability of its tokens."""
     AGREEMENT = "agreement"
     """An answer in text: the share of the dense server's tokens before the first that differs."""
 
     @property
     def reads_prompt(self) -> bool:
-        """Scored is the prompt; what is generated after it does not count."""
+        """Whether the prompt is what is scored; whatever is generated after it then does not count."""
         return self in (Kind.FIRST_CHOICE, Kind.LOGPROB)
 
 
@@ -43,10 +43,10 @@ class Sample(Line):
     tokens: Count
     """The length that was asked for; prompt and answer fit in it."""
     index: Count
-    """Among those of its task and length."""
+    """The sample's number among those of its task and length."""
     kind: Kind
     prompt: str | tuple[Count, ...]
-    """A text, or token ids where it matters which token stands where."""
+    """A text, or token ids where the positions of tokens matter."""
     max_tokens: Count
     references: tuple[str, ...] = ()
     answers: tuple[Count, ...] = ()
@@ -54,11 +54,11 @@ class Sample(Line):
     depth: float | None = None
     """How far into the prompt what is asked for lies, from 0 to 1."""
     add_special_tokens: bool = True
-    """False where a chat template has put them into the text."""
+    """False where a chat template has already put the special tokens into the text."""
 
     @property
     def flaw(self) -> str:
-        """Why no reply to it can be scored; empty if one can."""
+        """Why no reply to this sample could be scored; empty if replies can be."""
         if self.kind.reads_prompt and (isinstance(self.prompt, str) or len(self.prompt) < 2):
             return "prompt: one that is scored itself must be two or more token ids"
         if self.kind is Kind.LOGPROB and len(self.prompt) <= POSITIONS:
@@ -71,7 +71,7 @@ class Sample(Line):
 
     @property
     def group(self) -> tuple[str, int]:
-        """Scores are compared within a task and length."""
+        """Task and length, within which scores are compared."""
         return self.task, self.tokens
 
     @property
@@ -102,7 +102,7 @@ class Reply(Line):
     """The generated tokens, where their probabilities were asked for."""
 
     def fits(self, sample: Sample) -> bool:
-        """Whether it holds what a score of this sample is made of."""
+        """Whether the reply holds everything that is needed to score this sample."""
         match sample.kind:
             case Kind.FIRST_CHOICE:
                 return len(self.first_choices) == len(sample.answers)

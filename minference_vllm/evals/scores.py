@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of one sample, larger is better; and how far next tokens differ between the two servers."""
+"""Scores of one sample, of which larger is better, and how far the two servers' next tokens differ."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ class Scores(NamedTuple):
 
     Attributes:
         dense, sparse: how good each server's reply is.
-        kl: mean divergence (Kullback-Leibler) of next tokens, sparse from dense, at least; None where not asked for.
+        kl: lower bound of the mean Kullback-Leibler divergence of sparse next tokens from dense; None if unasked.
     """
 
     dense: float
@@ -28,17 +28,17 @@ def score(sample: Sample, dense: Reply, sparse: Reply) -> Scores:
         return Scores(_score(sample, dense), _score(sample, sparse))
     equal = _equal_steps(dense.steps, sparse.steps)
     agreement = equal / len(dense.steps) if dense.steps else float(not sparse.steps)
-    # Up to the first difference both servers go on from the same tokens; after it they answer different questions.
+    # Up to the first difference, both servers continue from the same tokens; after it, from different ones.
     pairs = list(zip(dense.steps, sparse.steps, strict=False))[: equal + 1]
     kl = statistics.fmean(least_kl(ours.likeliest, theirs.likeliest) for ours, theirs in pairs) if pairs else 0.0
     return Scores(1.0, agreement, kl)
 
 
 def least_kl(p: dict[str, float], q: dict[str, float]) -> float:
-    """The least that the divergence of q from p can be, from the log-probabilities of their likeliest tokens.
+    """A lower bound of the divergence of q from p, from the log-probabilities of their likeliest tokens.
 
-    Tokens that only one of them lists are taken together with all that neither lists: to see less of two distributions
-    never makes them differ more.
+    Tokens that only one of them lists are merged with all tokens that neither lists. Merging tokens never increases the
+    divergence of two distributions, so the result is a lower bound.
     """
     common = p.keys() & q.keys()
     p_rest, q_rest = (max(1.0 - sum(math.exp(some[token]) for token in common), 0.0) for some in (p, q))
@@ -60,6 +60,6 @@ def _score(sample: Sample, reply: Reply) -> float:
 
 
 def _equal_steps(dense: Sequence[Step], sparse: Sequence[Step]) -> int:
-    """Tokens before the first that differs."""
+    """The number of equal tokens before the first difference."""
     pairs = enumerate(zip(dense, sparse, strict=False))
     return next((at for at, (one, other) in pairs if one.token != other.token), min(len(dense), len(sparse)))

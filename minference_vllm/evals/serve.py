@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts one `vllm serve` on this machine and stops it, with all that it has started, whatever happens."""
+"""Starts one `vllm serve` on this machine, and always stops it with all processes that it has started."""
 
 import os
 import shlex
@@ -36,8 +36,8 @@ def arguments(model: str, options: str, is_dense: bool, more: str = "") -> list[
     """What follows `vllm` to serve a model; the port is not in it.
 
     Args:
-        options: of `vllm serve`, as a shell reads them, for both servers.
-        more: for this one alone.
+        options: of `vllm serve`, in the syntax of a shell, for both servers.
+        more: options for this server alone.
 
     Raises:
         ConfigError: they choose what is chosen here, or make the servers differ in more than attention.
@@ -62,7 +62,7 @@ def _split(options: str) -> list[str]:
 
 
 def _refuse_unequal(own: Sequence[str]) -> None:
-    """Check that options of the sparse server alone are the plugin's; another chunk or model length is another test."""
+    """Check that options for the sparse server alone are the plugin's: with others it would be another test."""
     arguments = iter(own)
     for argument in arguments:
         name, has_value, _ = argument.partition("=")
@@ -77,13 +77,13 @@ def _refuse_unequal(own: Sequence[str]) -> None:
 
 
 def option_names(arguments: Iterable[str]) -> list[str]:
-    """The options among a command's arguments, as vLLM reads them: it takes underscores for dashes."""
+    """The names of the options among a command's arguments, with dashes for underscores, as vLLM reads them."""
     return [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
 
 
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
-    """A server of this machine: where it answers, and the first of its processes."""
+    """A server on this machine: its URL, and the first of its processes."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -102,7 +102,7 @@ def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | No
 
     Args:
         arguments: what follows `vllm`.
-        environ: of its processes; None for this one's.
+        environ: the environment of its processes; None for that of this process.
 
     Raises:
         ServerError: it did not come up.
@@ -125,7 +125,7 @@ def started(arguments: Sequence[str], log: Path, environ: Mapping[str, str] | No
 
 
 def log_file(path: Path) -> BinaryIO:
-    """A file for the output of a process, which is added to what it holds.
+    """A file to which the output of a process is appended.
 
     Raises:
         ConfigError: it cannot be written.
@@ -145,7 +145,7 @@ def excerpt(log: Path) -> str:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    # A proxy that the environment names has another localhost.
+    # No proxy: to a proxy that the environment names, localhost is another machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -163,7 +163,7 @@ def stop(process: subprocess.Popen[bytes], timeout_s: float = STOP_TIMEOUT_S) ->
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout_s)
-    finally:  # also where someone who is asked to wait presses Ctrl-C once more
+    finally:  # also if the user presses Ctrl-C again while waiting
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -190,7 +190,7 @@ def _vllm() -> str | None:
 
 
 def free_port() -> int:
-    """One of this machine that nobody listens at."""
+    """A port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

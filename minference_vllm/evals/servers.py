@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense and the sparse server that are compared: there already, or started here when they are needed."""
+"""The dense and the sparse server that are compared. They run already, or are started here when they are needed."""
 
 import contextlib
 import logging
@@ -27,9 +27,9 @@ class Server:
     """One of the two servers.
 
     Attributes:
-        is_dense: else sparse.
-        url: where it is; empty if it is to be started.
-        arguments: what follows `vllm` to start it; empty if it is there.
+        is_dense: whether it is the dense server, or else the sparse one.
+        url: where it runs already; empty if it is to be started.
+        arguments: what follows `vllm` to start it; empty if it runs already.
     """
 
     is_dense: bool
@@ -50,9 +50,9 @@ class Pair:
     """Both servers.
 
     Attributes:
-        model: as servers that are there name it, or what is to be served.
-        timeout_s: for one answer.
-        folder: of the logs of servers that are started here.
+        model: its name on servers that run already, or the model to serve.
+        timeout_s: seconds for one answer.
+        folder: for the logs of servers that are started here.
     """
 
     dense: Server
@@ -67,7 +67,7 @@ class Pair:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the report must know of them."""
+        """What a reader of the report must know about the servers."""
         return [UNCHECKED] if any(server.url for server in self.both) else []
 
     @contextlib.contextmanager
@@ -86,10 +86,10 @@ class Pair:
             yield client
 
     def check(self) -> None:
-        """Before the first prompt: servers that are there answer, serve the model, and are what they are to be.
+        """Check, before the first prompt, that running servers answer, serve the model, and are dense and sparse.
 
         Raises:
-            ConfigError: they do not, or are not.
+            ConfigError: one of these is not so.
         """
         if self.dense.url and self.dense.url == self.sparse.url:
             raise ConfigError(f"--dense and --sparse are both {of_url(self.dense.url)}: name two servers.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server's sparse path has done, as its /metrics says."""
+"""What a server's sparse path has done, as read from its /metrics."""
 
 import math
 import operator
@@ -16,14 +16,14 @@ from minference_vllm.recall import RECALL_EDGES
 
 SPARSE = "sparse"
 POLL_S = 0.3
-# Workers publish once a second: what has stood still for longer is all there is.
+# Workers publish once a second: counts that have not changed for longer are complete.
 STILL_S = 1.3
 LONGEST_WAIT_S = 20.0
 ROUNDING = 1e-3
 
 
 class Work(Line):
-    """Counts since the server's start, or what came between two readings."""
+    """Counts since the server's start, or the difference between two readings."""
 
     sparse_tokens: int = 0
     dense_tokens: int = 0
@@ -32,17 +32,17 @@ class Work(Line):
     measured_heads: int = 0
     """Heads of chunks whose recall was measured."""
     redone_heads: int = 0
-    """Those of them that the guard had attend to all keys."""
+    """Measured heads that the guard had attend to all keys."""
     recalls: float = 0.0
-    """Sum over the measured heads."""
+    """Sum of recall over the measured heads."""
     least_recalls: float = 0.0
-    """What that sum is at least, by the histogram of recalls."""
+    """Lower bound of that sum, from the histogram of recalls."""
     most_recalls: float = 0.0
-    """What it is at most."""
+    """Upper bound of that sum."""
     exported: bool = False
     """Whether the server has such metrics at all."""
     broken_ranks: int = 0
-    """Ranks on which all runs dense, when the later of two readings was made."""
+    """Ranks on which everything runs dense, at the later of the two readings."""
 
     @property
     def tokens(self) -> int:
@@ -57,7 +57,7 @@ class Work(Line):
     def recall(self) -> float | None:
         """Mean over layers, heads and chunks, before the guard acted.
 
-        None where the server's numbers contradict each other, as those of an older version do, which has no sums.
+        None where the server's numbers contradict each other: an older version exports no sums, for example.
         """
         if (
             not self.measured_heads
@@ -153,13 +153,13 @@ def _counted(text: str) -> Work:
 
 
 def settled(read: Callable[[], Work], before: Work, prompt_tokens: int, prompts: int) -> Work:
-    """The counts once they hold all of these prompts; the server is a second or two behind.
+    """The counts, once they include all of these prompts; the server's lag by a second or two.
 
     Args:
-        read: fetches the page.
+        read: fetches the counts.
         before: the counts before the prompts were sent.
         prompt_tokens: of all prompts together.
-        prompts: how many. The last token of each may be read as a decode row, which is not counted.
+        prompts: how many there are. The last token of each may be read as a decode row, which is not counted.
     """
     last = read()
     if not last.exported:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sparse path did, in the server's log and on its /metrics page.
+"""Reports what the sparse path did, in the server's log and on its /metrics page.
 
-Worker processes count (counters.py) what an engine did (account.py), read what the GPU has told (density.py,
-recall_meter.py, stopwatch.py) and publish (publisher.py); the process that serves /metrics sums over them
-(exporter.py). What there is, families.py lists. Nothing here waits for the GPU.
+Worker processes count what an engine did (counters.py, account.py), read the measurements that have arrived from the
+GPU (density.py, recall_meter.py, stopwatch.py) and publish them (publisher.py). The process that serves /metrics sums
+over all workers (exporter.py). families.py lists the metrics. Nothing here waits for the GPU.
 """

@@ -22,22 +22,22 @@ from minference_vllm.scratch import RecallTotals, ScratchShape
 class Account:
     """Counts of one engine on this worker, and the way of its measurements from the device.
 
-    The thread that publishes holds it for as long as the process lives, and so longer than the engine may: it must hold
-    neither layers nor their scratch.
+    The thread that publishes keeps this object until the process ends, which may be long after the engine has ended. It
+    must therefore refer neither to layers nor to their scratch.
 
     Args:
         config: the resolved configuration.
         device: where the model runs.
-        publish: whether this worker reports for its pipeline stage; others report their faults alone.
+        publish: whether this worker reports for its pipeline stage; other workers report their faults only.
         counts_prompts: whether prompts are counted here, for all stages.
         engine: names of the method and the kernels.
         faults: of the engine on this worker.
 
     Attributes:
-        stopwatch: for the runs of layers.
-        causal_pairs: of every sparse launch enqueued so far.
-        scratch_bytes: claimed so far.
-        budget: of the scheduler; once it is known, requests are counted where their prompts end.
+        stopwatch: times some runs of the layers.
+        causal_pairs: causal pairs of every sparse launch enqueued so far.
+        scratch_bytes: bytes of scratch claimed so far.
+        budget: the scheduler's limits; once they are known, a request is counted in the step in which its prompt ends.
     """
 
     def __init__(
@@ -54,21 +54,22 @@ class Account:
         self.stopwatch = Stopwatch(device)
         self.causal_pairs = self.scratch_bytes = 0
         self.budget = UNLIMITED
-        # With the first scratch: what a layer's constructor allocates, vLLM's sleep mode drops with the weights.
+        # Made with the first scratch and not here: vLLM's sleep mode drops what a layer's constructor allocates,
+        # together with the weights.
         self._density: DensityMeter | None = None
         self._recalls: dict[tuple[ScratchShape, int], tuple[RecallTotals, RecallMeter]] = {}
         self._numbers: dict[tuple[ScratchShape, int, int], int] = {}
         self._is_collecting = True
         self._counted: set[str] = set()
-        self._passed = Reason.SHORT_CHUNK  # why what last passed the gate ran where it ran
+        self._passed = Reason.SHORT_CHUNK  # counted for the last chunk that passed the gate
 
     def kept_pairs(self, claimed: torch.Tensor) -> torch.Tensor:
-        """The device's counter of kept pairs: the first that is claimed serves layers of all shapes."""
+        """The device's counter of kept pairs: the first buffer that is claimed serves as the counter for all layers."""
         self._density = self._density or DensityMeter(claimed)
         return self._density.kept_pairs
 
     def recall_totals(self, shape: ScratchShape, position: int, num_layers: int, number: int) -> RecallTotals:
-        """What is measured of all layers of this shape; the one at `position` is `number` in the metrics."""
+        """The recall of all layers of this shape; `number` is what the metrics call the layer at `position`."""
         self._numbers[shape, position, num_layers] = number
         if (shape, num_layers) not in self._recalls:
             totals = RecallTotals.allocate(num_layers, shape.num_qo_heads, self._device)
@@ -76,7 +77,7 @@ class Account:
         return self._recalls[shape, num_layers][0]
 
     def collect(self) -> None:
-        """A step has run: have its measurements copied from the device, behind its kernels. A fault ends this."""
+        """Enqueue copies of the step's measurements from the device, behind its kernels. An exception ends this."""
         if not self._is_collecting:
             return
         try:
@@ -90,10 +91,11 @@ class Account:
             self._faults.in_account(error)
 
     def tally(self, record: Record) -> Tally:
-        """What to count of a step's prefill: all of it once, though every KV cache group plans it.
+        """What to count of a step's prefill. Every KV cache group plans the step, but it must be counted once.
 
-        Called by the counters, in the order of the steps, by one thread at a time. A group plans a step (or each of its
-        micro-batches) once, so a group that comes again begins the next one; the first group of a step is counted.
+        The counters call this in the order of the steps, from one thread at a time. A group plans a step (or each of
+        its micro-batches) once, so a group that comes again begins the next step. Only the first group of a step is
+        counted.
         """
         if record.group in self._counted:
             self._counted.clear()
@@ -103,9 +105,9 @@ class Account:
         return tally if self._counts_prompts else faults_of(tally)
 
     def read(self) -> Snapshot:
-        """What there is to tell beside tokens, chunks and requests, of all sparse attention since start.
+        """Everything that is reported beside tokens, chunks and requests, of all sparse attention since start.
 
-        Pairs and recall are those whose copies have arrived, times those that the GPU had told at the end of a step.
+        Pairs and recall include the copies that have arrived; times include the laps that were over when a step ended.
         """
         faults = Snapshot(faults=self._faults.total, broken_ranks=int(self._faults.is_broken))
         if not self._publish:
@@ -122,7 +124,7 @@ class Account:
         )
 
     def _measured(self, shape: ScratchShape, num_layers: int) -> Recall:
-        """Recall of the layers of this shape, by their numbers."""
+        """Recall of the layers of this shape, by the layers' numbers."""
         recall = self._recalls[shape, num_layers][1].read()
         layers = {self._numbers[shape, at, num_layers]: layer for at, layer in recall.layers.items()}
         return replace(recall, layers=layers)

@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     Tallier = Callable[[Record], Tally]
 
 PUBLISH_SECONDS = 1.0
-MOST_DEFERRED = 2048  # records: seconds, or some 100 MiB of steps with 512 requests each
+MOST_DEFERRED = 2048  # records of some seconds; about 100 MiB if every step has 512 requests
 
-# vLLM's log handlers hang on the "vllm" logger only.
+# A child of the "vllm" logger, because vLLM attaches its log handlers to that logger only.
 logger = logging.getLogger("vllm.minference.metrics")
 
 
 class Counters:
     """Counts the prefill of one engine in one of its worker processes, and publishes what there is to tell.
 
-    Every tensor-parallel rank sees the same tokens: steps leave their records on rank 0 of a stage alone, or a scrape
-    would count them once a rank.
+    Every tensor-parallel rank sees the same tokens. Steps therefore leave their records on rank 0 of a pipeline stage
+    only: otherwise a scrape would count every token once for each rank.
 
     Args:
         log_every: seconds between two log lines; 0 never logs.
         tally: says what to count of a record; called in the order of the steps, by one thread at a time.
-        read: gives all that a Snapshot holds but tokens, chunks and requests, as far as the GPU has told.
+        read: gives everything else that a Snapshot holds, as far as it has arrived from the GPU.
     """
 
     def __init__(self, log_every: float, tally: "Tallier", read: Callable[[], Snapshot]) -> None:
         self._log_every, self._tally, self._read = log_every, tally, read
         self._deferred: deque[Record] = deque(maxlen=MOST_DEFERRED)
-        # A step calls it, so it is the bare method: thread-safe, and never waiting for the thread, which a disk may
-        # hold up; then the oldest records go uncounted.
+        # Steps call it, so it is the deque's own method: it is thread-safe and never waits for the counting thread,
+        # which a slow disk may hold up. In that case the oldest records are lost uncounted.
         self.defer = self._deferred.append
-        self._counting = threading.Lock()  # of the totals, and of who tallies; never held for I/O
+        self._counting = threading.Lock()  # guards the totals and the tally; never held during I/O
         self._totals: tuple[Counts, Counts, Counts] = Counter(), Counter(), Counter()  # tokens, chunks and requests
-        self._reporting = threading.Lock()  # of what was published and logged
+        self._reporting = threading.Lock()  # guards what was last published and logged
         self._publisher = Publisher()
         self._published = self._logged = Snapshot()
         self._logged_at = 0.0
@@ -54,15 +54,15 @@ class Counters:
         self._closing = threading.Event()
 
     def start(self) -> None:
-        """Report each second and at exit. Starting twice is starting once."""
+        """Start to report each second and at exit. A second call does nothing."""
         if not self._has_started:
             self._has_started, self._logged_at = True, time.monotonic()
             threading.Thread(target=self._run, name="minference-metrics", daemon=True).start()
-            # Unlike atexit's handlers, it runs in workers that were forked, and not in forks of this process.
+            # Unlike an atexit handler, it also runs in workers that were forked, but not in forks of this process.
             Finalize(None, self.close, exitpriority=0)
 
     def snapshot(self) -> Snapshot:
-        """What was counted since start, all records that steps have left included."""
+        """What was counted since start, including all records that steps have left so far."""
         with self._counting:
             self._count()
             tokens, chunks, requests = (counts.copy() for counts in self._totals)
@@ -82,19 +82,20 @@ class Counters:
                 for total, count in zip(self._totals, counts, strict=True):
                     if count:
                         total[label] += count
-            time.sleep(0)  # a step may be waiting for the interpreter
+            time.sleep(0)  # lets a step run that waits for the interpreter
 
     def flush(self, at_exit: bool = False) -> None:
         """Publish now what changed since the last time. A directory that cannot be written costs one warning.
 
         Args:
-            at_exit: a directory that is gone is no fault: the process that made it has ended first.
+            at_exit: a missing directory is no fault then: the process that made it has ended first.
         """
         with self._reporting:
             total, last = self.snapshot(), self._published
             if total == last:
                 return
-            # Before the attempt: of increments, half applied twice is worse than half lost.
+            # Set before the attempt, because increments are published: if that fails half way, it is better to lose the
+            # other half than to add the first half twice.
             self._published = total
             try:
                 self._publisher.publish(total, total - last)

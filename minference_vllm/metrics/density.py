@@ -14,8 +14,8 @@ PENDING = -1
 class DensityMeter:
     """Copies a GPU counter to the host at the end of a step, and hands over the newest copy that has arrived.
 
-    One thread copies and any other reads. The reader asks CUDA nothing: a call of its own could fall into a graph that
-    the first thread captures. A copy has arrived when its slot no longer holds what was there before.
+    One thread copies, any other may read. The reader makes no CUDA calls, because they could fall into a graph that the
+    first thread captures. Instead, a copy has arrived when its slot no longer holds PENDING.
 
     Args:
         kept_pairs: [1] int64, zero at first; the sparse kernels add to it atomically. It may wrap around.
@@ -26,10 +26,10 @@ class DensityMeter:
         # Pinned: only then does a copy from the GPU return at once.
         slots = torch.full((SLOTS,), PENDING, dtype=torch.int64, device="cpu", pin_memory=kept_pairs.is_cuda)
         self._slots = itertools.cycle(slots.split(1))
-        self._lock = threading.Lock()  # of what follows, and of the slots
-        # Oldest first, each with the causal pairs at its time. A slot is taken again when its copy falls out.
+        self._lock = threading.Lock()  # guards the fields below and the slots
+        # Oldest first, each with the causal pairs at the time of the copy. A slot is reused when its copy drops out.
         self._copies: deque[tuple[torch.Tensor, int]] = deque(maxlen=SLOTS)
-        self._totals = (0, 0)  # kept and causal, as last read
+        self._totals = (0, 0)  # kept and causal pairs, as last read
 
     def copy(self, causal_pairs_so_far: int) -> None:
         """Enqueue a copy, on the stream that the kernels run on.
@@ -48,7 +48,8 @@ class DensityMeter:
         with self._lock:
             for slot, causal_pairs in reversed(self._copies):
                 if (kept := int(slot)) != PENDING:
-                    # Days of long prompts overflow 64 bits; the pairs between two readings never do.
+                    # The counter overflows 64 bits after days of long prompts, but the pairs between two readings
+                    # always fit.
                     self._totals = self._totals[0] + (kept - self._totals[0]) % 2**64, causal_pairs
                     break
             return self._totals

@@ -26,9 +26,10 @@ logger = logging.getLogger("vllm.minference.metrics")
 def install() -> None:
     """Give this process and its children a metrics directory, and serve what they write there. Call in every process.
 
-    Each process makes its directory inside its parent's, so the tree of directories is the tree of processes: a server
-    counts its own workers alone, also where one vLLM supervisor starts several servers, and what an earlier run left
-    behind is never read. The first process starts the tree in MINFERENCE_METRICS_DIR, else in the temporary directory.
+    Each process makes its directory inside its parent's, so the directories form the same tree as the processes. A
+    server therefore counts its own workers only, even where one vLLM supervisor starts several servers, and never reads
+    what an earlier run left behind. The first process starts the tree in MINFERENCE_METRICS_DIR, or if that is not set,
+    in the temporary directory.
     """
     parent = os.environ.get(METRICS_DIR)
     if parent == NOWHERE:
@@ -44,7 +45,7 @@ def install() -> None:
         return
     os.environ[METRICS_DIR] = directory
     prometheus.REGISTRY.register(DirectoryCollector(directory))
-    # A worker's counts outlive it: only the process that started them all cleans up, once it has joined them.
+    # A worker's counts must outlive it, so only the process that started all others cleans up, once it has joined them.
     if multiprocessing.parent_process() is None:
         Finalize(None, shutil.rmtree, (directory,), {"ignore_errors": True}, exitpriority=-1)
 

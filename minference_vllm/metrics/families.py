@@ -8,7 +8,7 @@ from minference_vllm import __version__
 from minference_vllm.metrics.snapshot import Snapshot
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
-"""Values of a metric, each with those of its labels."""
+"""Values of a metric, each with the values of its labels."""
 Gauge = Literal["", "mostrecent", "sum", "max"]
 
 
@@ -16,10 +16,10 @@ class Family(NamedTuple):
     """A metric.
 
     Attributes:
-        name: without the _total that Prometheus appends to a counter's.
-        text: of its HELP.
-        read: its values in a snapshot.
-        labels: their names.
+        name: without the suffix _total, which Prometheus appends to the names of counters.
+        text: what HELP says.
+        read: takes the values from a snapshot.
+        labels: names of the labels.
         gauge: how prometheus_client merges a gauge of several processes; empty for a counter, which is summed.
         is_by_head: whether there is one value for each head of each layer.
     """
@@ -33,7 +33,7 @@ class Family(NamedTuple):
 
 
 def number(name: str, text: str, read: Callable[[Snapshot], float | None], gauge: Gauge = "") -> Family:
-    """A metric without labels; None is no value."""
+    """A metric without labels; it has no value where `read` gives None."""
     return Family(name, text, lambda total: [] if (value := read(total)) is None else [((), value)], gauge=gauge)
 
 
@@ -65,7 +65,8 @@ CAUSAL_PAIRS = number(
     "minference_causal_pairs", "Query-key pairs that dense attention would have computed in their place.",
     lambda total: total.causal_pairs,
 )  # fmt: skip
-# A ratio has no sum: that of the process that read its GPU last. Over all, it is the ratio of the pair counters.
+# A ratio cannot be summed. Where prometheus_client merges the processes (PROMETHEUS_MULTIPROC_DIR), it shows that of
+# the process that read its GPU last; the ratio over all of them is that of the two counters of pairs.
 DENSITY = number(
     "minference_density", "Kept / causal pairs of all sparse attention since start, the guard's included.",
     lambda total: total.density, "mostrecent",

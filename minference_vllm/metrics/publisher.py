@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a worker's counts go, for the processes that serve /metrics to read."""
+"""Publishes a worker's counts where the processes that serve /metrics read them."""
 
 import functools
 import itertools
@@ -16,12 +16,12 @@ from minference_vllm.metrics.snapshot import Snapshot
 
 METRICS_DIR = "MINFERENCE_METRICS_DIR"
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
-HEADS_SECONDS = 15.0  # between two times that the recall of each head is published
-NOWHERE = os.devnull  # what a process that can make no folder sets METRICS_DIR to: its children neither try nor warn
+HEADS_SECONDS = 15.0  # between two publications of each head's recall
+NOWHERE = os.devnull  # METRICS_DIR once no folder could be made: child processes then neither try nor warn
 
 
 class Publisher:
-    """Publishes the totals of one engine, or its pipeline stage here; a process may hold several."""
+    """Publishes the totals of one engine, or of its pipeline stage in this process. A process may hold several."""
 
     _numbers = itertools.count()
 
@@ -39,7 +39,7 @@ class Publisher:
 
 
 def write(path: Path, total: Snapshot) -> None:
-    """Put totals into a file, of which a reader sees the old or the new, never a part. Raises OSError if it cannot."""
+    """Replace a file of totals at once, so that no reader sees a part of it. Raises OSError if it cannot be written."""
     draft = path.with_suffix(".tmp")
     draft.write_text(total.to_json())
     os.replace(draft, path)
@@ -56,7 +56,7 @@ class ProcessMetrics:
 
     def add(self, delta: Snapshot) -> None:
         self._total += delta
-        # Thousands of them, and the step's thread wants the interpreter too.
+        # There are thousands of values by head, and writing them keeps the interpreter from the thread that runs steps.
         is_due = bool(delta.recall.layers) and time.monotonic() >= self._heads_due
         if is_due:
             self._heads_due = time.monotonic() + HEADS_SECONDS
@@ -79,5 +79,5 @@ _process_lock = threading.Lock()  # each engine has a thread that publishes
 
 @functools.cache
 def process_metrics() -> ProcessMetrics:
-    """Of all engines of this process: a second instance would overwrite the counts of the first in the same file."""
+    """The one instance of this process, for all its engines: a second would overwrite the first one's file."""
     return ProcessMetrics()

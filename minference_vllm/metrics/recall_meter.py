@@ -15,18 +15,18 @@ PENDING = -1.0
 
 
 class RecallMeter:
-    """Copies the totals of a set of layers to the host at the end of a step; see DensityMeter for who may call what.
+    """Copies the totals of a set of layers to the host at the end of a step. See DensityMeter for the threads.
 
-    A copy of many numbers has arrived when a stamp has that is copied after it on the same stream.
+    A stamp is copied after the numbers on the same stream: once the stamp has arrived, so have the numbers.
     """
 
     def __init__(self, totals: RecallTotals) -> None:
         self._totals = totals
         shape, is_cuda = (SLOTS, len(totals.flat) + 1), totals.flat.is_cuda
-        # On the host, whatever the default device: it may be the GPU, of whose memory none can be pinned.
+        # On the host, whatever the default device is: that may be the GPU, whose memory cannot be pinned.
         slots = torch.full(shape, PENDING, dtype=torch.float64, device="cpu", pin_memory=is_cuda)
         self._slots = itertools.cycle(slots.unbind())
-        self._lock = threading.Lock()  # of what follows, and of the slots
+        self._lock = threading.Lock()  # guards the fields below and the slots
         self._copies: deque[torch.Tensor] = deque(maxlen=SLOTS)
         self._last = Recall()  # as last read
 
@@ -37,7 +37,7 @@ class RecallMeter:
             slot = next(self._slots)
             slot[-1].fill_(PENDING)
             slot[:-1].copy_(flat, non_blocking=True)
-            slot[-1:].copy_(flat[:1], non_blocking=True)  # a count, so never PENDING
+            slot[-1:].copy_(flat[:1], non_blocking=True)  # the stamp: a count, so never PENDING
             self._copies.append(slot)
 
     def read(self) -> Recall:
@@ -49,7 +49,7 @@ class RecallMeter:
     def _newest(self) -> torch.Tensor | None:
         """The numbers of the newest copy that has arrived, if one has since the last time.
 
-        A step may wait for the lock, so they are taken as they are.
+        They are returned unconverted, because a step may be waiting for the lock.
         """
         with self._lock:
             arrived = None

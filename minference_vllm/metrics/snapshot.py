@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted."""
+"""The totals that a worker counts and publishes."""
 
 import json
 import operator
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from minference_vllm.recall import Recall
 
 Counts = Counter[tuple[str, str]]
-"""By path and reason, or by other two words."""
+"""Counts by a pair of words, such as path and reason."""
 COUNTS = ("tokens", "chunks", "requests", "engines")
 NUMBERS = ("kept_pairs", "causal_pairs", "scratch_bytes", "faults", "broken_ranks")
 
@@ -20,18 +20,18 @@ Counted = TypeVar("Counted", "Times", "Snapshot")
 
 
 def field_by_field(operation: Callable[[Any, Any], Any], one: Counted, other: Counted) -> Counted:
-    """What the operation makes of each field of two of a kind."""
+    """An object whose fields are the results of an operation on the fields of two objects of its type."""
     return type(one)(*(operation(getattr(one, each.name), getattr(other, each.name)) for each in fields(one)))
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of timed laps, a lap being one layer's attention of one chunk.
+    """Times of laps; a lap is one layer's attention of one chunk.
 
     Attributes:
-        laps: how many.
-        choose: seconds of choosing keys in them.
-        attend: seconds of the rest: attending, and the guard.
+        laps: how many laps were timed.
+        choose: seconds that choosing keys took in them.
+        attend: seconds that the rest took: attending, and the guard.
     """
 
     laps: int = 0
@@ -47,17 +47,17 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Totals since start, or what came between two of them.
+    """Totals since start, or the difference between two such totals.
 
     Attributes:
         tokens, chunks, requests: of prompts, by path and reason.
         kept_pairs, causal_pairs: of all sparse attention.
         recall: of all sparse attention.
-        scratch_bytes: claimed.
-        engines: by method and kernel.
+        scratch_bytes: bytes of scratch that were claimed.
+        engines: number of engines by method and kernel.
         times: of the layers of chunks that were timed.
-        faults: exceptions that were met, on all ranks.
-        broken_ranks: which have given the sparse path up.
+        faults: number of exceptions on all ranks.
+        broken_ranks: number of ranks that have given the sparse path up.
     """
 
     tokens: Counts = field(default_factory=Counter)

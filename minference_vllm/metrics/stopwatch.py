@@ -11,8 +11,8 @@ import torch
 
 from minference_vllm.metrics.snapshot import Times
 
-PERIOD = 61  # a prime: layers take turns
-SLOTS = 8  # laps whose times the GPU has not told yet
+PERIOD = 61  # a prime, so that all layers get their turn
+SLOTS = 8  # laps that may wait for the GPU at the same time
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -39,7 +39,7 @@ class Lap:
         self._marks: list[Any] = [torch.cuda.Event(enable_timing=True) if is_cuda else HostMark() for _ in range(3)]
 
     def timing(self, choose: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-        """`choose`, between the first two marks."""
+        """`choose`, with the lap's first mark before it and the second after it."""
 
         def timed(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
             self._marks[0].record()
@@ -73,7 +73,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.total = Times()
         self._runs = 0
-        # All are made beforehand. One that is begun and not ended, for an exception came, is begun again.
+        # All laps are made beforehand. A lap that was begun but not ended because of an exception is begun again.
         self._idle = [Lap(device) for _ in range(SLOTS)]
         self._ended: deque[Lap] = deque()
 
@@ -88,9 +88,10 @@ class Stopwatch:
         self._ended.append(self._idle.pop())
 
     def collect(self) -> None:
-        """Add what the GPU has told since the last time.
+        """Add the laps that the GPU has finished since the last time.
 
-        Not for a thread that only reads: asking an event would break the capture of a CUDA graph by another thread.
+        A thread that only reads must not call this: querying an event would break the capture of a CUDA graph by
+        another thread.
         """
         while self._ended and self._ended[0].is_over():
             lap = self._ended.popleft()

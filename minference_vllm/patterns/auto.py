@@ -33,12 +33,12 @@ class AutoSettings(MethodSettings):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a pattern file is chosen and cut by.
+    """The properties of a model by which its pattern file is chosen and divided among ranks.
 
     Attributes:
-        names: the model's, as the user gave them: its name or path, then those it is served under.
+        names: those the user gave the model: its name or path, then those it is served under.
         geometry: of the whole model.
-        rank: this worker's tensor-parallel rank: it holds the rank-th share of each layer's query heads.
+        rank: this worker's tensor-parallel rank, which holds the rank-th share of each layer's query heads.
     """
 
     names: tuple[str, ...]
@@ -59,10 +59,10 @@ class Pattern:
         return self.file.dense_layers
 
     def budgets(self, layer: int | None, num_qo_heads: int) -> list[Any]:
-        """Budgets of this rank's heads in a layer, counted in the whole model, of all pipeline stages.
+        """Budgets of this rank's heads in a layer; `layer` counts the whole model's layers, of all pipeline stages.
 
         Raises:
-            ConfigError: it is no layer of the file, or the ranks do not share the model's heads evenly.
+            ConfigError: the file has no such layer, or the ranks do not share the model's heads evenly.
         """
         if layer is None or not 0 <= layer < len(self.file.layers):
             given = "A layer whose name holds no single number" if layer is None else f"Layer {layer}"
@@ -80,12 +80,12 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What the setting `method` comes to.
+    """The result of resolving the setting `method`.
 
     Attributes:
-        settings: of the method that chooses.
-        pattern: what its heads keep, where a file says so.
-        why: for the log, so without folders; empty if the settings were the method's own.
+        settings: of the method that chooses keys.
+        pattern: the pattern file that gives the heads' budgets, if there is one.
+        why: the reason, for the log and so without folders; empty if the settings name a method themselves.
     """
 
     settings: MethodSettings
@@ -99,7 +99,7 @@ class Resolved:
 
 
 def resolve(settings: MethodSettings, model: ServedModel | None) -> Resolved:
-    """The method for this model; `model` is read for "auto" alone.
+    """The method for this model; `model` is read only if the settings are "auto".
 
     Raises:
         ConfigError: a pattern file cannot be read, or does not fit the model.

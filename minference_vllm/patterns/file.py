@@ -25,7 +25,7 @@ from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.patterns.shared import TAKES, PatternMethod, PatternShares, PatternSizes, Strict
 
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_NAMES = 1000, 1024, 4096, 64
-MOST_FAULTS = 3  # that one message names
+MOST_FAULTS = 3  # the most that one message names
 
 DENSE: Literal["dense"] = "dense"
 HEADS = "heads"
@@ -35,7 +35,7 @@ Text = Annotated[str, StringConstraints(max_length=1000)]
 
 
 def _as_one_sentence(value: Any, handler: Any) -> Any:
-    """Without it a bad head is reported once for each form that it might have had."""
+    """Reports a bad head in one sentence; pydantic would report it once for each form that a head may have."""
     try:
         return handler(value)
     except ValidationError:
@@ -44,7 +44,7 @@ def _as_one_sentence(value: Any, handler: Any) -> Any:
         raise PydanticCustomError("head", allowed, {"most": MAX_TOKENS}) from None
 
 
-# Not strict: a validator in Python sees JSON's arrays as lists. Their entries still are.
+# Not strict, because a validator in Python sees JSON's arrays as lists. The entries are still checked strictly.
 Sizes = Annotated[tuple[Size, Size], Field(strict=False)]
 AShape = Annotated[tuple[Literal["a_shape"], Size, Size], Field(strict=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -146,11 +146,11 @@ class PatternFile(Strict):
 
     @property
     def settings(self) -> VerticalSlashSettings | BlockSettings:
-        """The method's, with what no head exceeds."""
+        """The method's settings, with limits that no head exceeds."""
         return self.method.settings([head for layer in self.layers if layer != DENSE for head in layer])
 
     def budget(self, head: Any) -> Any:
-        """A row of a layer's budgets, see Method.budgets."""
+        """The row of a layer's budgets for a head, see Method.budgets."""
         return self.method.budget(head)
 
 
@@ -158,7 +158,7 @@ def read_pattern(path: Path) -> PatternFile:
     """Read a pattern file.
 
     Raises:
-        ConfigError: it cannot be read, or is none.
+        ConfigError: the file cannot be read, or is no pattern file.
     """
     return parse_pattern(read_file(path, f"The pattern file {path}"), str(path))
 
@@ -166,11 +166,12 @@ def read_pattern(path: Path) -> PatternFile:
 def parse_pattern(content: bytes | str, name: str) -> PatternFile:
     """A pattern file of this content; `name` is how messages name it.
 
-    Raises:
+    ConfigError: it is no pattern file.
         ConfigError: it is none.
     """
     try:
-        # pydantic reads JSON by looser rules, and numbers and lists of Python by stricter ones.
+        # pydantic accepts JSON that parse_json refuses. Its own reading is used, because it is too strict with numbers
+        # and lists that Python has read.
         parse_json(content, "It")
         return PatternFile.model_validate_json(
             content.removeprefix(BOM_UTF8) if isinstance(content, bytes) else content
@@ -197,7 +198,7 @@ def _describe(fault: dict[str, Any]) -> str:
 
 
 def _path(loc: Sequence[int | str]) -> str:
-    """Where a fault lies, as in the file: pydantic adds the form of a layer, and the name of the method."""
+    """The place of a fault in the file, without what pydantic adds: the form of a layer, and the name of the method."""
     added = {"layers": 2, "method": 1}.get(str(loc[0])) if loc else None
     parts = [part for at, part in enumerate(loc) if at != added]
     return ".".join(shortened(part, str) for part in parts)

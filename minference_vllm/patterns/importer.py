@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From MInference's lists of patterns to pattern files.
+"""Makes pattern files from MInference's lists of patterns.
 
-Such a list holds an object a layer, from the head's number to [pattern, columns, diagonals, score]. MInference's search
-writes it, MInference comes with some, and checkpoints of Qwen with a context of a million tokens hold one: in
-sparse_attention_config.json, or in config.json under dual_chunk_attention_config.
+A list has one object for each layer, which maps a head's number to [pattern, columns, diagonals, score]. Such lists are
+written by MInference's search and come with MInference. Checkpoints of Qwen with a context of a million tokens hold one
+too: in sparse_attention_config.json, or in config.json under dual_chunk_attention_config.
 """
 
 import json
@@ -20,11 +20,11 @@ from minference_vllm.patterns.shared import A_SHAPE
 VERTICAL_SLASH, STREAMING, BLOCK_SPARSE = "vertical_and_slash", "stream_llm", "block_sparse"
 
 USUAL = (1000, 6096)
-"""Columns and diagonals of a head that a list leaves out (minference_forward.py of minference 0.1.6.0), and of one that
-MInference's search would have called block_sparse."""
+"""Columns and diagonals of a head that a list leaves out (minference_forward.py of minference 0.1.6.0), and of a head
+that a list calls block_sparse, as MInference's search would have written it."""
 
 LEAST = (30, 50)
-"""Fewer columns and diagonals than these MInference does not keep, whatever its list says."""
+"""MInference keeps at least this many columns and diagonals, whatever its list says."""
 
 Counts = Counter[str]
 
@@ -35,14 +35,14 @@ def import_list(
     """The pattern file of a list.
 
     Args:
-        content: JSON: the list, or a model's config.json that holds one.
+        content: JSON: the list, or the config.json of a model that contains one.
         name: how messages name it.
-        geometry: the model's, which the list does not say in full.
+        geometry: the model's; a list does not hold all of it.
         models: names that the method "auto" is to use the file for.
         source: where the list is from; its sha256 and notes are added.
 
     Raises:
-        ConfigError: it is no such list, or not of a model like this.
+        ConfigError: the content is no such list, or the list of a different model.
     """
     layers, mapped = find_list(content, name), Counter[str]()
     if len(layers) != geometry.num_layers:
@@ -83,7 +83,7 @@ def find_list(content: bytes, name: str) -> list[Any]:
 
 
 def write(file: PatternFile) -> str:
-    """The text of a pattern file: a layer a line."""
+    """The text of a pattern file, with one line for each layer."""
     content = file.model_dump(mode="json")
     layers = ",\n".join(f"    {json.dumps(layer, separators=(',', ':'))}" for layer in content.pop("layers"))
     head = json.dumps(content, indent=2).removesuffix("\n}")
@@ -102,7 +102,7 @@ def _heads(layer: Any, where: str, geometry: Geometry, mapped: Counts) -> list[l
 
 
 def _refuse_fewer_heads(layers: Sequence[dict[str, Any]], name: str, geometry: Geometry) -> None:
-    """A layer may leave heads out, but the last head of a model stands in some layer of its list."""
+    """Refuse a list of a model with fewer heads: a list may leave heads out, but some layer names the last head."""
     highest, last = max((int(head) for layer in layers for head in layer), default=None), geometry.num_qo_heads - 1
     if highest != last:
         names = "no heads" if highest is None else f"heads up to {highest}"

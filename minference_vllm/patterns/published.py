@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lists that MInference's release holds, and the models that they are for: what the shipped files are made of.
+"""The lists that MInference's release holds, and the models that they are for: the shipped files are made from them.
 
 MINFERENCE_SKIP_CUDA_BUILD=TRUE pip download --no-binary :all: --no-deps --no-build-isolation minference==0.1.6.0
 """
@@ -18,8 +18,8 @@ FOLDER = "minference/configs"
 NAMES = "model2path.py"
 LICENCE = "MIT, Copyright (c) Microsoft Corporation"
 
-# By the list's name up to the words that all have: layers, query heads, KV heads and their size, from the models'
-# config.json, for a list says no more than layers and query heads.
+# By the beginning of a list's name, before the words that all names share: layers, query heads, KV heads and head size.
+# They come from the models' config.json, because a list tells no more than layers and query heads.
 GEOMETRIES = {
     "GLM_4_9B_1M_instruct": (40, 32, 4, 128),
     "Llama_3.1_70B_Instruct_128k": (80, 64, 8, 128),
@@ -63,7 +63,8 @@ def _models(path: Path) -> dict[str, list[str]]:
     """Names of models by their list, from the assignment in MInference's module, which is read and not run."""
     models: dict[str, list[str]] = {}
     try:
-        # Without a name, Python looks for the lines that its errors show in a file "<unknown>".
+        # The path is given because Python would otherwise search for a file named "<unknown>" to show lines of it in
+        # errors.
         tree = ast.parse(read_file(path, str(path)), str(path))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{path} cannot be read as Python: {error}.") from None

@@ -41,13 +41,13 @@ class PatternSizes(Strict):
     """Diagonals nearest to the row that are always kept; they count towards a head's diagonals."""
 
     def settings(self, heads: Sequence[Any]) -> VerticalSlashSettings:
-        """The method's, with sizes that none of these heads exceeds."""
+        """The method's settings, with sizes that none of these heads exceeds."""
         sizes = [head[-2:] for head in heads] or [(1, 1)]
         columns, diagonals = (max(size[at] for size in sizes) for at in (0, 1))
         return VerticalSlashSettings(**self.model_dump(), vertical_size=columns, slash_size=diagonals)
 
     def budget(self, head: Any) -> tuple[int, int, int, int]:
-        """A row of VerticalSlash.budgets: of the first keys and the nearest alone all is forced."""
+        """A head's row of VerticalSlash.budgets. An A-shape consists of forced keys only: the first and the nearest."""
         if head[0] == A_SHAPE:
             return head[1], head[2], head[1], head[2]
         return head[0], head[1], self.sink_tokens, self.local_tokens
@@ -87,16 +87,16 @@ class PatternShares(Strict):
     """A tile that wants more than this share of the groups keeps all."""
 
     def settings(self, heads: Sequence[Any]) -> BlockSettings:
-        """The method's, with a share that none of these heads exceeds."""
+        """The method's settings, with a share that none of these heads exceeds."""
         return BlockSettings(**self.model_dump(), share=max(heads, default=1.0))
 
     def budget(self, head: Any) -> float:
-        """A row of Block.budgets."""
+        """A head's row of Block.budgets."""
         return float(head)
 
 
 def _name_of(method: Any) -> str:
-    """A method without a name is the one that the format began with."""
+    """A method's name; without one it is vertical_slash, with which the format began."""
     return str(method.get("name", SIZES) if isinstance(method, dict) else getattr(method, "name", SIZES))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pattern files that come with the package, and which of them is a model's."""
+"""The pattern files that come with the package, and which of them belongs to a model."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from importlib.resources import files
 from minference_vllm.patterns.file import PatternFile, parse_pattern
 
 CACHED = re.compile(r"/models--(?:[^/]+--)?([^/]+)/snapshots/")
-"""Where Hugging Face's cache keeps a model: without a network vLLM puts this path in place of the name."""
+"""Where Hugging Face's cache keeps a model. Without a network, vLLM puts this path in place of the model's name."""
 
 
 def shipped() -> dict[str, str]:
@@ -30,7 +30,7 @@ def find(names: Iterable[str]) -> tuple[str, PatternFile] | None:
 
 
 def shown(name: str) -> str:
-    """A model's name for the log: of a folder its last part, or the name by which Hugging Face's cache keeps it."""
+    """A model's name for the log: the last part of a path, or the name under which Hugging Face's cache keeps it."""
     if cached := CACHED.search(f"{name}/"):
         return cached[1]
     return os.path.basename(name.rstrip("/")) if os.path.isabs(name) or os.path.isdir(name) else name

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a choice: what each head kept for a prompt."""
+"""Pictures of what each head kept for a prompt."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at what a method chooses for one prompt, as a picture needs it: counted in cells of some rows by some keys.
+"""Records what a method chooses for one prompt, as a picture needs it: counted in cells of some rows by some keys.
 
-It stands in the chooser's place (attention.Chooser), so what it sees is what is attended to. It waits for the device.
+It takes the place of the chooser (attention.Chooser), so it sees exactly the keys that are attended to. It waits for
+the device.
 """
 
 from collections.abc import Collection, Iterator
@@ -17,18 +18,18 @@ from minference_vllm.methods import Method
 from minference_vllm.reference.attend import kept_before, kept_by_tile
 
 MAX_CELLS = 256
-"""Along each side of a map. Of longer prompts some tiles are left out, evenly, and cells are of more keys."""
+"""Cells along each side of a map, at most. In longer prompts tiles are left out, evenly, and a cell spans more keys."""
 
 
 @dataclass(slots=True)
 class LayerChoice:
-    """What the heads of one layer kept, of the tiles that are looked at.
+    """What the heads of one layer kept, in the tiles that are looked at.
 
     Attributes:
         kept: [num_heads, rows, columns] float32, row-key pairs kept in each cell; None if no map is wanted.
         causal: [rows, columns] float32, pairs of each cell that dense attention would compute.
-        kept_pairs: [num_heads] float64, of all cells.
-        causal_pairs: of one head.
+        kept_pairs: [num_heads] float64, pairs kept in all cells.
+        causal_pairs: pairs of one head that dense attention would compute.
     """
 
     kept: torch.Tensor | None
@@ -56,7 +57,7 @@ class Capture:
 
     Attributes:
         layers: by position, see LayerState.
-        tile_step: of so many tiles one is looked at.
+        tile_step: one of so many tiles is looked at.
         cell: rows and keys that a cell stands for.
         size: rows and columns of a map, in cells.
     """
@@ -104,7 +105,7 @@ class Capture:
         return LayerChoice(kept, torch.zeros(self.size), torch.zeros(num_heads, dtype=torch.float64))
 
     def _cells(self, groups: torch.Tensor) -> torch.Tensor:
-        """[columns], of a number for each group from the first on."""
+        """[columns]: the sums over each column of a number that is given for each group, from the first group on."""
         number = torch.arange(len(groups)) * GROUP // self.cell[1]
         cells = torch.zeros(max(self.size[1], int(number[-1]) + 1), dtype=torch.int64)
         # The tile's last groups may lie past the prompt's end, where no row sees a key.

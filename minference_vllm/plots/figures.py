@@ -22,10 +22,10 @@ DPI = 160
 
 
 def need_matplotlib() -> None:
-    """Say how to get it before an engine is started for nothing.
+    """Refuse to go on without matplotlib, before an engine is started in vain.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed; the message says how to get it.
     """
     try:
         import matplotlib  # noqa: F401
@@ -34,7 +34,7 @@ def need_matplotlib() -> None:
 
 
 def draw_heads(capture: Capture, position: int, recall: Sequence[float] | None, title: str) -> "Figure":
-    """A map for each head of a layer: rows downwards, keys to the right, the darker the more of a cell is kept."""
+    """A map for each head of a layer, rows downwards, keys to the right: the darker, the more of a cell is kept."""
     from matplotlib.colors import PowerNorm
 
     choice = capture.layers[position]
@@ -42,7 +42,7 @@ def draw_heads(capture: Capture, position: int, recall: Sequence[float] | None, 
     across = min(8, max(3, round(num_heads**0.5)), num_heads)
     down = -(-num_heads // across)
     figure = _figure(across * PANEL + 1.1, down * (PANEL + 0.3) + 0.9, title)
-    # Cells are whole, and the prompt ends within the last ones.
+    # In thousands of tokens. Cells are whole, so a map may reach beyond the prompt's end.
     rows, keys = (cells * each / 1000 for cells, each in zip(capture.size, capture.cell, strict=True))
     end = capture.num_tokens / 1000
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
@@ -51,7 +51,7 @@ def draw_heads(capture: Capture, position: int, recall: Sequence[float] | None, 
         if head >= num_heads:
             axes.set_axis_off()
             continue
-        # A column is one key of a cell's sixteen or more: on a straight scale it would not show.
+        # A kept column is one key of a cell's sixteen or more, and would not show on a linear scale.
         norm = PowerNorm(0.5, vmin=0, vmax=1)
         shares, extent = choice.shares(head).numpy(), (0, keys, rows, 0)
         image = axes.imshow(shares, cmap=_map(KEPT), norm=norm, extent=extent, interpolation="nearest", aspect="auto")
@@ -86,7 +86,7 @@ def draw_model(density: Any, recall: Any, title: str) -> "Figure":
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
-    """An empty figure of this size in inches; each line of its title is broken where it ends."""
+    """An empty figure of this size in inches. Lines of the title that are too long are broken."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
@@ -109,7 +109,7 @@ def _number(axes: "Axes", num_layers: int, num_heads: int) -> None:
 
 
 def _map(name: str) -> Any:
-    """Colours of a scale, with one for where there is nothing."""
+    """A colour scale that has its own colour for cells without a value."""
     import matplotlib
 
     return matplotlib.colormaps[name].with_extremes(bad=NO_KEY)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has vLLM read one prompt in this process, and looks at what is chosen on the way."""
+"""Has vLLM read one prompt in this process, and records what is chosen for it."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from minference_vllm.patterns import TAKES, Resolved
 from minference_vllm.plots.capture import Capture
 from minference_vllm.recall import LayerRecall
 
-LETTERS = 4  # of a usual text in a token
+LETTERS = 4  # letters in a token of ordinary text
 MARGIN = 64  # tokens
 
 
@@ -25,9 +25,9 @@ class PromptChoice:
 
     Attributes:
         method: its settings, in one line.
-        num_layers: the plugin's, dense ones included.
-        capture: what was kept, by position among those layers, of those that ran sparse.
-        recall: of the same layers, before the guard acted.
+        num_layers: number of the plugin's layers, dense ones included.
+        capture: what was kept by the layers that ran sparse, by their position among all of the plugin's.
+        recall: of those layers, before the guard acted.
     """
 
     method: str
@@ -79,11 +79,11 @@ def tokens_of(model: str, text: str, most: int | None) -> list[int]:
 
 
 def _first_tokens(tokenizer: Any, text: str, most: int) -> list[int]:
-    """The first tokens of a text, of which no more is encoded than it takes: a novel needs half a minute."""
+    """The first tokens of a text. Only as much text as needed is encoded, because a whole novel takes half a minute."""
     letters = LETTERS * (most + MARGIN)
     while True:
         tokens: list[int] = tokenizer.encode(text[:letters])
-        # Where a text is cut, its last tokens may be others.
+        # The last tokens before a cut may differ from those of the whole text, hence MARGIN more than needed.
         if len(tokens) >= most + MARGIN or letters >= len(text):
             return tokens[:most]
         letters *= 2
@@ -101,9 +101,9 @@ def read_prompt(
     Args:
         model: directory, or name on the hub.
         tokens: of the prompt.
-        settings: of the plugin, over those of MINFERENCE_CONFIG; the gate is open whatever they say.
-        engine: arguments of vllm.LLM, over those that are set here.
-        mapped: positions of the layers whose maps are wanted; None for some, evenly.
+        settings: of the plugin, which override MINFERENCE_CONFIG's; but the gate is always open.
+        engine: arguments of vllm.LLM, which override those set here.
+        mapped: positions of the layers whose maps are wanted; None for some that are evenly spread.
 
     Raises:
         ConfigError: nothing of the prompt ran sparse, or it has no such layer.
@@ -123,7 +123,7 @@ def read_prompt(
 
 
 def by_position(layers: Sequence[SparseLayer], measured: Mapping[int, LayerRecall]) -> dict[int, LayerRecall]:
-    """What was measured of layers, by their positions instead of their numbers; of dense ones there is nothing."""
+    """What was measured, by the layers' positions instead of their numbers. Nothing is measured in dense layers."""
     return {layer.position: measured[layer.number] for layer in layers if layer.number in measured}
 
 
@@ -136,14 +136,15 @@ def described(resolved: Resolved) -> str:
 
 
 def refuse_layers(model: str, mapped: Collection[int]) -> None:
-    """Refuse layers beyond those in the model's config.json, which takes no engine; what cannot be read, one will say.
+    """Refuse layers that the model's config.json does not have. No engine is needed for this; if the file cannot be
+    read, the engine will say so later.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: one is beyond the last layer.
     """
     try:
         num_layers = int(engines.text_config(model).num_hidden_layers)
-    except Exception:  # vLLM and transformers have no one kind of exception for what they refuse
+    except Exception:  # vLLM and transformers have no common exception for a refusal
         return
     wanted(mapped, num_layers)
 
@@ -162,6 +163,6 @@ def wanted(mapped: Collection[int] | None, num_layers: int) -> Collection[int]:
 
 
 def spread(num_layers: int, count: int = 6) -> list[int]:
-    """So many of the layers, evenly, the first and the last among them."""
+    """As many layers as `count` says, evenly spread, including the first and the last."""
     last = num_layers - 1
     return sorted({round(at * last / max(count - 1, 1)) for at in range(count)})

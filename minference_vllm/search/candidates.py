@@ -8,20 +8,20 @@ from minference_vllm.methods.block import BlockSettings
 from minference_vllm.patterns.shared import A_SHAPE, SHARES, SIZES, PatternShares, PatternSizes
 
 DEFAULT = BlockSettings().share
-"""Of the method that a server without a pattern file runs."""
+"""The share of the method that a server without a pattern file runs."""
 
 ROUGH = 0.5
-"""The share of block at which it is measured what an error of a layer does to the next tokens: little enough is kept
-for the effect of one layer alone to show."""
+"""The share of block with which the effect of a layer's error on the next tokens is measured. It keeps so little that
+the effect of a single layer shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """One method's.
+    """The candidates of one method.
 
     Attributes:
-        shared: what all heads share.
-        heads: what one may keep, as a pattern file says it.
+        shared: the settings that all heads share.
+        heads: what a head may keep, in the form of a pattern file.
     """
 
     shared: PatternShares | PatternSizes
@@ -33,13 +33,13 @@ class Candidates:
 
     @property
     def settings(self) -> Any:
-        """The method's, with room for each candidate."""
+        """The method's settings, with room for each candidate."""
         return self.shared.settings(self.heads)
 
 
 CANDIDATES = {
     SHARES: Candidates(
-        # With the smallest share little more is kept than what always is: the first keys and the nearest.
+        # With the smallest share little is kept beyond the first and the nearest keys, which are always kept.
         PatternShares(name="block"),
         (0.05, ROUGH, 0.65, 0.75, 0.8, DEFAULT, 0.88, 0.92, 0.96),
     ),
@@ -48,4 +48,4 @@ CANDIDATES = {
         ((A_SHAPE, 128, 1024), (30, 800), (500, 700), (1000, 1000), (3500, 100), (1000, 4096), (1000, 6096)),
     ),
 }
-"""By the method's name. Most sizes are those that MInference's search tries (arXiv 2407.02490)."""
+"""Candidates by the method's name. Most sizes are those that MInference's search tries (arXiv 2407.02490)."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which candidate each head gets: the least harm within a budget of cost.
 
-At a price for cost, heads and layers are independent of each other, and the best choice of each is known. The lowest
-price at which all of them together can be paid is found by bisection. Steps between candidates are coarse, so that some
-of the budget may be left; it is spent on what then helps most for what it costs.
+Once cost has a price in units of harm, heads and layers are independent of each other, and the best choice for each is
+easy to find. Bisection finds the lowest price at which all of these choices together stay within the budget. Candidates
+are coarse steps, so part of the budget may be left; it is spent on the change that then helps most for its cost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 BISECTIONS = 60
-"""The price is then known to 2^-60 of what it is sought below."""
+"""The price is then known to 2^-60 of the interval in which it was searched for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +24,18 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
-    """Of one layer.
+    """The options of one layer.
 
     Attributes:
-        heads: for each head one option a candidate, in the order of the candidates.
-        dense: what the layer costs with all keys; it harms nothing then.
+        heads: for each head, one option for each candidate, in the order of the candidates.
+        dense: the cost of the layer with all keys, with which it does no harm.
     """
 
     heads: tuple[tuple[Option, ...], ...]
     dense: float
 
     def price(self, chosen: "Chosen") -> Option:
-        """What a choice comes to."""
+        """The harm and the cost of a choice."""
         if chosen is None:
             return Option(0.0, self.dense)
         options = [head[at] for head, at in zip(self.heads, chosen, strict=True)]
@@ -48,7 +48,7 @@ Chosen = tuple[int, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What all layers get, and what that comes to."""
+    """What each layer gets, and the harm and the cost of all together."""
 
     layers: tuple[Chosen, ...]
     harm: float
@@ -61,7 +61,7 @@ class Choice:
 
 
 class _Step(NamedTuple):
-    """A change of one layer that harms less."""
+    """A change of one layer that lessens its harm."""
 
     layer: int
     chosen: Chosen
@@ -70,7 +70,7 @@ class _Step(NamedTuple):
 
 
 def choose(layers: Sequence[LayerOptions], budget: float) -> Choice | None:
-    """The least harm for no more than the budget, as far as prices find it; None if nothing is so cheap."""
+    """The choice of least harm within the budget, as far as a price finds it; None if even the cheapest costs more."""
     best = at_price(layers, 0.0)
     if best.cost <= budget:
         return best
@@ -93,7 +93,7 @@ def choose(layers: Sequence[LayerOptions], budget: float) -> Choice | None:
 
 
 def at_price(layers: Sequence[LayerOptions], price: float) -> Choice:
-    """What does the least harm if a unit of cost counts as so much harm; of equals the cheapest."""
+    """The choice that minimises harm + price * cost; of equal ones, the cheapest."""
     return Choice.of(layers, [_layer_at_price(layer, price) for layer in layers])
 
 
@@ -106,7 +106,7 @@ def _layer_at_price(layer: LayerOptions, price: float) -> Chosen:
 
 
 def _spend(layers: Sequence[LayerOptions], choice: Choice, budget: float) -> Choice:
-    """Take the step that helps most for what it costs, as long as one can be paid."""
+    """Take the step that lessens harm most for its cost, again and again, while one fits the budget."""
     while True:
         steps = [step for step in _steps(layers, choice) if choice.cost + step.cost <= budget]
         if not steps:
@@ -119,7 +119,7 @@ def _spend(layers: Sequence[LayerOptions], choice: Choice, budget: float) -> Cho
 
 
 def _steps(layers: Sequence[LayerOptions], choice: Choice) -> Iterator[_Step]:
-    """Another candidate for one head, or all keys for all heads of a layer, wherever that harms less."""
+    """Every other candidate for one head, or all keys for all heads of a layer, that lessens harm."""
     for number, (layer, chosen) in enumerate(zip(layers, choice.layers, strict=True)):
         if chosen is None:
             continue

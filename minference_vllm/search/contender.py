@@ -24,14 +24,14 @@ class Contender:
     """A method and what it brings to each layer.
 
     Attributes:
-        layers: by position among the plugin's; a layer that is left out attends to all keys.
+        layers: by position among the plugin's layers; a layer that is missing here attends to all keys.
     """
 
     method: Method
     layers: Mapping[int, LayerState]
 
     def __call__(self, _: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
-        """See attention.Chooser: in the place of the engine's own method."""
+        """See attention.Chooser. The engine's own method is ignored."""
         ours = self.layers.get(layer.position)
         return every_key(chunk) if ours is None else choose(self.method, chunk, ours)
 
@@ -41,8 +41,8 @@ class Ground:
     """What all contenders share: the model's layers that may run sparse, and the device.
 
     Attributes:
-        indices: of these layers in the whole model, by position among the plugin's.
-        shape: of their scratch.
+        indices: the layers' indices in the whole model, by their positions among the plugin's layers.
+        shape: of the layers' scratch.
         floors: of the guard, as in service.
     """
 
@@ -64,7 +64,7 @@ class Ground:
         return contenders
 
     def of_settings(self, settings: Any) -> Contender:
-        """A method as it is served without a pattern file."""
+        """A method with these settings, as it is served without a pattern file."""
         method = make_method(settings, self.kernel)
         budgets = method.budgets(self.shape.num_qo_heads, self.device)
         return self._served(method, dict.fromkeys(self.indices, budgets))

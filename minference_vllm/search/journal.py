@@ -12,10 +12,10 @@ WHAT = "a file of measurements of this version"
 
 
 class Origin(Line):
-    """The first line: what the measurements belong to. A search with anything else begins anew."""
+    """The first line: what the measurements belong to. A search that differs in any of it begins anew."""
 
     version: str
-    """Of this package."""
+    """Version of this package."""
     vllm: str
     device: str
     model: str
@@ -25,11 +25,11 @@ class Origin(Line):
     prompts: int
     seed: int
     cost: str
-    """What it is counted in."""
+    """What cost is counted in."""
     engine: str
-    """Its options, JSON."""
+    """The engine's options, as JSON."""
     candidates: tuple[str, ...]
-    """By method, as in a pattern file."""
+    """The candidates by method, in the form of a pattern file."""
 
 
 class TrialLine(Line):
@@ -45,17 +45,17 @@ class LayerLine(Line):
     """See meter.LayerTrials."""
 
     position: int
-    """Of the layer among the plugin's."""
+    """The layer's position among the plugin's layers."""
     dense: float
     norm: float
     trials: tuple[TrialLine, ...]
 
 
 class Entry(Line):
-    """A measurement: of all candidates in all layers, or of what the rough candidate in one layer does."""
+    """A measurement: of all candidates in all layers, or of the effect of the rough candidate in one layer."""
 
     prompt: int
-    """Its number."""
+    """The prompt's number."""
     layers: tuple[LayerLine, ...] | None = None
     position: int | None = None
     kl: float | None = None
@@ -65,8 +65,8 @@ class Journal:
     """The measurements of a search.
 
     Args:
-        path: of the file; it is made, or gone on with.
-        origin: what they are to belong to.
+        path: of the file; it is created, or continued if it exists.
+        origin: what the measurements must belong to.
 
     Raises:
         ConfigError: the file belongs to something else.
@@ -76,16 +76,16 @@ class Journal:
         self._file = LineFile(path, origin, Entry, WHAT)
 
     def add_trials(self, prompt: int, layers: Mapping[int, LayerTrials]) -> None:
-        """What came of all candidates for a prompt, by the position of the layer."""
+        """Add the results of all candidates for a prompt, by the layer's position."""
         lines = [LayerLine(position=position, **asdict(trials)) for position, trials in layers.items()]
         self._file.add(Entry(prompt=prompt, layers=tuple(lines)))
 
     def add_kl(self, prompt: int, position: int, kl: float) -> None:
-        """What the rough candidate in one layer did to a prompt's next tokens."""
+        """Add the effect of the rough candidate in one layer on a prompt's next tokens."""
         self._file.add(Entry(prompt=prompt, position=position, kl=kl))
 
     def trials(self) -> dict[int, dict[int, LayerTrials]]:
-        """By prompt, and by the position of the layer."""
+        """The results by prompt and layer position."""
         return {
             entry.prompt: {layer.position: _trials(layer) for layer in entry.layers}
             for entry in self._file.lines
@@ -93,7 +93,7 @@ class Journal:
         }
 
     def kls(self) -> dict[tuple[int, int], float]:
-        """By prompt and the position of the layer."""
+        """The effects of the rough candidate, by prompt and layer position."""
         return {
             (entry.prompt, entry.position): entry.kl
             for entry in self._file.lines

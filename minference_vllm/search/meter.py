@@ -21,16 +21,16 @@ from minference_vllm.tuning.timing import dense_attention
 Marks = tuple[torch.cuda.Event, ...]
 
 HEAD_START = 1_000_000
-"""Cycles of the GPU's clock, about half a millisecond: in that time all kernels of a layer are launched."""
+"""GPU clock cycles, about half a millisecond: enough for the host to launch all kernels of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What came of one contender in one layer.
+    """The result of one contender in one layer.
 
     Attributes:
-        choosing, attending: what it costs, in ms, or in worked-on pairs where no time is taken.
-        pairs: worked on by each head.
+        choosing, attending: its costs in ms, or in pairs worked on where no time is taken.
+        pairs: those that each head worked on.
         errors: squared difference of each head's output from dense attention's.
     """
 
@@ -42,10 +42,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class LayerTrials:
-    """What came of all contenders in one layer.
+    """The results of all contenders in one layer.
 
     Attributes:
-        dense: what dense attention costs, as Trial's.
+        dense: the cost of dense attention, in the unit of Trial's costs.
         norm: square of dense attention's output, of all heads.
         trials: in the contenders' order; None where a contender keeps the layer dense.
     """
@@ -72,7 +72,7 @@ class Meter:
 
     Args:
         contenders: to try.
-        attend: what attending to all keys writes beside the output.
+        attend: buffers for what attending to all keys writes beside the output.
         repeats: timed runs of each contender and chunk; 0 takes no times.
     """
 
@@ -133,7 +133,7 @@ class Meter:
         return index, marks
 
     def _timed(self, run: Callable[[Callable[[], None]], Any]) -> list[Marks]:
-        """Run once to warm up, which is all if no time is taken, and then under the clock."""
+        """Run once to warm up, and then, if times are taken, under the clock."""
         run(lambda: None)
         spans = []
         for _ in range(self._repeats):
@@ -144,7 +144,7 @@ class Meter:
                 event.record()
                 marks.append(event)
 
-            # The device waits, so that all of the run is in its queue before it begins: Python is not what is timed.
+            # The device waits until the whole run is in its queue, so that Python's time is not measured.
             torch.cuda._sleep(HEAD_START)
             run(mark)
             spans.append(tuple(marks))
@@ -175,5 +175,5 @@ class Meter:
 
 
 def _milliseconds(chunks: Sequence[Sequence[Marks]], step: int) -> float:
-    """Of one step between two marks: the median of each chunk's runs, of all chunks together."""
+    """Milliseconds of the step between two marks: the median of each chunk's runs, summed over the chunks."""
     return sum(statistics.median(marks[step].elapsed_time(marks[step + 1]) for marks in runs) for runs in chunks)

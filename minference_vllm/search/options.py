@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From measurements to what is chosen from: each head's share of what a layer's candidates cost, and what they harm."""
+"""Turns measurements into options: each head's part of a candidate's cost in its layer, and the harm it does."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,17 @@ from minference_vllm.search.choice import LayerOptions, Option
 from minference_vllm.search.meter import LayerTrials, Trial
 
 Measured = Sequence[Mapping[int, LayerTrials]]
-"""Of each prompt, by the position of the layer."""
+"""The results for each prompt, by the layer's position."""
 
 LEAST = 1e-30  # in place of zero, to divide by
 
 
 def weights(measured: Measured, kls: Sequence[Mapping[int, float]], rough: int) -> dict[int, float]:
-    """What a relative output error of a layer does to the next tokens: nats a unit of squared error.
+    """How much a layer's relative output error changes the next tokens: nats for each unit of squared error.
 
     Args:
         kls: KL divergence of each prompt with the rough candidate in one layer alone, by the layer's position.
-        rough: number of that candidate.
+        rough: the rough candidate's number.
     """
     return {
         position: _mean([of[position] for of in kls]) / max(sum(_errors(measured, position, rough)), LEAST)
@@ -31,7 +31,7 @@ def layer_options(measured: Measured, weight: Mapping[int, float], candidates: r
 
     Args:
         weight: see `weights`.
-        candidates: numbers of those of one method.
+        candidates: the numbers of one method's candidates.
     """
     layers = []
     for position in measured[0]:
@@ -46,13 +46,13 @@ def layer_options(measured: Measured, weight: Mapping[int, float], candidates: r
 
 
 def total_cost(layers: Mapping[int, LayerTrials], contender: int) -> float:
-    """What a contender costs in all layers, those that it keeps dense included."""
+    """A contender's cost in all layers, including those that it keeps dense."""
     trials = ((layer, layer.trials[contender]) for layer in layers.values())
     return sum(layer.dense if trial is None else trial.choosing + trial.attending for layer, trial in trials)
 
 
 def _costs(measured: Measured, position: int, candidate: int, alike: range) -> list[float]:
-    """Each head's part. Choosing costs the same whatever is kept, and each head alike; attending costs by pairs."""
+    """Each head's part of the cost. Choosing costs all heads and candidates the same; attending is divided by pairs."""
     shares = []
     for prompt in measured:
         trial = _trial(prompt, position, candidate)
@@ -62,7 +62,7 @@ def _costs(measured: Measured, position: int, candidate: int, alike: range) -> l
 
 
 def _errors(measured: Measured, position: int, candidate: int) -> list[float]:
-    """Each head's squared error, relative to the whole layer's output."""
+    """Each head's squared error, relative to the output of the whole layer."""
     shares = []
     for prompt in measured:
         norm, trial = prompt[position].norm, _trial(prompt, position, candidate)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much work an index is, head by head, on the device and without waiting for it."""
+"""The work that an index causes, head by head; computed on the device, without waiting for it."""
 
 import torch
 
@@ -16,9 +16,9 @@ def every_key(chunk: Chunk) -> TileIndex:
 
 
 def worked_pairs(index: SparseIndex, chunk: Chunk) -> torch.Tensor:
-    """[num_qo_heads] float64: row-key pairs that are worked on, those of whole tiles.
+    """[num_qo_heads] float64: row-key pairs that the kernel works on, which are those of whole tiles.
 
-    Keys that two parts of an index hold are loaded twice, and count twice.
+    Keys that are in two parts of an index are loaded twice, and count twice.
     """
     first, count = chunk.first_tile, chunk.num_tiles
     if isinstance(index, TileIndex):

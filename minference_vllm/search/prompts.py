@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts to search with and others to check with: the user's texts, with facts hidden in them, asked for at the end.
 
-Text alone is predicted from what is near. Questions at the end have the next tokens depend on all of the prompt.
+Plain text can be predicted from nearby tokens. Questions at the end make the next tokens depend on the whole prompt.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from minference_vllm.evals.material import Material, Tokenizer, load_text
 from minference_vllm.evals.tasks import facts
 
 SCORED = 4096
-"""Tokens at a prompt's end whose prediction counts: some text, all questions and answers. Of short prompts a half."""
+"""Tokens at a prompt's end whose prediction counts: some text, all questions and answers. At most half a prompt."""
 
 Prompt = tuple[int, ...]
 
@@ -32,7 +32,7 @@ class Prompts:
 
 
 def make(model: str, data: Sequence[Path], lengths: Sequence[int], count: int, seed: int) -> Prompts:
-    """So many of both, of all texts and lengths in turns.
+    """`count` prompts to search with and as many to check with, taken from all texts and lengths in turn.
 
     Raises:
         ConfigError: a text cannot be read or is too short, or the model has no tokenizer.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that is searched, in vLLM in this process: reads prompts with any chooser in its layers."""
+"""The model that is searched, run by vLLM in this process. It can read prompts with any chooser in its layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from minference_vllm.search.contender import Ground
 from minference_vllm.search.prompts import Prompt, scored_from
 
 ROWS_AT_ONCE = 512
-"""Rows whose logits over the whole vocabulary are in memory at a time."""
+"""Rows whose logits over the whole vocabulary are in memory at the same time."""
 
 
 class Reader:
@@ -30,7 +30,7 @@ class Reader:
         ground: its layers that may run sparse.
 
     Raises:
-        ConfigError: it does not start, or is no model that can be searched.
+        ConfigError: the engine does not start, or the model cannot be searched.
     """
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A search from end to end: measure, choose, fit to the default's cost, check on other prompts."""
+"""A search from end to end: measures, chooses, fits the choice to the default's cost, and checks on other prompts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ from minference_vllm.search.reader import Reader
 from minference_vllm.search.verdict import Verdict
 
 FITS = 4
-"""Times that a choice is measured as a whole, and made anew for a budget that makes up for what it missed."""
+"""How often a choice is measured as a whole. After each time, the next choice gets a budget corrected by the result."""
 
 LEAST, AIM, MOST = 0.97, 0.99, 1.01
-"""A choice's cost, relative to the default's: between the outer two it is left as it is, else it is to be the inner."""
+"""A choice's cost relative to the default's: from LEAST to MOST it is accepted, else the next choice aims at AIM."""
 
 Say = Callable[[str], None]
-"""Is told what has been done, once a step."""
+"""Is told after each step what has been done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Found:
     """What a search found.
 
     Attributes:
-        file: the best, whether better than the default or not.
+        file: the best file, whether or not it is better than the default.
         verdict: on prompts that it was not searched with.
     """
 
@@ -51,7 +51,7 @@ class Search:
     Args:
         reader: the model.
         prompts: to search and to check with.
-        methods: names of those to try.
+        methods: names of the methods to try.
         repeats: timed runs of each candidate; 0 counts pairs in place of times.
     """
 
@@ -82,8 +82,8 @@ class Search:
 
         Args:
             name: of the model, in the file.
-            provenance: of the file; what was found is added.
-            journal: keeps what is measured, and knows what was measured before.
+            provenance: of the file; the verdict is added to its notes.
+            journal: keeps the measurements, including those of an earlier run.
             say: is told of progress.
 
         Raises:
@@ -110,11 +110,11 @@ class Search:
         return Found(file.model_copy(update={"provenance": provenance}), verdict)
 
     def _number(self, share: float) -> int:
-        """Of a contender."""
+        """The number of the contender that keeps this share."""
         return self._numbers[SHARES][CANDIDATES[SHARES].heads.index(share)]
 
     def _try_candidates(self, journal: Journal) -> Measured:
-        """What came of all candidates in all layers, by prompt."""
+        """The results of all candidates in all layers, by prompt."""
         known = journal.trials()
         for number, prompt in enumerate(self._prompts.searching):
             if number not in known:
@@ -124,7 +124,7 @@ class Search:
         return [known[number] for number in range(len(self._prompts.searching))]
 
     def _weigh_layers(self, journal: Journal) -> list[dict[int, float]]:
-        """What the rough candidate in one layer alone does to the next tokens, by prompt and position of the layer."""
+        """The effect of the rough candidate in one layer alone on the next tokens, by prompt and layer position."""
         rough, measured = self._contenders[self._number(ROUGH)], journal.kls()
         found = []
         for number, prompt in enumerate(self._prompts.searching):
@@ -147,9 +147,10 @@ class Search:
         budget: float,
         write: Callable[[Candidates, Choice], PatternFile],
     ) -> list[tuple[float, PatternFile]]:
-        """The choice that spends the default's cost, with the harm that is expected of it; none if all cost more.
+        """The choice that costs as much as the default, with its expected harm; empty if every choice costs more.
 
-        Heads that share a layer do not cost quite what they cost among their like.
+        It is measured and corrected, because heads with different candidates in a layer do not cost exactly what each
+        costs when all heads have the same one.
         """
         target = budget
         best: list[tuple[float, PatternFile]] = []
@@ -175,7 +176,7 @@ class Search:
         return ours / default
 
     def _check(self, file: PatternFile) -> Verdict:
-        """The file and the default as they are served, on prompts that nothing was searched with."""
+        """Compares the file with the default as they are served, on prompts that were not used for the search."""
         ours, default = self._ground.of_file(file), self._default
         kls: tuple[list[float], list[float]] = ([], [])
         costs = [0.0, 0.0]

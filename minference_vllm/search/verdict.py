@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SEVERAL = 2.0
-"""Standard errors on each side of a mean that are taken for noise."""
+"""Standard errors on each side of a mean that count as noise."""
 
 DEARER = 1.02
-"""What a file may cost on other prompts, relative to the default: less is noise of the clock and of the texts."""
+"""Most that a file may cost on other prompts, relative to the default. Up to here it is noise of clock and texts."""
 
 LEAST = 1e-6  # nats: a divergence below this is rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Both on the same prompts.
+    """The file and the default on the same prompts.
 
     Attributes:
-        default_kl, file_kl: divergence from dense attention's next tokens, of each prompt.
-        default_cost, file_cost: of all layers' attention, of all prompts.
+        default_kl, file_kl: divergence of the next tokens from dense attention's, for each prompt.
+        default_cost, file_cost: cost of the attention of all layers, over all prompts.
         unit: of the costs.
     """
 
@@ -33,12 +33,12 @@ class Verdict:
 
     @property
     def is_better(self) -> bool:
-        """Less divergence beyond noise, and no more cost."""
+        """Whether the file diverges less, beyond noise, and costs no more."""
         return self.interval[1] < 1 and self.cost_ratio <= DEARER
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the geometric mean of a prompt's divergence, file to default: prompts differ by factors."""
+        """Of a prompt's divergence, file / default: around the geometric mean, because prompts differ by factors."""
         logs = [
             math.log(max(new, LEAST) / max(old, LEAST)) for new, old in zip(self.file_kl, self.default_kl, strict=True)
         ]
@@ -50,7 +50,7 @@ class Verdict:
         return self.file_cost / self.default_cost
 
     def sentence(self) -> str:
-        """The figures, before and after."""
+        """The figures in words: the file's, then the default's."""
         low, high = self.interval
         ours, default = statistics.fmean(self.file_kl), statistics.fmean(self.default_kl)
         return (

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the gate belongs on one machine for one model: times dense and sparse prefill, finds where sparse wins."""
+"""Finds where the gate belongs for a model on a machine: times dense and sparse prefill, and sees where sparse wins."""

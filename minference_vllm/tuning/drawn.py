@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys are attended to where times are taken on random data, for each method.
+"""Which keys are attended to when times are taken on random data, for each method.
 
-Random queries and keys attend to everything alike, so a method finds in them what it finds in no real prompt. It does
-all its work there, as in service; what is attended to is drawn.
+Random queries attend to all random keys alike, so a method would keep other keys than on any real prompt. The method
+therefore does all its work as in service, but the keys that are then attended to are drawn at random.
 """
 
 from dataclasses import replace
@@ -21,16 +21,16 @@ from minference_vllm.tuning.masses import KeySets
 
 @singledispatch
 def drawn_choice(method: Method, chunk: Chunk, layer: LayerState, seed: int) -> Chooser:
-    """Who chooses the keys of this chunk; a method for which nothing is drawn chooses by itself.
+    """The chooser of keys for this chunk. A method for which nothing is drawn chooses by itself.
 
-    Drawing happens here, so that the chooser's time is the method's own.
+    Keys are drawn here and not by the chooser, so that the chooser takes the method's own time.
     """
     return choose
 
 
 @drawn_choice.register
 def _drawn_bands(method: VerticalSlash, chunk: Chunk, layer: LayerState, seed: int) -> Chooser:
-    """The probe in full, then the index of masses that lie elsewhere and that it cannot overwrite."""
+    """Runs the whole probe, then indexes drawn masses, which lie in buffers that the probe does not overwrite."""
     probe = layer.buffers.probe
     masses = replace(probe, vertical=torch.zeros_like(probe.vertical), slash=torch.zeros_like(probe.slash))
     KeySets(seed).overwrite(masses, chunk.seq_len, method.settings)
@@ -45,7 +45,7 @@ def _drawn_bands(method: VerticalSlash, chunk: Chunk, layer: LayerState, seed: i
 
 @drawn_choice.register
 def _drawn_groups(method: Block, chunk: Chunk, layer: LayerState, seed: int) -> Chooser:
-    """The whole choice, with as many boxes scored finely as on a real prompt; nothing of it is used."""
+    """Makes the whole choice, with as many boxes scored finely as on a real prompt, then uses drawn groups instead."""
     index = draw_groups(chunk, method, seed)
     chooser = as_on_real_prompts(method, chunk.seq_len)
 

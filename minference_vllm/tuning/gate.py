@@ -11,7 +11,7 @@ from minference_vllm.errors import ConfigError
 from minference_vllm.files import parse_json, read_file, write_file
 
 MIN_SPEEDUP = 1.02
-"""Less than this is noise."""
+"""A smaller speed-up is taken for noise."""
 
 
 class Timing(NamedTuple):
@@ -40,7 +40,7 @@ def write_gate(path: Path, min_seq_len: int) -> None:
     """Set min_seq_len in a file of settings, and leave its other settings as they are.
 
     Raises:
-        ConfigError: it cannot be read, written, or holds something else: it may have changed during the measurement.
+        ConfigError: the file cannot be read or written, or it is no longer valid: it may have changed while measuring.
     """
     name = str(path)
     settings = parse_json(read_file(path, name), name) if os.path.lexists(path) else {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups as `block` keeps them of real prompts, drawn."""
+"""Draws groups at random, as `block` keeps them on real prompts."""
 
 import torch
 
@@ -7,39 +7,40 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, TileIndex
 from minference_vllm.methods import Block
 
-# With the default settings a tile keeps this much of prompts of so many tokens, and less of longer ones: measured from
-# 7.8K to 28.2K tokens (docs/methods.md), carried on from there.
+# With the default settings a tile keeps the share DENSITY in prompts of AT_TOKENS tokens, and less in longer ones. This
+# was measured from 7.8K to 28.2K tokens (docs/methods.md); other lengths are extrapolated.
 DENSITY, AT_TOKENS, FALLS = 0.148, 28_200, 0.336
 FINE, FINE_AT_TOKENS, FINE_FALLS = 0.60, 27_500, 0.22
-"""Share of boxes that real prompts have scored finely (docs/methods.md), falling with length as density does."""
+"""Share of boxes that are scored finely on real prompts (docs/methods.md). It falls with length, as density does."""
 
 STAYS = 0.9
-"""Of a tile's groups, the part that the next tile keeps too. An assumption: neighbours look at much the same keys."""
+"""Share of a tile's groups that the next tile keeps too. An assumption: neighbours look at much the same keys."""
 
 
 def density_at(tokens: int) -> float:
-    """Share of the keys before a tile that it keeps, in a prompt of so many tokens."""
+    """Share of the keys before a tile that the tile keeps, in a prompt of this many tokens."""
     return min(1.0, DENSITY * (AT_TOKENS / tokens) ** FALLS)
 
 
 def fine_at(tokens: int) -> float:
-    """Share of the boxes before a tile that are scored finely, in a prompt of so many tokens."""
+    """Share of the boxes before a tile that are scored finely, in a prompt of this many tokens."""
     return min(1.0, FINE * (FINE_AT_TOKENS / tokens) ** FINE_FALLS)
 
 
 def as_on_real_prompts(method: Block, tokens: int) -> Block:
-    """The method, scoring as many boxes finely as on a real prompt of this length: random ones all look alike to it."""
+    """The method, limited to the boxes that it scores finely on real prompts: it cannot tell random boxes apart."""
     most = min(fine_at(tokens), method.settings.max_fine)
     return Block(method.settings.model_copy(update={"max_fine": most}), method.kernel)
 
 
 def draw_groups(chunk: Chunk, method: Block, seed: int, density: float | None = None) -> TileIndex:
-    """First groups, groups before the tile and random ones for each tile of the chunk and each head; and all groups for
-    tiles that keep all.
+    """For each tile of the chunk and each head: the first groups, those just before the tile, and random ones. Tiles
+    that keep everything get all groups.
 
     Args:
-        method: says how many groups are always kept, and which tiles keep all.
-        density: share of the groups before a tile that it keeps; None for that of real prompts of this length.
+        method: says how many groups are always kept, and which tiles keep everything.
+        density: share of the groups before a tile that the tile keeps; None for the share in real prompts of this
+            length.
     """
     density = density_at(chunk.seq_len) if density is None else density
     sink_groups, local_groups = method.sink_groups, method.local_groups
@@ -56,7 +57,7 @@ def draw_groups(chunk: Chunk, method: Block, seed: int, density: float | None = 
         forced[:, max(before - local_groups, 0) :] += 1
         tiles.append(forced.topk(kept).indices.int().sort(dim=1).values)
         redrawn = torch.rand(score.shape, device=device, generator=generator)
-        # A group that is drawn anew is kept as seldom as any.
+        # A group that is redrawn is no more likely to be kept than any other.
         score = torch.where(torch.rand(score.shape, device=device, generator=generator) < STAYS, score, redrawn)
     counts = torch.zeros(heads, len(tiles), 3, dtype=torch.int32, device=device)
     groups = torch.zeros(

@@ -16,7 +16,7 @@ class Heads(NamedTuple):
     head_dim: int
 
     def on_rank(self, tensor_parallel_size: int) -> "Heads":
-        """What one of so many GPUs holds; checks that the kernels take it.
+        """The heads on one of so many GPUs, which the kernels must support.
 
         Raises:
             ConfigError: they do not.
@@ -43,12 +43,12 @@ def of_model(model: str) -> Heads:
     """
     try:
         return from_config(engines.text_config(model))
-    except Exception as error:  # vLLM and transformers have no one kind of exception for what they refuse
+    except Exception as error:  # vLLM and transformers have no common exception for a refusal
         raise ConfigError(f"The heads of {model!r} cannot be read from its config.json: {error}") from None
 
 
 def from_config(config: Any) -> Heads:
-    """The heads of a Hugging Face configuration, which leaves out what is as usual."""
+    """The heads of a Hugging Face configuration, which may leave out what has its usual value."""
     heads = config.num_attention_heads
     return Heads(
         heads,

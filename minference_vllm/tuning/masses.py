@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masses as real prompts have them, drawn: random queries and keys attend to everything alike.
+"""Draws attention masses as real prompts have them, because random queries and keys attend to everything alike.
 
-Verticals are the sinks and random columns. Slashes are half a contiguous local band and half clusters at random
-distances.
+Verticals are the sinks and random columns. Half of the slashes are a contiguous local band, the others are clusters at
+random distances.
 """
 
 import torch
@@ -24,8 +24,9 @@ class KeySets:
     def overwrite(self, probe: ProbeBuffers, seq_len: int, settings: VerticalSlashSettings) -> None:
         """Put drawn masses in place of what the probe found for a chunk that ends at seq_len.
 
-        How much holds a share only real prompts tell: the sizes that go without one are drawn then, or the bounds where
-        these are less. Drawn masses are all alike, so a share that the forced entries do not hold keeps all of them.
+        Only real prompts tell how many entries hold a share. With a share, the default sizes are drawn instead, or the
+        bounds where these are smaller. Drawn masses are all alike, so a share that the forced entries do not hold keeps
+        all of them.
         """
         num_heads, device = len(probe.vertical), probe.vertical.device
         if (num_heads, seq_len) not in self._drawn:

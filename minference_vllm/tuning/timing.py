@@ -25,8 +25,8 @@ WARM_UPS = 3
 SEED = 0
 
 LOWEST_FLOORS = Floors(torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).tiny)
-"""Under which the guard looks for heads to attend again, as in service, and finds none: on random keys no choice keeps
-much attention, and under the floors of service all heads would."""
+"""Under these floors the guard looks for heads to attend again, as in service, but finds none. On random keys no choice
+keeps much attention, so under the floors of service all heads would be attended again."""
 
 Run = Callable[[], torch.Tensor]
 
@@ -34,7 +34,7 @@ Run = Callable[[], torch.Tensor]
 def make_state(method: Method, shape: ScratchShape, device: torch.device, measures: bool = True) -> LayerState:
     """A layer's budgets and scratch, outside a server.
 
-    If recall is measured, it and the guard cost their time, but no head is attended to again (LOWEST_FLOORS).
+    If recall is measured, measuring and the guard take their usual time, but no head is attended again (LOWEST_FLOORS).
     """
     heads = shape.num_qo_heads
     attend = AttendBuffers.allocate(heads, shape.max_chunk, device)
@@ -65,7 +65,7 @@ class Layer:
         has_fp8_kv: bool = False,
     ) -> None:
         self.heads, self.chunk = heads, chunk
-        # Random numbers are of a size that FP8 holds as they are.
+        # The random numbers are of a size that FP8 holds without scaling.
         self.dtype = FP8 if has_fp8_kv else torch.bfloat16
         self.fp8_scale = torch.ones(heads.num_kv_heads, device=device) if has_fp8_kv else None
         self.scale = heads.head_dim**-0.5
@@ -73,7 +73,7 @@ class Layer:
         pages = -(-max_len // PAGE_SIZE)
         cache = self._random(pages, PAGE_SIZE, heads.num_kv_heads, 2 * heads.head_dim).to(self.dtype)
         k, v = cache.transpose(1, 2).split(heads.head_dim, dim=-1)
-        # Pages of a busy server lie in no order.
+        # On a busy server, a request's pages lie in random order.
         table = torch.randperm(pages, device=device, generator=self.generator).to(torch.int32)[None]
         self.kv = PagedKV(k, v, table, 0, self.fp8_scale, self.fp8_scale)
         self.flash_attention = compat.flash_attention(heads.head_dim)
@@ -129,14 +129,14 @@ def measure(
     repeats: int,
     has_fp8_kv: bool = False,
 ) -> Iterator[Timing]:
-    """Dense and sparse times at each length, as they come."""
+    """Dense and sparse times of each length, given as soon as they are measured."""
     layer = Layer(heads, config, device, max(lengths), chunk, has_fp8_kv)
     for tokens in lengths:
         yield Timing(tokens, *median_ms(layer.attentions(tokens), repeats))
 
 
 def median_ms(runs: Sequence[Run], repeats: int) -> list[float]:
-    """Median GPU time of each, run in turns so that a change of clock meets them all."""
+    """Median GPU time of each run. Runs take turns, so that a change of the clock affects all of them."""
     for run in [*runs] * WARM_UPS:
         run()
     spans = [[_timed(run) for run in runs] for _ in range(repeats)]

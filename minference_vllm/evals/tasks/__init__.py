@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks: each makes prompts of a length from what it is given, a file a task."""
+"""The tasks, one file for each. A task makes prompts of a given length from the material."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,25 +9,25 @@ from minference_vllm.evals.sample import Sample
 from minference_vllm.evals.tasks import facts, needle, position, retrieval, ruler
 
 Maker = Callable[[Material, int, int], list[Sample]]
-"""Samples of a length: the material, tokens, how many."""
+"""Makes samples of one length from the material, the number of tokens, and the number of samples."""
 
 OF_TEXT: dict[str, Maker] = {"needle": needle.make, "facts": facts.make, "position": position.make}
-"""They need the user's text."""
+"""The tasks that need the user's text."""
 OF_NOTHING: dict[str, Maker] = {"retrieval": retrieval.make}
 OF_PROMPTS = "agreement"
-"""It needs the user's prompts."""
+"""The task that needs the user's prompts."""
 RULER = "ruler"
-"""All of RULER's tasks; `ruler:vt` is one of them."""
+"""Stands for all of RULER's tasks; `ruler:vt` is one of them."""
 RULER_TASKS = ruler.TASKS
 MAKERS = OF_NOTHING | OF_TEXT
 NAMES = (*MAKERS, OF_PROMPTS, RULER)
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Single tasks, RULER's thirteen for `ruler`, each once.
+    """The names of single tasks, each once; `ruler` is replaced by its thirteen tasks.
 
     Raises:
-        ConfigError: there is no task of a name.
+        ConfigError: no task has one of these names.
     """
     expanded: list[str] = []
     for name in names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""agreement: the user's own prompts. What the dense server answers is right by definition."""
+"""agreement: the user's own prompts. The dense server's answer counts as right."""
 
 from minference_vllm.evals.material import Material
 from minference_vllm.evals.sample import Kind, Sample
@@ -9,7 +9,7 @@ SHORTEST = 1024
 
 
 def make_all(material: Material) -> list[Sample]:
-    """One a prompt, in groups of a power of two tokens that prompt and answer fit in."""
+    """One sample for each prompt. Prompts are grouped by the power of two tokens in which prompt and answer fit."""
     samples: list[Sample] = []
     indices: dict[int, int] = {}
     for given in material.prompts:

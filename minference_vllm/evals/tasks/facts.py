@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """facts: twenty facts hidden in the user's text, all asked for at its end, the answers given.
 
-The model generates nothing: of each token of the answers it is asked whether it would have said it. So a prompt gives
-some hundred decisions, not one, and small losses show.
+The model generates nothing. Instead, each token of the given answers is checked: is it what the model would have said?
+A prompt thus gives some hundred decisions instead of one, so that small losses show.
 """
 
 import random
@@ -33,7 +33,7 @@ def _make(material: Material, tokens: int, index: int) -> Sample:
     room = tokens - SLACK - len(opening) - len(ending) - sum(map(len, hidden))
     check_room("facts", tokens, room, least=len(hidden))
     text = material.passage(room, lots)
-    # From the last place to the first, so that those before it stay where they are.
+    # From the last place to the first, so that earlier places stay valid while facts are inserted.
     for place, fact in zip(sorted(lots.sample(range(room), len(hidden)), reverse=True), hidden, strict=True):
         text[place:place] = fact
     prompt = opening + text
@@ -49,7 +49,7 @@ def _make(material: Material, tokens: int, index: int) -> Sample:
 
 
 def _questions(tokenizer: Tokenizer, numbers: dict[str, str], lots: random.Random) -> tuple[list[int], list[int]]:
-    """A question and its answer for each city, in random order; where in it the answers' tokens are."""
+    """A question and its answer for each city, in random order, and where the answers' tokens are in them."""
     tokens: list[int] = []
     answers: list[int] = []
     for city in lots.sample(CITIES, len(CITIES)):

@@ -15,7 +15,7 @@ DEPTHS = 10  # rows of the grid
 
 
 def make(material: Material, tokens: int, samples: int) -> list[Sample]:
-    """One a depth, from the start of the text to its end, and again from there."""
+    """One sample for each depth, from the start of the text to its end, and then again from the start."""
     levels = min(samples, DEPTHS)
     return [_make(material, tokens, index, (index % levels + 0.5) / levels) for index in range(samples)]
 

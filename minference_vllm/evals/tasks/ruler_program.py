@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one of RULER's generators: `python ruler_program.py GENERATOR [its options]`.
 
-Those that hide sentences in essays split these by NLTK, whose data are a download. Without them the essays are split at
-the ends of sentences by the rule below.
+Generators that hide sentences in essays split the essays with NLTK, whose data must be downloaded. Without its data,
+the essays are split at the ends of sentences by the rule below.
 """
 
 import re
@@ -35,7 +35,7 @@ def main() -> None:
 
         nltk.tokenize.sent_tokenize = split_sentences
     sys.argv = sys.argv[1:]
-    # The folder of this file is what Python put there; a generator imports what lies beside it.
+    # Python has put the folder of this file there, but a generator imports modules from its own folder.
     sys.path[0] = str(generator.parent)
     runpy.run_path(str(generator), run_name="__main__")
 
