@@ -57,7 +57,7 @@ def check(options: argparse.Namespace, without: bool = False, alternative: str =
     if options.serve_sparse and not serves:
         raise ConfigError("--serve-sparse adds to the options of --serve, which is not given.")
     if not without and not options.out:
-        raise ConfigError("Give --out, the folder of replies and report.")
+        raise ConfigError("Give --out: the folder for what is measured and for the report.")
     if needs_model and not options.model:
         raise ConfigError("Give --model, the name that the servers have for it, or what --serve is to serve.")
 
