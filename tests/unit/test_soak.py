@@ -125,7 +125,7 @@ def test_a_server_within_the_limits_exceeds_none() -> None:
         (make_found(SPARSE, sparse_tokens=0), "nothing ran sparse"),
         (replace(make_found(SPARSE), times=Found(SPARSE).times), "cannot be compared"),
         (replace(make_found(SPARSE), growth={"host": None, "gpu": None}), "too few samples of host"),
-        (replace(make_found(SPARSE), growth={"host": Growth(999, 257, 2000), "gpu": None}), "host memory grows by 257"),
+        (replace(make_found(SPARSE), growth={"host": Growth(999, 258, 2000), "gpu": None}), "host memory grows by 257"),
         (replace(make_found(SPARSE), growth={"host": Growth(1, 0, 2), "gpu": Growth(17, 17, 17)}), "gpu memory grows"),
     ],
 )
@@ -148,6 +148,15 @@ def test_a_dense_server_that_runs_sparse_is_none() -> None:
 def test_growth_that_noise_explains_is_none() -> None:
     noisy = replace(make_found(SPARSE), growth={"host": Growth(9000, -100, 18000), "gpu": None})
     assert limits.exceeded({DENSE: make_found(DENSE), SPARSE: noisy}, ("host",)) == []
+
+
+@pytest.mark.parametrize(("dense", "fails"), [(-50, True), (0, True), (43, True), (45, False)])
+def test_what_the_dense_server_grows_by_too_is_none(dense: float, fails: bool) -> None:
+    stock = replace(make_found(DENSE), growth={"host": Growth(dense, dense, dense), "gpu": None})
+    sparse = replace(make_found(SPARSE), growth={"host": Growth(999, 300, 2000), "gpu": None})
+    faults = limits.exceeded({DENSE: stock, SPARSE: sparse}, ("host",))
+    assert len(faults) == fails
+    assert all("more than dense's; 256 are allowed" in fault for fault in faults)
 
 
 def with_host(backend: str, level: float, step: float) -> Found:
@@ -199,7 +208,7 @@ def test_stretches_are_pooled(tmp_path: Path) -> None:
         write_stretch(tmp_path / "2.json", 2, {DENSE: make_found(DENSE, itl_s=0.5), SPARSE: grows}),
     ]
     [fault] = merge(paths, tmp_path / "all.json")
-    assert fault == f"{paths[1]}: host memory grows by 300 MiB an hour or more; 256 are allowed"
+    assert fault == f"{paths[1]}: host memory grows by 299 MiB an hour more than dense's; 256 are allowed"
     merged = json.loads((tmp_path / "all.json").read_text())
     assert [(row["stretch"], row["backend"]) for row in merged["rows"]] == [
         (1, DENSE), (1, SPARSE), (2, DENSE), (2, SPARSE), ("all", DENSE), ("all", SPARSE),
