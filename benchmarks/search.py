@@ -52,7 +52,11 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
 
 
 def search(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """x"""
+    """Run `minference-vllm search`.
+
+    Returns:
+        What the result records of the search, and under "file" the pattern file; None if the search wrote none.
+    """
     data = [second_half(name, max(options.tokens), folder) for name in options.search_texts or options.texts]
     out = (options.keep or folder) / "pattern.json"
     command = [
