@@ -43,15 +43,10 @@ from benchmarks.cells import Cell, make_cells
 from benchmarks.made_up import LLAMA_8B, TINY, write_model
 from benchmarks.processes import EngineProcess, serve_requests
 from benchmarks.rounds import NO_LIMITS, ORDER, ROUNDS, Limits, Rounds, judge
-from benchmarks.synthetic import GUARD, LOWEST_FLOORS
+from benchmarks.synthetic import GUARD, LOWEST_FLOORS, make_chooser
 from benchmarks.timing import say
 from benchmarks.ttft import MEMORY_OF_EACH, TINY_SETTINGS, WORK
-from minference_vllm.attention import Chooser, LayerState
-from minference_vllm.chunk import Chunk
 from minference_vllm.config import MInferenceConfig
-from minference_vllm.index import SparseIndex
-from minference_vllm.methods import Method
-from minference_vllm.tuning.drawn import drawn_choice
 
 LIMITS = Limits()
 LAYERS, TINY_LAYERS = 8, 2
@@ -63,19 +58,6 @@ LONG_SECONDS = 60.0
 16384 tokens, and reads them four times a round."""
 
 Row = dict[str, Any]
-
-
-def make_chooser(seed: int) -> Chooser:
-    """A chooser of drawn keys. Keys are drawn once for each place of a chunk, which happens during warm-up."""
-    drawn: dict[tuple[int, int, bool], Chooser] = {}
-
-    def choose_drawn(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
-        place = chunk.context_len, chunk.num_rows, chunk.may_end_prompt
-        if place not in drawn:
-            drawn[place] = drawn_choice(method, chunk, layer, seed)
-        return drawn[place](method, chunk, layer)
-
-    return choose_drawn
 
 
 def start(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:

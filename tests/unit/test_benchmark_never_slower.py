@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
 
 from benchmarks import DENSE, SPARSE, never_slower, results
 from benchmarks.cells import CHUNKS, PROMPTS, Cell, make_cells
 from benchmarks.never_slower import LIMITS, faults_of, time_cell
 from benchmarks.rounds import EXTENSION, FEWEST_JUDGED, OF_LONG
 from minference_vllm.budget import Budget
-from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.plan import Requests, make_plan
-from minference_vllm.runtime import Runtime
-from minference_vllm.scratch import ScratchShape
 
 RUN = {"gpu": "a card", "commit": "abc", "command": "python -m it", "date": "2026-01-01"}
 CONFIG = MInferenceConfig()
@@ -248,24 +244,3 @@ def test_parts_that_do_not_fit_are_refused(
             run("--merge", name)
     with pytest.raises(SystemExit, match="fit none of the cells, which are 1024/2048/1 "):
         run("--cells", "512/*")
-
-
-def test_what_is_attended_to_is_drawn_once_for_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Runtime(MInferenceConfig(log_every=0, recall_floor=0.0, row_recall_floor=0.0), torch.device("cpu"), False)
-    state = runtime.layer_state(ScratchShape(2, 1, 64, torch.float32, 2048, 512), 0, 1)
-    cache = torch.randn(128, 1, 16, 128)
-    kv = PagedKV(*cache.split(64, dim=-1), torch.arange(128, dtype=torch.int32)[None], 0)
-    draws = []
-    draw = never_slower.drawn_choice
-    monkeypatch.setattr(never_slower, "drawn_choice", lambda *of: draws.append(of[1].context_len) or draw(*of))
-    chooser = never_slower.make_chooser(seed=0)
-
-    def kept(context_len: int) -> torch.Tensor:
-        q = torch.randn(256, 2, 64)
-        return chooser(runtime.method, Chunk(q, torch.empty_like(q), kv, context_len, 0.1), state).counts[:, :, 0]
-
-    first = kept(1024)
-    assert torch.equal(first, kept(1024))
-    assert not torch.equal(first, kept(1280))
-    assert draws == [1024, 1280]
-    assert (first < torch.tensor([64, 72])).all()

@@ -82,3 +82,24 @@ def test_no_more_boxes_are_scored_than_real_prompts_of_the_length_have_scored(mo
         chooser(method, Chunk(q, torch.empty_like(q), kv, seq_len - 16, 0.1), state)
     assert shares == [method.settings.max_fine, fine_at(32768), fine_at(65536)]
     assert shares == sorted(shares, reverse=True)
+
+
+def test_what_is_attended_to_is_drawn_once_for_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(MInferenceConfig(log_every=0, recall_floor=0.0, row_recall_floor=0.0), torch.device("cpu"), False)
+    state = runtime.layer_state(ScratchShape(2, 1, 64, torch.float32, 2048, 512), 0, 1)
+    cache = torch.randn(128, 1, 16, 128)
+    kv = PagedKV(*cache.split(64, dim=-1), torch.arange(128, dtype=torch.int32)[None], 0)
+    draws = []
+    draw = synthetic.drawn_choice
+    monkeypatch.setattr(synthetic, "drawn_choice", lambda *of: draws.append(of[1].context_len) or draw(*of))
+    chooser = synthetic.make_chooser(seed=0)
+
+    def kept(context_len: int) -> torch.Tensor:
+        q = torch.randn(256, 2, 64)
+        return chooser(runtime.method, Chunk(q, torch.empty_like(q), kv, context_len, 0.1), state).counts[:, :, 0]
+
+    first = kept(1024)
+    assert torch.equal(first, kept(1024))
+    assert not torch.equal(first, kept(1280))
+    assert draws == [1024, 1280]
+    assert (first < torch.tensor([64, 72])).all()
