@@ -175,13 +175,11 @@ def test_layers_run_dense_by_the_file_or_by_the_setting(
     assert make_runtime(pattern_file, dense_layers=dense_layers).dense_layers == expected
 
 
-def test_without_a_file_the_worker_runs_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(runtime.logger, "info", lambda text, *of: lines.append(text % of))
+def test_without_a_file_the_worker_runs_block(log_lines: list[tuple[str, str]]) -> None:
     worker = make_runtime(None)
     assert isinstance(worker.method, Block)
     assert worker.dense_layers == frozenset()
-    assert "MInference: no pattern file for a model or its alias: the method is block." in lines
+    assert ("INFO", "MInference: no pattern file for a model or its alias: the method is block.") in log_lines
 
 
 def test_metrics_name_the_method_that_auto_comes_to(pattern_file: str) -> None:

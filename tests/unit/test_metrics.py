@@ -88,22 +88,35 @@ def wait_until(condition) -> None:
         time.sleep(0.005)
 
 
-def test_the_thread_publishes_a_change_once(tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder in which workers publish, a hundred times as often as in service."""
     monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
     monkeypatch.setenv(METRICS_DIR, str(tmp_path))
+    return tmp_path
+
+
+def published(folder) -> list[Snapshot]:
+    return list(exporter.DirectoryCollector(str(folder))._snapshots())
+
+
+def clear(folder) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def test_the_thread_publishes_a_change_once(folder):
     worker = Worker()
     worker.counters.start()
     worker.count(100)
-    written = exporter.DirectoryCollector(str(tmp_path))._snapshots
-    wait_until(lambda: list(written()) == [worker.counters.snapshot()])
-    for file in tmp_path.iterdir():
-        file.unlink()
+    wait_until(lambda: published(folder) == [worker.counters.snapshot()])
+    clear(folder)
     time.sleep(0.1)
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
-def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, log_lines):
-    monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
+@pytest.mark.usefixtures("folder")
+def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(log_lines):
     counters = Worker(log_every=0.02).counters
     counters.start()
     counters.defer({("sparse", "gate_open"): (1000, 1, 1)})
@@ -114,27 +127,22 @@ def test_log_lines_hold_each_token_once_and_idle_time_logs_nothing(monkeypatch, 
     assert [line.split(" prompt tokens")[0] for _, line in log_lines] == ["MInference: 1,000", "MInference: 234"]
 
 
-def test_a_closed_worker_has_told_all_and_tells_nothing_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
-    monkeypatch.setenv(METRICS_DIR, str(tmp_path))
+def test_a_closed_worker_has_told_all_and_tells_nothing_more(folder):
     worker = Worker()
     worker.counters.start()
     worker.count(100)
     worker.counters.close()
-    assert list(exporter.DirectoryCollector(str(tmp_path))._snapshots()) == [worker.counters.snapshot()]
-    for file in tmp_path.iterdir():
-        file.unlink()
+    assert published(folder) == [worker.counters.snapshot()]
+    clear(folder)
     worker.count(100)
     time.sleep(0.1)
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
-def test_a_worker_with_nothing_to_tell_exports_and_logs_nothing(tmp_path, monkeypatch, log_lines):
-    monkeypatch.setattr(counters_module, "PUBLISH_SECONDS", 0.01)
-    monkeypatch.setenv(METRICS_DIR, str(tmp_path))
+def test_a_worker_with_nothing_to_tell_exports_and_logs_nothing(folder, log_lines):
     Worker(log_every=0.01).counters.start()
     time.sleep(0.1)
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
     assert not log_lines
 
 

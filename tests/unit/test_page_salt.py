@@ -211,15 +211,13 @@ def test_an_engine_core_is_known_by_its_executor() -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", "method", "server"])
-def test_the_log_says_what_pages_are_shared_by(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(pages.logger, "info", lambda text, *values: said.append(text % values))
+def test_the_log_says_what_pages_are_shared_by(mode: str, log_lines: list[tuple[str, str]]) -> None:
     first_hash(engine({"page_salt": mode}))
     first_hash(engine({"page_salt": mode}, Backend.FLASH_ATTN))
     config = MInferenceConfig(page_salt=mode)
     salt = salt_of(config, resolve(config.method, None))
     by = {"off": [], "server": ["by this start"], "method": [f"with {salt[:16]}: servers of the same salt share pages"]}
-    assert said == [f"MInference: block hashes are salted {what}." for what in by[mode]]
+    assert log_lines == [("INFO", f"MInference: block hashes are salted {what}.") for what in by[mode]]
 
 
 def test_salting_twice_salts_once() -> None:
@@ -274,14 +272,13 @@ def test_an_engine_that_vllm_did_not_tell_of_is_refused() -> None:
         pages.require_noted(config, told)
 
 
-def test_hashes_before_an_engine_is_known_are_told_of() -> None:
-    said: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages.logger, "warning", said.append)
-        # Checks before this one have noted engines with the one that is in place.
-        seed = pages.SaltedSeed(lambda hash_fn: "vLLM's own")
-        assert seed(hashing.sha256) == "vLLM's own"
-        noted = engine(METHOD)
-        seed.note(noted)
-        assert seed(hashing.sha256) != "vLLM's own"
-    assert said == ["MInference: block hashes begin before an engine is known: no minference.page_salt is in them."]
+def test_hashes_before_an_engine_is_known_are_told_of(log_lines: list[tuple[str, str]]) -> None:
+    # Checks before this one have noted engines with the one that is in place.
+    seed = pages.SaltedSeed(lambda hash_fn: "vLLM's own")
+    assert seed(hashing.sha256) == "vLLM's own"
+    noted = engine(METHOD)
+    seed.note(noted)
+    assert seed(hashing.sha256) != "vLLM's own"
+    assert [line for level, line in log_lines if level == "WARNING"] == [
+        "MInference: block hashes begin before an engine is known: no minference.page_salt is in them."
+    ]

@@ -30,14 +30,6 @@ def make_runtime(publish: bool = False, **settings: object) -> runtime.Runtime:
     return worker
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    lines: list[str] = []
-    for level in ("info", "warning"):
-        monkeypatch.setattr(runtime.logger, level, lambda text, *of, level=level: lines.append(f"{level} {text % of}"))
-    return lines
-
-
 def run_one_chunk(worker: runtime.Runtime) -> None:
     keys = torch.zeros(32, 1, 16, 64, dtype=torch.bfloat16)
     kv = PagedKV(keys, keys, torch.arange(32, dtype=torch.int32)[None], 0)
@@ -46,9 +38,10 @@ def run_one_chunk(worker: runtime.Runtime) -> None:
 
 
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
-def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, said: list[str]) -> None:
+def test_the_resolved_settings_are_logged_once_an_engine(publish: bool, log_lines: list[tuple[str, str]]) -> None:
     make_runtime(publish, method={"name": "vertical_slash", "slash_size": 777})
-    assert [line for line in said if "slash_size=777" in line and "min_seq_len=16384" in line] == said[-1:] * publish
+    logged = [line for line in log_lines if "slash_size=777" in line[1] and "min_seq_len=16384" in line[1]]
+    assert logged == log_lines[-1:] * publish
     assert logging.getLogger("vllm.minference") is runtime.logger
 
 
@@ -86,15 +79,16 @@ def test_layers_of_one_shape_share_scratch_and_have_budgets_of_their_own() -> No
     assert worker.layer_state(SHAPE, 0, 2) is first
 
 
-def test_where_other_kernels_serve_a_shape_is_said_once(said: list[str]) -> None:
+def test_where_other_kernels_serve_a_shape_is_said_once(log_lines: list[tuple[str, str]]) -> None:
     worker = make_runtime(kernel="auto")
     worker.method.kernel = Kernel.CUDA
     in_fp8 = replace(SHAPE, has_fp8_kv=True, has_fp8_q=True)
     for position in (0, 1):
         worker.layer_state(SHAPE, position, 4)
         worker.layer_state(in_fp8, position + 2, 4)
-    (line,) = [line for line in said if "instead of" in line]
-    assert line.startswith("info MInference: kernel triton instead of cuda for the probe of ScratchShape(")
+    ((level, line),) = [logged for logged in log_lines if "instead of" in logged[1]]
+    assert level == "INFO"
+    assert line.startswith("MInference: kernel triton instead of cuda for the probe of ScratchShape(")
 
 
 @pytest.mark.parametrize("has_fp8_q", [True, False])
@@ -182,12 +176,12 @@ ON_PROMPTS = ("nothing will run sparse: minference.min_chunk is 40000", "above t
     ],
 )
 def test_limits_that_keep_the_gate_shut_are_warned_of_once(
-    settings: dict[str, int], budget: Budget, said_of: tuple[str, ...], said: list[str]
+    settings: dict[str, int], budget: Budget, said_of: tuple[str, ...], log_lines: list[tuple[str, str]]
 ) -> None:
     worker = make_runtime(publish=True, **settings)
     for _ in range(2):  # KV cache groups
         worker.start(MAX_PROMPT, budget, has_sparse_layers=True)
-    [warning] = [line for line in said if line.startswith("warning")]
+    [warning] = [line for level, line in log_lines if level == "WARNING"]
     assert all(part in warning for part in said_of)
     options = {
         "--max-num-batched-tokens",
@@ -208,9 +202,9 @@ def test_limits_that_keep_the_gate_shut_are_warned_of_once(
     ids=["it can open", "no sparse layers", "another rank"],
 )
 def test_no_other_start_is_warned_of(
-    publish: bool, has_sparse_layers: bool, settings: dict[str, int], said: list[str]
+    publish: bool, has_sparse_layers: bool, settings: dict[str, int], log_lines: list[tuple[str, str]]
 ) -> None:
     worker = make_runtime(publish, **settings)
     worker.start(MAX_PROMPT, BUDGET, has_sparse_layers)
-    assert [line for line in said if line.startswith("warning")] == []
+    assert [line for level, line in log_lines if level == "WARNING"] == []
     assert worker.has_sparse_layers is has_sparse_layers
