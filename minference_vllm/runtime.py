@@ -224,7 +224,7 @@ class Runtime:
         table = torch.zeros(1, -(-length // page_size), dtype=torch.int32, device=self.device)
         rows = min(2 * TILE, length, shape.max_chunk)
         q = torch.zeros(rows, shape.num_qo_heads, shape.head_dim, dtype=shape.q_dtype, device=self.device)
-        one = torch.ones(shape.num_kv_heads, device=self.device)
+        one = torch.ones(shape.num_kv_heads, dtype=torch.float32, device=self.device)
         of_cache, of_queries = one if shape.has_fp8_kv else None, one if shape.has_fp8_q else None
         kv = PagedKV(k, v, table, 0, of_cache, of_cache)
         sinks = None

@@ -96,6 +96,15 @@ def test_a_dry_run_of_a_cache_in_fp8_works(has_fp8_q: bool) -> None:
     make_runtime(debug=True).dry_run(replace(SHAPE, has_fp8_kv=True, has_fp8_q=has_fp8_q), page_size=16)
 
 
+def test_a_dry_run_of_a_cache_in_fp8_works_under_a_models_default_dtype() -> None:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM has it while it builds a model
+    try:
+        make_runtime(debug=True).dry_run(replace(SHAPE, has_fp8_kv=True, has_fp8_q=True), page_size=16)
+    finally:
+        torch.set_default_dtype(usual)
+
+
 def test_a_dry_run_is_not_counted() -> None:
     worker = make_runtime()
     kept = worker.layer_state(SHAPE, 0, 2).attend.kept_pairs
