@@ -31,8 +31,8 @@ LEAST, AIM, MOST = 0.97, 0.99, 1.01
 """A choice's cost relative to the default's: from LEAST to MOST it is accepted, else the next choice aims at AIM."""
 
 LAYERS_PER_HEAVY = 4
-"""In one layer of so many, those with the largest effects, heads are weighed one by one: a few heads may have nearly
-all of a layer's effect on the next tokens, and little of its error."""
+"""In one layer of so many, those with the largest effects, heads are weighed one by one: equal errors of two heads of a
+layer can differ tenfold in what they do to the next tokens."""
 
 HEAD_PROMPTS = 2
 """Prompts on which heads are weighed. Each takes a reading for each head."""
