@@ -32,7 +32,7 @@ LEAST, AIM, MOST = 0.97, 0.99, 1.01
 
 LAYERS_PER_HEAVY = 4
 """In one layer of so many, those with the largest effects, heads are weighed one by one: equal errors of two heads of a
-layer can differ tenfold in what they do to the next tokens."""
+layer can differ several times in what they do to the next tokens."""
 
 HEAD_PROMPTS = 2
 """Prompts on which heads are weighed. Each takes a reading for each head."""
