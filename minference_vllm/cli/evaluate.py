@@ -49,11 +49,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         _say_left_out(prepared.header.left_out)
         print(f"{len(prepared.samples)} samples are in {options.prepare}: give it as --prepared.")
         return 0
-    wanted = run.Run(servers.pair(options), options.concurrency, servers.record())
+    wanted = run.Run(servers.pair(options), options.concurrency, servers.record(), options.above)
     wanted.servers.check()
     prepared = _prepare(options, options.out)
     _say_left_out(prepared.header.left_out)
     report = run.evaluate(wanted, prepared)
+    known = prepared.header.left_out
+    _say_left_out({name: why for name, why in report["left_out"].items() if name not in known})
     _say(report, options.out / document.HTML_REPORT)
     if report["warnings"]:
         return NOT_SPARSE
@@ -110,6 +112,10 @@ def add_parser(commands: Any) -> None:
         "--concurrency", type=count_to(MOST_IN_FLIGHT), default=4, help="requests in flight; default: 4"
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for the replies and the report")
+    command.add_argument(
+        "--above", type=count_to(99, least=0), metavar="PERCENT",
+        help="leave out tasks and lengths on which the dense server scores no more than this",
+    )  # fmt: skip
     prompts = command.add_argument_group("prompts")
     prompts.add_argument("--tasks", nargs="+", help="names of tasks; default: all whose inputs are given")
     prompts.add_argument(

@@ -38,7 +38,7 @@ def compare(dense: Sequence[float], sparse: Sequence[float], seed: int) -> Diffe
     Args:
         seed: of the bootstrap.
     """
-    differences = [one - other for one, other in zip(dense, sparse, strict=True)]
+    differences = [float(one - other) for one, other in zip(dense, sparse, strict=True)]
     lost, gained = sum(d > EQUAL for d in differences), sum(d < -EQUAL for d in differences)
     low, high = _interval(differences, seed)
     return Difference(math.fsum(differences) / len(differences), low, high, lost, gained, sign_test(lost, gained))

@@ -10,7 +10,8 @@ from minference_vllm.evals.journal import Journal, Origin
 from minference_vllm.evals.page import make_page
 from minference_vllm.evals.prepare import Prepared
 from minference_vllm.evals.report import make_report, reused
-from minference_vllm.evals.servers import Pair
+from minference_vllm.evals.servers import Pair, Server
+from minference_vllm.evals.worth import worth_comparing
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +21,22 @@ class Run:
     Attributes:
         servers: to ask; their folder also holds the replies and the report.
         concurrency: requests in flight.
+        above: percentage that the dense server must score above on a task and length; otherwise its samples are left
+            out. None leaves out none.
         record: further entries of the report, such as the "date" of the start.
     """
 
     servers: Pair
     concurrency: int
     record: dict[str, str]
+    above: int | None = None
 
 
 def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Ask both servers, write both reports, and return the JSON one.
 
     Raises:
-        ConfigError: the servers, or files of an earlier run, do not fit what is asked for.
+        ConfigError: the servers, or files of an earlier run, do not fit what is asked for; or all samples are left out.
         ServerError: a server did not come up, or cannot be reached any more.
     """
     servers = run.servers
@@ -45,14 +49,22 @@ def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
     )
     for journal in (dense, sparse):
         journal.refuse_misfits(prepared.samples)
-    for server, journal in ((servers.dense, dense), (servers.sparse, sparse)):
-        # A server that has nothing left to answer is not started, because that takes minutes.
-        if journal.left(prepared.samples):
-            with servers.client(server) as client:
-                answer(client, prepared.samples, journal, run.concurrency, server.is_dense)
+    _ask(run, servers.dense, prepared, dense)
+    if run.above is not None:
+        prepared = worth_comparing(prepared, dense.replies(), run.above)
+    _ask(run, servers.sparse, prepared, sparse)
     notes = servers.notes
     for server, journal in ((servers.dense, dense), (servers.sparse, sparse)):
         notes += reused(server.name, journal, prepared.samples, run.record["date"])
     report = {**run.record, "notes": notes, **make_report(prepared, dense, sparse)}
+    report["settings"]["dense_above_percent"] = run.above
     write_reports(servers.folder, report, make_page(report))
     return report
+
+
+def _ask(run: Run, server: Server, prepared: Prepared, journal: Journal) -> None:
+    """Have a server answer what it has not answered yet."""
+    # A server that has nothing left to answer is not started, because that takes minutes.
+    if journal.left(prepared.samples):
+        with run.servers.client(server) as client:
+            answer(client, prepared.samples, journal, run.concurrency, server.is_dense)

@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 def score(sample: Sample, dense: Reply, sparse: Reply) -> Scores:
     """Scores of a sample that both servers have answered."""
     if sample.kind is not Kind.AGREEMENT:
-        return Scores(_score(sample, dense), _score(sample, sparse))
+        return Scores(score_alone(sample, dense), score_alone(sample, sparse))
     equal = _equal_steps(dense.steps, sparse.steps)
     agreement = equal / len(dense.steps) if dense.steps else float(not sparse.steps)
     # Up to the first difference, both servers continue from the same tokens; after it, from different ones.
@@ -48,7 +48,8 @@ def least_kl(p: dict[str, float], q: dict[str, float]) -> float:
     return max(kl, 0.0)
 
 
-def _score(sample: Sample, reply: Reply) -> float:
+def score_alone(sample: Sample, reply: Reply) -> float:
+    """The score of one server's reply, for all kinds but agreement, which takes both servers' replies."""
     match sample.kind:
         case Kind.FIRST_CHOICE:
             return statistics.fmean(reply.first_choices)
