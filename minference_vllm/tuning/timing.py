@@ -67,7 +67,7 @@ class Layer:
         self.heads, self.chunk = heads, chunk
         # The random numbers are of a size that FP8 holds without scaling.
         self.dtype = FP8 if has_fp8_kv else torch.bfloat16
-        self.fp8_scale = torch.ones(heads.num_kv_heads, device=device) if has_fp8_kv else None
+        self.fp8_scale = torch.ones(heads.num_kv_heads, dtype=torch.float32, device=device) if has_fp8_kv else None
         self.scale = heads.head_dim**-0.5
         self.generator = torch.Generator(device).manual_seed(SEED)
         pages = -(-max_len // PAGE_SIZE)
