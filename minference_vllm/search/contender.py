@@ -2,14 +2,14 @@
 """One way of choosing the keys of all layers, with budgets and scratch of its own, whatever the engine's method is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from minference_vllm.attention import Chooser, Guard, LayerState, choose
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import EVERY_GROUP, SparseIndex, TileIndex
+from minference_vllm.index import SparseIndex, TileIndex
 from minference_vllm.methods import Method, make_method
 from minference_vllm.ops import Kernel
 from minference_vllm.patterns import DENSE, PatternFile
@@ -54,10 +54,9 @@ class Contender:
         def choose_for_head(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
             index = alone(method, chunk, layer)
             assert isinstance(index, TileIndex)
-            others = torch.arange(chunk.num_qo_heads, device=index.counts.device) != place.head
-            index.counts[others, :, 0] = EVERY_GROUP
-            index.counts[others, :, 1:] = 0
-            return index
+            counts = every_key(chunk).counts
+            counts[place.head] = index.counts[place.head]
+            return replace(index, counts=counts)
 
         return choose_for_head
 

@@ -154,15 +154,17 @@ class Search:
         """The effects on one prompt; those that the journal has not are measured."""
         rough, prompt = self._contenders[self._number(ROUGH)], self._prompts.searching[number]
         known = journal.kls(number)
+        exact = self._exact_states.get(number)
         for place in places:
             if place not in known:
-                if number not in self._exact_states:
-                    self._exact_states[number] = self._reader.read(prompt, self._exact)
+                exact = self._reader.read(prompt, self._exact) if exact is None else exact
                 states = self._reader.read(prompt, rough.alone_in(place))
-                known[place] = self._reader.divergence(self._exact_states[number], states)
+                known[place] = self._reader.divergence(exact, states)
                 journal.add_kl(number, place, known[place])
             of_layer = "" if place.head is None else f", head {place.head}"
             self._say(f"layer {place.position}{of_layer}, prompt {number}")
+        if exact is not None and number < HEAD_PROMPTS:
+            self._exact_states[number] = exact  # for the heads; of all prompts they might not fit into memory
         return {place: known[place] for place in places}
 
     def _fit(
