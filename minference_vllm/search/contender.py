@@ -78,13 +78,13 @@ class Ground:
     floors: Floors
 
     def of_candidates(self, candidates: Candidates) -> list[Contender]:
-        """A contender for each candidate: all heads of all layers keep it, and no guard repairs what it loses."""
+        """A contender for each candidate: all heads of all layers keep it, except those that the guard repairs."""
         method = make_method(candidates.settings, self.kernel)
         buffers, attend = self._scratch(method)
-        contenders = []
+        guard, contenders = self._guard(), []
         for head in candidates.heads:
             budgets = self._budgets(method, [candidates.shared.budget(head)] * self.shape.num_qo_heads)
-            layers = {at: LayerState(at, budgets, buffers, attend) for at in self.indices}
+            layers = {at: LayerState(at, budgets, buffers, attend, guard) for at in self.indices}
             contenders.append(Contender(method, layers))
         return contenders
 
@@ -104,11 +104,13 @@ class Ground:
         return self._served(method, budgets)
 
     def _served(self, method: Method, budgets: Mapping[int, torch.Tensor]) -> Contender:
-        buffers, attend = self._scratch(method)
+        (buffers, attend), guard = self._scratch(method), self._guard()
+        return Contender(method, {at: LayerState(at, each, buffers, attend, guard) for at, each in budgets.items()})
+
+    def _guard(self) -> Guard:
         heads, num_layers = self.shape.num_qo_heads, max(self.indices) + 1
         totals = RecallTotals.allocate(num_layers, heads, self.device)
-        guard = Guard(self.floors, RecallBuffers.allocate(heads, self.device), totals)
-        return Contender(method, {at: LayerState(at, each, buffers, attend, guard) for at, each in budgets.items()})
+        return Guard(self.floors, RecallBuffers.allocate(heads, self.device), totals)
 
     def _scratch(self, method: Method) -> tuple[Any, AttendBuffers]:
         attend = AttendBuffers.allocate(self.shape.num_qo_heads, self.shape.max_chunk, self.device)

@@ -15,7 +15,7 @@ from minference_vllm.index import SparseIndex
 from minference_vllm.methods import Method
 from minference_vllm.scratch import AttendBuffers
 from minference_vllm.search.contender import Contender
-from minference_vllm.search.pairs import every_key, worked_pairs
+from minference_vllm.search.pairs import every_key, redone_pairs, worked_pairs
 from minference_vllm.tuning.timing import dense_attention
 
 Marks = tuple[torch.cuda.Event, ...]
@@ -30,7 +30,7 @@ class Trial:
 
     Attributes:
         choosing, attending: its costs in ms, or in pairs worked on where no time is taken.
-        pairs: those that each head worked on.
+        pairs: those that each head worked on, both times if the guard had it attend to all keys.
         errors: squared difference of each head's output from dense attention's.
     """
 
@@ -95,9 +95,9 @@ class Meter:
         for number, contender in enumerate(self._contenders):
             ours = contender.layers.get(layer.position)
             if ours is not None:
-                index, marks = self._try(contender, tried, ours)
+                pairs, marks = self._try(contender, tried, ours)
                 found.marks[number].append(marks)
-                found.pairs[number] = found.pairs[number] + worked_pairs(index, chunk)
+                found.pairs[number] = found.pairs[number] + pairs
                 difference = (tried.out.float() - exact.out.float()).square().sum((0, 2))
                 found.errors[number] = found.errors[number] + difference.double()
         return everything
@@ -113,8 +113,8 @@ class Meter:
 
         return self._timed(run)
 
-    def _try(self, contender: Contender, chunk: Chunk, layer: LayerState) -> tuple[SparseIndex, list[Marks]]:
-        """Choose and attend as in service; `chunk.out` and the index are those of the last run."""
+    def _try(self, contender: Contender, chunk: Chunk, layer: LayerState) -> tuple[torch.Tensor, list[Marks]]:
+        """Choose and attend as in service, guard included; `chunk.out` and each head's pairs are the last run's."""
         index = None
 
         def run(mark: Callable[[], None]) -> None:
@@ -130,7 +130,10 @@ class Meter:
 
         marks = self._timed(run)
         assert index is not None
-        return index, marks
+        pairs, num_rows = worked_pairs(index, chunk), contender.method.choosing_rows(chunk)
+        if layer.guard is not None and num_rows:
+            pairs += redone_pairs(chunk.of_rows(0, num_rows), layer.guard.buffers)
+        return pairs, marks
 
     def _timed(self, run: Callable[[Callable[[], None]], Any]) -> list[Marks]:
         """Run once to warm up, and then, if times are taken, under the clock."""

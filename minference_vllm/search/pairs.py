@@ -5,6 +5,7 @@ import torch
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import BAND, EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, SparseIndex, TileIndex
+from minference_vllm.scratch import RecallBuffers
 
 
 def every_key(chunk: Chunk) -> TileIndex:
@@ -32,3 +33,17 @@ def worked_pairs(index: SparseIndex, chunk: Chunk) -> torch.Tensor:
         keys = BAND * (both * TILE + sum(halves) * HALF) + TILE * index.columns_indptr[:, tiles].double()
     own = TILE * (TILE + 1) // 2
     return (keys + own).sum(1)
+
+
+def redone_pairs(rows: Chunk, buffers: RecallBuffers) -> torch.Tensor:
+    """[num_qo_heads] float64: the pairs that heads work on when the guard has them attend to all keys.
+
+    Args:
+        rows: the rows of the chunk that chose keys.
+        buffers: what the guard measured of them.
+    """
+    heads = buffers.heads.long()
+    is_redone = (torch.arange(len(heads), device=heads.device) < buffers.num_heads).double()
+    # Entries after the first num_heads are of earlier chunks, and add nothing.
+    redone = torch.zeros_like(is_redone).index_add_(0, heads, is_redone)
+    return redone * worked_pairs(every_key(rows), rows)

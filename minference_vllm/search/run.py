@@ -2,6 +2,7 @@
 """A search from end to end: measures, chooses, fits the choice to the default's cost, and checks on other prompts."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,7 +180,7 @@ class Search:
         It is measured and corrected, because heads with different candidates in a layer do not cost exactly what each
         costs when all heads have the same one.
         """
-        target = budget
+        target, ratio = budget, math.inf
         best: list[tuple[float, PatternFile]] = []
         for _ in range(FITS):
             choice = choose(options, target)
@@ -192,7 +193,7 @@ class Search:
             if LEAST <= ratio <= MOST:
                 break
             target *= AIM / ratio
-        self._say(f"fit of {candidates.name}")
+        self._say(f"fit of {candidates.name}, {ratio:.3f} of the default's cost")
         return best
 
     def _cost_ratio(self, file: PatternFile) -> float:

@@ -26,8 +26,11 @@ SHARP = torch.tensor([2.0, 4.0])
 """Sizes of the heads' queries, which all look one way: the larger, the fewer keys hold most of the attention."""
 
 
-def ground() -> Ground:
-    return Ground(INDICES, CASE.shape, CPU, Kernel.REFERENCE, Floors(0.0, 0.0))
+NO_FLOORS = Floors(0.0, 0.0)
+
+
+def ground(floors: Floors = NO_FLOORS) -> Ground:
+    return Ground(INDICES, CASE.shape, CPU, Kernel.REFERENCE, floors)
 
 
 def chunks(prompt: Prompt, position: int) -> list[Chunk]:

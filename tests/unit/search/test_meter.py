@@ -17,6 +17,7 @@ from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.patterns.shared import SHARES, SIZES
+from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers
 from minference_vllm.search import meter as meter_module
 from minference_vllm.search.candidates import CANDIDATES, DEFAULT, ROUGH
@@ -116,6 +117,21 @@ def test_errors_are_of_each_head_and_fall_with_what_it_keeps() -> None:
     found = meter.trials()[2].trials[1]
     assert found is not None
     assert found.errors == pytest.approx(squares.tolist(), rel=1e-4)
+
+
+def test_heads_that_the_guard_repairs_have_no_error_and_work_twice() -> None:
+    """A candidate that keeps too little is not as cheap as it looks."""
+    candidates = replace(CANDIDATES[SHARES], heads=CANDIDATES[SHARES].heads[:1])
+    trials = []
+    for floors in (Floors(0.0, 0.0), Floors(1.0, 0.0)):
+        meter = Meter(ground(floors).of_candidates(candidates), attend(), 0)
+        read(meter)
+        trials.append(meter.trials()[0].trials[0])
+    lost, repaired = trials
+    assert lost is not None and repaired is not None
+    assert max(repaired.errors) < 1e-6 < min(lost.errors)
+    all_pairs = sum(float(worked_pairs(every_key(chunk), chunk)[0]) for chunk in chunks((7,), 0))
+    assert repaired.pairs == tuple(pairs + all_pairs for pairs in lost.pairs)
 
 
 def test_a_layer_that_a_contender_keeps_dense_is_no_trial() -> None:
