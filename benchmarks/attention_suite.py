@@ -38,7 +38,14 @@ from benchmarks.exact import Exact, attention
 from benchmarks.one_layer import OneLayer, init_worker
 from benchmarks.processes import EngineProcess, serve_requests
 from benchmarks.timing import say
-from benchmarks.verdict import DENSE_FP8_TOLERANCE, DENSITY_TOLERANCE, RECALL_TOLERANCE, TOLERANCE, Verdict
+from benchmarks.verdict import (
+    DENSE_FP8_TOLERANCE,
+    DENSITY_TOLERANCE,
+    FP8_TOLERANCE,
+    RECALL_TOLERANCE,
+    TOLERANCE,
+    Verdict,
+)
 from minference_vllm.methods.base import MAX_TOKENS
 
 EVERYTHING, DEFAULT = "everything", "default"
@@ -170,11 +177,11 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "density": "of what ran sparse: kept / causal pairs; those of heads that the guard has redone count twice",
         "redone": "share of heads that the guard had attend to all keys",
         "recall": "attention on kept keys, mean over all rows and heads of the last sparse chunk, redone ones included",
-        "ok": f"within {TOLERANCE} absolute plus {TOLERANCE} relative of exact attention. Rows that run dense over a "
-        f"cache in FP8: within {DENSE_FP8_TOLERANCE} of the dense backend's. Settings that keep everything: density 1 "
-        f"within {DENSITY_TOLERANCE}, recall 1 within {RECALL_TOLERANCE}. Default settings: sparse rows may move as "
-        "far as the attention that they leave out could move them, and recall is at least recall_floor. As many rows "
-        "as pass the gate run sparse",
+        "ok": f"within {TOLERANCE} absolute plus {TOLERANCE} relative of exact attention. Over a cache in FP8: within "
+        f"{FP8_TOLERANCE}, and rows that run dense within {DENSE_FP8_TOLERANCE} of the dense backend's. Settings that "
+        f"keep everything: density 1 within {DENSITY_TOLERANCE}, recall 1 within {RECALL_TOLERANCE}. Default settings: "
+        "sparse rows may move as far as the attention that they leave out could move them, and recall is at least "
+        "recall_floor. As many rows as pass the gate run sparse",
         "batches": {
             batch.name: [f"{request.rows} of {request.seq_len}" for request in batch.requests]
             for batch in (TINY_BATCHES if options.tiny else BATCHES)

@@ -16,6 +16,10 @@ from minference_vllm.config import MInferenceConfig
 TOLERANCE = 1e-2
 """Absolute and relative, as in vLLM's tests."""
 
+FP8_TOLERANCE = 2e-2
+"""The same for sparse rows over a cache in FP8, where a GPU multiplies queries and keys in FP8. Hopper adds such
+products to about 14 bits only (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), which shows most with heads of 256."""
+
 DENSE_FP8_TOLERANCE = 5e-2
 """The same for rows that FlashAttention-3 computes over a cache in FP8, compared with its own output for the whole
 batch. It rounds probabilities to FP8, and at which point depends on how it splits the keys, and so on the batch."""
@@ -116,6 +120,7 @@ class Verdict:
         expected = self.exact.out.clone()
         allowed = TOLERANCE * (1 + expected.abs())
         if self.trusts_dense and self.dense is not None:
+            allowed = FP8_TOLERANCE * (1 + expected.abs())
             is_dense = torch.ones(len(self.out), dtype=torch.bool, device=self.out.device)
             for rows in self.chunks:
                 is_dense[rows] = False
