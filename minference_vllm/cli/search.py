@@ -20,10 +20,9 @@ MOST_NAME = 256
 SEARCH = f"""\
 Starts vLLM in this process and has it read prompts made of your texts, half of them to search with and half to check
 with. Every candidate (shares of block, sizes of vertical_slash, A-shapes, all keys) attends in every layer beside dense
-attention, and is timed. Then one layer at a time runs sparse, to measure what its errors do to the next tokens, and in
-the layers where they do most, one head at a time. The pattern file that does the least harm in no more than the default
-method's time is compared with the default on the other prompts, and written if it is better. The measurements stay in
-FILE.jsonl, from which the same command goes on.
+attention, and is timed. Then one layer at a time runs sparse, to measure what its errors do to the next tokens. The
+pattern file that does the least harm in no more than the default method's time is compared with the default on the
+other prompts, and written if it is better. The measurements stay in FILE.jsonl, from which the same command goes on.
 Exit status: 0 written, {FAILED} not measured, {NOT_BETTER} no better than the default, nothing written, {STOPPED}
 stopped."""
 

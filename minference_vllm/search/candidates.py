@@ -39,9 +39,8 @@ class Candidates:
 
 CANDIDATES = {
     SHARES: Candidates(
-        # With the smallest share little is kept beyond the first and the nearest keys, which are always kept.
         PatternShares(name="block"),
-        (0.05, ROUGH, 0.65, 0.75, 0.8, DEFAULT, 0.88, 0.92, 0.96),
+        (ROUGH, 0.65, 0.75, 0.8, DEFAULT, 0.88, 0.92, 0.95, 0.98),
     ),
     SIZES: Candidates(
         PatternSizes(),

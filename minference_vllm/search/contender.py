@@ -2,14 +2,14 @@
 """One way of choosing the keys of all layers, with budgets and scratch of its own, whatever the engine's method is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from minference_vllm.attention import Chooser, Guard, LayerState, choose
+from minference_vllm.attention import Guard, LayerState, choose
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import SparseIndex, TileIndex
+from minference_vllm.index import SparseIndex
 from minference_vllm.methods import Method, make_method
 from minference_vllm.ops import Kernel
 from minference_vllm.patterns import DENSE, PatternFile
@@ -17,13 +17,6 @@ from minference_vllm.recall import Floors
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape
 from minference_vllm.search.candidates import Candidates
 from minference_vllm.search.pairs import every_key
-
-
-class Place(NamedTuple):
-    """A layer, by its position among the plugin's layers, or one head of it; None stands for all heads."""
-
-    position: int
-    head: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +34,6 @@ class Contender:
         """See attention.Chooser. The engine's own method is ignored."""
         ours = self.layers.get(layer.position)
         return every_key(chunk) if ours is None else choose(self.method, chunk, ours)
-
-    def alone_in(self, place: Place) -> Chooser:
-        """A chooser for which this contender chooses in one place, and all else attends to all keys.
-
-        For one head the contender's method must make a list for each tile, as block does.
-        """
-        alone = Contender(self.method, {place.position: self.layers[place.position]})
-        if place.head is None:
-            return alone
-
-        def choose_for_head(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
-            index = alone(method, chunk, layer)
-            assert isinstance(index, TileIndex)
-            counts = every_key(chunk).counts
-            counts[place.head] = index.counts[place.head]
-            return replace(index, counts=counts)
-
-        return choose_for_head
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minference_vllm.evals.line import Line, LineFile
-from minference_vllm.search.contender import Place
 from minference_vllm.search.meter import LayerTrials, Trial
 
 WHAT = "a file of measurements of this version"
@@ -53,14 +52,12 @@ class LayerLine(Line):
 
 
 class Entry(Line):
-    """A measurement: of all candidates in all layers, or of the effect of the rough candidate in one place."""
+    """A measurement: of all candidates in all layers, or of the effect of the rough candidate in one layer."""
 
     prompt: int
     """The prompt's number."""
     layers: tuple[LayerLine, ...] | None = None
     position: int | None = None
-    head: int | None = None
-    """None for all heads of the layer."""
     kl: float | None = None
 
 
@@ -83,9 +80,9 @@ class Journal:
         lines = [LayerLine(position=position, **asdict(trials)) for position, trials in layers.items()]
         self._file.add(Entry(prompt=prompt, layers=tuple(lines)))
 
-    def add_kl(self, prompt: int, place: Place, kl: float) -> None:
-        """Add the effect of the rough candidate in one place on a prompt's next tokens."""
-        self._file.add(Entry(prompt=prompt, position=place.position, head=place.head, kl=kl))
+    def add_kl(self, prompt: int, position: int, kl: float) -> None:
+        """Add the effect of the rough candidate in one layer on a prompt's next tokens."""
+        self._file.add(Entry(prompt=prompt, position=position, kl=kl))
 
     def trials(self) -> dict[int, dict[int, LayerTrials]]:
         """The results by prompt and layer position."""
@@ -95,12 +92,12 @@ class Journal:
             if entry.layers is not None
         }
 
-    def kls(self, prompt: int) -> dict[Place, float]:
-        """The effects of the rough candidate on a prompt's next tokens, by place."""
+    def kls(self) -> dict[tuple[int, int], float]:
+        """The effects of the rough candidate, by prompt and layer position."""
         return {
-            Place(entry.position, entry.head): entry.kl
+            (entry.prompt, entry.position): entry.kl
             for entry in self._file.lines
-            if entry.prompt == prompt and entry.position is not None and entry.kl is not None
+            if entry.position is not None and entry.kl is not None
         }
 
 

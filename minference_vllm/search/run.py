@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from minference_vllm.errors import ConfigError
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.patterns import DENSE, PatternFile
@@ -17,10 +15,10 @@ from minference_vllm.patterns.shared import SHARES
 from minference_vllm.scratch import AttendBuffers
 from minference_vllm.search.candidates import CANDIDATES, DEFAULT, ROUGH, Candidates
 from minference_vllm.search.choice import Choice, LayerOptions, choose
-from minference_vllm.search.contender import Contender, Place
+from minference_vllm.search.contender import Contender
 from minference_vllm.search.journal import Journal
 from minference_vllm.search.meter import LayerTrials, Meter
-from minference_vllm.search.options import KLs, Measured, heaviest, layer_options, total_cost, weights
+from minference_vllm.search.options import Measured, layer_options, total_cost, weights
 from minference_vllm.search.prompts import Prompt, Prompts
 from minference_vllm.search.reader import Reader
 from minference_vllm.search.verdict import Verdict
@@ -30,13 +28,6 @@ FITS = 4
 
 LEAST, AIM, MOST = 0.97, 0.99, 1.01
 """A choice's cost relative to the default's: from LEAST to MOST it is accepted, else the next choice aims at AIM."""
-
-LAYERS_PER_HEAVY = 4
-"""In one layer of so many, those with the largest effects, heads are weighed one by one: equal errors of two heads of a
-layer can differ several times in what they do to the next tokens."""
-
-HEAD_PROMPTS = 2
-"""Prompts on which heads are weighed. Each takes a reading for each head."""
 
 Say = Callable[[str], None]
 """Is told after each step what has been done."""
@@ -76,7 +67,6 @@ class Search:
         # Errors are weighed by a candidate of block, whichever methods are tried.
         self._contenders: list[Contender] = []
         self._numbers: dict[str, range] = {}
-        self._exact_states: dict[int, torch.Tensor] = {}
         for name in dict.fromkeys((SHARES, *methods)):
             first = len(self._contenders)
             self._contenders += self._ground.of_candidates(CANDIDATES[name])
@@ -86,13 +76,7 @@ class Search:
     def num_steps(self) -> int:
         """How often `say` is called."""
         layers, prompts = len(self._ground.indices), self._prompts
-        heads = min(HEAD_PROMPTS, len(prompts.searching)) * self._num_heavy * self._ground.shape.num_qo_heads
-        return len(prompts.searching) * (1 + layers) + heads + len(self._methods) + len(prompts.checking)
-
-    @property
-    def _num_heavy(self) -> int:
-        """The number of layers whose heads are weighed one by one."""
-        return -(-len(self._ground.indices) // LAYERS_PER_HEAVY)
+        return len(prompts.searching) * (1 + layers) + len(self._methods) + len(prompts.checking)
 
     def run(self, name: str, provenance: Provenance, journal: Journal, say: Say) -> Found:
         """Search, and check what was found.
@@ -107,8 +91,8 @@ class Search:
             ConfigError: no choice of these methods costs as little as the default.
         """
         self._say = say
-        measured = self._try_candidates(journal)
-        weight = weights(measured, self._weigh(journal), self._number(ROUGH))
+        measured, kls = self._try_candidates(journal), self._weigh_layers(journal)
+        weight = weights(measured, kls, self._number(ROUGH))
         budget = sum(total_cost(layers, self._number(DEFAULT)) for layers in measured) / len(measured)
 
         def write(candidates: Candidates, choice: Choice) -> PatternFile:
@@ -140,33 +124,22 @@ class Search:
             self._say(f"candidates, prompt {number}")
         return [known[number] for number in range(len(self._prompts.searching))]
 
-    def _weigh(self, journal: Journal) -> Sequence[KLs]:
-        """What the rough candidate does to the next tokens, by prompt and place: in each layer, and in some heads."""
-        prompts = range(len(self._prompts.searching))
-        layers = [Place(position) for position in self._ground.indices]
-        found = [self._effects(journal, number, layers) for number in prompts]
-        heavy = heaviest(found, self._num_heavy)
-        heads = [Place(position, head) for position in heavy for head in range(self._ground.shape.num_qo_heads)]
-        for number in prompts[:HEAD_PROMPTS]:
-            found[number] |= self._effects(journal, number, heads)
+    def _weigh_layers(self, journal: Journal) -> list[dict[int, float]]:
+        """The effect of the rough candidate in one layer alone on the next tokens, by prompt and layer position."""
+        rough, measured = self._contenders[self._number(ROUGH)], journal.kls()
+        found = []
+        for number, prompt in enumerate(self._prompts.searching):
+            known = {at: kl for (of, at), kl in measured.items() if of == number}
+            exact = None
+            for position, layer in rough.layers.items():
+                if position not in known:
+                    exact = self._reader.read(prompt, self._exact) if exact is None else exact
+                    states = self._reader.read(prompt, Contender(rough.method, {position: layer}))
+                    known[position] = self._reader.divergence(exact, states)
+                    journal.add_kl(number, position, known[position])
+                self._say(f"layer {position}, prompt {number}")
+            found.append(known)
         return found
-
-    def _effects(self, journal: Journal, number: int, places: Sequence[Place]) -> dict[Place, float]:
-        """The effects on one prompt; those that the journal has not are measured."""
-        rough, prompt = self._contenders[self._number(ROUGH)], self._prompts.searching[number]
-        known = journal.kls(number)
-        exact = self._exact_states.get(number)
-        for place in places:
-            if place not in known:
-                exact = self._reader.read(prompt, self._exact) if exact is None else exact
-                states = self._reader.read(prompt, rough.alone_in(place))
-                known[place] = self._reader.divergence(exact, states)
-                journal.add_kl(number, place, known[place])
-            of_layer = "" if place.head is None else f", head {place.head}"
-            self._say(f"layer {place.position}{of_layer}, prompt {number}")
-        if exact is not None and number < HEAD_PROMPTS:
-            self._exact_states[number] = exact  # for the heads; of all prompts they might not fit into memory
-        return {place: known[place] for place in places}
 
     def _fit(
         self,

@@ -52,7 +52,6 @@ class FakeReader:
     Attributes:
         readings: prompts read so far.
         fails_after: readings until it is interrupted.
-        head_matters: how much each head's output changes what comes next.
     """
 
     geometry = Geometry(num_layers=3, num_qo_heads=2, num_kv_heads=1, head_dim=64)
@@ -61,7 +60,6 @@ class FakeReader:
         self.ground = ground()
         self.readings = 0
         self.fails_after = fails_after
-        self.head_matters = torch.ones(CASE.num_qo_heads)
         self._method = Block(BlockSettings(), Kernel.REFERENCE)
 
     def read(self, prompt: Prompt, chooser: Chooser) -> torch.Tensor:
@@ -75,7 +73,7 @@ class FakeReader:
             outputs = chunks(prompt, position)
             for chunk in outputs:
                 prefill(chunk, self._method, layer, chooser)
-            states.append(weight * self.head_matters[:, None] * torch.cat([chunk.out for chunk in outputs]))
+            states.append(weight * torch.cat([chunk.out for chunk in outputs]))
         return torch.stack(states)
 
     def divergence(self, exact: torch.Tensor, other: torch.Tensor) -> float:
