@@ -2,6 +2,7 @@
 """Tries contenders on every layer of a prompt, while the prompt itself is read with all keys."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,8 +21,11 @@ from minference_vllm.tuning.timing import dense_attention
 
 Marks = tuple[torch.cuda.Event, ...]
 
-HEAD_START = 1_000_000
-"""GPU clock cycles, about half a millisecond: enough for the host to launch all kernels of a layer."""
+CYCLES = 2_000_000_000
+"""GPU clock cycles a second, no fewer than on any GPU that is supported."""
+
+LONGEST_WAIT_S = 0.01
+"""A first launch may have to compile a kernel, which says nothing about the launches that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,11 @@ class Meter:
 
     def _timed(self, run: Callable[[Callable[[], None]], Any]) -> list[Marks]:
         """Run once to warm up, and then, if times are taken, under the clock."""
+        if self._repeats:
+            torch.cuda.synchronize()  # or launching would wait for room in the queue
+        start = time.perf_counter()
         run(lambda: None)
+        launching = min(time.perf_counter() - start, LONGEST_WAIT_S)
         spans = []
         for _ in range(self._repeats):
             marks: list[torch.cuda.Event] = []
@@ -147,8 +155,9 @@ class Meter:
                 event.record()
                 marks.append(event)
 
-            # The device waits until the whole run is in its queue, so that Python's time is not measured.
-            torch.cuda._sleep(HEAD_START)
+            # The device waits until the whole run is in its queue, so that Python's time is not measured. Launching
+            # takes about as long as it did for the run before; twice that is enough.
+            torch.cuda._sleep(int(2 * launching * CYCLES))
             run(mark)
             spans.append(tuple(marks))
         return spans

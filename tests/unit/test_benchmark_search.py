@@ -69,6 +69,15 @@ def test_both_methods_are_compared_on_the_same_prompts(monkeypatch: pytest.Monke
     assert found["all", "all", search.SEARCHED]["ms"] == 20.0
 
 
+def test_the_engines_of_both_methods_can_be_made_of_the_programs_options(text: str) -> None:
+    options = search.parse(["--out", "x", "--model", "m", "--texts", text, "--tokens", "100"])
+    specs = search.make_specs(options, {search.DEFAULT: {"name": "block"}, search.SEARCHED: {"name": "auto"}})
+    engines = [spec["engine"] for spec in specs.values()]
+    assert engines[0] == engines[1]
+    assert engines[0]["gpu_memory_utilization"] < 1 / 3
+    assert [spec["minference"]["method"]["name"] for spec in specs.values()] == ["block", "auto"]
+
+
 @pytest.mark.parametrize("status", [2, 130, -9])
 def test_a_search_that_fails_ends_the_benchmark(
     status: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

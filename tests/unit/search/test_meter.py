@@ -155,7 +155,7 @@ class Clock:
         self.at = -1.0
 
     def record(self) -> None:
-        self.at = Clock.now
+        self.at, Clock.waited = Clock.now, False
 
     def elapsed_time(self, end: "Clock") -> float:
         assert Clock.waited, "the device may not have come so far"
