@@ -22,7 +22,6 @@ In parts by length, chunk or method, on several cards, and then merged. All part
 
 import argparse
 import lzma
-import sysconfig
 import tempfile
 from collections.abc import Callable
 from hashlib import sha256
@@ -45,6 +44,7 @@ from benchmarks import (
     sparse_work,
 )
 from benchmarks.processes import EngineProcess, is_first_rank, on_gpus, serve_requests
+from minference_vllm.search.prompts import load_library
 
 SCORED_TEXT = 2048  # tokens at the text's end, in addition to all questions and answers
 ROWS_AT_ONCE = 512
@@ -58,8 +58,7 @@ SPARE = 2048  # tokens by which max_model_len exceeds the prompts' lengths
 def load_text(name: str) -> str:
     """A plain text, one compressed by xz, or the sources of Python's library, in alphabetical order."""
     if name == STDLIB:
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        return "\n\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.py")))
+        return load_library()
     raw = Path(name).read_bytes()
     return (lzma.decompress(raw) if name.endswith(".xz") else raw).decode()
 

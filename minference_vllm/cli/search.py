@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`minference-vllm search`: makes a model's pattern file from the user's texts."""
+"""`minference-vllm search`: makes a model's pattern file from texts."""
 
 import argparse
 import json
@@ -18,8 +18,8 @@ TOKENS, METHODS = (16384, 28672), ("block", "vertical_slash")
 MOST_NAME = 256
 
 SEARCH = f"""\
-Starts vLLM in this process and has it read prompts made of your texts, half of them to search with and half to check
-with. Every candidate (shares of block, sizes of vertical_slash, A-shapes, all keys) attends in every layer beside dense
+Starts vLLM in this process and has it read prompts made of texts, half of them to search with and half to check with.
+Every candidate (shares of block, sizes of vertical_slash, A-shapes, all keys) attends in every layer beside dense
 attention, and is timed. Then one layer at a time runs sparse, to measure what its errors do to the next tokens. The
 pattern file that does the least harm in no more than the default method's time is compared with the default on the
 other prompts, and written if it is better. The measurements stay in FILE.jsonl, from which the same command goes on.
@@ -61,8 +61,9 @@ def _found(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
     from minference_vllm.search.reader import Reader
     from minference_vllm.search.run import Search
 
-    made = prompts.make(options.model, options.data, options.tokens, options.prompts, options.seed)
-    origin = _origin(options, engine)
+    texts = prompts.load_texts(options.data)
+    made = prompts.make(options.model, texts, options.tokens, options.prompts, options.seed)
+    origin = _origin(options, engine, texts)
     journal = Journal(options.out.with_name(f"{options.out.name}.jsonl"), origin)
     run = Search(Reader(options.model, engine), made, options.methods, options.repeats if options.cost == "time" else 0)
     setting = f"{origin.model}, minference-vllm {origin.version}, vLLM {origin.vllm}, {origin.device}"
@@ -76,12 +77,12 @@ def _found(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
         return run.run(options.model, provenance, journal, say)
 
 
-def _origin(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
+def _origin(options: argparse.Namespace, engine: dict[str, Any], texts: dict[str, str]) -> Any:
     """The settings that the journal's measurements belong to."""
     import torch
 
     from minference_vllm.compat import installed_version
-    from minference_vllm.evals.material import fingerprint
+    from minference_vllm.evals.material import fingerprint_of
     from minference_vllm.search.candidates import CANDIDATES
     from minference_vllm.search.journal import Origin
 
@@ -90,7 +91,7 @@ def _origin(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
         vllm=installed_version(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         model=options.model,
-        data=tuple(fingerprint(path) for path in options.data),
+        data=tuple(fingerprint_of(text.encode()) for text in texts.values()),
         tokens=tuple(options.tokens),
         prompts=options.prompts,
         seed=options.seed,
@@ -115,10 +116,17 @@ def _settings(out: Path) -> str:
 
 def add_parser(commands: Any) -> None:
     """Add this command to those of an argparse parser."""
-    command = commands.add_parser("search", description=SEARCH, help="make a model's pattern file from your texts")
+    command = commands.add_parser("search", description=SEARCH, help="make a model's pattern file")
     command.set_defaults(run=search)
     command.add_argument("model", help="directory, or name on the hub")
-    command.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="long texts, plain or .xz")
+    command.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="long texts, plain or .xz, best of the kinds that you serve; default: the sources of Python's library",
+    )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the pattern file")
     command.add_argument(
         "--tokens",

@@ -194,15 +194,16 @@ def _is_message(given: Any) -> bool:
 
 def _read(path: Path, name: str, expected: str | None) -> bytes:
     raw = read_file(path, name, MAX_TEXT_BYTES)
-    if expected is not None and _told(raw) != expected:
+    if expected is not None and fingerprint_of(raw) != expected:
         raise ConfigError(f"{name} has changed while it was read: give the same command once more.")
     return raw
 
 
 def fingerprint(path: Path) -> str:
     """A short text by which a file is told from others."""
-    return _told(read_file(path, str(path), MAX_TEXT_BYTES))
+    return fingerprint_of(read_file(path, str(path), MAX_TEXT_BYTES))
 
 
-def _told(raw: bytes) -> str:
+def fingerprint_of(raw: bytes) -> str:
+    """The same of a file's content."""
     return sha256(raw).hexdigest()[:16]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to search with and others to check with: the user's texts, with facts hidden in them, asked for at the end.
+"""Prompts to search with and others to check with: texts with facts hidden in them, all asked for at the end.
 
 Plain text can be predicted from nearby tokens. Questions at the end make the next tokens depend on the whole prompt.
 """
 
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,26 +32,43 @@ class Prompts:
     checking: tuple[Prompt, ...]
 
 
-def make(model: str, data: Sequence[Path], lengths: Sequence[int], count: int, seed: int) -> Prompts:
+def load_texts(data: Sequence[Path]) -> dict[str, str]:
+    """The texts of these files, by names for the user; without files, the sources of Python's library.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    if not data:
+        return {"Python's library, the text without --data,": load_library()}
+    return {f"--data {path}": load_text(path, option="--data") for path in data}
+
+
+def load_library() -> str:
+    """The sources of Python's library as installed here, in alphabetical order: a long text that every machine has."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return "\n\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.py")))
+
+
+def make(model: str, texts: Mapping[str, str], lengths: Sequence[int], count: int, seed: int) -> Prompts:
     """`count` prompts to search with and as many to check with, taken from all texts and lengths in turn.
 
     Raises:
-        ConfigError: a text cannot be read or is too short, or the model has no tokenizer.
+        ConfigError: a text is too short, or the model has no tokenizer.
     """
     tokenizer = Tokenizer(model)
     halves: list[tuple[list[int], list[int]]] = []
-    for path in data:
-        tokens = tokenizer.encode(load_text(path, option="--data"))
+    for name, text in texts.items():
+        tokens = tokenizer.encode(text)
         middle = len(tokens) // 2
         if middle < max(lengths):
             raise ConfigError(
-                f"--data {path} has {len(tokens)} tokens. Half of it is searched with and half checked with, so that "
+                f"{name} has {len(tokens)} tokens. Half of it is searched with and half checked with, so that "
                 f"prompts of {max(lengths)} take {2 * max(lengths)}: give a longer text, or less --tokens."
             )
         halves.append((tokens[:middle], tokens[middle:]))
 
     def cut(half: int, number: int) -> Prompt:
-        turn, text = divmod(number, len(data))
+        turn, text = divmod(number, len(halves))
         material = Material(tokenizer, model, halves[text][half], seed=seed + number)
         [sample] = facts.make(material, lengths[turn % len(lengths)], 1)
         assert not isinstance(sample.prompt, str)

@@ -8,7 +8,7 @@ import pytest
 
 from minference_vllm.errors import ConfigError
 from minference_vllm.search import prompts
-from minference_vllm.search.prompts import make, scored_from
+from minference_vllm.search.prompts import load_texts, make, scored_from
 
 
 class Bytes:
@@ -24,13 +24,13 @@ class Bytes:
 
 
 @pytest.fixture
-def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Two texts, each of one letter in its first half and another in its second."""
     monkeypatch.setattr(prompts, "Tokenizer", Bytes)
     plain, packed = tmp_path / "plain.txt", tmp_path / "packed.txt.xz"
     plain.write_text("<" * 10_000 + ">" * 10_000)
     packed.write_bytes(lzma.compress(b"{" * 10_000 + b"}" * 10_000))
-    return [plain, packed]
+    return load_texts([plain, packed])
 
 
 def letters(prompt: tuple[int, ...]) -> set[str]:
@@ -38,7 +38,7 @@ def letters(prompt: tuple[int, ...]) -> set[str]:
     return {chr(token) for token in prompt} & set("<>{}")
 
 
-def test_each_half_of_a_text_is_for_one_purpose(texts: list[Path]) -> None:
+def test_each_half_of_a_text_is_for_one_purpose(texts: dict[str, str]) -> None:
     made = make("a model", texts, [6000, 8000], 4, seed=0)
     assert [letters(prompt) for prompt in made.searching] == [{"<"}, {"{"}, {"<"}, {"{"}]
     assert [letters(prompt) for prompt in made.checking] == [{">"}, {"}"}, {">"}, {"}"}]
@@ -46,23 +46,30 @@ def test_each_half_of_a_text_is_for_one_purpose(texts: list[Path]) -> None:
         assert [round(len(prompt), -2) for prompt in some] == [6000, 6000, 8000, 8000]
 
 
-def test_prompts_differ_and_a_seed_gives_the_same_again(texts: list[Path]) -> None:
+def test_prompts_differ_and_a_seed_gives_the_same_again(texts: dict[str, str]) -> None:
     first, again, other = (make("a model", texts, [6000], 4, seed).searching for seed in (0, 0, 100))
     assert first == again
     assert not set(first) & set(other)
     assert len(set(first)) == 4
 
 
-def test_a_text_that_is_too_short_is_named_with_what_is_needed(texts: list[Path]) -> None:
+def test_a_text_that_is_too_short_is_named_with_what_is_needed(texts: dict[str, str]) -> None:
     with pytest.raises(
         ConfigError, match=r"plain.txt has 20000 tokens\. .* prompts of 10001 take 20002: give a longer"
     ):
         make("a model", texts, [6000, 10_001], 2, seed=0)
 
 
-def test_a_text_that_cannot_be_read_is_named_by_its_option(texts: list[Path], tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_read_is_named_by_its_option(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--data .*none.txt cannot be read"):
-        make("a model", [*texts, tmp_path / "none.txt"], [6000], 2, seed=0)
+        load_texts([tmp_path / "none.txt"])
+
+
+def test_without_files_prompts_are_cut_from_pythons_library() -> None:
+    [(name, text)] = load_texts([]).items()
+    assert "without --data" in name
+    assert "import argparse" in text
+    assert len(text) > 10**6
 
 
 @pytest.mark.parametrize(("length", "first"), [(28_672, 24_576), (8192, 4096), (1000, 500), (3, 2)])
