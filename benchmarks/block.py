@@ -38,6 +38,7 @@ from minference_vllm.methods.block import COARSE_FROM, BlockSettings
 from minference_vllm.methods.block_scratch import BlockScratch
 from minference_vllm.ops import Kernel, choose_kernel
 from minference_vllm.recall import Floors
+from minference_vllm.reference.groups import EVEN
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 from minference_vllm.tuning.groups import as_on_real_prompts, draw_groups
 
@@ -176,7 +177,8 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block, index: Tile
     error = error_of(chunk, index)
     if not (error <= TOLERANCE and chunk.out.sum().isfinite()):
         raise SystemExit(f"{case}: our output is wrong, relative error {error:.1e}")
-    share = torch.full((case.num_qo_heads,), case.density, device=device)
+    # Random groups are all about as heavy as the mean. Then d² <= EVEN (1 - share)³, and d is to be 1 - density.
+    share = torch.full((case.num_qo_heads,), 1 - ((1 - case.density) ** 2 / EVEN) ** (1 / 3), device=device)
     parts = time_parts(method, chunk, scratch, share)
     attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)
     guard_ms = median(make_guard(chunk, attend, method), device)

@@ -28,6 +28,7 @@ struct Params {
     int32_t *groups, *counts;
     int64_t stride_masses, stride_part, stride_left_out, stride_groups, stride_groups_tile, stride_counts;
     int64_t rows_weight;  // of all sampled rows of a tile
+    double even;          // EVEN of the reference
     int32_t num_tiles, num_rows, context_len;
     int32_t sink_groups, local_groups, first_counted, max_kept;
 };
@@ -176,14 +177,14 @@ struct Tile {
                              weight_between(p.first_counted, sinks) -
                              weight_between(sinks, min(p.first_counted, local));
         sum_up_to(edge, shared.sums[1], edges, warp, lane);
-        const int64_t left_out = mass_left_out(), total = p.rows_weight + left_out + all + edges;
-        int64_t allowed = int64_t((1 - double(p.share[head])) * double(total));
-        // What the boxes left out has been dropped already.
-        allowed -= min(max(allowed, int64_t(0)), left_out);
-        // This thread's `dropped` is the mass of its code and all smaller ones. It grows with the code, so the number
-        // of threads for which it is allowed is the least code that is kept.
+        const int64_t left_out = mass_left_out();
+        const double allowed = (1 - double(p.share[head])) * double(p.rows_weight + left_out + all + edges);
+        // The reference multiplies in the same order. This thread's `dropped` is the mass of its code and all smaller
+        // ones. Both sides of its product grow with the code, so the number of threads whose groups may be dropped is
+        // the least code that is kept.
+        const double gone = double(dropped + left_out), heaviness = double(codes::weight(thread)) * double(num_groups);
+        const bool is_below = gone * gone * heaviness <= p.even * allowed * allowed * allowed;
         int counted, below, least;
-        const bool is_below = dropped <= allowed;
         sum_up_to(is_below ? 1 : 0, shared.numbers[0], least, warp, lane);
         least = min(least, codes::NUMBER - 1);
         sum_up_to(count, shared.numbers[1], counted, warp, lane);

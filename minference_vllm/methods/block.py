@@ -4,10 +4,10 @@
 A few rows of each half are scored against means of keys. FlexPrefill (arXiv 2502.20766) scores means of queries against
 means of keys; here the means are finer, and the rows are the half's own. The mass of a mean is its exponentiated score
 divided by the sum of those of the row's own tile and the first keys, limited to a quarter of that sum. The sum needs
-few means and is known beforehand, so one pass over all means is enough. The lightest groups are dropped as long as the
-others hold the setting `share`; the first keys and those just before the tile are always kept. In long prompts means of
-32 keys are scored first, and means of 4 only in boxes of 128 keys that may matter. docs/methods.md has the
-measurements.
+few means and is known beforehand, so one pass over all means is enough. The lightest groups are dropped,
+about as much of the attention as the setting `share` allows, and less where the next ones are heavy; the first keys and
+those just before the tile are always kept. In long prompts means of 32 keys are scored first, and means of 4 only in
+boxes of 128 keys that may matter. docs/methods.md has the measurements.
 """
 
 from dataclasses import replace
@@ -49,9 +49,9 @@ class BlockSettings(MethodSettings):
     """How many query rows of every 64 choose the keys for all 64. The cost of choosing grows with this number."""
 
     share: float = Field(default=0.84, gt=0, le=1)
-    """Share of the estimated attention that each head keeps, for every rows_per_list rows. The keys of the rows' own
-    tile of 128 and those that are always kept count towards it. No unit. With 1, every group of keys with any estimated
-    attention is kept."""
+    """Share of the estimated attention that each head keeps, for every rows_per_list rows: more where the groups that
+    would be dropped next are heavy, less where they are light. The keys of the rows' own tile of 128 and those that are
+    always kept count towards it. No unit. With 1, every group of keys with any estimated attention is kept."""
 
     rows_per_list: Literal[64, 128] = 128
     """Query rows that keep the same groups. With 64, each half of a tile has a list of its own: fewer pairs are kept,

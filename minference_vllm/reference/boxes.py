@@ -7,7 +7,7 @@ from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES
 from minference_vllm.reference.codes import weights
-from minference_vllm.reference.groups import threshold
+from minference_vllm.reference.groups import dropped_masses, least_kept, total_mass
 from minference_vllm.reference.normalisers import PART
 
 FIRST_COUNTED = 1
@@ -78,11 +78,17 @@ def margins(codes: torch.Tensor, seen: torch.Tensor, free: torch.Tensor, drops: 
         drops: [..] float64, how much of its mass each list may drop.
     """
     cuts = [
-        threshold(of_list[is_seen], is_free[is_seen], of_head, PART, FIRST_COUNTED)
+        threshold(of_list[is_seen], is_free[is_seen], of_head)
         for of_list, is_seen, is_free, of_head in zip(codes, seen, free, drops, strict=True)
     ]
     margin = codes.int() - torch.tensor(cuts, dtype=torch.int32, device=codes.device)[:, None]
     return margin.where(free, torch.where(seen, FORCED, -FORCED)).amax(0)
+
+
+def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor) -> int:
+    """The smallest code with which a list keeps a box: the dropped ones hold no more than the share `drops`."""
+    allowed = (drops * total_mass(codes, PART, FIRST_COUNTED)).long()
+    return least_kept(dropped_masses(codes, free) <= allowed)
 
 
 def keep_most(margin: torch.Tensor, room: int) -> torch.Tensor:

@@ -14,32 +14,49 @@ ROW = int(ONE / LIMIT)
 """The weight of all that a row's normaliser includes, which has a mass of 1 / LIMIT; see codes.weights."""
 
 
+EVEN = 5.0
+"""How much tiles drop compared with what their heads' shares say: with this factor they keep as many groups as if each
+kept its head's share exactly (docs/methods.md)."""
+
+
 def threshold(
-    codes: torch.Tensor,
-    free: torch.Tensor,
-    drops: torch.Tensor,
-    num_rows: int,
-    first_counted: int = NORMALISER_KEYS // GROUP,
-    left_out: torch.Tensor | int = 0,
+    codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_rows: int, left_out: torch.Tensor | int = 0
 ) -> int:
-    """The smallest code with which a group is kept. The largest code always is: it stands for all larger masses too.
+    """The smallest code with which a group is kept: see select_groups.
 
     Args:
         codes: [num_groups] uint8.
         free: [num_groups] bool, groups that may be dropped; the others are kept whatever their mass.
-        drops: float64 scalar, the share of all mass that may be dropped, from free groups only.
-        num_rows: rows whose masses were added. What the normaliser of a row includes has a mass of 1 / LIMIT.
-        first_counted: the first group that normalisers do not include.
+        drops: float64 scalar, the share of all mass that the head may drop. Below 0 no group is dropped.
+        num_rows: rows whose masses were added.
         left_out: int64 scalar, the mass of groups that are dropped already and have no mass in `codes`.
     """
-    total = num_rows * ROW + weights(codes[first_counted:]).sum() + left_out
-    allowed = (drops * total).long()
-    allowed = allowed - allowed.clamp(min=0).clamp(max=left_out)
+    allowed = drops * (total_mass(codes, num_rows, NORMALISER_KEYS // GROUP) + left_out).double()
+    dropped = (dropped_masses(codes, free) + left_out).double()
+    heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * len(codes)
+    # In this order: kernels multiply in the same, so that they round to the same numbers.
+    return least_kept(dropped * dropped * heaviness <= EVEN * allowed * allowed * allowed)
+
+
+def total_mass(codes: torch.Tensor, num_rows: int, first_counted: int) -> torch.Tensor:
+    """The mass of the rows' normalisers, 1 / LIMIT each, and of the groups that these do not include; int64 scalar."""
+    return num_rows * ROW + weights(codes[first_counted:]).sum()
+
+
+def dropped_masses(codes: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+    """[MASS_CODES] int64: by code, the mass of the free groups of this code and of smaller ones."""
     weight = torch.zeros(MASS_CODES, dtype=torch.int64, device=codes.device)
-    weight.index_add_(0, codes[free].long(), weights(codes[free]))
-    # By code: the mass that is dropped if all groups of this code and of smaller ones are.
-    dropped = weight.cumsum(0)
-    return min(int((dropped <= allowed).sum()), MASS_CODES - 1)
+    return weight.index_add_(0, codes[free].long(), weights(codes[free])).cumsum(0)
+
+
+def least_kept(may_be_dropped: torch.Tensor) -> int:
+    """The smallest code that is kept. The largest always is: it stands for all larger masses too.
+
+    Args:
+        may_be_dropped: [MASS_CODES] bool, whether all groups of this code and of smaller ones may be dropped. True for
+            no code after one for which it is false.
+    """
+    return min(int(may_be_dropped.sum()), MASS_CODES - 1)
 
 
 def select_groups(
@@ -53,11 +70,14 @@ def select_groups(
     index: TileIndex,
     boxes: Boxes | None = None,
 ) -> None:
-    """For each half, or tile, drop the lightest groups before the tile as long as the others hold a share of the mass.
+    """For each half, or tile, drop the lightest groups before the tile, about as much as the head's share allows.
 
     A row's mass is 1 / LIMIT, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between
-    them. Of groups with equal codes all are dropped or none. The first groups of the request and those just before the
-    tile are always kept, and their mass counts. A half of which the chunk has no row keeps what the other half keeps.
+    them. Of the whole mass, let d be the part that has been dropped, and h the next group's mass, divided by the mean
+    over all groups before the tile. The group is dropped as long as d² h <= EVEN (1 - share)³, d with this group. So
+    where the next group is light, more than 1 - share may be dropped, and where it is heavy, less. Of groups with equal
+    codes all are dropped or none. The first groups of the request and those just before the tile are always kept, and
+    their mass counts. A half of which the chunk has no row keeps what the other half keeps.
 
     Args:
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see

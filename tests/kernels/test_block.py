@@ -16,7 +16,7 @@ from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.methods.block_scratch import Shapes
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.codes import ONE, add, weights
-from minference_vllm.reference.groups import write_lists
+from minference_vllm.reference.groups import EVEN, write_lists
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MASS_CODES, AttendBuffers, ScratchShape
@@ -80,7 +80,7 @@ def test_groups_that_hold_the_share(
 
 
 def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, index: TileIndex) -> None:
-    """Each half, or tile, keeps what is forced, its share, and not a group more than that needs.
+    """Each half, or tile, keeps what is forced, drops what its share allows, and keeps no group that it may drop.
 
     Args:
         masses: [heads, parts, groups] uint8.
@@ -102,18 +102,20 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                 of_halves = masses[head, :, : len(number)].unflatten(0, (-1, rows // PART))
                 row = add(of_halves[[tile * HALVES + of for of in choosing]].flatten(0, 1))
                 mass = weights(row) / ONE
-                allowed = (1 - share) * (rows * len(choosing) / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum())
+                total = rows * len(choosing) / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum()
+                limit = EVEN * ((1 - share) * total) ** 3 / len(row)
                 assert kept[forced].all()
-                assert mass[~kept].sum() <= max(allowed, 0) * (1 + 1e-6)
                 assert share <= 1 or kept.all()
                 assert share < 1 or kept[row > 0].all()
+                assert kept.all() or mass[~kept].sum() ** 2 * mass[~kept].max() <= max(limit, 0) * (1 + 1e-6)
                 free = kept & ~forced
                 assert kept[row == MASS_CODES - 1].all(), "what may be more than its code says"
                 if share <= 1 and free.any() and not every and row[free].min() < MASS_CODES - 1:
                     lightest = free & (row == row[free].min())
                     assert row[free].min() > 0
                     assert not (~kept & (row >= row[free].min())).any(), "of equal mass, all or none"
-                    assert mass[~kept | lightest].sum() > allowed * (1 - 1e-6), "fewer would have done"
+                    dropped = mass[~kept | lightest].sum()
+                    assert dropped**2 * mass[lightest].max() > limit * (1 - 1e-6), "fewer would have done"
 
 
 def test_each_head_gets_its_own_share(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.kernels.cuda import library
 from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, PART_OF_DROPPED
-from minference_vllm.reference.groups import ROW
+from minference_vllm.reference.groups import EVEN, ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, OCTAVES_BELOW_ONE
 
@@ -31,6 +31,7 @@ class _Groups(ctypes.Structure):
         *library.pointers_of("masses", "left_out", "share", "groups", "counts"),
         *library.strides_of("masses", "masses_part", "left_out", "groups", "groups_tile", "counts"),
         ("rows_weight", ctypes.c_int64),
+        ("even", ctypes.c_double),
         *library.sizes_of(
             "num_rows", "context_len", "num_qo_heads", "parts", "sink_groups", "local_groups", "first_counted",
             "max_kept",
@@ -89,6 +90,7 @@ def select_groups(
         stride_groups_tile=groups.stride(1),
         stride_counts=counts.stride(0),
         rows_weight=HALVES * rows_per_half * ROW,
+        even=EVEN,
         num_rows=chunk.num_rows,
         context_len=chunk.context_len,
         num_qo_heads=chunk.num_qo_heads,

@@ -13,7 +13,7 @@ from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
 from minference_vllm.kernels.triton.codes import decode, encode, weights
-from minference_vllm.reference.groups import ROW
+from minference_vllm.reference.groups import EVEN, ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import MASS_CODES
 
@@ -54,7 +54,7 @@ def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr):
 def _threshold(
     codes_ptr, other_ptr, stride, share, rows_weight, left_out, num_groups, sinks, local,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, COUNTED: tl.constexpr,
+    CODES: tl.constexpr, COUNTED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The threshold, see reference.groups.threshold, and how many groups are dropped.
 
@@ -86,10 +86,12 @@ def _threshold(
     for start in range(sinks, tl.minimum(COUNTED, local), EDGE):
         end = tl.minimum(COUNTED, local)
         total -= _edge(codes_ptr, stride, start, end, num_groups, PARTS, BY_TILE, EDGE)
-    # In 64 bits, to get exactly the number that the reference gets.
-    allowed = ((1 - share.to(tl.float64)) * total.to(tl.float64)).to(tl.int64)
-    allowed -= tl.minimum(tl.maximum(allowed, 0), left_out)
-    threshold = tl.minimum(tl.sum((dropped <= allowed).to(tl.int32), 0), CODES - 1)
+    # In 64 bits and in this order, to get exactly the numbers that the reference gets.
+    allowed = (1 - share.to(tl.float64)) * total.to(tl.float64)
+    gone = (dropped + left_out).to(tl.float64)
+    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * num_groups.to(tl.float64)
+    may_be_dropped = gone * gone * heaviness <= EVEN * allowed * allowed * allowed
+    threshold = tl.minimum(tl.sum(may_be_dropped.to(tl.int32), 0), CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
 
@@ -144,7 +146,7 @@ def _groups_kernel(
     stride_masses, stride_part, stride_left, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr,
+    CODES: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     tile_start = (context_len // TILE + i_t) * TILE
@@ -169,7 +171,7 @@ def _groups_kernel(
             first_left += second_left
     first, num_dropped = _threshold(
         first_ptr, second_ptr, stride_part, share, rows_weight, first_left, num_groups, sinks, local,
-        PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED,
+        PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, EVEN,
     )  # fmt: skip
     second = first
     o_n = tl.arange(0, BLOCK)
@@ -179,7 +181,7 @@ def _groups_kernel(
     if not BY_TILE:
         second, _dropped = _threshold(
             second_ptr, first_ptr, stride_part, share, rows_weight, second_left, num_groups, sinks, local,
-            PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED,
+            PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, EVEN,
         )  # fmt: skip
         b_shared = tl.zeros([BLOCK], tl.int32)
         b_first = tl.zeros([BLOCK], tl.int32)
@@ -241,6 +243,6 @@ def select_groups(
         groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
         PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK, EDGE=EDGE,
-        CODES=MASS_CODES, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW,
+        CODES=MASS_CODES, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW, EVEN=EVEN,
         num_warps=4,
     )  # fmt: skip
