@@ -73,11 +73,11 @@ def select_groups(
     """For each half, or tile, drop the lightest groups before the tile, about as much as the head's share allows.
 
     A row's mass is 1 / LIMIT, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between
-    them. Of the whole mass, let d be the part that has been dropped, and h the next group's mass, divided by the mean
-    over all groups before the tile. The group is dropped as long as d² h <= EVEN (1 - share)³, d with this group. So
-    where the next group is light, more than 1 - share may be dropped, and where it is heavy, less. Of groups with equal
-    codes all are dropped or none. The first groups of the request and those just before the tile are always kept, and
-    their mass counts. A half of which the chunk has no row keeps what the other half keeps.
+    them. Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over the mean of all
+    groups before the tile. Groups are dropped, the lightest first and equal codes together, as long as d² h is at most
+    EVEN (1 - share)³: more than 1 - share where they are light, less where they are heavy. The first groups of the
+    request and those just before the tile are always kept, and their mass counts. A half of which the chunk has no row
+    keeps what the other half keeps.
 
     Args:
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
@@ -90,8 +90,7 @@ def select_groups(
         by_tile: whether both halves' rows choose together, and both keep the same.
         index: lists and counts of the chunk's tiles are written. A tile whose halves together keep more groups than a
             list has room for keeps all: EVERY_GROUP.
-        boxes: if not None, groups in boxes that are not listed have a mass of 0 in `masses`; `left_out` has what it
-            was.
+        boxes: if not None, groups in boxes that are not listed have no mass in `masses`, and `left_out` has theirs.
     """
     parts = rows_per_half // PART
     for head in range(chunk.num_qo_heads):
