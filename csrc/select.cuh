@@ -178,12 +178,13 @@ struct Tile {
                              weight_between(sinks, min(p.first_counted, local));
         sum_up_to(edge, shared.sums[1], edges, warp, lane);
         const int64_t left_out = mass_left_out();
-        const double allowed = (1 - double(p.share[head])) * double(p.rows_weight + left_out + all + edges);
+        const double total = double(p.rows_weight + left_out + all + edges);
+        const double allowed = (1 - double(p.share[head])) * total;
         // The reference multiplies in the same order. This thread's `dropped` is the mass of its code and all smaller
         // ones. Both sides of its product grow with the code, so the number of threads whose groups may be dropped is
         // the least code that is kept.
         const double gone = double(dropped + left_out), heaviness = double(codes::weight(thread)) * double(num_groups);
-        const bool is_below = gone * gone * heaviness <= p.even * allowed * allowed * allowed;
+        const bool is_below = gone * gone * heaviness <= p.even * allowed * allowed * total && allowed >= 0;
         int counted, below, least;
         sum_up_to(is_below ? 1 : 0, shared.numbers[0], least, warp, lane);
         least = min(least, codes::NUMBER - 1);

@@ -14,9 +14,10 @@ ROW = int(ONE / LIMIT)
 """The weight of all that a row's normaliser includes, which has a mass of 1 / LIMIT; see codes.weights."""
 
 
-EVEN = 5.0
-"""How much tiles drop compared with what their heads' shares say: with this factor they keep as many groups as if each
-kept its head's share exactly (docs/methods.md)."""
+EVEN = 13 / 16
+"""How heavy the heaviest dropped group of a tile that drops just 1 - share of its mass is, over the mean of all groups.
+With this number tiles drop 1 - share on average (docs/methods.md). Floats of 32 bits hold it exactly, as kernels must.
+"""
 
 
 def threshold(
@@ -31,11 +32,12 @@ def threshold(
         num_rows: rows whose masses were added.
         left_out: int64 scalar, the mass of groups that are dropped already and have no mass in `codes`.
     """
-    allowed = drops * (total_mass(codes, num_rows, NORMALISER_KEYS // GROUP) + left_out).double()
+    total = (total_mass(codes, num_rows, NORMALISER_KEYS // GROUP) + left_out).double()
+    allowed = drops * total
     dropped = (dropped_masses(codes, free) + left_out).double()
     heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * len(codes)
     # In this order: kernels multiply in the same, so that they round to the same numbers.
-    return least_kept(dropped * dropped * heaviness <= EVEN * allowed * allowed * allowed)
+    return least_kept((dropped * dropped * heaviness <= EVEN * allowed * allowed * total) & (allowed >= 0))
 
 
 def total_mass(codes: torch.Tensor, num_rows: int, first_counted: int) -> torch.Tensor:
@@ -75,7 +77,7 @@ def select_groups(
     A row's mass is 1 / LIMIT, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between
     them. Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over the mean of all
     groups before the tile. Groups are dropped, the lightest first and equal codes together, as long as d² h is at most
-    EVEN (1 - share)³: more than 1 - share where they are light, less where they are heavy. The first groups of the
+    EVEN (1 - share)²: more than 1 - share where they are light, less where they are heavy. The first groups of the
     request and those just before the tile are always kept, and their mass counts. A half of which the chunk has no row
     keeps what the other half keeps.
 

@@ -14,6 +14,10 @@ DEARER = 1.02
 
 LEAST = 1e-6  # nats: a divergence below this is rounding
 
+MOST = math.log(10)
+"""A prompt counts as ten times better or worse at the most. A single one that is a hundred times better would make the
+mean so uncertain that the file looked no better."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -40,7 +44,8 @@ class Verdict:
     def interval(self) -> tuple[float, float]:
         """Of a prompt's divergence, file / default: around the geometric mean, because prompts differ by factors."""
         logs = [
-            math.log(max(new, LEAST) / max(old, LEAST)) for new, old in zip(self.file_kl, self.default_kl, strict=True)
+            max(-MOST, min(MOST, math.log(max(new, LEAST) / max(old, LEAST))))
+            for new, old in zip(self.file_kl, self.default_kl, strict=True)
         ]
         mean, spread = statistics.fmean(logs), SEVERAL * statistics.stdev(logs) / len(logs) ** 0.5
         return math.exp(mean - spread), math.exp(mean + spread)

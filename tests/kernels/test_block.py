@@ -103,11 +103,11 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                 row = add(of_halves[[tile * HALVES + of for of in choosing]].flatten(0, 1))
                 mass = weights(row) / ONE
                 total = rows * len(choosing) / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum()
-                limit = EVEN * ((1 - share) * total) ** 3 / len(row)
+                limit = EVEN * (1 - share) ** 2 * total**3 / len(row)
                 assert kept[forced].all()
                 assert share <= 1 or kept.all()
                 assert share < 1 or kept[row > 0].all()
-                assert kept.all() or mass[~kept].sum() ** 2 * mass[~kept].max() <= max(limit, 0) * (1 + 1e-6)
+                assert kept.all() or mass[~kept].sum() ** 2 * mass[~kept].max() <= limit * (1 + 1e-6)
                 free = kept & ~forced
                 assert kept[row == MASS_CODES - 1].all(), "what may be more than its code says"
                 if share <= 1 and free.any() and not every and row[free].min() < MASS_CODES - 1:

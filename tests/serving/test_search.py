@@ -49,8 +49,8 @@ def test_what_is_read_with_all_keys_is_what_is_compared_with(searched: dict[str,
 
 
 def test_all_that_was_announced_was_done(searched: dict[str, Any]) -> None:
-    # Of each of two prompts: all candidates, the one layer, and its two heads. Then two fits, and two checks.
-    assert searched["said"] == searched["steps"] == 2 * (1 + 1 + 2) + 2 + 2
+    # Of each of two prompts: all candidates, and the one layer. Then two fits, and two checks.
+    assert searched["said"] == searched["steps"] == 2 * (1 + 1) + 2 + 2
 
 
 def test_the_file_is_served(searched: dict[str, Any]) -> None:

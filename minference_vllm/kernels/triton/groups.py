@@ -87,11 +87,13 @@ def _threshold(
         end = tl.minimum(COUNTED, local)
         total -= _edge(codes_ptr, stride, start, end, num_groups, PARTS, BY_TILE, EDGE)
     # In 64 bits and in this order, to get exactly the numbers that the reference gets.
-    allowed = (1 - share.to(tl.float64)) * total.to(tl.float64)
+    whole = total.to(tl.float64)
+    allowed = (1 - share.to(tl.float64)) * whole
     gone = (dropped + left_out).to(tl.float64)
     heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * num_groups.to(tl.float64)
-    may_be_dropped = gone * gone * heaviness <= EVEN * allowed * allowed * allowed
-    threshold = tl.minimum(tl.sum(may_be_dropped.to(tl.int32), 0), CODES - 1)
+    may_be_dropped = gone * gone * heaviness <= EVEN * allowed * allowed * whole
+    threshold = tl.where(allowed >= 0, tl.sum(may_be_dropped.to(tl.int32), 0), 0)
+    threshold = tl.minimum(threshold, CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
 

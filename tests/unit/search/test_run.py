@@ -133,6 +133,8 @@ def test_sizes_are_found_too_and_the_better_method_is_written(tmp_path: Path) ->
         ([1.0, 1.1, 0.9], [1.0, 1.1, 0.9], (100.0, 50.0), False),
         # Prompts differ by factors, and so does what is gained.
         ([0.01, 0.1, 1.0], [0.008, 0.07, 0.75], (100.0, 100.0), True),
+        # One prompt that gains far more than the others does not make their gain uncertain.
+        ([1.0, 1.0, 1.0], [0.7, 0.1, 0.001], (100.0, 100.0), True),
         # Less on average, but one prompt says otherwise.
         ([1.0, 1.0, 1.0], [0.2, 0.9, 1.2], (100.0, 100.0), False),
         ([0.5, 0.6, 0.4], [1.0, 1.1, 0.9], (100.0, 100.0), False),
