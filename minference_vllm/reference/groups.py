@@ -15,9 +15,9 @@ ROW = int(ONE / LIMIT)
 
 
 EVEN = 13 / 16
-"""How heavy the heaviest dropped group of a tile that drops just 1 - share of its mass is, over the mean of all groups.
-With this number tiles drop 1 - share on average (docs/methods.md). Floats of 32 bits hold it exactly, as kernels must.
-"""
+"""A tile drops just 1 - share of its mass if the heaviest dropped group is this heavy, over the mean of all groups. With
+this number tiles drop as much on average as if 1 - share were the limit (docs/methods.md). A float of 32 bits holds it
+exactly, as Triton needs."""
 
 
 def threshold(
