@@ -15,7 +15,7 @@ ROW = int(ONE / LIMIT)
 
 
 EVEN = 13 / 16
-"""A tile drops just 1 - share of its mass if its heaviest dropped group has this much, relative to the mean of all. With
+"""A tile drops just 1 - share of its mass if its heaviest dropped group is this heavy, over the mean of all groups. At
 this number tiles drop as much on average as if 1 - share were the limit (docs/methods.md). A float of 32 bits holds it
 exactly, as Triton needs."""
 
