@@ -2,13 +2,27 @@
 """What the overlays in deploy/kubernetes make is taken by Kubernetes, holds together, and lets a long prompt finish."""
 
 import json
+import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from minference_vllm.config import CONFIG_FILE_VARIABLE, load_config
 from tests.conftest import import_or_skip
-from tests.deploy.manifests import COMPONENTS, OVERLAYS, Manifest, build, build_with, container_of, env_of, only, read
+from tests.deploy.manifests import (
+    COMPONENTS,
+    DEPLOY,
+    KUBERNETES,
+    OVERLAYS,
+    Manifest,
+    build,
+    build_with,
+    container_of,
+    env_of,
+    only,
+    read,
+)
 
 # The oldest release in which all fields are known without a feature gate, and the newest that the schemas cover.
 RELEASES = ("1.31", "1.37")
@@ -149,6 +163,27 @@ def test_the_plugin_takes_its_settings_and_its_gate_can_open(
     settings = load_config(options.get("additional-config"), {CONFIG_FILE_VARIABLE: str(path)})
     assert settings.min_seq_len <= options["max-model-len"]
     assert settings.min_chunk <= options["max-num-batched-tokens"]
+
+
+def test_a_pattern_file_beside_an_overlay_is_mounted_where_the_page_names_it(overlay: Path, tmp_path: Path) -> None:
+    """What docs/deployment.md says under "A pattern file of your own", done."""
+    page = (DEPLOY.parent / "docs" / "deployment.md").read_text().partition("### A pattern file of your own")[2]
+    settings = textwrap.dedent(page[page.index('    {"min_seq_len"') :].partition("\n\n")[0])
+    files = textwrap.dedent(page[page.index("    files:") :].partition("\n\n")[0])
+    copy = tmp_path / "kubernetes" / overlay.relative_to(KUBERNETES)
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    kustomization = (copy / "kustomization.yaml").read_text()
+    listed = "    files:\n      - serve.yaml\n"
+    assert listed in kustomization
+    (copy / "kustomization.yaml").write_text(kustomization.replace(listed, textwrap.indent(files, "    ") + "\n"))
+    (copy / "minference.json").write_text(settings)
+    (copy / "pattern.json").write_text("the file")
+    manifests = build(copy)
+    assert only(manifests, "ConfigMap")["data"]["pattern.json"] == "the file"
+    method = load_config(None, {CONFIG_FILE_VARIABLE: str(copy / "minference.json")}).method
+    mounts = container_of(only(manifests, "Deployment"))["volumeMounts"]
+    (folder,) = [mount["mountPath"] for mount in mounts if mount["name"] == "settings"]
+    assert (method.name, method.pattern_file) == ("auto", f"{folder}/pattern.json")
 
 
 def test_there_are_as_many_gpus_as_the_model_is_split_over(deployment: Manifest, options: Manifest) -> None:
