@@ -177,7 +177,7 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block, index: Tile
     error = error_of(chunk, index)
     if not (error <= TOLERANCE and chunk.out.sum().isfinite()):
         raise SystemExit(f"{case}: our output is wrong, relative error {error:.1e}")
-    # Random groups are all about as heavy as the mean. Then d² <= EVEN (1 - share)², and d is to be 1 - density.
+    # Random groups are about as heavy as a mean one. Then d² <= EVEN (1 - share)², and d is to be 1 - density.
     share = torch.full((case.num_qo_heads,), max(1 - (1 - case.density) / EVEN**0.5, 1e-6), device=device)
     parts = time_parts(method, chunk, scratch, share)
     attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)

@@ -21,7 +21,6 @@ In parts by length, chunk or method, on several cards, and then merged. All part
 """
 
 import argparse
-import lzma
 import tempfile
 from collections.abc import Callable
 from hashlib import sha256
@@ -44,6 +43,7 @@ from benchmarks import (
     sparse_work,
 )
 from benchmarks.processes import EngineProcess, is_first_rank, on_gpus, serve_requests
+from minference_vllm.evals import material
 from minference_vllm.search.prompts import load_library
 
 SCORED_TEXT = 2048  # tokens at the text's end, in addition to all questions and answers
@@ -59,8 +59,7 @@ def load_text(name: str) -> str:
     """A plain text, one compressed by xz, or the sources of Python's library, in alphabetical order."""
     if name == STDLIB:
         return load_library()
-    raw = Path(name).read_bytes()
-    return (lzma.decompress(raw) if name.endswith(".xz") else raw).decode()
+    return material.load_text(Path(name), option="the text")
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:

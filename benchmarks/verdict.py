@@ -42,7 +42,7 @@ class Verdict:
         out: [num_rows, num_qo_heads, head_dim], the plugin's output.
         exact: exact attention.
         dense: the output of vLLM's backend for the same step; None if it was not run.
-        trusts_dense: whether rows that run dense are compared with `dense` instead of `exact`.
+        trusts_dense: whether rows that run dense are compared with `dense` instead of `exact`, as over a cache in FP8.
         work: what the plugin has counted for the step.
         lse: [num_qo_heads, >= rows], log-sum-exp of the last sparse chunk, as attending left it; unused without one.
     """
@@ -118,9 +118,9 @@ class Verdict:
     def _bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What each number should be, and by how much it may differ."""
         expected = self.exact.out.clone()
-        allowed = TOLERANCE * (1 + expected.abs())
-        if self.trusts_dense and self.dense is not None:
-            allowed = FP8_TOLERANCE * (1 + expected.abs())
+        is_fp8 = self.trusts_dense and self.dense is not None
+        allowed = (FP8_TOLERANCE if is_fp8 else TOLERANCE) * (1 + expected.abs())
+        if is_fp8:
             is_dense = torch.ones(len(self.out), dtype=torch.bool, device=self.out.device)
             for rows in self.chunks:
                 is_dense[rows] = False

@@ -15,8 +15,8 @@ ROW = int(ONE / LIMIT)
 
 
 EVEN = 13 / 16
-"""A tile drops just 1 - share of its mass if its heaviest dropped group is this heavy, over the mean of all groups. At
-this number tiles drop as much on average as if 1 - share were the limit (docs/methods.md). A float of 32 bits holds it
+"""A tile drops just 1 - share of its mass if its heaviest dropped group is this heavy, over a mean group. With this
+number tiles drop as much on average as if 1 - share were the limit (docs/methods.md). A float of 32 bits holds it
 exactly, as Triton needs."""
 
 
@@ -75,9 +75,9 @@ def select_groups(
     """For each half, or tile, drop the lightest groups before the tile, about as much as the head's share allows.
 
     A row's mass is 1 / LIMIT, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between
-    them. Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over the mean of all
-    groups before the tile. Groups are dropped, the lightest first and equal codes together, as long as d² h is at most
-    EVEN (1 - share)²: more than 1 - share where they are light, less where they are heavy. The first groups of the
+    them. Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over that of a mean
+    one: the whole mass by the number of groups before the tile. The lightest groups, equal codes together, are dropped
+    while d² h <= EVEN (1 - share)²: more than 1 - share if they are light, less if heavy. The first groups of the
     request and those just before the tile are always kept, and their mass counts. A half of which the chunk has no row
     keeps what the other half keeps.
 

@@ -214,6 +214,18 @@ def test_dense_rows_over_fp8_are_held_against_vllms_own(right: Verdict) -> None:
     assert not replace(right, out=off, dense=off, trusts_dense=True).row()["ok"]
 
 
+@pytest.mark.parametrize(
+    ("by", "over_fp8", "over_others"), [(0.005, True, True), (0.015, True, False), (0.025, False, False)]
+)
+def test_sparse_rows_over_fp8_may_be_twice_as_far_off(
+    right: Verdict, by: float, over_fp8: bool, over_others: bool
+) -> None:
+    off = right.out.clone()
+    off[5] += by * (1 + off[5].abs())  # of a chunk that ran sparse
+    assert replace(right, out=off, dense=right.out, trusts_dense=True).row()["ok"] is over_fp8
+    assert replace(right, out=off).row()["ok"] is over_others
+
+
 # The run
 
 
