@@ -52,6 +52,7 @@ GATE = {"min_seq_len": 3072, "min_chunk": 512}
 TINY_GATE = {"min_seq_len": 512, "min_chunk": 64}
 STDLIB = "stdlib"  # given in place of a file, it stands for Python's library as installed here
 ROW = ("tokens", "text", "method", "chunk")  # what tells one row from another
+MEMORY = 0.4  # of a GPU, for each of two engines
 SPARE = 2048  # tokens by which max_model_len exceeds the prompts' lengths
 
 
@@ -176,6 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8, help="prompts a text and length")
     parser.add_argument("--kv-cache-dtype", default="auto", help="of both engines, for example fp8")
     parser.add_argument("--gpus", type=int, default=1, help="tensor-parallel GPUs of each engine")
+    parser.add_argument("--memory", type=float, default=MEMORY, help="part of a GPU's memory that each engine takes")
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 2048], help="max_num_batched_tokens")
     parser.add_argument(
         "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
@@ -192,7 +194,7 @@ def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -
     gate = TINY_GATE if options.tiny else GATE
     return {
         "engine": {
-            **engine_options(options.model, max(options.tokens), chunk),
+            **engine_options(options.model, max(options.tokens), chunk, options.memory),
             "kv_cache_dtype": options.kv_cache_dtype,
             **on_gpus(options.gpus),
         },
@@ -201,12 +203,16 @@ def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -
     }
 
 
-def engine_options(model: str, tokens: int, chunk: int) -> dict[str, Any]:
-    """Options of an engine that reads one prompt of about `tokens` tokens at a time, in chunks."""
+def engine_options(model: str, tokens: int, chunk: int, memory: float = MEMORY) -> dict[str, Any]:
+    """Options of an engine that reads one prompt of about `tokens` tokens at a time, in chunks.
+
+    Args:
+        memory: the part of a GPU's memory that the engine takes.
+    """
     return {
         "model": model, "dtype": "bfloat16", "max_model_len": tokens + SPARE,
         "max_num_batched_tokens": chunk, "max_num_seqs": 1, "enforce_eager": True, "enable_prefix_caching": False,
-        "gpu_memory_utilization": 0.4, "disable_log_stats": True,
+        "gpu_memory_utilization": memory, "disable_log_stats": True,
     }  # fmt: skip
 
 

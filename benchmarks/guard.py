@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import DENSE, SPARSE, argument_parser, far_rows, parse_method, resolved, results
-from benchmarks.fidelity import GATE, TINY_GATE, engine_options, load_text, make_request, start_engine
+from benchmarks.fidelity import GATE, MEMORY, TINY_GATE, engine_options, load_text, make_request, start_engine
 from benchmarks.processes import EngineProcess, serve_requests
 from benchmarks.rows import make_row
 from benchmarks.traps import TRAPS
@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=28672, help="prompt length")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of each kind")
     parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens")
+    parser.add_argument("--memory", type=float, default=MEMORY, help="part of a GPU's memory that each engine takes")
     methods = ["block", "1000:1000", "200:400"]
     parser.add_argument("--methods", nargs="+", default=methods, help="as for benchmarks.fidelity")
     return parser.parse_args()
@@ -59,7 +60,7 @@ def measure_traps(options: argparse.Namespace, rows: list[dict[str, Any]], setti
     gate = TINY_GATE if options.tiny else GATE
     with tempfile.TemporaryDirectory(prefix="guard-") as directory:
         requests = make_requests(options, directory)
-        engine = engine_options(options.model, options.tokens, options.chunk)
+        engine = engine_options(options.model, options.tokens, options.chunk, options.memory)
         spec = {"engine": engine, "dense_backend": options.dense_backend}
         settings["engine"] = {key: value for key, value in engine.items() if key != "model"}
         with EngineProcess("benchmarks.guard", DENSE, spec) as dense:

@@ -106,10 +106,7 @@ def compare(options: argparse.Namespace, specs: dict[str, Any], folder: Path) ->
 
 
 def make_specs(options: argparse.Namespace, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    specs = {name: fidelity.make_spec(options, options.chunk, method) for name, method in methods.items()}
-    for spec in specs.values():
-        spec["engine"]["gpu_memory_utilization"] = MEMORY
-    return specs
+    return {name: fidelity.make_spec(options, options.chunk, method) for name, method in methods.items()}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -124,7 +121,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4, help="prompts a text and length")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens")
-    parser.set_defaults(gpus=1)  # all three engines share one
+    parser.set_defaults(gpus=1, memory=MEMORY)  # all three engines share one
     return parser.parse_args(arguments)
 
 
