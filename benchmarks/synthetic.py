@@ -7,7 +7,7 @@ drawn.
 """
 
 from minference_vllm import ops
-from minference_vllm.attention import Chooser, LayerState
+from minference_vllm.attention import Chooser, LayerState, repeatable
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import BandIndex, SparseIndex
 from minference_vllm.methods import Block, Method, VerticalSlash
@@ -51,6 +51,7 @@ def make_chooser(seed: int) -> Chooser:
             drawn[ends] = drawn_choice(method, chunk, layer, seed)
         return drawn[ends](method, chunk, layer)
 
+    @repeatable
     def choose_drawn(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
         if isinstance(method, Block):
             return choose_groups(method, chunk, layer)

@@ -53,9 +53,18 @@ class LayerState:
 
 Chooser = Callable[[Method, Chunk, LayerState], SparseIndex]
 """A function that chooses the keys of a chunk. Tuning, benchmarks and evaluation replace `choose` by their own, to look
-at what a method chose or to attend to other keys."""
+at what a method chose or to attend to other keys. It is called for every layer, unless it is `repeatable`."""
+
+REPEATABLE = "minference_repeatable"
 
 
+def repeatable(chooser: Chooser) -> Chooser:
+    """Mark a chooser that does nothing but launch, and the same for all layers of a step: see repeats.Repeats."""
+    setattr(chooser, REPEATABLE, True)
+    return chooser
+
+
+@repeatable
 def choose(method: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
     """Let the method choose, as in service."""
     return method.choose(chunk, layer.budgets, layer.buffers)

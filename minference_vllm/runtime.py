@@ -23,6 +23,7 @@ from minference_vllm.patterns import ServedModel, resolve
 from minference_vllm.pipeline import ONE_STAGE, Pipeline
 from minference_vllm.recall import Floors
 from minference_vllm.record import StepRecord
+from minference_vllm.repeats import Repeats
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 
 logger = logging.getLogger("vllm.minference")
@@ -71,6 +72,7 @@ class Runtime:
         self.counters = Counters(config.log_every, self.account.tally, self.account.read)
         self.floors = Floors(config.recall_floor, config.row_recall_floor)
         self.failed: set[int] = set()
+        self._repeats = Repeats()
         self._has_looked_at_limits = False
         self.has_sparse_layers = False
         self._buffers: dict[ScratchShape, tuple[Any, AttendBuffers, RecallBuffers | None]] = {}
@@ -176,8 +178,11 @@ class Runtime:
 
     def _attend(self, chunk: Chunk, layer: LayerState) -> None:
         """Sparse attention of a chunk, timed now and then, checked if `debug` is on."""
-        chooser = debug.checking(self.chooser) if self.config.debug else self.chooser
         lap = self.account.stopwatch.begin() if self.publish else None
+        if lap is None and not self.config.debug:
+            self._repeats.prefill(chunk, self.method, layer, self.chooser)
+            return
+        chooser = debug.checking(self.chooser) if self.config.debug else self.chooser
         prefill(chunk, self.method, layer, lap.timing(chooser) if lap else chooser)
         if lap:
             self.account.stopwatch.end(lap)
@@ -187,6 +192,7 @@ class Runtime:
     def finish_step(self, record: StepRecord) -> None:
         """After the last sparse layer: have the step counted, and its measurements copied behind the GPU's kernels."""
         record.failed, self.failed = self.failed, set()
+        self._repeats.forget()
         if self.publish:
             self.counters.defer(record)
             self.account.collect()

@@ -170,6 +170,7 @@ class RecallTotals:
     Attributes:
         flat: [num_buckets + num_layers * (2 + 2 * num_qo_heads)] float64; the other attributes are views of it.
         histogram: [num_buckets] number of recalls in each bucket, see recall.Recall.
+        layers: [num_layers, 2 + 2 * num_qo_heads] all that is below, one contiguous row a layer.
         chunks: [num_layers] chunks measured.
         redone: [num_layers] how many times a head attended again to a chunk, to all keys.
         sums: [num_layers, num_qo_heads] sum of the recalls.
@@ -178,6 +179,7 @@ class RecallTotals:
 
     flat: torch.Tensor
     histogram: torch.Tensor
+    layers: torch.Tensor
     chunks: torch.Tensor
     redone: torch.Tensor
     sums: torch.Tensor
@@ -186,10 +188,9 @@ class RecallTotals:
     @classmethod
     def of(cls, flat: torch.Tensor, num_layers: int, num_heads: int) -> "RecallTotals":
         """The views of `flat`."""
-        each = num_layers * num_heads
-        sizes = [NUM_BUCKETS, num_layers, num_layers, each, each]
-        histogram, chunks, redone, sums, worst = flat.split(sizes)
-        return cls(flat, histogram, chunks, redone, sums.view(num_layers, -1), worst.view(num_layers, -1))
+        layers = flat[NUM_BUCKETS:].view(num_layers, 2 + 2 * num_heads)
+        chunks, redone, sums, worst = layers.split([1, 1, num_heads, num_heads], dim=1)
+        return cls(flat, flat[:NUM_BUCKETS], layers, chunks.squeeze(1), redone.squeeze(1), sums, worst)
 
     @classmethod
     def allocate(cls, num_layers: int, num_heads: int, device: torch.device) -> "RecallTotals":

@@ -11,6 +11,7 @@ may matter. docs/methods.md has the measurements.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from minference_vllm import ops
 from minference_vllm.boxes import BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, GROUPS_PER_TILE, TILE, TileIndex
+from minference_vllm.kernels.tape import act
 from minference_vllm.methods.base import MAX_TOKENS, Method, MethodSettings
 from minference_vllm.methods.block_scratch import (
     ALIKE,
@@ -151,7 +153,7 @@ class Block(Method):
         )
         choosing = chunk.of_rows(0, self.choosing_rows(chunk))
         if choosing.num_rows < chunk.num_rows:
-            index.counts[:, choosing.num_tiles :] = scratch.every_group
+            act(partial(index.counts[:, choosing.num_tiles :].copy_, scratch.every_group))
         if choosing.num_rows:
             self._choose_in_turns(choosing, budgets, self.buffers(chunk, scratch), index)
         return index

@@ -11,7 +11,7 @@ from functools import singledispatch
 import torch
 
 from minference_vllm import ops
-from minference_vllm.attention import Chooser, LayerState, choose
+from minference_vllm.attention import Chooser, LayerState, choose, repeatable
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import SparseIndex
 from minference_vllm.methods import Block, Method, VerticalSlash
@@ -36,6 +36,7 @@ def _drawn_bands(method: VerticalSlash, chunk: Chunk, layer: LayerState, seed: i
     KeySets(seed).overwrite(masses, chunk.seq_len, method.settings)
     drawn = replace(layer.buffers, probe=masses)
 
+    @repeatable
     def choose_drawn(_: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
         ops.probe(chunk, *method.settings.probe_counts, layer.buffers.probe, method.kernel)
         return method.index_masses(chunk.seq_len, layer.budgets, drawn)
@@ -49,6 +50,7 @@ def _drawn_groups(method: Block, chunk: Chunk, layer: LayerState, seed: int) -> 
     index = draw_groups(chunk, method, seed)
     chooser = as_on_real_prompts(method, chunk.seq_len)
 
+    @repeatable
     def choose_drawn(_: Method, chunk: Chunk, layer: LayerState) -> SparseIndex:
         choose(chooser, chunk, layer)
         return index

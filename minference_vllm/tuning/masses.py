@@ -5,8 +5,11 @@ Verticals are the sinks and random columns. Half of the slashes are a contiguous
 random distances.
 """
 
+from functools import partial
+
 import torch
 
+from minference_vllm.kernels.tape import act
 from minference_vllm.methods.vertical_slash import SLASH_SIZE, VERTICAL_SIZE, VerticalSlashSettings
 from minference_vllm.scratch import ProbeBuffers
 
@@ -38,8 +41,8 @@ class KeySets:
             slash = draw_diagonals(num_heads, seq_len, slash_size, generator)
             self._drawn[num_heads, seq_len] = vertical, slash
         vertical, slash = self._drawn[num_heads, seq_len]
-        probe.vertical[:, :seq_len].copy_(vertical)
-        probe.slash[:, :seq_len].copy_(slash)
+        act(partial(probe.vertical[:, :seq_len].copy_, vertical))
+        act(partial(probe.slash[:, :seq_len].copy_, slash))
 
 
 def draw_columns(num_heads: int, seq_len: int, size: int, sinks: int, generator: torch.Generator) -> torch.Tensor:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from minference_vllm import compat
-from minference_vllm.attention import Guard, LayerState, prefill
+from minference_vllm.attention import Guard, LayerState
 from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import Method, make_method
 from minference_vllm.ops import choose_kernel
 from minference_vllm.patterns import resolve
 from minference_vllm.recall import Floors
+from minference_vllm.repeats import Repeats
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape
 from minference_vllm.tuning.drawn import drawn_choice
 from minference_vllm.tuning.gate import Timing
@@ -87,10 +88,11 @@ class Layer:
         random = self._random(rows, self.heads.num_qo_heads, self.heads.head_dim)
         q, out = random.to(self.dtype), torch.empty_like(random)
         chunk = Chunk(q, out, self.kv, tokens - rows, self.scale, self.fp8_scale)
-        chooser = drawn_choice(self.method, chunk, self.state, SEED)
+        chooser, repeats = drawn_choice(self.method, chunk, self.state, SEED), Repeats()
 
         def sparse() -> torch.Tensor:
-            prefill(chunk, self.method, self.state, chooser)
+            # As in all layers of a step but the first.
+            repeats.prefill(chunk, self.method, self.state, chooser)
             return out
 
         return dense_attention(chunk, self.flash_attention), sparse

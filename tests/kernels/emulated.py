@@ -17,11 +17,11 @@ class Emulated:
         self.functions = functions
         self.seed = 0
         self.left_out = -1
-        monkeypatch.setattr(library, "launch", self.launch)
+        monkeypatch.setattr(library, "enqueue", self.enqueue)
         # So few that a program goes through several tiles.
         monkeypatch.setattr(library, "num_multiprocessors", lambda device: 1 + self.seed % 3)
 
-    def launch(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    def enqueue(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
         self.functions.emulator_begin(self.seed, self.left_out)
         if error := self.functions[function](ctypes.byref(arguments), None):
             raise RuntimeError(f"{function}, seed {self.seed}: {self.functions.minference_error(error).decode()}")

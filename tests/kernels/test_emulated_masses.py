@@ -70,12 +70,12 @@ class Emulated:
         self.functions = functions
         self.seed = 0  # decides the order of events
         self.left_out = -1
-        monkeypatch.setattr(library, "launch", self.launch)
+        monkeypatch.setattr(library, "enqueue", self.enqueue)
         # The kernel makes more ranges of means for more multiprocessors.
         self.num_multiprocessors = 1
         monkeypatch.setattr(library, "num_multiprocessors", lambda device: self.num_multiprocessors)
 
-    def launch(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    def enqueue(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
         self.functions.emulator_begin(self.seed, self.left_out)
         if error := self.functions[function](ctypes.byref(arguments), None):
             raise RuntimeError(f"{function}, seed {self.seed}: {self.functions.minference_error(error).decode()}")

@@ -39,12 +39,12 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(autouse=True)
 def emulated(functions: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    def enqueue(function: str, arguments: ctypes.Structure, device: torch.device) -> None:
         functions.emulator_begin(0, -1)
         error = functions[function](ctypes.byref(arguments), None)
         assert error == 0, functions.minference_error(error).decode()
 
-    monkeypatch.setattr(library, "launch", launch)
+    monkeypatch.setattr(library, "enqueue", enqueue)
 
 
 def check(

@@ -66,7 +66,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if name.startswith("minference_vllm.kernels.triton."):
             for kernel in [each for each in vars(module) if each.endswith("_kernel")]:
                 monkeypatch.setattr(module, kernel, Launched(kernel, launched))
-    monkeypatch.setattr(library, "launch", lambda function, *_: launched.append(function))
+    monkeypatch.setattr(library, "enqueue", lambda function, *_: launched.append(function))
     monkeypatch.setattr(library, "num_multiprocessors", lambda _: 132)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda _: 4096, raising=False)
     return launched

@@ -45,6 +45,7 @@ LAYERS = (
     "pipeline",
     "reason",
     "debug",
+    "repeats",
     "attention",
     "patterns",
     "methods",

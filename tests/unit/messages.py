@@ -29,7 +29,7 @@ FORWARDING = {
     "config.load_config",
     "impl.SparseLayerMixin.decide",
     "impl.runtime_of",
-    "kernels.cuda.library.launch",
+    "kernels.cuda.library.enqueue",
     "metadata.PlanningMixin.attach_layers",
 }
 

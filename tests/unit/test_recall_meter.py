@@ -24,8 +24,8 @@ def test_the_views_are_of_one_tensor_and_do_not_overlap() -> None:
     totals = RecallTotals.allocate(3, 2, CPU)
     for number, view in enumerate((totals.histogram, totals.chunks, totals.redone, totals.sums, totals.worst)):
         view.fill_(number)
-    sizes = [10, 3, 3, 6, 6]
-    assert totals.flat.tolist() == [float(number) for number, size in enumerate(sizes) for _ in range(size)]
+    assert totals.flat.tolist() == [0.0] * 10 + [1.0, 2.0, 3.0, 3.0, 4.0, 4.0] * 3
+    assert totals.layers.tolist() == [[1.0, 2.0, 3.0, 3.0, 4.0, 4.0]] * 3 and totals.layers.is_contiguous()
 
 
 def test_a_copy_on_the_host_is_there_at_once_and_layers_without_a_chunk_are_left_out() -> None:

@@ -3,13 +3,14 @@
 
 import ctypes
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from minference_vllm.chunk import Chunk
+from minference_vllm.kernels.tape import Own, Place, Tape, current
 from minference_vllm.scratch import ScratchShape
 
 PATH = Path(__file__).parents[2] / "_hopper.so"
@@ -58,22 +59,58 @@ def why_not_probe(shape: ScratchShape) -> str:
     return why_not(shape)
 
 
+class CudaLaunch(NamedTuple):
+    """A launch on a tape.
+
+    Attributes:
+        function, arguments, device: see `launch`.
+        moved: the fields that hold addresses in a layer's own tensors: the structure, its field, and the place.
+    """
+
+    function: str
+    arguments: ctypes.Structure
+    device: torch.device
+    moved: list[tuple[ctypes.Structure, str, Place]]
+
+    def repeat(self, own: Own) -> None:
+        for structure, field, place in self.moved:
+            setattr(structure, field, place.address(own))
+        enqueue(self.function, self.arguments, self.device)
+
+
 def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> None:
-    """Launch a kernel on the device's current stream.
+    """Launch a kernel on the device's current stream, and record it if a tape is running.
 
     Args:
         function: its name in the library; it takes a pointer to `arguments` and a stream, and returns a CUDA error.
+            A tape keeps `arguments`, and changes them.
 
     Raises:
         RuntimeError: CUDA refused, or another device is current.
     """
+    enqueue(function, arguments, device)
+    if (tape := current()) is not None:
+        tape.add(CudaLaunch(function, arguments, device, list(_moved(arguments, tape))))
+
+
+def _moved(arguments: ctypes.Structure, tape: Tape) -> Iterator[tuple[ctypes.Structure, str, Place]]:
+    for field, kind, *_ in arguments._fields_:
+        value = getattr(arguments, field)
+        if issubclass(kind, ctypes.Structure):
+            yield from _moved(value, tape)
+        elif kind is ctypes.c_void_p and value is not None and (place := tape.find(value)) is not None:
+            yield arguments, field, place
+
+
+def enqueue(function: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    """As `launch`, but never recorded."""
     library = load()
     if library is None:
         raise RuntimeError(why_missing())
     if (current := torch.cuda.current_device()) != device.index:  # CUDA launches on the current device
         raise RuntimeError(f"{function}: its tensors are on {device}, the current device is cuda:{current}. Set it.")
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    if error := library[function](ctypes.byref(arguments), stream):
+    if error := getattr(library, function)(ctypes.byref(arguments), stream):  # looked up once, unlike library[function]
         describe = library.minference_error
         describe.restype = ctypes.c_char_p
         raise RuntimeError(f"{function}: {describe(error).decode()}")

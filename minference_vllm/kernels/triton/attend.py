@@ -20,6 +20,7 @@ from minference_vllm.kernels.triton.launch import (
     SCALES,
     all_scales,
     kv_strides,
+    on_grid,
     scaled,
     scaled_scores,
 )
@@ -219,7 +220,7 @@ def attend(chunk: Chunk, index: BandIndex, buffers: AttendBuffers) -> None:
     """See minference_vllm.reference.attend."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
     block_n, num_warps, num_stages = _launch_shape(chunk.head_dim, q.device)
-    _attend_kernel[(chunk.num_tiles * chunk.num_qo_heads,)](
+    on_grid(_attend_kernel, (chunk.num_tiles * chunk.num_qo_heads,))(
         q, kv.k, kv.v, kv.block_table, out, buffers.lse, buffers.kept_pairs,
         index.bands, index.bands_indptr, index.band_halves, index.columns, index.columns_indptr,
         *all_scales(chunk), chunk.sinks,

@@ -17,7 +17,7 @@ from minference_vllm.kernels.triton.attend import (
     _launch_shape,
     _store_rows,
 )
-from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides, scaled, scaled_scores
+from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides, on_grid, scaled, scaled_scores
 from minference_vllm.scratch import AttendBuffers
 
 
@@ -70,7 +70,7 @@ def attend_heads(chunk: Chunk, index: HeadIndex, buffers: AttendBuffers) -> None
     """See minference_vllm.reference.attend."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
     block_n, num_warps, num_stages = _launch_shape(chunk.head_dim, q.device)
-    _attend_heads_kernel[(chunk.num_tiles * chunk.num_qo_heads,)](
+    on_grid(_attend_heads_kernel, (chunk.num_tiles * chunk.num_qo_heads,))(
         q, kv.k, kv.v, kv.block_table, out, buffers.lse, buffers.kept_pairs, index.heads, index.num_heads,
         *all_scales(chunk), chunk.sinks,
         chunk.num_rows, chunk.context_len, kv.row, chunk.scale * LOG2_E,

@@ -18,7 +18,7 @@ from minference_vllm.kernels.triton.attend import (
     _launch_shape,
     _store_rows,
 )
-from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides, scaled, scaled_scores
+from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides, on_grid, scaled, scaled_scores
 from minference_vllm.scratch import AttendBuffers
 
 _TILES_AHEAD = tl.constexpr(2)
@@ -127,7 +127,7 @@ def attend_tiles(chunk: Chunk, index: TileIndex, buffers: AttendBuffers) -> None
     """See minference_vllm.reference.attend. A tile's groups and all counts of a head must be contiguous."""
     q, out, kv = chunk.q, chunk.out, chunk.kv
     block_n, num_warps, num_stages = _launch_shape(chunk.head_dim, q.device)
-    _attend_tiles_kernel[(chunk.num_tiles * chunk.num_qo_heads,)](
+    on_grid(_attend_tiles_kernel, (chunk.num_tiles * chunk.num_qo_heads,))(
         q, kv.k, kv.v, kv.block_table, out, buffers.lse, buffers.kept_pairs, index.groups, index.counts,
         *all_scales(chunk), chunk.sinks,
         chunk.num_rows, chunk.context_len, kv.row, chunk.scale * LOG2_E,

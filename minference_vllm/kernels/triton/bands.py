@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from minference_vllm.index import BAND, BANDS_PER_TILE, HALF
+from minference_vllm.kernels.triton.launch import on_grid
 
 BLOCK = 2048
 
@@ -52,7 +53,7 @@ def band_lists(
     band_halves: torch.Tensor,
 ) -> None:
     """See minference_vllm.reference.band_lists."""
-    _band_lists_kernel[(bands.shape[0], bands.shape[1])](
+    on_grid(_band_lists_kernel, (bands.shape[0], bands.shape[1]))(
         slash_indptr, bands, bands_indptr, band_halves, num_bands,
         slash_indptr.stride(0), bands.stride(0), bands.stride(1), bands_indptr.stride(0), bands_indptr.stride(1),
         band_halves.stride(0),

@@ -15,6 +15,7 @@ from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TILE
 from minference_vllm.kernels.triton.codes import weights
+from minference_vllm.kernels.triton.launch import on_grid
 from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, PART_OF_DROPPED
 from minference_vllm.reference.groups import ROW
 from minference_vllm.reference.normalisers import PART
@@ -183,13 +184,13 @@ def select_boxes(
     num_lists = chunk.num_tiles * parts_per_tile * group_size
     forced = (sink_boxes, local_boxes)
     strides, shape = (box_masses.stride(0), box_masses.stride(1)), dict(TILE=TILE, PARTS_PER_TILE=parts_per_tile)
-    _thresholds_kernel[(num_lists, sets)](
+    on_grid(_thresholds_kernel, (num_lists, sets))(
         box_masses, share, thresholds, chunk.context_len, num_lists, group_size, *forced,
         *strides, thresholds.stride(0),
         **shape, PART_WEIGHT=PART * ROW, PART_OF_DROPPED=PART_OF_DROPPED, FIRST_COUNTED=FIRST_COUNTED,
         SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, num_warps=4,
     )  # fmt: skip
-    _boxes_kernel[(triton.cdiv(num_lists, LISTS), sets)](
+    on_grid(_boxes_kernel, (triton.cdiv(num_lists, LISTS), sets))(
         box_masses, thresholds, numbers, counts, left_out, words,
         chunk.context_len, num_lists, group_size, *forced, numbers.shape[2],
         *strides, thresholds.stride(0), numbers.stride(0), numbers.stride(1), counts.stride(0), left_out.stride(0),

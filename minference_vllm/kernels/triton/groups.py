@@ -13,6 +13,7 @@ from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
 from minference_vllm.kernels.triton.codes import decode, encode, weights
+from minference_vllm.kernels.triton.launch import on_grid
 from minference_vllm.reference.groups import EVEN, ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import MASS_CODES
@@ -238,7 +239,7 @@ def select_groups(
     """See minference_vllm.reference.select_groups. `share` and the last dimension of the others are contiguous."""
     groups, counts = index.groups, index.counts
     left_out = None if boxes is None else boxes.left_out
-    _groups_kernel[(chunk.num_tiles, chunk.num_qo_heads)](
+    on_grid(_groups_kernel, (chunk.num_tiles, chunk.num_qo_heads))(
         masses, left_out, share, groups, counts,
         chunk.num_rows, chunk.context_len, rows_per_half, sink_groups, local_groups, groups.shape[2],
         masses.stride(0), masses.stride(1), 0 if left_out is None else left_out.stride(0),

@@ -1,15 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments that all kernels which read the cache have in common."""
+"""How Triton kernels are launched, and arguments that all kernels which read the cache have in common."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.kernels.tape import Own, Place, Tape, current
 
 LOG2_E = 1.4426950408889634
+
+
+class TritonLaunch(NamedTuple):
+    """A launch on a tape.
+
+    Attributes:
+        launch: the kernel on its grid.
+        arguments: with a Place for each tensor that lies in one of a layer's own.
+        constants: by name.
+    """
+
+    launch: Callable[..., object]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def repeat(self, own: Own) -> None:
+        arguments = [_at(value, own) if type(value) is Place else value for value in self.arguments]
+        self.launch(*arguments, **self.constants)
+
+
+def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:
+    """A kernel on a grid, to be called with its arguments: `kernel[grid]`, recorded if a tape is running."""
+    launch: Callable[..., object] = kernel[grid]
+    tape = current()
+    if tape is None:
+        return launch
+
+    def launch_and_record(*arguments: Any, **constants: Any) -> None:
+        launch(*arguments, **constants)
+        tape.add(TritonLaunch(launch, tuple(_placed(value, tape) for value in arguments), constants))
+
+    return launch_and_record
+
+
+def _placed(value: Any, tape: Tape) -> Any:
+    """A tensor's place among a layer's own; everything else as it is."""
+    place = tape.find(value.data_ptr()) if isinstance(value, torch.Tensor) else None
+    return value if place is None else place
+
+
+def _at(place: Place, own: Own) -> torch.Tensor:
+    """A tensor that begins at a place. Kernels are told strides and sizes, so its own mean nothing."""
+    tensor = own[place.number]
+    assert tensor is not None
+    if place.offset == 0:
+        return tensor
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() + place.offset // tensor.element_size())
 
 
 def kv_strides(kv: PagedKV) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, MEANS_PER_GROUP, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALF, HALVES, TILE
 from minference_vllm.kernels.triton.codes import encode
-from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, scaled_scores, score_scales
+from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, on_grid, scaled_scores, score_scales
 from minference_vllm.kernels.triton.normalisers import _sampled_rows
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
 from minference_vllm.reference.normalisers import PART
@@ -131,7 +131,7 @@ def group_masses(
     block_m = 128 if chunk.head_dim <= 128 else 64
     num_blocks = triton.cdiv(num_lists * PART, block_m)
     grid = (num_blocks, triton.cdiv(num_means, MEANS_EACH), chunk.kv.num_kv_heads)
-    _masses_kernel[grid](
+    on_grid(_masses_kernel, grid)(
         q, means, row_lse, masses, numbers, counts, *score_scales(chunk),
         chunk.num_rows, chunk.context_len, num_lists, chunk.group_size, MEANS_EACH,
         chunk.scale * LOG2_E * unit_of_products(means),

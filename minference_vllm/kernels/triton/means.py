@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from minference_vllm.chunk import PagedKV
-from minference_vllm.kernels.triton.launch import kv_strides
+from minference_vllm.kernels.triton.launch import kv_strides, on_grid
 from minference_vllm.kernels.triton.operands import from_operand, to_operand
 from minference_vllm.scratch import MEAN
 
@@ -68,7 +68,7 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor) -> None:
         return
     head_dim = means.shape[2]
     block = BLOCK_NUMBERS // head_dim
-    _means_kernel[(kv.num_kv_heads * triton.cdiv(count, block),)](
+    on_grid(_means_kernel, (kv.num_kv_heads * triton.cdiv(count, block),))(
         kv.k, kv.block_table, means, count, kv.num_kv_heads, kv.row,
         *kv_strides(kv), kv.block_table.stride(0), means.stride(0),
         MEAN=MEAN, HEAD_DIM=head_dim, PAGE_SIZE=kv.page_size, BLOCK=block,
@@ -82,7 +82,7 @@ def coarse_means(means: torch.Tensor, seq_len: int, coarse: torch.Tensor, keys: 
     if not count:
         return
     block = BLOCK_NUMBERS // head_dim
-    _coarse_means_kernel[(len(means), triton.cdiv(count, block))](
+    on_grid(_coarse_means_kernel, (len(means), triton.cdiv(count, block)))(
         means, coarse, count, means.stride(0), coarse.stride(0),
         EACH=coarse_keys // keys, HEAD_DIM=head_dim, BLOCK=block,
         INTERPRETED=not means.is_cuda, num_warps=4,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALF, HALVES, TILE
-from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, scaled_scores, score_scales
+from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, on_grid, scaled_scores, score_scales
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS
 from minference_vllm.reference.operands import unit_of_products
@@ -84,7 +84,7 @@ def row_normalisers(chunk: Chunk, means: torch.Tensor, row_lse: torch.Tensor, me
     # The same even if a tile has fewer rows: the number of heads that choose in one turn must not select a variant.
     block_m = 128 if chunk.head_dim <= 128 else 64
     blocks_per_tile = triton.cdiv(HALVES * chunk.group_size * rows_per_half, block_m)
-    _normalisers_kernel[(chunk.num_tiles * blocks_per_tile, chunk.kv.num_kv_heads)](
+    on_grid(_normalisers_kernel, (chunk.num_tiles * blocks_per_tile, chunk.kv.num_kv_heads))(
         q, means, row_lse, *score_scales(chunk), chunk.num_rows, chunk.context_len, chunk.group_size, blocks_per_tile,
         chunk.scale * LOG2_E * unit_of_products(means),
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0),

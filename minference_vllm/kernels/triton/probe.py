@@ -12,7 +12,16 @@ import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE
-from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, kv_strides, scaled_scores, score_scales
+from minference_vllm.kernels.tape import act
+from minference_vllm.kernels.triton.launch import (
+    LOG2_E,
+    SCALE_STRIDES,
+    SCALES,
+    kv_strides,
+    on_grid,
+    scaled_scores,
+    score_scales,
+)
 from minference_vllm.kernels.triton.operands import dot_operand
 from minference_vllm.kernels.triton.recall import _held_out_rows
 from minference_vllm.scratch import HELD_OUT_ROWS, MASS_UNIT, PROBE_SPLITS, ProbeBuffers, RecallBuffers
@@ -135,7 +144,7 @@ def _probe_mass_kernel(
 
 def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -> None:
     """See minference_vllm.reference.probe. `num_last` and `num_spread` are powers of two from 16 on, or 0."""
-    buffers.slash[:, : chunk.seq_len].zero_()
+    act(buffers.slash[:, : chunk.seq_len].zero_)
     if num_last:
         _probe_group(chunk, buffers, num_last, 0, LAST)
     if num_spread:
@@ -145,7 +154,7 @@ def probe(chunk: Chunk, num_last: int, num_spread: int, buffers: ProbeBuffers) -
 def held_out_sums(chunk: Chunk, buffers: RecallBuffers) -> int:
     """Compute partial softmaxes of the held-out rows, see reference.recall, over ranges of keys; return how many."""
     launch = _Launch.of(chunk, HELD_OUT_ROWS, HELD_OUT)
-    _probe_lse_kernel[launch.grid](
+    on_grid(_probe_lse_kernel, launch.grid)(
         *launch.reads, buffers.partial_max, buffers.partial_sum, *launch.plain, **launch.shape
     )
     return launch.grid[1]
@@ -155,9 +164,9 @@ def _probe_group(chunk: Chunk, buffers: ProbeBuffers, count: int, before: int, r
     """Add the masses of one group of probe rows; `before` rows came before it."""
     launch = _Launch.of(chunk, count, rows)
     partials = (buffers.partial_max, buffers.partial_sum)
-    _probe_lse_kernel[launch.grid](*launch.reads, *partials, *launch.plain, **launch.shape)
+    on_grid(_probe_lse_kernel, launch.grid)(*launch.reads, *partials, *launch.plain, **launch.shape)
     lse = buffers.lse[:, before:]
-    _probe_mass_kernel[launch.grid](
+    on_grid(_probe_mass_kernel, launch.grid)(
         *launch.reads, *partials, lse, buffers.vertical, buffers.slash,
         *launch.plain, lse.stride(0), buffers.vertical.stride(0),
         **launch.shape | dict(num_warps=8), SPLITS=PROBE_SPLITS,

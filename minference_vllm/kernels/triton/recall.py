@@ -7,7 +7,8 @@ import triton.language as tl
 
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE
-from minference_vllm.kernels.triton.launch import LOG2_E
+from minference_vllm.kernels.tape import act
+from minference_vllm.kernels.triton.launch import LOG2_E, on_grid
 from minference_vllm.recall import LOST_ROWS, RECALL_EDGES, Floors
 from minference_vllm.scratch import HELD_OUT_ROWS, RecallBuffers, RecallTotals
 
@@ -22,30 +23,30 @@ def _held_out_rows(number, num_rows, context_len, ROWS: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def _add_to_totals(totals_ptr, recall, layer, num_layers, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr):
-    """Count this program's head. The totals are consecutive parts of one tensor, see RecallTotals."""
+def _add_to_totals(histogram_ptr, layer_ptr, recall, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr):
+    """Count this program's head. For what a layer's row holds see RecallTotals."""
     i_h, num_qo_heads = tl.program_id(0), tl.num_programs(0)
     # A recall of NaN counts as 0: added to a sum, it would make that NaN for ever.
     recall = tl.where(recall == recall, recall, 0.0)
     bucket = 0
     for edge in tl.static_range(NUM_EDGES):
         bucket += tl.where(recall > EDGES[edge], 1, 0)
-    tl.atomic_add(totals_ptr + bucket, tl.full([], 1.0, tl.float64), sem="relaxed")
+    tl.atomic_add(histogram_ptr + bucket, tl.full([], 1.0, tl.float64), sem="relaxed")
     # Only this program touches these.
-    p_sum = totals_ptr + NUM_EDGES + 1 + 2 * num_layers + layer * num_qo_heads + i_h
-    p_worst = p_sum + num_layers * num_qo_heads
+    p_sum = layer_ptr + 2 + i_h
+    p_worst = p_sum + num_qo_heads
     tl.store(p_sum, tl.load(p_sum) + recall)
     tl.store(p_worst, tl.minimum(tl.load(p_worst), recall.to(tl.float64)))
 
 
-# A part of a chunk may begin at any row, so lse_ptr may have any alignment.
+# A part of a chunk may begin at any row, so lse_ptr may have any alignment; so may a layer's row of totals.
 @triton.jit(
-    do_not_specialize=["num_rows", "context_len", "num_ranges", "part", "parts", "layer", "num_layers"],
-    do_not_specialize_on_alignment=["lse_ptr"],
+    do_not_specialize=["num_rows", "context_len", "num_ranges", "part", "parts"],
+    do_not_specialize_on_alignment=["lse_ptr", "layer_ptr"],
 )
 def _recall_kernel(
-    max_ptr, sum_ptr, lse_ptr, recall_ptr, lost_ptr, heads_ptr, num_heads_ptr, totals_ptr,
-    num_rows, context_len, num_ranges, part, parts, layer, num_layers, head_floor, row_floor,
+    max_ptr, sum_ptr, lse_ptr, recall_ptr, lost_ptr, heads_ptr, num_heads_ptr, histogram_ptr, layer_ptr,
+    num_rows, context_len, num_ranges, part, parts, head_floor, row_floor,
     stride_partial, stride_range, stride_lse,
     ROWS: tl.constexpr, TILE: tl.constexpr, EDGES: tl.constexpr, NUM_EDGES: tl.constexpr, LOST_ROWS: tl.constexpr,
     LOG2_E: tl.constexpr,
@@ -81,17 +82,16 @@ def _recall_kernel(
         recall /= ROWS * parts
         tl.store(recall_ptr + i_h, recall)
         one = tl.full([], 1.0, tl.float64)
-        p_chunks = totals_ptr + NUM_EDGES + 1 + layer
         # A recall of NaN compares as too low, unless both floors are 0.
         is_enough = (recall >= head_floor) & (lost < LOST_ROWS) | ((head_floor == 0) & (row_floor == 0))
         if not is_enough:
             place = tl.atomic_add(num_heads_ptr, 1, sem="relaxed")
             tl.store(heads_ptr + place, i_h)
-            tl.atomic_add(p_chunks + num_layers, one, sem="relaxed")
+            tl.atomic_add(layer_ptr + 1, one, sem="relaxed")
 
         if i_h == 0:
-            tl.store(p_chunks, tl.load(p_chunks) + 1)
-        _add_to_totals(totals_ptr, recall, layer, num_layers, EDGES, NUM_EDGES)
+            tl.store(layer_ptr, tl.load(layer_ptr) + 1)
+        _add_to_totals(histogram_ptr, layer_ptr, recall, EDGES, NUM_EDGES)
 
 
 def measure_recall(
@@ -115,10 +115,11 @@ def measure_recall(
     """
     partial = buffers.partial_max
     if part == 0:
-        buffers.num_heads.zero_()
-    _recall_kernel[(chunk.num_qo_heads,)](
-        partial, buffers.partial_sum, lse, buffers.recall, buffers.lost, buffers.heads, buffers.num_heads, totals.flat,
-        chunk.num_rows, chunk.context_len, num_ranges, part, parts, layer, len(totals.chunks), *floors,
+        act(buffers.num_heads.zero_)
+    on_grid(_recall_kernel, (chunk.num_qo_heads,))(
+        partial, buffers.partial_sum, lse, buffers.recall, buffers.lost, buffers.heads, buffers.num_heads,
+        totals.histogram, totals.layers[layer],
+        chunk.num_rows, chunk.context_len, num_ranges, part, parts, *floors,
         num_ranges * HELD_OUT_ROWS, HELD_OUT_ROWS, lse.stride(0),
         ROWS=HELD_OUT_ROWS, TILE=TILE, EDGES=RECALL_EDGES, NUM_EDGES=len(RECALL_EDGES), LOST_ROWS=LOST_ROWS,
         LOG2_E=LOG2_E, num_warps=1,

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from minference_vllm.kernels.tape import act
+from minference_vllm.kernels.triton.launch import on_grid
 from minference_vllm.scratch import SELECT_BINS, SELECT_SPLITS, SelectBuffers
 
 BLOCK = 4096
@@ -132,15 +134,15 @@ def select(
     max_keep = length if out is None else min(length, out.shape[1])
     histogram, counts = buffers.histogram, buffers.counts
     shape = dict(BLOCK=BLOCK, BINS=SELECT_BINS, num_warps=8)
-    histogram.zero_()
-    _histogram_kernel[grid](
+    act(histogram.zero_)
+    on_grid(_histogram_kernel, grid)(
         mass, histogram, forced, length, blocks_each, mass.stride(0), forced.stride(0), **shape
     )  # fmt: skip
-    _count_kernel[grid](
+    on_grid(_count_kernel, grid)(
         mass, histogram, counts, keep, forced, length, max_keep, blocks_each,
         mass.stride(0), keep.stride(0), forced.stride(0), SPLITS=SELECT_SPLITS, **shape,
     )  # fmt: skip
-    _compact_kernel[grid](
+    on_grid(_compact_kernel, grid)(
         mass, histogram, counts, keep, forced, indptr, indptr if out is None else out,
         length, max_keep, num_marks, blocks_each,
         mass.stride(0), keep.stride(0), forced.stride(0), indptr.stride(0), 0 if out is None else out.stride(0),

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from minference_vllm.kernels.tape import act
+from minference_vllm.kernels.triton.launch import on_grid
 from minference_vllm.kernels.triton.select import ANYWHERE, BLOCK, _weigh
 from minference_vllm.scratch import SELECT_BINS, SELECT_SPLITS, SelectBuffers
 
@@ -71,10 +73,10 @@ def share_sizes(
     splits = triton.cdiv(blocks, blocks_each)
     histogram, totals = buffers.histogram, buffers.totals
     shape = dict(BINS=SELECT_BINS, SPLITS=SELECT_SPLITS, num_warps=8)
-    histogram.zero_()
-    _tally_kernel[(num_heads, splits)](
+    act(histogram.zero_)
+    on_grid(_tally_kernel, (num_heads, splits))(
         mass, histogram, totals, forced, length, blocks_each, mass.stride(0), forced.stride(0), BLOCK=BLOCK, **shape
     )
-    _sizes_kernel[(num_heads,)](
+    on_grid(_sizes_kernel, (num_heads,))(
         histogram, totals, share, keep, max_keep, splits, share.stride(0), keep.stride(0), **shape
     )
