@@ -72,6 +72,7 @@ def _found(options: argparse.Namespace, engine: dict[str, Any]) -> Any:
 
         def say(done: str) -> None:
             progress.set_description(done)
+            progress.total = max(progress.total, progress.n + 1)  # a second check was not foreseen
             progress.update()
 
         return run.run(options.model, provenance, journal, say)

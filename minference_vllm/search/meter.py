@@ -28,6 +28,11 @@ LONGEST_WAIT_S = 0.01
 """A first launch may have to compile a kernel, which says nothing about the launches that follow."""
 
 
+TRIES = 4
+"""How often a run is timed until it is launched in time. If it never is, which hardly happens, its time is kept: the
+median of several runs is taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """The result of one contender in one layer.
@@ -145,21 +150,17 @@ class Meter:
             torch.cuda.synchronize()  # or launching would wait for room in the queue
         start = time.perf_counter()
         run(lambda: None)
-        launching = min(time.perf_counter() - start, LONGEST_WAIT_S)
+        # Launching takes about as long as it did for this run.
+        wait = 2 * min(time.perf_counter() - start, LONGEST_WAIT_S)
         spans = []
         for _ in range(self._repeats):
-            marks: list[torch.cuda.Event] = []
-
-            def mark(marks: list[torch.cuda.Event] = marks) -> None:
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()
-                marks.append(event)
-
-            # The device waits until the whole run is in its queue, so that Python's time is not measured. Launching
-            # takes about as long as it did for the run before; twice that is enough.
-            torch.cuda._sleep(int(2 * launching * CYCLES))
-            run(mark)
-            spans.append(tuple(marks))
+            for _ in range(TRIES):
+                marks = _behind(wait, run)
+                if not marks[0].query():
+                    break
+                # The host was late: the device may have waited for it between two marks.
+                wait *= 2
+            spans.append(marks)
         return spans
 
     def _empty(self) -> _Layer:
@@ -184,6 +185,23 @@ class Meter:
             return Trial(0.0, sum(pairs), pairs, errors)
         choosing, attending = (_milliseconds(found.marks[number], at) for at in (0, 1))
         return Trial(choosing, attending, pairs, errors)
+
+
+def _behind(wait: float, run: Callable[[Callable[[], None]], Any]) -> Marks:
+    """The marks of a run that is launched while the device waits so many seconds, so that Python's time does not count.
+
+    The device comes to the first mark when it has waited.
+    """
+    marks: list[torch.cuda.Event] = []
+
+    def mark() -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        marks.append(event)
+
+    torch.cuda._sleep(int(wait * CYCLES))
+    run(mark)
+    return tuple(marks)
 
 
 def _milliseconds(chunks: Sequence[Sequence[Marks]], step: int) -> float:

@@ -27,7 +27,11 @@ FITS = 4
 """How often a choice is measured as a whole. After each time, the next choice gets a budget corrected by the result."""
 
 LEAST, AIM, MOST = 0.97, 0.99, 1.01
-"""A choice's cost relative to the default's: from LEAST to MOST it is accepted, else the next choice aims at AIM."""
+"""A choice's cost relative to the one aimed at: from LEAST to MOST it is accepted, else the next choice aims at AIM."""
+
+CHECKS = 2
+"""How often a choice is checked. If the first is better on other prompts but costs more there, the second is fitted to
+cost as much less. Only costs of these prompts are used for that, so how far it diverges there is still news."""
 
 Say = Callable[[str], None]
 """Is told after each step what has been done."""
@@ -74,7 +78,7 @@ class Search:
 
     @property
     def num_steps(self) -> int:
-        """How often `say` is called."""
+        """How often `say` is called if the first check is enough."""
         layers, prompts = len(self._ground.indices), self._prompts
         return len(prompts.searching) * (1 + layers) + len(self._methods) + len(prompts.checking)
 
@@ -98,17 +102,24 @@ class Search:
         def write(candidates: Candidates, choice: Choice) -> PatternFile:
             return self._file(name, provenance, candidates, choice)
 
-        fits: list[tuple[float, PatternFile]] = []
-        for method in self._methods:
-            options = layer_options(measured, weight, self._numbers[method])
-            fits += self._fit(CANDIDATES[method], options, budget, write)
-        if not fits:
+        options = {name: layer_options(measured, weight, self._numbers[name]) for name in self._methods}
+        found, aim = None, 1.0
+        for _ in range(CHECKS):
+            fits = [
+                fit
+                for method, of_method in options.items()
+                for fit in self._fit(CANDIDATES[method], of_method, budget, aim, write)
+            ]
+            if not fits:
+                break
+            _, file = min(fits, key=lambda fit: fit[0])
+            found = _noted(file, self._check(file))
+            if not found.verdict.diverges_less or not found.verdict.costs_more:
+                break
+            aim /= found.verdict.cost_ratio
+        if found is None:
             raise ConfigError("No choice of these methods costs as little as the default: nothing is written.")
-        _, file = min(fits, key=lambda fit: fit[0])
-        verdict = self._check(file)
-        notes = (*file.provenance.notes, verdict.sentence())
-        provenance = file.provenance.model_copy(update={"notes": notes})
-        return Found(file.model_copy(update={"provenance": provenance}), verdict)
+        return found
 
     def _number(self, share: float) -> int:
         """The number of the contender that keeps this share."""
@@ -146,27 +157,28 @@ class Search:
         candidates: Candidates,
         options: Sequence[LayerOptions],
         budget: float,
+        aim: float,
         write: Callable[[Candidates, Choice], PatternFile],
     ) -> list[tuple[float, PatternFile]]:
-        """The choice that costs as much as the default, with its expected harm; empty if every choice costs more.
+        """The choice that costs `aim` times what the default does, with its expected harm; empty if all cost more.
 
         It is measured and corrected, because heads with different candidates in a layer do not cost exactly what each
         costs when all heads have the same one.
         """
-        target, ratio = budget, math.inf
+        target, ratio = budget * aim, math.inf
         best: list[tuple[float, PatternFile]] = []
         for _ in range(FITS):
             choice = choose(options, target)
             if choice is None:
                 break
             file = write(candidates, choice)
-            ratio = self._cost_ratio(file)
+            ratio = self._cost_ratio(file) / aim
             if ratio <= MOST and (not best or choice.harm < best[0][0]):
                 best = [(choice.harm, file)]
             if LEAST <= ratio <= MOST:
                 break
             target *= AIM / ratio
-        self._say(f"fit of {candidates.name}, {ratio:.3f} of the default's cost")
+        self._say(f"fit of {candidates.name}, {ratio * aim:.3f} of the default's cost")
         return best
 
     def _cost_ratio(self, file: PatternFile) -> float:
@@ -213,3 +225,9 @@ class Search:
             "layers": layers,
         }
         return parse_pattern(json.dumps(content), "that was searched")
+
+
+def _noted(file: PatternFile, verdict: Verdict) -> Found:
+    """A file that says how it was judged."""
+    provenance = file.provenance.model_copy(update={"notes": (*file.provenance.notes, verdict.sentence())})
+    return Found(file.model_copy(update={"provenance": provenance}), verdict)

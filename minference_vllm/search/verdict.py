@@ -37,8 +37,16 @@ class Verdict:
 
     @property
     def is_better(self) -> bool:
-        """Whether the file diverges less, beyond noise, and costs no more."""
-        return self.interval[1] < 1 and self.cost_ratio <= DEARER
+        """Whether the file diverges less and costs no more, beyond noise."""
+        return self.diverges_less and not self.costs_more
+
+    @property
+    def diverges_less(self) -> bool:
+        return self.interval[1] < 1
+
+    @property
+    def costs_more(self) -> bool:
+        return self.cost_ratio > DEARER
 
     @property
     def interval(self) -> tuple[float, float]:

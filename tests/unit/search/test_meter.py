@@ -22,7 +22,7 @@ from minference_vllm.scratch import AttendBuffers
 from minference_vllm.search import meter as meter_module
 from minference_vllm.search.candidates import CANDIDATES, DEFAULT, ROUGH
 from minference_vllm.search.contender import Contender
-from minference_vllm.search.meter import Meter
+from minference_vllm.search.meter import TRIES, Meter
 from minference_vllm.search.pairs import every_key, worked_pairs
 from tests.kernels.cases import make_chunk
 from tests.unit.search.model import CASE, CPU, INDICES, chunks, ground
@@ -149,6 +149,8 @@ class Clock:
     now = 0.0
     slept = 0
     waited = False
+    late = 0
+    """How many runs from now on are launched too late."""
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
@@ -156,6 +158,13 @@ class Clock:
 
     def record(self) -> None:
         self.at, Clock.waited = Clock.now, False
+
+    def query(self) -> bool:
+        """Whether the device has come here: before the host had launched all that follows, then."""
+        if not Clock.late:
+            return False
+        Clock.late -= 1
+        return True
 
     def elapsed_time(self, end: "Clock") -> float:
         assert Clock.waited, "the device may not have come so far"
@@ -192,7 +201,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Clock]]:
     monkeypatch.setattr(compat, "flash_attention", lambda head_dim: flash_attention)
     monkeypatch.setattr(meter_module, "choose", choosing)
     monkeypatch.setattr(ops, "attend", attending)
-    Clock.now, Clock.slept, Clock.waited = 0.0, 0, False
+    Clock.now, Clock.slept, Clock.waited, Clock.late = 0.0, 0, False, 0
     yield Clock
 
 
@@ -217,3 +226,12 @@ def test_times_are_medians_of_each_step_without_the_warm_up(clock: type[Clock]) 
     assert without is not None
     assert without.errors == first.errors
     assert without.pairs == first.pairs
+
+
+@pytest.mark.parametrize(("late", "slept"), [(0, 2), (1, 3), (2, 4), (100, 2 * TRIES)])
+def test_a_run_that_is_launched_too_late_is_timed_again(clock: type[Clock], late: int, slept: int) -> None:
+    meter = Meter([], attend(), 2)
+    clock.late = late
+    meter(BLOCK, chunks((7,), 0)[0], LayerState(0, torch.empty(0), None, attend()))
+    assert clock.slept == slept
+    assert meter.trials()[0].dense == 100.0

@@ -121,6 +121,26 @@ def test_sizes_are_found_too_and_the_better_method_is_written(tmp_path: Path) ->
     assert fits == ["fit of vertical_slash", "fit of block"]
 
 
+@pytest.mark.parametrize(("ratios", "checks"), [((1.25, 1.0), 2), ((1.25, 1.25), 2), ((1.01, 1.25), 1)])
+def test_what_costs_more_on_other_prompts_is_fitted_once_more_to_cost_less(
+    ratios: tuple[float, ...], checks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    verdicts = [Verdict([1.0, 1.1, 0.9], [0.5, 0.6, 0.4], 100.0, 100 * ratio, "pairs") for ratio in ratios]
+    given = iter(verdicts)
+    monkeypatch.setattr(Search, "_check", lambda *_: next(given))
+    search = Search(FakeReader(), PROMPTS, ("block",), 0)  # type: ignore[arg-type]
+    journal = Journal(tmp_path / "journal.jsonl", ORIGIN)
+    found = search.run("org/Model", Provenance(source="these tests"), journal, said.append)
+    fits = [float(line.split()[3]) for line in said if "default's cost" in line]
+    assert len(fits) == checks
+    assert 0.9 < fits[0] <= 1.01
+    if checks == 2:
+        assert 0.7 < fits[1] <= 0.81
+    assert found.verdict == verdicts[checks - 1]
+    assert found.file.provenance.notes == (found.verdict.sentence(),)
+
+
 # The verdict
 
 
