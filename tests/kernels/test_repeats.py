@@ -26,6 +26,7 @@ from minference_vllm.recall import Floors
 from minference_vllm.repeats import Repeats
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals
 from tests.kernels.cases import Case, make_chunk
+from tests.kernels.test_warm_up import output_of
 
 METHODS: dict[str, Callable[[Kernel], Method]] = {
     "block": lambda kernel: Block(BlockSettings(), kernel),
@@ -288,3 +289,9 @@ def test_repeated_layers_attend_as_alone(make_method: Callable[[Kernel], Method]
         assert one_state.guard and other_state.guard
         assert torch.equal(one_state.guard.totals.flat, other_state.guard.totals.flat)
     assert torch.equal(found.states[0].attend.kept_pairs, expected.states[0].attend.kept_pairs)
+
+
+def test_a_repeated_triton_kernel_is_launched_in_the_variant_that_was_selected() -> None:
+    launched = output_of("tests.kernels.selected").split()
+    assert launched[0] == "_means_kernel" and launched[-1] == "_attend_heads_kernel"
+    assert len(launched) == 8
