@@ -118,7 +118,8 @@ def jobs(folder: Path) -> dict[str, Job]:
         "experts": pair(folder / "qwen3_moe", [ask()]),
         "state space": pair(folder / "granite_hybrid", [ask()], block_size=16),
         "linear attention": pair(folder / "qwen3_next", [ask()], block_size=16, dtype="bfloat16"),
-        "latent attention": pair(folder / "deepseek", [ask()], block_size=128),
+        # On CPUs with AMX vLLM multiplies latent attention in no other type.
+        "latent attention": pair(folder / "deepseek", [ask()], block_size=128, dtype="bfloat16"),
         "images": pair(folder / "blip2", [ask(SEEING)], skip_tokenizer_init=False),
     }
     named = plain_jobs(llama, head, adapter)
