@@ -56,16 +56,15 @@ class Layers:
     states: list[LayerState]
 
     @classmethod
-    def of(cls, case: Case, method: Method, may_end: bool = True) -> "Layers":
+    def of(cls, case: Case, method: Method, may_end: bool = True, device: torch.device = CPU) -> "Layers":
         heads = case.num_qo_heads
-        guard = Guard(
-            Floors(0.7, 0.15), RecallBuffers.allocate(heads, CPU), RecallTotals.allocate(NUM_LAYERS, heads, CPU)
-        )
-        attend, buffers = AttendBuffers.allocate(heads, case.num_rows, CPU), method.scratch(case.shape, CPU)
+        totals = RecallTotals.allocate(NUM_LAYERS, heads, device)
+        guard = Guard(Floors(0.7, 0.15), RecallBuffers.allocate(heads, device), totals)
+        attend, buffers = AttendBuffers.allocate(heads, case.num_rows, device), method.scratch(case.shape, device)
         states = [
-            LayerState(number, method.budgets(heads, CPU), buffers, attend, guard) for number in range(NUM_LAYERS)
+            LayerState(number, method.budgets(heads, device), buffers, attend, guard) for number in range(NUM_LAYERS)
         ]
-        made = [make_chunk(case, CPU) for _ in range(NUM_LAYERS)]
+        made = [make_chunk(case, device) for _ in range(NUM_LAYERS)]
         table = made[0].kv.block_table
         chunks = [replace(one, kv=one.kv._replace(block_table=table), may_end_prompt=may_end) for one in made]
         return cls(chunks, states)
@@ -268,12 +267,17 @@ def test_a_layer_that_fails_is_not_repeated(launched: Launched, monkeypatch: pyt
     assert repeated(layers, method, launched, of) == expected
 
 
+@pytest.mark.parametrize(
+    "kernel", [Kernel.TRITON, pytest.param(Kernel.CUDA, marks=[pytest.mark.gpu, pytest.mark.hopper])]
+)
 @pytest.mark.parametrize("make_method", [METHODS["block"], METHODS["a share"]], ids=["block", "a share"])
-def test_repeated_layers_attend_as_alone(make_method: Callable[[Kernel], Method], device: torch.device) -> None:
+def test_repeated_layers_attend_as_alone(
+    kernel: Kernel, make_method: Callable[[Kernel], Method], device: torch.device
+) -> None:
+    method, case = make_method(kernel), SMALL
     if device.type == "cuda":
-        pytest.skip("on a GPU the engine's tests attend in many layers")
-    method = make_method(Kernel.TRITON)
-    expected, found = Layers.of(SMALL, method), Layers.of(SMALL, method)
+        case = replace(SMALL, num_rows=3000, context_len=9001, dtype=torch.bfloat16)
+    expected, found = (Layers.of(case, method, device=device) for _ in range(2))
     for layers in (expected, found):
         for number, chunk in enumerate(layers.chunks):
             chunk.q.mul_(1 + number)
