@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer that repeats what an earlier layer has launched launches exactly what it would launch by itself."""
 
-import ctypes
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minference_vllm import repeats
-from minference_vllm.attention import Chooser, Guard, LayerState, choose, prefill
+from minference_vllm.attention import Chooser, LayerState, choose, prefill
 from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.index import SparseIndex
 from minference_vllm.kernels import tape
@@ -22,10 +20,9 @@ from minference_vllm.methods import Block, Method, VerticalSlash
 from minference_vllm.methods.block import BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
-from minference_vllm.recall import Floors
 from minference_vllm.repeats import Repeats
-from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals
-from tests.kernels.cases import Case, make_chunk
+from tests.kernels.cases import Case
+from tests.kernels.layers import Launched, Layers
 from tests.kernels.test_warm_up import output_of
 
 METHODS: dict[str, Callable[[Kernel], Method]] = {
@@ -43,65 +40,7 @@ CASES = {
 }
 every_method = pytest.mark.parametrize("make_method", METHODS.values(), ids=METHODS)
 every_kernel = pytest.mark.parametrize("kernel", [Kernel.TRITON, Kernel.CUDA])
-CPU = torch.device("cpu")
-NUM_LAYERS = 3
 SMALL = Case("", num_rows=150, context_len=307, num_qo_heads=4, num_kv_heads=2, dtype=torch.float32)
-
-
-@dataclass(frozen=True)
-class Layers:
-    """The layers of a model: each with tensors of its own, all with the same scratch."""
-
-    chunks: list[Chunk]
-    states: list[LayerState]
-
-    @classmethod
-    def of(cls, case: Case, method: Method, may_end: bool = True, device: torch.device = CPU) -> "Layers":
-        heads = case.num_qo_heads
-        totals = RecallTotals.allocate(NUM_LAYERS, heads, device)
-        guard = Guard(Floors(0.7, 0.15), RecallBuffers.allocate(heads, device), totals)
-        attend, buffers = AttendBuffers.allocate(heads, case.num_rows, device), method.scratch(case.shape, device)
-        states = [
-            LayerState(number, method.budgets(heads, device), buffers, attend, guard) for number in range(NUM_LAYERS)
-        ]
-        made = [make_chunk(case, device) for _ in range(NUM_LAYERS)]
-        table = made[0].kv.block_table
-        chunks = [replace(one, kv=one.kv._replace(block_table=table), may_end_prompt=may_end) for one in made]
-        return cls(chunks, states)
-
-
-class Launched(TorchDispatchMode):
-    """What is launched, with every argument: kernels of both kinds, and what torch writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.all: list[Any] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.overloadpacket.__name__.endswith("_"):
-            self.all.append((str(function), *map(plain, args)))
-        return function(*args, **(kwargs or {}))
-
-    def cuda(self, function: str, arguments: ctypes.Structure, device: torch.device) -> None:
-        self.all.append((function, bytes(arguments)))
-
-    def triton(self, name: str) -> Any:
-        launched = self.all
-
-        class Stand:
-            def __getitem__(self, grid: Any) -> Callable[..., None]:
-                return lambda *args, **constants: launched.append((name, grid, *map(plain, args), constants))
-
-        return Stand()
-
-    def take(self) -> list[Any]:
-        taken, self.all[:] = list(self.all), []
-        return taken
-
-
-def plain(value: Any) -> Any:
-    """A tensor's address and dtype, which is all that a kernel gets to know of it; other values as they are."""
-    return (value.data_ptr(), value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.fixture

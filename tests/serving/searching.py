@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +62,8 @@ def main() -> None:
         "sparse": runtime.counters.snapshot().tokens["sparse", "gate_open"],
     }
     (folder / "searched.json").write_text(json.dumps(outcome))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's own threads may abort the process while the interpreter ends; all is written
 
 
 if __name__ == "__main__":

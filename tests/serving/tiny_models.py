@@ -8,6 +8,7 @@ process, because most of a start is imports.
 import gc
 import json
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -221,6 +222,8 @@ def main() -> None:
             outcomes[name] = asdict(outcome(job, folder))
         logging.getLogger("vllm").info("Job %r took %.1f s of CPU", name, time.process_time() - start)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's own threads may abort the process while the interpreter ends; all is written
 
 
 if __name__ == "__main__":
