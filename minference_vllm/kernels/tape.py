@@ -91,7 +91,7 @@ class Tape:
             launch.repeat(own)
 
 
-def current() -> Tape | None:
+def current_tape() -> Tape | None:
     """The tape that records this thread's launches."""
     return getattr(_recording, "tape", None)
 
@@ -108,7 +108,7 @@ def recording(tape: Tape) -> Iterator[None]:
 
 def act(function: Callable[[], Returned]) -> Returned:
     """Call a function that works on tensors which all layers share, and whose result nobody needs to know."""
-    if (tape := current()) is not None:
+    if (tape := current_tape()) is not None:
         tape.add(Action(function))
     return function()
 

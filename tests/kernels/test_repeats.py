@@ -201,7 +201,7 @@ def test_a_layer_that_fails_is_not_repeated(launched: Launched, monkeypatch: pyt
         patch.setattr(library, "enqueue", fail)
         with pytest.raises(RuntimeError, match="minference_group_masses"):
             of.prefill(layers.chunks[0], method, layers.states[0])
-    assert tape.current() is None
+    assert tape.current_tape() is None
     launched.take()
     assert repeated(layers, method, launched, of) == expected
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minference_vllm.chunk import Chunk
-from minference_vllm.kernels.tape import Own, Place, Tape, current
+from minference_vllm.kernels.tape import Own, Place, Tape, current_tape
 from minference_vllm.scratch import ScratchShape
 
 PATH = Path(__file__).parents[2] / "_hopper.so"
@@ -89,7 +89,7 @@ def launch(function: str, arguments: ctypes.Structure, device: torch.device) -> 
         RuntimeError: CUDA refused, or another device is current.
     """
     enqueue(function, arguments, device)
-    if (tape := current()) is not None:
+    if (tape := current_tape()) is not None:
         tape.add(CudaLaunch(function, arguments, device, list(_moved(arguments, tape))))
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from minference_vllm.chunk import Chunk, PagedKV
-from minference_vllm.kernels.tape import Own, Place, Tape, current
+from minference_vllm.kernels.tape import Own, Place, Tape, current_tape
 
 LOG2_E = 1.4426950408889634
 
@@ -50,7 +50,7 @@ class TritonLaunch(NamedTuple):
 def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:
     """A kernel on a grid, to be called with its arguments: `kernel[grid]`, recorded if a tape is running."""
     launch: Callable[..., object] = kernel[grid]
-    tape = current()
+    tape = current_tape()
     if tape is None:
         return launch
 
