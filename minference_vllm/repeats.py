@@ -12,12 +12,10 @@ import torch
 
 from minference_vllm.attention import REPEATABLE, Chooser, LayerState, choose, prefill
 from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.kernels.cuda.library import ALIGNMENT_BYTES
 from minference_vllm.kernels.tape import Own, Tape, recording
 from minference_vllm.methods import Method
 from minference_vllm.ops import Kernel
-
-ALIGNMENT_BYTES = 16
-"""What kernels that are chosen by alignment ask for."""
 
 
 class Repeats:
@@ -67,7 +65,8 @@ def _likeness(chunk: Chunk, layer: LayerState, own: Own) -> Hashable:
     """What two layers must have in common for one to repeat what the other has launched."""
     kv, guard = chunk.kv, layer.guard
     beside = kv.v.data_ptr() - kv.k.data_ptr() if own[3] is None else None
-    shared = id(layer.buffers), id(layer.attend), None if guard is None else (id(guard.buffers), guard.floors)
+    guarded = None if guard is None else (id(guard.buffers), id(guard.totals), guard.floors)
+    shared = id(layer.buffers), id(layer.attend), guarded
     rows = chunk.context_len, chunk.may_end_prompt, chunk.scale, kv.block_table.data_ptr(), kv.block_table.stride(0)
     return shared, rows, kv.row, beside, *map(_form, own)
 

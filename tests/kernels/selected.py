@@ -18,6 +18,7 @@ from minference_vllm.methods.block import BlockSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.repeats import Repeats
 from tests.kernels.cases import Case, make_chunk
+from tests.kernels.layers import plain
 from tests.kernels.test_waits_for_nothing import make_state
 
 CASE = Case("", num_rows=200, context_len=301, dtype=torch.bfloat16, has_sinks=True)
@@ -35,10 +36,6 @@ class Launcher:
     def __call__(self, *arguments: Any) -> None:
         *grid, stream, function, packed, _, _, _ = arguments[:9]
         launched.append((*grid, stream, function, packed, *map(plain, arguments[9:])))
-
-
-def plain(value: Any) -> Any:
-    return (value.data_ptr(), value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 class Utils:

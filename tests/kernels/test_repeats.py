@@ -2,7 +2,6 @@
 """A layer that repeats what an earlier layer has launched launches exactly what it would launch by itself."""
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,21 +15,18 @@ from minference_vllm.chunk import Chunk, PagedKV
 from minference_vllm.index import SparseIndex
 from minference_vllm.kernels import tape
 from minference_vllm.kernels.cuda import library
-from minference_vllm.methods import Block, Method, VerticalSlash
+from minference_vllm.methods import Block, Method
 from minference_vllm.methods.block import BlockSettings
-from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from minference_vllm.ops import Kernel
 from minference_vllm.repeats import Repeats
+from tests.kernels import test_waits_for_nothing
 from tests.kernels.cases import Case
 from tests.kernels.layers import Launched, Layers
 from tests.kernels.test_warm_up import output_of
 
 METHODS: dict[str, Callable[[Kernel], Method]] = {
-    "block": lambda kernel: Block(BlockSettings(), kernel),
-    "block, boxes first": lambda kernel: Block(BlockSettings(coarse_from=0), kernel),
+    **test_waits_for_nothing.METHODS,
     "block, halves by themselves": lambda kernel: Block(BlockSettings(rows_per_list=64), kernel),
-    "vertical_slash": lambda kernel: VerticalSlash(VerticalSlashSettings(probe_rows="both"), kernel),
-    "a share": lambda kernel: VerticalSlash(VerticalSlashSettings(share=0.9), kernel),
 }
 CASES = {
     "bf16": Case("", num_rows=9000, context_len=1001, head_dim=128, dtype=torch.bfloat16),
@@ -47,10 +43,7 @@ SMALL = Case("", num_rows=150, context_len=307, num_qo_heads=4, num_kv_heads=2, 
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
     """Nothing is launched, but noted."""
     found = Launched()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("minference_vllm.kernels.triton."):
-            for kernel in [each for each in vars(module) if each.endswith("_kernel")]:
-                monkeypatch.setattr(module, kernel, found.triton(kernel))
+    test_waits_for_nothing.replace_kernels(monkeypatch, found.triton)
     monkeypatch.setattr(library, "enqueue", found.cuda)
     monkeypatch.setattr(library, "num_multiprocessors", lambda _: 132)
     with found:

@@ -58,14 +58,19 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def replace_kernels(monkeypatch: pytest.MonkeyPatch, stand_in: Callable[[str], Any]) -> None:
+    """Put what `stand_in` makes of its name in place of every Triton kernel."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("minference_vllm.kernels.triton."):
+            for kernel in [each for each in vars(module) if each.endswith("_kernel")]:
+                monkeypatch.setattr(module, kernel, stand_in(kernel))
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are called; none is launched."""
     launched: list[str] = []
-    for name, module in list(sys.modules.items()):
-        if name.startswith("minference_vllm.kernels.triton."):
-            for kernel in [each for each in vars(module) if each.endswith("_kernel")]:
-                monkeypatch.setattr(module, kernel, Launched(kernel, launched))
+    replace_kernels(monkeypatch, lambda kernel: Launched(kernel, launched))
     monkeypatch.setattr(library, "enqueue", lambda function, *_: launched.append(function))
     monkeypatch.setattr(library, "num_multiprocessors", lambda _: 132)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda _: 4096, raising=False)
