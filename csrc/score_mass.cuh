@@ -22,13 +22,13 @@ struct Place {
 };
 
 // What is added to a thread's scaled scores to give the logarithm (base 2) of a mean's mass: minus the row's
-// log-sum-exp, plus the logarithm of the number of keys in a mean. For the polynomial's rows it gives the `y` of
-// add_exp2 instead.
+// log-sum-exp, plus the logarithm of the number of keys in a mean, both times the power. For the polynomial's rows it
+// gives the `y` of add_exp2 instead.
 struct Shifts {
     float of[LISTS_PER_THREAD][ROWS];
 
     __device__ __forceinline__ Shifts(const Params& p, const Job& job, int first_list) {
-        constexpr float LOG2_E = 1.4426950408889634f;
+        const float minus_log2_e = -1.4426950408889634f * p.power;
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const List list(p, min(first_list + l, p.num_lists - 1));
@@ -36,7 +36,7 @@ struct Shifts {
             const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
 #pragma unroll
             for (int row = 0; row < ROWS; ++row) {
-                const float shift = fmaf(__ldg(lse + row), -LOG2_E, p.log2_mean);
+                const float shift = fmaf(__ldg(lse + row), minus_log2_e, p.log2_mean);
                 of[l][row] = is_polynomial(row) ? fmaf(shift, 1 / OCTAVES, 1.0f) : shift;
             }
         }

@@ -8,9 +8,9 @@
 // Mirrored in minference_vllm/kernels/cuda/select.py. Strides are in elements.
 struct MInferenceSelect {
     void* masses;
-    const void *left_out, *share;
+    const void* share;
     void *groups, *counts;
-    int64_t stride_masses, stride_masses_part, stride_left_out, stride_groups, stride_groups_tile, stride_counts;
+    int64_t stride_masses, stride_masses_part, stride_groups, stride_groups_tile, stride_counts;
     int64_t rows_weight;
     double even;
     int32_t num_rows, context_len, num_qo_heads, parts, sink_groups, local_groups, first_counted, max_kept;
@@ -20,13 +20,11 @@ extern "C" int minference_select_groups(const MInferenceSelect* args, cudaStream
     const MInferenceSelect& a = *args;
     selection::Params p{};
     p.masses = static_cast<uint8_t*>(a.masses);
-    p.left_out = static_cast<const int64_t*>(a.left_out);
     p.share = static_cast<const float*>(a.share);
     p.groups = static_cast<int32_t*>(a.groups);
     p.counts = static_cast<int32_t*>(a.counts);
     p.stride_masses = a.stride_masses;
     p.stride_part = a.stride_masses_part;
-    p.stride_left_out = a.stride_left_out;
     p.stride_groups = a.stride_groups;
     p.stride_groups_tile = a.stride_groups_tile;
     p.stride_counts = a.stride_counts;
@@ -49,9 +47,9 @@ extern "C" int minference_select_groups(const MInferenceSelect* args, cudaStream
 
 struct MInferenceSelectBoxes {
     const void *box_masses, *share;
-    void *numbers, *counts, *left_out, *masses;
+    void *numbers, *counts, *masses;
     int64_t stride_box_masses, stride_box_masses_part, stride_numbers, stride_numbers_block, stride_counts,
-        stride_left_out, stride_masses, stride_masses_part;  // of `masses`, in words of eight codes
+        stride_masses, stride_masses_part;  // of `masses`, in words of eight codes
     int64_t part_weight;
     double part_of_dropped;
     int32_t context_len, num_tiles, num_kv_heads, group_size, parts_per_tile, sink_boxes, local_boxes, max_boxes;
@@ -64,14 +62,12 @@ extern "C" int minference_select_boxes(const MInferenceSelectBoxes* args, cudaSt
     p.share = static_cast<const float*>(a.share);
     p.numbers = static_cast<int32_t*>(a.numbers);
     p.counts = static_cast<int32_t*>(a.counts);
-    p.left_out = static_cast<int64_t*>(a.left_out);
     p.masses = static_cast<int64_t*>(a.masses);
     p.stride_box_masses = a.stride_box_masses;
     p.stride_box_part = a.stride_box_masses_part;
     p.stride_numbers = a.stride_numbers;
     p.stride_block = a.stride_numbers_block;
     p.stride_counts = a.stride_counts;
-    p.stride_left_out = a.stride_left_out;
     p.stride_masses = a.stride_masses;
     p.stride_part = a.stride_masses_part;
     p.part_weight = a.part_weight;

@@ -23,10 +23,9 @@ constexpr int PIECE = 16;                 // codes per load
 
 struct Params {
     uint8_t* masses;
-    const int64_t* left_out;  // mass of the boxes that were not scored finely; null if there were no boxes
     const float* share;
     int32_t *groups, *counts;
-    int64_t stride_masses, stride_part, stride_left_out, stride_groups, stride_groups_tile, stride_counts;
+    int64_t stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts;
     int64_t rows_weight;  // of all sampled rows of a tile
     double even;          // EVEN of the reference
     int32_t num_tiles, num_rows, context_len;
@@ -155,14 +154,6 @@ struct Tile {
         return weight;
     }
 
-    __device__ __forceinline__ int64_t mass_left_out() const {
-        if (p.left_out == nullptr) return 0;
-        const int64_t* of_head = p.left_out + head * p.stride_left_out;
-        int64_t mass = 0;
-        for (int i = 0; i < PARTS; ++i) mass += of_head[part_of(first_half) + i] + of_head[part_of(second_half) + i];
-        return mass;
-    }
-
     // The least code that is kept, and how many groups are kept.
     __device__ __forceinline__ int2 threshold() {
         int count = 0;
@@ -177,14 +168,13 @@ struct Tile {
                              weight_between(p.first_counted, sinks) -
                              weight_between(sinks, min(p.first_counted, local));
         sum_up_to(edge, shared.sums[1], edges, warp, lane);
-        const int64_t left_out = mass_left_out();
-        const double total = double(p.rows_weight + left_out + all + edges);
-        const double allowed = (1 - double(p.share[head])) * total;
+        const double total = double(p.rows_weight + all + edges);
+        const double drops = 1 - double(p.share[head]), allowed = drops * drops * total;
         // The reference multiplies in the same order. This thread's `dropped` is the mass of its code and all smaller
         // ones. Both sides of its product grow with the code, so the number of threads whose groups may be dropped is
         // the least code that is kept.
-        const double gone = double(dropped + left_out), heaviness = double(codes::weight(thread)) * double(num_groups);
-        const bool is_below = gone * gone * heaviness <= p.even * allowed * allowed * total && allowed >= 0;
+        const double gone = double(dropped), heaviness = double(codes::weight(thread)) * double(num_groups);
+        const bool is_below = gone * gone * heaviness <= p.even * allowed * allowed * total && drops >= 0;
         int counted, below, least;
         sum_up_to(is_below ? 1 : 0, shared.numbers[0], least, warp, lane);
         least = min(least, codes::NUMBER - 1);

@@ -25,9 +25,9 @@ struct BoxParams {
     const uint8_t* box_masses;
     const float* share;
     int32_t *numbers, *counts;
-    int64_t *left_out, *masses;  // one element of `masses` is the eight codes of a box's groups
-    int64_t stride_box_masses, stride_box_part, stride_numbers, stride_block, stride_counts, stride_left_out,
-        stride_masses, stride_part;
+    int64_t* masses;  // one element of `masses` is the eight codes of a box's groups
+    int64_t stride_box_masses, stride_box_part, stride_numbers, stride_block, stride_counts, stride_masses,
+        stride_part;
     int64_t part_weight;  // of the rows of a part
     double part_of_dropped;
     int32_t context_len, num_lists, num_blocks, group_size, parts_per_tile;
@@ -38,7 +38,6 @@ struct BoxParams {
 struct BoxList {
     const uint8_t* codes;
     int64_t* words;
-    int64_t* left_out;
     int32_t head, before, sinks, local, threshold;
 };
 
@@ -46,7 +45,6 @@ struct BoxStorage {
     int32_t tallies[LISTS][codes::NUMBER];
     int32_t margins[MARGINS];
     BoxList lists[LISTS];
-    int64_t left_out[LISTS][LISTS];  // of each list by each warp
     int32_t numbers[2][LISTS];
 };
 
@@ -57,7 +55,6 @@ __device__ __forceinline__ BoxList find_list(const BoxParams& p, int kv_head, in
     found.head = head;
     found.codes = p.box_masses + head * p.stride_box_masses + part * p.stride_box_part;
     found.words = p.masses + head * p.stride_masses + part * p.stride_part;
-    found.left_out = p.left_out + head * p.stride_left_out + part;
     found.before = p.context_len / TILE + part / p.parts_per_tile;
     found.sinks = min(p.sink_boxes, found.before);
     found.local = max(found.before - p.local_boxes, found.sinks);
@@ -111,9 +108,8 @@ __device__ __forceinline__ int find_threshold(
     return min(sum_of_warp(below), codes::NUMBER - 1);
 }
 
-// Four boxes: their codes in all lists, and their margins, where the list that wants a box most decides.
+// The margins of four boxes, where the list that wants a box most decides.
 struct Wanted {
-    uint32_t codes[LISTS];
     int margin[BOXES];
 
     __device__ __forceinline__ Wanted(const BoxStorage& shared, int first) {
@@ -122,18 +118,17 @@ struct Wanted {
 #pragma unroll
         for (int l = 0; l < LISTS; ++l) {
             const BoxList& list = shared.lists[l];
-            codes[l] = first < list.before ? *reinterpret_cast<const uint32_t*>(list.codes + first) : 0;
+            const uint32_t codes = first < list.before ? *reinterpret_cast<const uint32_t*>(list.codes + first) : 0;
 #pragma unroll
             for (int i = 0; i < BOXES; ++i) {
                 const int box = first + i;
                 const bool is_free = box >= list.sinks && box < list.local;
-                const int wanted = is_free ? code(l, i) - list.threshold : box < list.before ? FORCED : -FORCED;
+                const int code = codes >> i * 8 & 0xFF;
+                const int wanted = is_free ? code - list.threshold : box < list.before ? FORCED : -FORCED;
                 margin[i] = max(margin[i], wanted);
             }
         }
     }
-
-    __device__ __forceinline__ int code(int list, int i) const { return codes[list] >> i * 8 & 0xFF; }
 };
 
 // One block of lists.
@@ -195,47 +190,33 @@ struct Block {
         return kept;
     }
 
-    __device__ __forceinline__ void drop(const Wanted& wanted, int first, uint32_t kept, int64_t (&left_out)[LISTS]) {
+    __device__ __forceinline__ void drop(int first, uint32_t kept) {
 #pragma unroll
         for (int l = 0; l < LISTS; ++l) {
             const BoxList& list = shared.lists[l];
 #pragma unroll
             for (int i = 0; i < BOXES; ++i) {
                 const int box = first + i;
-                if (kept >> i & 1 || box >= list.before) continue;
-                list.words[box] = 0;
-                if (box >= FIRST_COUNTED_BOX) left_out[l] += codes::weight(wanted.code(l, i));
+                if (!(kept >> i & 1) && box < list.before) list.words[box] = 0;
             }
         }
     }
 
     __device__ __forceinline__ void write(int2 found) {
-        int64_t left_out[LISTS] = {};
         int32_t* next = p.numbers + kv_head * p.stride_numbers + number * p.stride_block;
         int room = found.y, count = 0;
         for (int begin = 0; begin < num_boxes(); begin += BOX_THREADS * BOXES) {
             const int first = begin + thread * BOXES;
             const Wanted wanted(shared, first);
             uint32_t kept = choose(wanted, found.x, room);
-            drop(wanted, first, kept, left_out);
+            drop(first, kept);
             int total;
             int32_t* target = next + count + sum_up_to_this(__popc(kept), 1, total) - __popc(kept);
             for (; kept; kept &= kept - 1) *target++ = first + __ffs(kept) - 1;
             count += total;
             __syncthreads();  // the next turn overwrites what this one has read
         }
-#pragma unroll
-        for (int l = 0; l < LISTS; ++l) {
-            const int64_t sum = sum_of_warp(left_out[l]);
-            if (lane == 0) shared.left_out[l][warp] = sum;
-        }
-        __syncthreads();
         if (thread == 0) p.counts[kv_head * p.stride_counts + number] = count;
-        if (thread < LISTS) {
-            int64_t sum = 0;
-            for (int i = 0; i < LISTS; ++i) sum += shared.left_out[thread][i];
-            *shared.lists[thread].left_out = sum;
-        }
     }
 
     __device__ __forceinline__ void run() {

@@ -36,11 +36,8 @@ class Boxes:
         numbers: [>= num_kv_heads, >= blocks, max_boxes] int32, ascending; valid up to the block's count.
         counts: [>= num_kv_heads, >= blocks] int32.
         thresholds: [>= num_qo_heads, >= parts] int32, scratch: the smallest code with which each part wants a box.
-        left_out: [>= num_qo_heads, >= parts] int64: mass that each part gives to the other boxes, in the units of
-            reference.codes.weights.
     """
 
     numbers: torch.Tensor
     counts: torch.Tensor
     thresholds: torch.Tensor
-    left_out: torch.Tensor

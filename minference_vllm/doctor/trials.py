@@ -216,7 +216,7 @@ def _trials_of_boxes(chunk: Chunk, budgets: torch.Tensor, made: BlockBuffers) ->
         boxes = Boxes(*(torch.zeros_like(getattr(coarse.boxes, field.name)) for field in fields(Boxes)))
         masses = torch.ones_like(made.masses)
         ops.select_boxes(coarse.masses, chunk, budgets, ROWS_PER_HALF, 1, 1, boxes, masses, kernel)
-        return [(of, EXACT) for of in (boxes.numbers, boxes.counts, boxes.left_out, masses)]
+        return [(of, EXACT) for of in (boxes.numbers, boxes.counts, masses)]
 
     yield Trial("coarse means", False, coarse_means, reads_cache=False)
     yield Trial("masses of boxes", True, box_masses)

@@ -187,7 +187,7 @@ class Block(Method):
         if buffers.coarse is not None:
             boxes = self._choose_boxes(chunk, budgets, buffers.row_lse, buffers.coarse, masses)
         ops.group_masses(chunk, means, buffers.row_lse, masses, kernel, boxes)
-        ops.select_groups(masses, chunk, budgets, settings.rows_per_half, *forced, by_tile, index, kernel, boxes)
+        ops.select_groups(masses, chunk, budgets, settings.rows_per_half, *forced, by_tile, index, kernel)
 
     def _choose_boxes(
         self, chunk: Chunk, budgets: torch.Tensor, row_lse: torch.Tensor, coarse: CoarseBuffers, masses: torch.Tensor

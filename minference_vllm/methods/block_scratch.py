@@ -75,7 +75,6 @@ class Shapes:
     box_numbers: tuple[int, ...]
     box_counts: tuple[int, ...]
     box_thresholds: tuple[int, ...]
-    box_left_out: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class BlockScratch:
     Attributes:
         index: of all heads.
         every_group: [3] int32, the counts of a tile that keeps all groups.
-        means, .., box_left_out: flat memory of the buffers that Shapes describes.
+        means, .., box_thresholds: flat memory of the buffers that Shapes describes.
     """
 
     index: TileIndex
@@ -98,7 +97,6 @@ class BlockScratch:
     box_numbers: torch.Tensor
     box_counts: torch.Tensor
     box_thresholds: torch.Tensor
-    box_left_out: torch.Tensor
 
     def has_room(self, shapes: Shapes) -> bool:
         return all(prod(getattr(shapes, field.name)) <= getattr(self, field.name).numel() for field in fields(Shapes))
@@ -112,7 +110,7 @@ class BlockScratch:
 
         coarse = None
         if prod(shapes.coarse_means):
-            boxes = Boxes(take("box_numbers"), take("box_counts"), take("box_thresholds"), take("box_left_out"))
+            boxes = Boxes(take("box_numbers"), take("box_counts"), take("box_thresholds"))
             coarse = CoarseBuffers(take("coarse_means"), take("box_masses"), boxes)
         return BlockBuffers(take("means"), take("row_lse"), take("masses"), coarse)
 
@@ -132,7 +130,6 @@ def shapes_of(heads: Heads, head_dim: int, rows_per_half: int, seq_len: int, til
     qo, kv = heads
     length, parts = rounded(seq_len, TILE), tiles * HALVES * rows_per_half // PART
     blocks, is_coarse = -(-parts * (qo // kv) // LISTS), int(max_boxes > 0)
-    of_lists = (qo * is_coarse, rounded(parts))
     return Shapes(
         means=(kv, length // MEAN, head_dim),
         row_lse=(qo, tiles * HALVES, rows_per_half),
@@ -142,8 +139,7 @@ def shapes_of(heads: Heads, head_dim: int, rows_per_half: int, seq_len: int, til
         box_masses=(qo * is_coarse, parts, rounded(length // BOX)),
         box_numbers=(kv * is_coarse, blocks, rounded(max_boxes)),
         box_counts=(kv * is_coarse, rounded(blocks)),
-        box_thresholds=of_lists,
-        box_left_out=of_lists,
+        box_thresholds=(qo * is_coarse, rounded(parts)),
     )
 
 
@@ -162,11 +158,10 @@ def allocate(of_turns: Sequence[Shapes], means_dtype: torch.dtype, index: TileIn
         row_lse=everyone.row_lse,
         box_counts=everyone.box_counts,
         box_thresholds=everyone.box_thresholds,
-        box_left_out=everyone.box_left_out,
     )
     dtypes = dict.fromkeys(("box_numbers", "box_counts", "box_thresholds"), torch.int32)
     dtypes |= {"means": means_dtype, "coarse_means": means_dtype, "row_lse": torch.float32}
-    dtypes |= {"masses": torch.uint8, "box_masses": torch.uint8, "box_left_out": torch.int64}
+    dtypes |= {"masses": torch.uint8, "box_masses": torch.uint8}
     made = {
         name: torch.zeros(prod(getattr(shapes, name)), dtype=dtype, device=index.groups.device)
         for name, dtype in dtypes.items()

@@ -4,7 +4,6 @@
 import torch
 
 from minference_vllm import reference
-from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TileIndex
 from minference_vllm.kernels import cuda, triton
@@ -22,7 +21,6 @@ def select_groups(
     by_tile: bool,
     index: TileIndex,
     kernel: Kernel,
-    boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.select_groups.
 
@@ -36,7 +34,7 @@ def select_groups(
             f"{chunk.num_tiles} tiles, got {rows_per_half} and {tuple(masses.shape)}"
         )
     if kernel is Kernel.CUDA and by_tile and cuda.select.supports(masses):
-        cuda.select.select_groups(masses, chunk, share, rows_per_half, sink_groups, local_groups, index, boxes)
+        cuda.select.select_groups(masses, chunk, share, rows_per_half, sink_groups, local_groups, index)
         return
     run = reference.select_groups if kernel is Kernel.REFERENCE else triton.select_groups
-    run(masses, chunk, share, rows_per_half, sink_groups, local_groups, by_tile, index, boxes)
+    run(masses, chunk, share, rows_per_half, sink_groups, local_groups, by_tile, index)

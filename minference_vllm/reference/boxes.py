@@ -6,7 +6,6 @@ import torch
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES
-from minference_vllm.reference.codes import weights
 from minference_vllm.reference.groups import dropped_masses, least_kept, total_mass
 from minference_vllm.reference.normalisers import PART
 
@@ -63,7 +62,6 @@ def select_boxes(
             boxes.counts[number, block] = kept.sum()
             boxes.numbers[number, block, : kept.sum()] = kept.nonzero().flatten().int()
             dropped = seen & ~kept
-            boxes.left_out[heads, parts] = weights(codes).where(dropped & (box >= FIRST_COUNTED), 0).sum(1)
             for head, part, of_list in zip(heads, parts, dropped, strict=True):
                 masses[head, part, : len(box) * GROUPS_PER_BOX].unflatten(0, (-1, GROUPS_PER_BOX))[of_list] = 0
 

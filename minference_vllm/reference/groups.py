@@ -3,7 +3,6 @@
 
 import torch
 
-from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.reference.codes import ONE, add, weights
@@ -13,31 +12,27 @@ from minference_vllm.scratch import MASS_CODES
 ROW = int(ONE / LIMIT)
 """The weight of all that a row's normaliser includes, which has a mass of 1 / LIMIT; see codes.weights."""
 
+EVEN = 1 / 4
+"""A tile drops just (1 - share)² of its mass if its heaviest dropped group is this heavy, over a mean group. With this
+number a default share of .84 keeps as many pairs as it did when masses were plain sums (docs/methods.md). A float of 32
+bits holds it exactly, as Triton needs."""
 
-EVEN = 13 / 16
-"""A tile drops just 1 - share of its mass if its heaviest dropped group is this heavy, over a mean group. With this
-number tiles drop as much on average as if 1 - share were the limit (docs/methods.md). A float of 32 bits holds it
-exactly, as Triton needs."""
 
-
-def threshold(
-    codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_rows: int, left_out: torch.Tensor | int = 0
-) -> int:
+def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_rows: int) -> int:
     """The smallest code with which a group is kept: see select_groups.
 
     Args:
         codes: [num_groups] uint8.
         free: [num_groups] bool, groups that may be dropped; the others are kept whatever their mass.
-        drops: float64 scalar, the share of all mass that the head may drop. Below 0 no group is dropped.
+        drops: float64 scalar, the share of the attention that the head may drop. Below 0 no group is dropped.
         num_rows: rows whose masses were added.
-        left_out: int64 scalar, the mass of groups that are dropped already and have no mass in `codes`.
     """
-    total = (total_mass(codes, num_rows, NORMALISER_KEYS // GROUP) + left_out).double()
-    allowed = drops * total
-    dropped = (dropped_masses(codes, free) + left_out).double()
+    total = total_mass(codes, num_rows, NORMALISER_KEYS // GROUP).double()
+    allowed = drops * drops * total
+    dropped = dropped_masses(codes, free).double()
     heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * len(codes)
     # In this order: kernels multiply in the same, so that they round to the same numbers.
-    return least_kept((dropped * dropped * heaviness <= EVEN * allowed * allowed * total) & (allowed >= 0))
+    return least_kept((dropped * dropped * heaviness <= EVEN * allowed * allowed * total) & (drops >= 0))
 
 
 def total_mass(codes: torch.Tensor, num_rows: int, first_counted: int) -> torch.Tensor:
@@ -70,16 +65,15 @@ def select_groups(
     local_groups: int,
     by_tile: bool,
     index: TileIndex,
-    boxes: Boxes | None = None,
 ) -> None:
     """For each half, or tile, drop the lightest groups before the tile, about as much as the head's share allows.
 
     A row's mass is 1 / LIMIT, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between
     them. Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over that of a mean
     one: the whole mass by the number of groups before the tile. The lightest groups, equal codes together, are dropped
-    while d² h <= EVEN (1 - share)²: more than 1 - share if they are light, less if heavy. The first groups of the
-    request and those just before the tile are always kept, and their mass counts. A half of which the chunk has no row
-    keeps what the other half keeps.
+    while d² h <= EVEN (1 - share)⁴: the masses are of squared weights, and so is what may be dropped of them. The first
+    groups of the request and those just before the tile are always kept, and their mass counts. A half of which the
+    chunk has no row keeps what the other half keeps.
 
     Args:
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
@@ -92,7 +86,6 @@ def select_groups(
         by_tile: whether both halves' rows choose together, and both keep the same.
         index: lists and counts of the chunk's tiles are written. A tile whose halves together keep more groups than a
             list has room for keeps all: EVERY_GROUP.
-        boxes: if not None, groups in boxes that are not listed have no mass in `masses`, and `left_out` has theirs.
     """
     parts = rows_per_half // PART
     for head in range(chunk.num_qo_heads):
@@ -101,13 +94,12 @@ def select_groups(
             free = (number >= sink_groups) & (number < len(number) - local_groups)
             first_parts = [(tile * HALVES + half) * parts for half in halves_that_choose(chunk, tile)]
             of_halves = [masses[head, first : first + parts, : len(number)] for first in first_parts]
-            left_out = [boxes.left_out[head, first : first + parts].sum() if boxes else 0 for first in first_parts]
             codes, num_rows = [add(of_half) for of_half in of_halves], rows_per_half
             if by_tile:
-                codes, left_out, num_rows = [add(torch.cat(of_halves))] * 2, [sum(left_out)] * 2, 2 * num_rows
+                codes, num_rows = [add(torch.cat(of_halves))] * 2, 2 * num_rows
             kept = []
-            for of_half, left in zip(codes, left_out, strict=True):
-                cut = threshold(of_half, free, 1 - share[head].double(), num_rows, left_out=left)
+            for of_half in codes:
+                cut = threshold(of_half, free, 1 - share[head].double(), num_rows)
                 kept.append(~free | (of_half.int() >= cut))
             write_lists(kept[0], kept[1], index.groups[head, tile], index.counts[head, tile])
 

@@ -14,6 +14,18 @@ from minference_vllm.reference.operands import from_operand, query_rows
 from minference_vllm.reference.quantized import score_scales
 from minference_vllm.scratch import MEAN
 
+POWER = 2
+"""To which power the estimated weight of a mean is raised before the rows' weights are added up to a group's mass.
+
+The square makes a group heavy that a single row looks at, where a sum of plain weights would count what all rows give a
+little of: docs/methods.md has what other powers lose."""
+
+
+def power_of(mean: int) -> int:
+    """The power for means of so many keys. Boxes, whose means are coarser, are weighed by plain sums: a mean of 32 keys
+    hides a lone key, and the square would hide it further."""
+    return POWER if mean == MEAN else 1
+
 
 def group_masses(
     chunk: Chunk,
@@ -23,7 +35,7 @@ def group_masses(
     mean: int = MEAN,
     boxes: Boxes | None = None,
 ) -> None:
-    """Sum exp(score - normaliser) over a part's rows and a group's means, times the number of keys in a mean.
+    """Sum the POWERs of exp(score - normaliser), times the keys of a mean, over a part's rows and a group's means.
 
     A mean counts at most 1 for a row, which is LIMIT of what the row's normaliser includes. Otherwise a row that
     attends to a far key, which its normaliser does not include, could outweigh all other rows by any factor.
@@ -39,7 +51,7 @@ def group_masses(
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8,
             written: codes of the groups before each part's tile; codes from the tile on are undefined. A half has
             rows_per_half / PART parts.
-        mean: keys in a mean: MEAN, or BOX_MEAN for the masses of boxes in place of groups.
+        mean: keys in a mean: MEAN, or BOX_MEAN for the masses of boxes in place of groups; see power_of.
         boxes: if not None, only groups in the boxes of a part's block are scored. For other groups nothing is written.
     """
     rows_per_half = row_lse.shape[2]
@@ -54,7 +66,7 @@ def group_masses(
             scores = q[:, head] @ from_operand(means[head // chunk.group_size, : tile_start // mean]).T
             scores += math.log(mean)
             # [PART, means]
-            mass = (scores - lse_of_parts[head, part, :, None]).clamp(max=0).exp()
+            mass = (power_of(mean) * (scores - lse_of_parts[head, part, :, None])).clamp(max=0).exp()
             code = encode(mass.sum(0).unflatten(0, (-1, MEANS_PER_GROUP)).sum(1))
             looked_at: torch.Tensor | slice = slice(len(code))
             if boxes is not None:

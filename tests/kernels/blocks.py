@@ -80,9 +80,9 @@ def make_boxes(chunk: Chunk, rows_per_half: int, room: int) -> Boxes:
     parts = parts_of(chunk, rows_per_half)
     blocks, device = -(-parts * chunk.group_size // LISTS) + 1, chunk.q.device
     numbers = torch.full((chunk.kv.num_kv_heads + 1, blocks, room), -7, dtype=torch.int32, device=device)
-    left_out = torch.full((chunk.num_qo_heads, parts + 2), -7, dtype=torch.int64, device=device)
-    counts, thresholds = (torch.full(of.shape[:2], -7, dtype=torch.int32, device=device) for of in (numbers, left_out))
-    return Boxes(numbers, counts, thresholds, left_out)
+    counts = torch.full(numbers.shape[:2], -7, dtype=torch.int32, device=device)
+    thresholds = torch.full((chunk.num_qo_heads, parts + 2), -7, dtype=torch.int32, device=device)
+    return Boxes(numbers, counts, thresholds)
 
 
 def make_masses(chunk: Chunk, num_heads: int, rows_per_half: int = 16) -> torch.Tensor:

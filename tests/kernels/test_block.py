@@ -103,7 +103,7 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                 row = add(of_halves[[tile * HALVES + of for of in choosing]].flatten(0, 1))
                 mass = weights(row) / ONE
                 total = rows * len(choosing) / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum()
-                limit = EVEN * (1 - share) ** 2 * total**3 / len(row)
+                limit = EVEN * (1 - share) ** 4 * total**3 / len(row)
                 assert kept[forced].all()
                 assert share <= 1 or kept.all()
                 assert share < 1 or kept[row > 0].all()

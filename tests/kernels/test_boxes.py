@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minference_vllm import ops, reference
+from minference_vllm import reference
 from minference_vllm.boxes import BOX, GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUPS_PER_TILE, TileIndex
@@ -15,7 +15,6 @@ from minference_vllm.kernels import triton
 from minference_vllm.methods.base import MAX_TOKENS
 from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.ops import Kernel
-from minference_vllm.reference.groups import ONE
 from minference_vllm.scratch import ScratchShape, num_bytes
 from tests.kernels.blocks import (
     BF16,
@@ -23,7 +22,6 @@ from tests.kernels.blocks import (
     kept_by_half,
     make_boxes,
     make_coarse,
-    make_index,
     make_lse,
     make_masses,
     make_means,
@@ -85,7 +83,6 @@ def check_against_reference(
     for number, count in zip(actual.numbers.flatten(0, 1), expected.counts.flatten().tolist(), strict=True):
         number[max(count, 0) :] = -7  # numbers past the count mean nothing
     assert torch.equal(actual.numbers, expected.numbers)
-    assert torch.equal(actual.left_out, expected.left_out)
     assert torch.equal(of_actual, of_expected)
     return expected
 
@@ -102,9 +99,10 @@ def test_boxes_of_more_or_fewer_rows(rows_per_half: int, device: torch.device) -
 
 @pytest.mark.parametrize("share", [0.05, 0.84, 0.98, 1.0, 1.5])
 def test_boxes_of_other_shares(share: float, device: torch.device) -> None:
-    boxes = check_boxes(make_chunk(SPARSE, device), 32, share, room=60)
-    if share > 1:  # every box
-        assert (boxes.left_out[:, :-2] == 0).all()
+    chunk = make_chunk(SPARSE, device)
+    boxes = check_boxes(chunk, 32, share, room=60)
+    if share > 1:
+        assert boxes.counts.max() == chunk.first_tile + chunk.num_tiles - 1, "every box"
 
 
 @pytest.mark.parametrize("room", [5, 7, 12])
@@ -179,32 +177,6 @@ def test_masses_in_boxes_are_those_of_all(case: Case, is_fp8: bool, device: torc
                 row = some[head, part, :groups].cpu()
                 assert torch.equal(row[inside], whole[head, part, :groups].cpu()[inside])
                 assert (row[~inside] == UNTOUCHED).all()
-
-
-@engines
-@pytest.mark.parametrize("by_tile", [False, True])
-def test_what_boxes_leave_out_counts_as_dropped(kernel: Kernel, by_tile: bool, device: torch.device) -> None:
-    """The more the boxes leave out, the less the groups may drop."""
-    chunk = make_chunk(SPARSE, device)
-    boxes = make_boxes(chunk, 32, 60)
-    generator = torch.Generator().manual_seed(3)
-    base = make_masses(chunk, chunk.num_qo_heads, 32)
-    base.copy_(torch.randint(120, 240, base.shape, generator=generator))
-    kept = []
-    for left_out in (0, 10 * ONE, 100 * ONE):
-        boxes.left_out.fill_(left_out)
-        index = make_index(chunk, 400)
-        ops.select_groups(
-            base.clone(), chunk, share_of(chunk, 0.9), 32, 0, 0, by_tile, index, kernel, boxes
-        )  # fmt: skip
-        kept.append(
-            sum(
-                kept_by_half(index, chunk, head, tile).sum().item()
-                for head in range(chunk.num_qo_heads)
-                for tile in range(chunk.num_tiles)
-            )
-        )
-    assert kept[0] < kept[1] < kept[2]
 
 
 @engines

@@ -147,7 +147,7 @@ def check_masses(case: Case, rows_per_half: int = 16, loudness: float = 1.0, is_
     if difference.numel():
         assert difference.max() <= 1
         # A sum that lies midway between two codes may be rounded to either.
-        assert (difference > 0).float().mean() < 0.03
+        assert difference.sum() <= max(1, 0.03 * difference.numel())
     return actual
 
 
@@ -205,7 +205,7 @@ def test_masses_in_some_boxes_match_the_reference(emulated: Emulated, case: Case
     for block, count in zip(numbers.flatten(0, 1), counts.flatten().tolist(), strict=True):
         order = torch.randperm(max(chunk.first_tile + chunk.num_tiles - 1, room), generator=generator)
         block[:count] = order[:count].sort().values
-    boxes = Boxes(numbers, counts, *[torch.zeros(0)] * 2)
+    boxes = Boxes(numbers, counts, torch.zeros(0))
     inputs = chunk, normalisers(chunk, means, 32), means, 4, boxes
     expected = codes_of(reference.group_masses, *inputs)
     for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):

@@ -15,10 +15,9 @@ from minference_vllm.boxes import LISTS, Boxes
 from minference_vllm.index import TileIndex
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.cuda.select import select_boxes, select_groups, supports
-from minference_vllm.reference.codes import ONE
 from tests.conftest import ON_CI
 from tests.emulator.build import Build
-from tests.kernels.blocks import CASES, SPARSE, make_boxes, make_index, parts_of
+from tests.kernels.blocks import CASES, SPARSE, make_index, parts_of
 from tests.kernels.cases import Case, make_chunk
 from tests.kernels.test_block import SHARES, all_codes, assert_same_lists
 from tests.kernels.test_boxes import check_against_reference, random_codes
@@ -47,24 +46,18 @@ def emulated(functions: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "enqueue", enqueue)
 
 
-def check(
-    case: Case, kind: str, rows_per_half: int, sinks: int = 2, local: int = 3, left_out: int | None = None
-) -> TileIndex:
+def check(case: Case, kind: str, rows_per_half: int, sinks: int = 2, local: int = 3) -> TileIndex:
     chunk = make_chunk(case, CPU)
     groups = (chunk.first_tile + chunk.num_tiles) * 8 + 16
     masses = torch.empty(case.num_qo_heads, parts_of(chunk, rows_per_half) + 1, -(-groups // 16) * 16).byte()
     masses.copy_(all_codes(kind, masses.shape, torch.Generator().manual_seed(3)))
     share = torch.tensor(SHARES)[: case.num_qo_heads].contiguous()
-    boxes = None
-    if left_out is not None:
-        boxes = make_boxes(chunk, rows_per_half, 60)
-        boxes.left_out.copy_(torch.randint(left_out + 1, boxes.left_out.shape))
     assert supports(masses)
     for max_kept in (12, masses.shape[2]):
         expected, actual = make_index(chunk, max_kept), make_index(chunk, max_kept)
         options = share, rows_per_half, sinks, local
-        reference.select_groups(masses.clone(), chunk, *options, True, expected, boxes)
-        select_groups(masses.clone(), chunk, *options, actual, boxes)
+        reference.select_groups(masses.clone(), chunk, *options, True, expected)
+        select_groups(masses.clone(), chunk, *options, actual)
         assert_same_lists(actual, expected)
     return actual
 
@@ -95,11 +88,6 @@ def test_lists_longer_than_all_threads_read_at_once() -> None:
 @pytest.mark.parametrize(("sinks", "local"), [(0, 0), (9, 0), (0, 9), (40, 9), (500, 500)])
 def test_any_number_of_groups_may_be_kept_by_force(sinks: int, local: int) -> None:
     check(of(90, 400), "steep", 32, sinks, local)
-
-
-@pytest.mark.parametrize("left_out", [0, 3 * ONE, 2**50])
-def test_what_boxes_leave_out_counts_as_dropped(left_out: int) -> None:
-    check(of(90, 400), "steep", 32, left_out=left_out)
 
 
 def test_masses_that_lie_otherwise_are_left_to_triton() -> None:

@@ -28,8 +28,8 @@ class _Groups(ctypes.Structure):
     """Mirrors MInferenceSelect in csrc/select.cu."""
 
     _fields_ = [
-        *library.pointers_of("masses", "left_out", "share", "groups", "counts"),
-        *library.strides_of("masses", "masses_part", "left_out", "groups", "groups_tile", "counts"),
+        *library.pointers_of("masses", "share", "groups", "counts"),
+        *library.strides_of("masses", "masses_part", "groups", "groups_tile", "counts"),
         ("rows_weight", ctypes.c_int64),
         ("even", ctypes.c_double),
         *library.sizes_of(
@@ -43,9 +43,9 @@ class _Boxes(ctypes.Structure):
     """Mirrors MInferenceSelectBoxes in csrc/select.cu."""
 
     _fields_ = [
-        *library.pointers_of("box_masses", "share", "numbers", "counts", "left_out", "masses"),
+        *library.pointers_of("box_masses", "share", "numbers", "counts", "masses"),
         *library.strides_of(
-            "box_masses", "box_masses_part", "numbers", "numbers_block", "counts", "left_out", "masses", "masses_part"
+            "box_masses", "box_masses_part", "numbers", "numbers_block", "counts", "masses", "masses_part"
         ),
         ("part_weight", ctypes.c_int64),
         ("part_of_dropped", ctypes.c_double),
@@ -69,7 +69,6 @@ def select_groups(
     sink_groups: int,
     local_groups: int,
     index: TileIndex,
-    boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.select_groups, with `by_tile`.
 
@@ -79,13 +78,11 @@ def select_groups(
     groups, counts = index.groups, index.counts
     arguments = _Groups(
         masses=masses.data_ptr(),
-        left_out=None if boxes is None else boxes.left_out.data_ptr(),
         share=share.data_ptr(),
         groups=groups.data_ptr(),
         counts=counts.data_ptr(),
         stride_masses=masses.stride(0),
         stride_masses_part=masses.stride(1),
-        stride_left_out=0 if boxes is None else boxes.left_out.stride(0),
         stride_groups=groups.stride(0),
         stride_groups_tile=groups.stride(1),
         stride_counts=counts.stride(0),
@@ -123,14 +120,12 @@ def select_boxes(
         share=share.data_ptr(),
         numbers=numbers.data_ptr(),
         counts=boxes.counts.data_ptr(),
-        left_out=boxes.left_out.data_ptr(),
         masses=words.data_ptr(),
         stride_box_masses=box_masses.stride(0),
         stride_box_masses_part=box_masses.stride(1),
         stride_numbers=numbers.stride(0),
         stride_numbers_block=numbers.stride(1),
         stride_counts=boxes.counts.stride(0),
-        stride_left_out=boxes.left_out.stride(0),
         stride_masses=words.stride(0),
         stride_masses_part=words.stride(1),
         part_weight=PART * ROW,

@@ -92,12 +92,12 @@ def _thresholds_kernel(
 
 @triton.jit
 def _margins(p_codes, b_before, b_sinks, b_local, b_threshold, o_n, FORCED: tl.constexpr):
-    """[BLOCK] by how far boxes lie above the threshold of the list that wants them most; and [LISTS, BLOCK] codes."""
+    """[BLOCK] by how far boxes lie above the threshold of the list that wants them most."""
     seen = o_n[None, :] < b_before[:, None]
     free = (o_n[None, :] >= b_sinks[:, None]) & (o_n[None, :] < b_local[:, None])
     b_code = tl.load(p_codes[:, None] + o_n[None, :], mask=seen, other=0).to(tl.int32)
     b_margin = tl.where(free, b_code - b_threshold[:, None], tl.where(seen, FORCED, -FORCED))
-    return tl.max(b_margin, 0), b_code
+    return tl.max(b_margin, 0)
 
 
 @triton.jit
@@ -116,10 +116,10 @@ def _cut(b_count, room, FORCED: tl.constexpr):
 
 @triton.jit(do_not_specialize=PLAIN)
 def _boxes_kernel(
-    box_masses_ptr, thresholds_ptr, numbers_ptr, counts_ptr, left_out_ptr, masses_ptr,
+    box_masses_ptr, thresholds_ptr, numbers_ptr, counts_ptr, masses_ptr,
     context_len, num_lists, group_size, sink_boxes, local_boxes, max_boxes,
-    stride_bm, stride_bp, stride_thresholds, stride_ns, stride_nb, stride_counts, stride_left, stride_mh, stride_mp,
-    TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, FIRST_COUNTED: tl.constexpr, FORCED: tl.constexpr,
+    stride_bm, stride_bp, stride_thresholds, stride_ns, stride_nb, stride_counts, stride_mh, stride_mp,
+    TILE: tl.constexpr, PARTS_PER_TILE: tl.constexpr, FORCED: tl.constexpr,
     LISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b, i_s = tl.program_id(0), tl.program_id(1)
@@ -134,20 +134,17 @@ def _boxes_kernel(
 
     b_count = tl.zeros([2 * FORCED], tl.int32)
     for start in range(0, num_boxes, BLOCK):
-        b_margin, _code = _margins(
-            p_codes, b_before, b_sinks, b_local, b_threshold, start + tl.arange(0, BLOCK), FORCED
-        )  # fmt: skip
+        b_margin = _margins(p_codes, b_before, b_sinks, b_local, b_threshold, start + tl.arange(0, BLOCK), FORCED)
         b_count += tl.histogram(tl.maximum(b_margin, 0), 2 * FORCED, mask=b_margin >= 0)
     cut, room = _cut(b_count, max_boxes, FORCED)
 
     numbers_ptr += i_s.to(tl.int64) * stride_ns + i_b.to(tl.int64) * stride_nb
     p_boxes = masses_ptr + i_h.to(tl.int64) * stride_mh + part.to(tl.int64) * stride_mp
-    b_left = tl.zeros([LISTS], tl.int64)
     count = 0
     for start in range(0, num_boxes, BLOCK):
         # [BLOCK], [LISTS, BLOCK]
         o_n = start + tl.arange(0, BLOCK)
-        b_margin, b_code = _margins(p_codes, b_before, b_sinks, b_local, b_threshold, o_n, FORCED)
+        b_margin = _margins(p_codes, b_before, b_sinks, b_local, b_threshold, o_n, FORCED)
         at_cut = (b_margin == cut - 1) & (cut > 0)
         rank = tl.cumsum(at_cut.to(tl.int32), 0)
         kept = ((b_margin >= cut) | (at_cut & (rank <= room))).to(tl.int32)
@@ -156,11 +153,8 @@ def _boxes_kernel(
         tl.store(numbers_ptr + place, o_n, mask=kept > 0)
         count += tl.sum(kept, 0)
         dropped = (kept == 0)[None, :] & (o_n[None, :] < b_before[:, None])
-        counted = dropped & (o_n >= FIRST_COUNTED)[None, :]
-        b_left += tl.sum(tl.where(counted, weights(b_code), 0), 1)
         tl.store(p_boxes[:, None] + o_n[None, :], tl.zeros([LISTS, BLOCK], tl.int64), mask=dropped)
     tl.store(counts_ptr + i_s * stride_counts + i_b, count)
-    tl.store(left_out_ptr + i_h.to(tl.int64) * stride_left + part, b_left)
 
 
 def select_boxes(
@@ -178,7 +172,7 @@ def select_boxes(
     Rows of `masses` must begin at multiples of GROUPS_PER_BOX: the codes of a box are written as one word.
     """
     words = masses.view(CODES_OF_A_BOX)
-    numbers, counts, thresholds, left_out = boxes.numbers, boxes.counts, boxes.thresholds, boxes.left_out
+    numbers, counts, thresholds = boxes.numbers, boxes.counts, boxes.thresholds
     group_size, sets = chunk.group_size, chunk.kv.num_kv_heads
     parts_per_tile = HALVES * rows_per_half // PART
     num_lists = chunk.num_tiles * parts_per_tile * group_size
@@ -191,10 +185,10 @@ def select_boxes(
         SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, num_warps=4,
     )  # fmt: skip
     on_grid(_boxes_kernel, (triton.cdiv(num_lists, LISTS), sets))(
-        box_masses, thresholds, numbers, counts, left_out, words,
+        box_masses, thresholds, numbers, counts, words,
         chunk.context_len, num_lists, group_size, *forced, numbers.shape[2],
-        *strides, thresholds.stride(0), numbers.stride(0), numbers.stride(1), counts.stride(0), left_out.stride(0),
+        *strides, thresholds.stride(0), numbers.stride(0), numbers.stride(1), counts.stride(0),
         words.stride(0), words.stride(1),
-        **shape, FIRST_COUNTED=FIRST_COUNTED, FORCED=FORCED, LISTS=LISTS, BLOCK=BLOCK,
+        **shape, FORCED=FORCED, LISTS=LISTS, BLOCK=BLOCK,
         num_warps=8,
     )  # fmt: skip

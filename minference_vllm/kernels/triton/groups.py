@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
 from minference_vllm.kernels.triton.codes import decode, encode, weights
@@ -53,7 +52,7 @@ def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr):
 
 @triton.jit
 def _threshold(
-    codes_ptr, other_ptr, stride, share, rows_weight, left_out, num_groups, sinks, local,
+    codes_ptr, other_ptr, stride, share, rows_weight, num_groups, sinks, local,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
     CODES: tl.constexpr, COUNTED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +78,7 @@ def _threshold(
     dropped = tl.cumsum(b_count.to(tl.int64) * weights(tl.arange(0, CODES)), 0)
     # The total is over all groups from COUNTED on. `dropped` has all free groups, so those that are not free are added,
     # and free ones before COUNTED subtracted: both are few.
-    total = rows_weight + left_out + tl.max(dropped, 0)
+    total = rows_weight + tl.max(dropped, 0)
     for start in range(tl.maximum(local, COUNTED), num_groups, EDGE):
         total += _edge(codes_ptr, stride, start, num_groups, num_groups, PARTS, BY_TILE, EDGE)
     for start in range(COUNTED, sinks, EDGE):
@@ -89,11 +88,12 @@ def _threshold(
         total -= _edge(codes_ptr, stride, start, end, num_groups, PARTS, BY_TILE, EDGE)
     # In 64 bits and in this order, to get exactly the numbers that the reference gets.
     whole = total.to(tl.float64)
-    allowed = (1 - share.to(tl.float64)) * whole
-    gone = (dropped + left_out).to(tl.float64)
+    drops = 1 - share.to(tl.float64)
+    allowed = drops * drops * whole
+    gone = dropped.to(tl.float64)
     heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * num_groups.to(tl.float64)
     may_be_dropped = gone * gone * heaviness <= EVEN * allowed * allowed * whole
-    threshold = tl.where(allowed >= 0, tl.sum(may_be_dropped.to(tl.int32), 0), 0)
+    threshold = tl.where(drops >= 0, tl.sum(may_be_dropped.to(tl.int32), 0), 0)
     threshold = tl.minimum(threshold, CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
@@ -137,16 +137,11 @@ def _kept_by_halves(
     return first & second, first & ~second, second & ~first
 
 
-@triton.jit
-def _sum_of_parts(left_out_ptr, PARTS: tl.constexpr):
-    return tl.sum(tl.load(left_out_ptr + tl.arange(0, PARTS)), 0)
-
-
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
 def _groups_kernel(
-    masses_ptr, left_out_ptr, share_ptr, groups_ptr, counts_ptr,
+    masses_ptr, share_ptr, groups_ptr, counts_ptr,
     num_rows, context_len, rows_per_half, sink_groups, local_groups, max_kept,
-    stride_masses, stride_part, stride_left, stride_groups, stride_groups_tile, stride_counts,
+    stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
     CODES: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr, EVEN: tl.constexpr,
@@ -164,16 +159,8 @@ def _groups_kernel(
     second_ptr = masses_ptr + ((i_t * 2 + second_half) * PARTS).to(tl.int64) * stride_part
     share = tl.load(share_ptr + i_h)
     rows_weight = rows_per_half.to(tl.int64) * (2 * ROW if BY_TILE else ROW)
-    first_left = tl.zeros([], tl.int64)
-    second_left = first_left
-    if left_out_ptr is not None:
-        left_out_ptr += i_h.to(tl.int64) * stride_left
-        first_left = _sum_of_parts(left_out_ptr + (i_t * 2 + first_half) * PARTS, PARTS)
-        second_left = _sum_of_parts(left_out_ptr + (i_t * 2 + second_half) * PARTS, PARTS)
-        if BY_TILE:
-            first_left += second_left
     first, num_dropped = _threshold(
-        first_ptr, second_ptr, stride_part, share, rows_weight, first_left, num_groups, sinks, local,
+        first_ptr, second_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
         PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, EVEN,
     )  # fmt: skip
     second = first
@@ -183,7 +170,7 @@ def _groups_kernel(
     num_second = 0
     if not BY_TILE:
         second, _dropped = _threshold(
-            second_ptr, first_ptr, stride_part, share, rows_weight, second_left, num_groups, sinks, local,
+            second_ptr, first_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
             PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, EVEN,
         )  # fmt: skip
         b_shared = tl.zeros([BLOCK], tl.int32)
@@ -234,16 +221,13 @@ def select_groups(
     local_groups: int,
     by_tile: bool,
     index: TileIndex,
-    boxes: Boxes | None = None,
 ) -> None:
     """See minference_vllm.reference.select_groups. `share` and the last dimension of the others are contiguous."""
     groups, counts = index.groups, index.counts
-    left_out = None if boxes is None else boxes.left_out
     on_grid(_groups_kernel, (chunk.num_tiles, chunk.num_qo_heads))(
-        masses, left_out, share, groups, counts,
+        masses, share, groups, counts,
         chunk.num_rows, chunk.context_len, rows_per_half, sink_groups, local_groups, groups.shape[2],
-        masses.stride(0), masses.stride(1), 0 if left_out is None else left_out.stride(0),
-        groups.stride(0), groups.stride(1), counts.stride(0),
+        masses.stride(0), masses.stride(1), groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
         PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK, EDGE=EDGE,
         CODES=MASS_CODES, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW, EVEN=EVEN,
