@@ -177,10 +177,10 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block, index: Tile
     error = error_of(chunk, index)
     if not (error <= TOLERANCE and chunk.out.sum().isfinite()):
         raise SystemExit(f"{case}: our output is wrong, relative error {error:.1e}")
-    # If random groups were as heavy as a mean one, d² <= EVEN (1 - share)⁴ would drop d of them, which is to be
+    # If random groups were as heavy as a mean one, d² <= EVEN (1 - share)³ would drop d of them, which is to be
     # 1 - density.
-    dropped = min((1 - case.density) / EVEN**0.5, 1)
-    share = torch.full((case.num_qo_heads,), max(1 - dropped**0.5, 1e-6), device=device)
+    kept = 1 - ((1 - case.density) ** 2 / EVEN) ** (1 / 3)
+    share = torch.full((case.num_qo_heads,), max(kept, 1e-6), device=device)
     parts = time_parts(method, chunk, scratch, share)
     attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)
     guard_ms = median(make_guard(chunk, attend, method), device)

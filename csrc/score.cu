@@ -61,10 +61,9 @@ struct MInferenceScore {
     int32_t is_bf16;            // the model, otherwise it is fp16; so are queries and means that are not in FP8
     int32_t is_fp8, has_fp8_q;  // whether means are in E4M3, and whether queries are
     int32_t keys_per_mean;          // a power of two
-    int32_t power;                  // of the weight of a mean
     int32_t max_boxes;              // of a block, if `boxes` names them
     int32_t num_multiprocessors;
-    float scale_log2;
+    float scale_log2, squared;
 };
 
 static score::Params make_params(const MInferenceScore& a) {
@@ -80,8 +79,7 @@ static score::Params make_params(const MInferenceScore& a) {
     p.stride_box_counts = a.stride_box_counts;
     p.max_stages = (a.max_boxes + score::STAGE_BOXES - 1) / score::STAGE_BOXES;
     p.groups_per_tile = score::TILE / (a.keys_per_mean * score::MEANS_PER_GROUP);
-    p.power = a.power;
-    p.log2_mean = p.power * std::log2(float(a.keys_per_mean));
+    p.log2_mean = std::log2(float(a.keys_per_mean));
     p.stride_q_row = a.stride_q_row * bytes;
     p.stride_q_head = a.stride_q_head * bytes;
     p.stride_lse = a.stride_lse;
@@ -96,7 +94,8 @@ static score::Params make_params(const MInferenceScore& a) {
     p.num_lists = (end_tile - p.first_tile()) * (score::TILE / (score::ROWS * p.row_stride)) * p.group_size;
     p.num_blocks = (p.num_lists + score::LISTS - 1) / score::LISTS;
     p.num_boxes = ((end_tile - 1) * p.groups_per_tile + score::BOX_GROUPS - 1) / score::BOX_GROUPS;
-    p.scale_log2 = p.power * a.scale_log2;
+    p.scale_log2 = a.scale_log2;
+    p.squared = a.squared;
     p.q_scale = fp8::make_scale(a.q_scale, a.stride_q_scale);
     p.k_scale = fp8::make_scale(a.k_scale, a.stride_k_scale);
     return p;

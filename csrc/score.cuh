@@ -60,8 +60,8 @@ struct Params {
     int32_t max_stages;                         // of a block that `boxes` names
     int32_t num_boxes;                          // of means before the chunk's last tile
     int32_t groups_per_tile;
-    float power;                                // of the weight of a mean: see reference/masses.py
-    float scale_log2, log2_mean;                // times `power`; log2 of the number of keys in a mean
+    float scale_log2, log2_mean;                // log2 of the number of keys in a mean
+    float squared;                              // SQUARED of the reference, or 0
     fp8::Scale q_scale, k_scale;                // of queries in FP8, and of the keys
 
     __host__ __device__ __forceinline__ int first_tile() const { return context_len / TILE; }

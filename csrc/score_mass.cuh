@@ -21,14 +21,14 @@ struct Place {
     __device__ __forceinline__ int element(int f) const { return list * 2 * ROWS + row / 2 * 4 + f * 2 + row % 2; }
 };
 
-// What is added to a thread's scaled scores to give the logarithm (base 2) of a mean's mass: minus the row's
-// log-sum-exp, plus the logarithm of the number of keys in a mean, both times the power. For the polynomial's rows it
-// gives the `y` of add_exp2 instead.
+// What is added to a thread's scaled scores to give the logarithm (base 2) of a mean's weight: minus the row's
+// log-sum-exp, plus the logarithm of the number of keys in a mean. For the polynomial's rows it gives the `y` of
+// polynomial_exp2 instead.
 struct Shifts {
     float of[LISTS_PER_THREAD][ROWS];
 
     __device__ __forceinline__ Shifts(const Params& p, const Job& job, int first_list) {
-        const float minus_log2_e = -1.4426950408889634f * p.power;
+        constexpr float LOG2_E = 1.4426950408889634f;
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const List list(p, min(first_list + l, p.num_lists - 1));
@@ -36,7 +36,7 @@ struct Shifts {
             const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
 #pragma unroll
             for (int row = 0; row < ROWS; ++row) {
-                const float shift = fmaf(__ldg(lse + row), minus_log2_e, p.log2_mean);
+                const float shift = fmaf(__ldg(lse + row), -LOG2_E, p.log2_mean);
                 of[l][row] = is_polynomial(row) ? fmaf(shift, 1 / OCTAVES, 1.0f) : shift;
             }
         }
@@ -46,14 +46,14 @@ struct Shifts {
 // Sums the mass of one of a thread's groups after the other, for both of its lists. For each group it takes the scores
 // of two of the four means, then those of the other two, and stores the codes of the sums.
 struct MassTaker {
-    const float scale_log2;
+    const float scale_log2, squared, plain;
     const Shifts shifts;
     float mass[LISTS_PER_THREAD] = {};
     uint8_t* codes[LISTS_PER_THREAD];
     int num_groups[LISTS_PER_THREAD];
 
     __device__ __forceinline__ MassTaker(const Params& p, const Job& job, int first_list, float scale_log2)
-        : scale_log2(scale_log2), shifts(p, job, first_list) {
+        : scale_log2(scale_log2), squared(p.squared), plain(1 - p.squared), shifts(p, job, first_list) {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
             const List list(p, first_list + l);
@@ -69,13 +69,12 @@ struct MassTaker {
             const Place place(i / 4 + i % 2 * ROWS);
             const float score = scores[place.element(i / 2 % 2)];
             const float shift = shifts.of[place.list][place.row];
+            // A mean's weight is at most 1 for a row, so its logarithm is clamped to 0.
+            const float weight = is_polynomial(place.row)
+                                     ? polynomial_exp2(hopper::fma_saturate(score, scale_log2 / OCTAVES, shift))
+                                     : hopper::exp2_approx(fminf(fmaf(score, scale_log2, shift), 0.0f));
             float& sum = mass[place.list];
-            // A mean counts at most 1 for a row, so its logarithm is clamped to 0.
-            if (is_polynomial(place.row)) {
-                sum = add_exp2(sum, hopper::fma_saturate(score, scale_log2 / OCTAVES, shift));
-            } else {
-                sum += hopper::exp2_approx(fminf(fmaf(score, scale_log2, shift), 0.0f));
-            }
+            sum = fmaf(weight, fmaf(weight, squared, plain), sum);
         }
     }
 

@@ -169,12 +169,12 @@ struct Tile {
                              weight_between(sinks, min(p.first_counted, local));
         sum_up_to(edge, shared.sums[1], edges, warp, lane);
         const double total = double(p.rows_weight + all + edges);
-        const double drops = 1 - double(p.share[head]), allowed = drops * drops * total;
+        const double drops = 1 - double(p.share[head]);
         // The reference multiplies in the same order. This thread's `dropped` is the mass of its code and all smaller
         // ones. Both sides of its product grow with the code, so the number of threads whose groups may be dropped is
         // the least code that is kept.
         const double gone = double(dropped), heaviness = double(codes::weight(thread)) * double(num_groups);
-        const bool is_below = gone * gone * heaviness <= p.even * allowed * allowed * total && drops >= 0;
+        const bool is_below = gone * gone * heaviness <= p.even * drops * drops * drops * total * total * total;
         int counted, below, least;
         sum_up_to(is_below ? 1 : 0, shared.numbers[0], least, warp, lane);
         least = min(least, codes::NUMBER - 1);

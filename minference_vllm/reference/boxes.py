@@ -6,14 +6,18 @@ import torch
 from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES
+from minference_vllm.reference.codes import ONE
 from minference_vllm.reference.groups import dropped_masses, least_kept, total_mass
-from minference_vllm.reference.normalisers import PART
+from minference_vllm.reference.normalisers import LIMIT, PART
 
 FIRST_COUNTED = 1
 """The first box whose mass is added to a list's mass: box 0 holds the first keys, which normalisers include already."""
 
 PART_OF_DROPPED = 0.25
 """The share of the mass a head may drop that may be dropped as whole boxes."""
+
+OF_PART = int(PART * ONE / LIMIT)
+"""The mass of all that the normalisers of a part's rows include, in the units of codes.weights."""
 
 FORCED = 256
 """Stands for the margin of a box that is always kept: above all differences of two codes."""
@@ -85,7 +89,7 @@ def margins(codes: torch.Tensor, seen: torch.Tensor, free: torch.Tensor, drops: 
 
 def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor) -> int:
     """The smallest code with which a list keeps a box: the dropped ones hold no more than the share `drops`."""
-    allowed = (drops * total_mass(codes, PART, FIRST_COUNTED)).long()
+    allowed = (drops * total_mass(codes, OF_PART, FIRST_COUNTED)).long()
     return least_kept(dropped_masses(codes, free) <= allowed)
 
 

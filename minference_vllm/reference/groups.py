@@ -6,16 +6,16 @@ import torch
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.reference.codes import ONE, add, weights
+from minference_vllm.reference.masses import SQUARED
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
 from minference_vllm.scratch import MASS_CODES
 
-ROW = int(ONE / LIMIT)
-"""The weight of all that a row's normaliser includes, which has a mass of 1 / LIMIT; see codes.weights."""
+ROW = int(ONE * (1 - SQUARED) / LIMIT)
+"""The mass of all that a row's normaliser includes, in the units of codes.weights: of weights that add up to 1 / LIMIT,
+none of which counts squared."""
 
-EVEN = 1 / 4
-"""A tile drops just (1 - share)² of its mass if its heaviest dropped group is this heavy, over a mean group. With this
-number a default share of .84 keeps as many pairs as it did when masses were plain sums (docs/methods.md). A float of 32
-bits holds it exactly, as Triton needs."""
+EVEN = 1 / 2
+"""The bound of d² h for a share of 0, see select_groups. docs/methods.md tells how it was chosen."""
 
 
 def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_rows: int) -> int:
@@ -27,17 +27,16 @@ def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_
         drops: float64 scalar, the share of the attention that the head may drop. Below 0 no group is dropped.
         num_rows: rows whose masses were added.
     """
-    total = total_mass(codes, num_rows, NORMALISER_KEYS // GROUP).double()
-    allowed = drops * drops * total
+    total = total_mass(codes, num_rows * ROW, NORMALISER_KEYS // GROUP).double()
     dropped = dropped_masses(codes, free).double()
     heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * len(codes)
     # In this order: kernels multiply in the same, so that they round to the same numbers.
-    return least_kept((dropped * dropped * heaviness <= EVEN * allowed * allowed * total) & (drops >= 0))
+    return least_kept(dropped * dropped * heaviness <= EVEN * drops * drops * drops * total * total * total)
 
 
-def total_mass(codes: torch.Tensor, num_rows: int, first_counted: int) -> torch.Tensor:
-    """The mass of the rows' normalisers, 1 / LIMIT each, and of the groups that these do not include; int64 scalar."""
-    return num_rows * ROW + weights(codes[first_counted:]).sum()
+def total_mass(codes: torch.Tensor, of_rows: int, first_counted: int) -> torch.Tensor:
+    """The mass `of_rows`, which their normalisers include, and of the groups that these do not; int64 scalar."""
+    return of_rows + weights(codes[first_counted:]).sum()
 
 
 def dropped_masses(codes: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
@@ -68,12 +67,11 @@ def select_groups(
 ) -> None:
     """For each half, or tile, drop the lightest groups before the tile, about as much as the head's share allows.
 
-    A row's mass is 1 / LIMIT, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between
-    them. Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over that of a mean
-    one: the whole mass by the number of groups before the tile. The lightest groups, equal codes together, are dropped
-    while d² h <= EVEN (1 - share)⁴: the masses are of squared weights, and so is what may be dropped of them. The first
-    groups of the request and those just before the tile are always kept, and their mass counts. A half of which the
-    chunk has no row keeps what the other half keeps.
+    A row's mass is ROW, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between them.
+    Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over that of a mean one:
+    the whole mass by the number of groups before the tile. The lightest groups, equal codes together, are dropped while
+    d² h <= EVEN (1 - share)³. The first groups of the request and those just before the tile are always kept, and their
+    mass counts. A half of which the chunk has no row keeps what the other half keeps.
 
     Args:
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see

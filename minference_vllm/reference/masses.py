@@ -14,17 +14,20 @@ from minference_vllm.reference.operands import from_operand, query_rows
 from minference_vllm.reference.quantized import score_scales
 from minference_vllm.scratch import MEAN
 
-POWER = 2
-"""To which power the estimated weight of a mean is raised before the rows' weights are added up to a group's mass.
+SQUARED = 31 / 32
+"""How much of a group's mass are squares of its means' weights, where these are at their limit.
 
-The square makes a group heavy that a single row looks at, where a sum of plain weights would count what all rows give a
-little of: docs/methods.md has what other powers lose."""
+A square makes a group heavy that a single row looks at. The rest, plain weights, makes heavy what all rows give a
+little of. docs/methods.md has what either alone, and other mixtures, lose.
+"""
 
 
-def power_of(mean: int) -> int:
-    """The power for means of so many keys. Boxes, whose means are coarser, are weighed by plain sums: a mean of 32 keys
-    hides a lone key, and the square would hide it further."""
-    return POWER if mean == MEAN else 1
+def squared_for(mean: int) -> float:
+    """SQUARED for means of groups, and 0 for the coarser means of boxes, whose masses are sums of plain weights.
+
+    A mean of 32 keys hides a lone key, and its square would hide it further.
+    """
+    return SQUARED if mean == MEAN else 0.0
 
 
 def group_masses(
@@ -35,10 +38,11 @@ def group_masses(
     mean: int = MEAN,
     boxes: Boxes | None = None,
 ) -> None:
-    """Sum the POWERs of exp(score - normaliser), times the keys of a mean, over a part's rows and a group's means.
+    """Sum w (1 - s + s w) over a part's rows and a group's means, for weights w and s = squared_for(mean).
 
-    A mean counts at most 1 for a row, which is LIMIT of what the row's normaliser includes. Otherwise a row that
-    attends to a far key, which its normaliser does not include, could outweigh all other rows by any factor.
+    A mean's weight is exp(score - normaliser), times the number of its keys, and at most 1, which is LIMIT of what the
+    row's normaliser includes. Otherwise a row that attends to a far key, which its normaliser does not include, could
+    outweigh all other rows by any factor.
 
     All groups lie before the tile, so every row sees them and no causal mask is needed. Masses are summed by part, not
     by half, so that the number of scores that a kernel holds at once does not grow with rows_per_half.
@@ -51,10 +55,10 @@ def group_masses(
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8,
             written: codes of the groups before each part's tile; codes from the tile on are undefined. A half has
             rows_per_half / PART parts.
-        mean: keys in a mean: MEAN, or BOX_MEAN for the masses of boxes in place of groups; see power_of.
+        mean: keys in a mean: MEAN, or BOX_MEAN for the masses of boxes in place of groups; see squared_for.
         boxes: if not None, only groups in the boxes of a part's block are scored. For other groups nothing is written.
     """
-    rows_per_half = row_lse.shape[2]
+    rows_per_half, squared = row_lse.shape[2], squared_for(mean)
     parts_per_tile = HALVES * rows_per_half // PART
     scales = score_scales(chunk)[:, None]
     lse_of_parts = row_lse.view(len(row_lse), -1, PART)
@@ -66,7 +70,8 @@ def group_masses(
             scores = q[:, head] @ from_operand(means[head // chunk.group_size, : tile_start // mean]).T
             scores += math.log(mean)
             # [PART, means]
-            mass = (power_of(mean) * (scores - lse_of_parts[head, part, :, None])).clamp(max=0).exp()
+            weight = (scores - lse_of_parts[head, part, :, None]).clamp(max=0).exp()
+            mass = weight * (1 - squared + squared * weight)
             code = encode(mass.sum(0).unflatten(0, (-1, MEANS_PER_GROUP)).sum(1))
             looked_at: torch.Tensor | slice = slice(len(code))
             if boxes is not None:

@@ -16,8 +16,8 @@ from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.methods.block_scratch import Shapes
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.codes import ONE, add, weights
-from minference_vllm.reference.groups import EVEN, write_lists
-from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART
+from minference_vllm.reference.groups import EVEN, ROW, write_lists
+from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MASS_CODES, AttendBuffers, ScratchShape
 from tests.kernels.blocks import (
@@ -102,8 +102,8 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                 of_halves = masses[head, :, : len(number)].unflatten(0, (-1, rows // PART))
                 row = add(of_halves[[tile * HALVES + of for of in choosing]].flatten(0, 1))
                 mass = weights(row) / ONE
-                total = rows * len(choosing) / LIMIT + mass[NORMALISER_KEYS // GROUP :].sum()
-                limit = EVEN * (1 - share) ** 4 * total**3 / len(row)
+                total = rows * len(choosing) * ROW / ONE + mass[NORMALISER_KEYS // GROUP :].sum()
+                limit = EVEN * (1 - share) ** 3 * total**3 / len(row)
                 assert kept[forced].all()
                 assert share <= 1 or kept.all()
                 assert share < 1 or kept[row > 0].all()
@@ -121,7 +121,7 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
 def test_each_head_gets_its_own_share(device: torch.device) -> None:
     chunk = make_chunk(SPARSE, device)
     masses = make_masses(chunk, 2)
-    masses.copy_(all_codes("steep", masses.shape, torch.Generator().manual_seed(4)))
+    masses.fill_(90)
     index = make_index(chunk, masses.shape[2])
     triton.select_groups(masses, chunk, torch.tensor([1e-6, 1.0], device=device), 16, 0, 0, False, index)
     assert index.counts[0, :-1].sum() == 0
@@ -233,29 +233,28 @@ def test_a_choice_depends_on_nothing_left_in_scratch(kernel: Kernel, device: tor
 
 @engines
 def test_keys_that_get_all_attention_are_kept(kernel: Kernel, device: torch.device) -> None:
-    chunk = make_chunk(SPARSE, device)
+    chunk = make_chunk(replace(SPARSE, num_rows=100, context_len=2 * TILE), device)
     chunk.q[:] = 1
-    keys = chunk.kv.k
-    pages = chunk.kv.block_table[chunk.kv.row]
-    keys[pages[: -(-SPARSE.seq_len // SPARSE.page_size)].long()] = 0
-    keys[pages[5]] = 40
-    index = choose(chunk, kernel, share=0.01, sink_tokens=16, local_tokens=32)
+    pages = chunk.kv.block_table[chunk.kv.row][: -(-chunk.seq_len // SPARSE.page_size)].long()
+    chunk.kv.k[pages] = 0
+    chunk.kv.k[pages[: 2 * TILE // SPARSE.page_size]] = -1
+    chunk.kv.k[pages[5]] = 40
+    index = choose(chunk, kernel, share=0.3, sink_tokens=16, local_tokens=32)
     for head in range(chunk.num_qo_heads):
-        for tile in range(chunk.num_tiles):
-            kept = kept_by_half(index, chunk, head, tile)
-            assert kept.sum(1).tolist() == [4, 4]
-            assert kept[:, [0, 5, -2, -1]].all()
+        kept = kept_by_half(index, chunk, head, 0)
+        assert kept.sum(1).tolist() == [4, 4]
+        assert kept[:, [0, 5, -2, -1]].all()
 
 
 @engines
 def test_equal_keys_are_kept_all_or_not_at_all(kernel: Kernel, device: torch.device) -> None:
     chunk = make_chunk(SPARSE, device)
     chunk.q[:] = 0
-    for share, kept in ((1e-4, 3), (0.99, None)):
+    for share in (1e-4, 0.5, 0.99):
         index = choose(chunk, kernel, share=share, sink_tokens=16, local_tokens=32)
         for tile in range(chunk.num_tiles):
             groups = kept_by_half(index, chunk, 0, tile)
-            assert groups.sum(1).tolist() == [kept or groups.shape[1]] * HALVES
+            assert groups.sum(1).tolist() in ([3] * HALVES, [groups.shape[1]] * HALVES)
     assert (index.counts[:, -1, 0] == EVERY_GROUP).all(), "more than the density that lists have room for"
 
 

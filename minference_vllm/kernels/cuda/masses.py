@@ -13,7 +13,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALF, TILE
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E
-from minference_vllm.reference.masses import power_of
+from minference_vllm.reference.masses import squared_for
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import CODES_PER_OCTAVE, FP8, FP8_UNIT, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
@@ -34,14 +34,14 @@ STRIDES = (
 )  # fmt: skip
 SIZES = (
     "num_rows", "context_len", "rows_per_half", "num_qo_heads", "num_kv_heads", "head_dim", "is_bf16",
-    "is_fp8", "has_fp8_q", "keys_per_mean", "power", "max_boxes", "num_multiprocessors",
+    "is_fp8", "has_fp8_q", "keys_per_mean", "max_boxes", "num_multiprocessors",
 )  # fmt: skip
 
 
 class _Arguments(ctypes.Structure):
     """Mirrors MInferenceScore in csrc/score.cu."""
 
-    _fields_ = library.arguments_of(POINTERS, STRIDES, SIZES)
+    _fields_ = [*library.arguments_of(POINTERS, STRIDES, SIZES), ("squared", ctypes.c_float)]
 
 
 def is_faster_in_fp8(head_dim: int, dtype: torch.dtype) -> bool:
@@ -95,9 +95,9 @@ def group_masses(
         is_fp8=means.dtype == FP8,
         has_fp8_q=q.dtype == FP8,
         keys_per_mean=mean,
-        power=power_of(mean),
         num_multiprocessors=library.num_multiprocessors(q.device),
         scale_log2=chunk.scale * LOG2_E * unit_of_products(means),
+        squared=squared_for(mean),
         **({} if boxes is None else _of_boxes(boxes)),
         **library.score_scales(chunk),
     )

@@ -9,7 +9,7 @@ from minference_vllm.boxes import GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.kernels.cuda import library
-from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, PART_OF_DROPPED
+from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, OF_PART, PART_OF_DROPPED
 from minference_vllm.reference.groups import EVEN, ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, OCTAVES_BELOW_ONE
@@ -128,7 +128,7 @@ def select_boxes(
         stride_counts=boxes.counts.stride(0),
         stride_masses=words.stride(0),
         stride_masses_part=words.stride(1),
-        part_weight=PART * ROW,
+        part_weight=OF_PART,
         part_of_dropped=PART_OF_DROPPED,
         context_len=chunk.context_len,
         num_tiles=chunk.num_tiles,

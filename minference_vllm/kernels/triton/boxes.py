@@ -16,8 +16,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALVES, TILE
 from minference_vllm.kernels.triton.codes import weights
 from minference_vllm.kernels.triton.launch import on_grid
-from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, PART_OF_DROPPED
-from minference_vllm.reference.groups import ROW
+from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, OF_PART, PART_OF_DROPPED
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.scratch import MASS_CODES
 
@@ -181,7 +180,7 @@ def select_boxes(
     on_grid(_thresholds_kernel, (num_lists, sets))(
         box_masses, share, thresholds, chunk.context_len, num_lists, group_size, *forced,
         *strides, thresholds.stride(0),
-        **shape, PART_WEIGHT=PART * ROW, PART_OF_DROPPED=PART_OF_DROPPED, FIRST_COUNTED=FIRST_COUNTED,
+        **shape, PART_WEIGHT=OF_PART, PART_OF_DROPPED=PART_OF_DROPPED, FIRST_COUNTED=FIRST_COUNTED,
         SPAN=SPAN, EDGE=EDGE, CODES=MASS_CODES, num_warps=4,
     )  # fmt: skip
     on_grid(_boxes_kernel, (triton.cdiv(num_lists, LISTS), sets))(

@@ -89,12 +89,10 @@ def _threshold(
     # In 64 bits and in this order, to get exactly the numbers that the reference gets.
     whole = total.to(tl.float64)
     drops = 1 - share.to(tl.float64)
-    allowed = drops * drops * whole
     gone = dropped.to(tl.float64)
     heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * num_groups.to(tl.float64)
-    may_be_dropped = gone * gone * heaviness <= EVEN * allowed * allowed * whole
-    threshold = tl.where(drops >= 0, tl.sum(may_be_dropped.to(tl.int32), 0), 0)
-    threshold = tl.minimum(threshold, CODES - 1)
+    may_be_dropped = gone * gone * heaviness <= EVEN * drops * drops * drops * whole * whole * whole
+    threshold = tl.minimum(tl.sum(may_be_dropped.to(tl.int32), 0), CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
 

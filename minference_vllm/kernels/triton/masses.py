@@ -19,7 +19,7 @@ from minference_vllm.kernels.triton.codes import encode
 from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, on_grid, scaled_scores, score_scales
 from minference_vllm.kernels.triton.normalisers import _sampled_rows
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
-from minference_vllm.reference.masses import power_of
+from minference_vllm.reference.masses import squared_for
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import MEAN
@@ -37,7 +37,7 @@ def _masses_kernel(
     num_rows, context_len, num_lists, group_size, means_each, scale_log2,
     stride_qt, stride_qh, stride_kh, stride_lse, stride_mh, stride_mt, stride_bs, stride_bb, stride_cs,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr, POWER: tl.constexpr,
+    ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr, SQUARED: tl.constexpr,
     EACH: tl.constexpr, GROUPS_PER_BOX: tl.constexpr, BLOCK_LISTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -55,7 +55,7 @@ def _masses_kernel(
     last_list = tl.minimum(i_l + LISTS, num_lists) - 1
     num_means = (first_tile + last_list // group_size // (HALVES * PARTS)) * (TILE // MEAN)
     means_ptr += i_kv.to(tl.int64) * stride_kh
-    scale_log2 = POWER * scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_kv)
+    scale_log2 = scaled_scores(scale_log2, q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, i_kv)
 
     # [BLOCK_M], the list and the row in it: a thread holds column pairs that are 8 apart
     o_m = tl.arange(0, BLOCK_M)
@@ -73,7 +73,7 @@ def _masses_kernel(
     # [BLOCK_M, HEAD_DIM]
     b_q = query_operand(tl.load(p_q), means_ptr, INTERPRETED)
     b_lse = tl.load(lse_ptr + i_h.to(tl.int64) * stride_lse + part * ROWS + o_r, mask=listed, other=float("inf"))
-    b_lse = (b_lse * LOG2_E - LOG2_MEAN) * POWER
+    b_lse = b_lse * LOG2_E - LOG2_MEAN
     b_qt = tl.trans(b_q)
 
     o_n = tl.arange(0, BLOCK_N)
@@ -100,7 +100,8 @@ def _masses_kernel(
         b_k = tl.load(p_means, mask=(o_j < num_means)[:, None], other=0.0)
         b_k = dot_operand(b_k, b_q.dtype, INTERPRETED)
         # [BLOCK_N, BLOCK_M]; no mean counts more than 1, which is LIMIT of what its row's normaliser includes
-        b_p = tl.exp2(tl.minimum(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :], 0.0))
+        b_w = tl.exp2(tl.minimum(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :], 0.0))
+        b_p = b_w * (1 - SQUARED + SQUARED * b_w)
         # [BLOCK_N, LISTS]
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
         # [GROUPS, LISTS]
@@ -139,7 +140,7 @@ def group_masses(
         q.stride(0), q.stride(1), means.stride(0), row_lse.stride(0), masses.stride(0), masses.stride(1),
         *strides,
         HEAD_DIM=chunk.head_dim, TILE=TILE, HALF=HALF,
-        ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1, POWER=power_of(mean),
+        ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1, SQUARED=squared_for(mean),
         EACH=MEANS_PER_GROUP, GROUPS_PER_BOX=GROUPS_PER_BOX, BLOCK_LISTS=LISTS,
         BLOCK_M=block_m, BLOCK_N=64,
         LOG2_E=LOG2_E,
