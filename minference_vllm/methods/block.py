@@ -2,12 +2,13 @@
 """Block: each half of a tile keeps the groups of 16 keys with most of its attention, estimated from means of 4 keys.
 
 A few rows of each half are scored against means of keys. FlexPrefill (arXiv 2502.20766) scores means of queries against
-means of keys; here the means are finer, and the rows are the half's own. The mass of a mean is its exponentiated score
-divided by the sum of those of the row's own tile and the first keys, limited to a quarter of that sum. The sum needs
-few means and is known beforehand, so one pass over all means is enough. The lightest groups are dropped, about as much
-of the attention as the setting `share` allows, and less where they are heavy; the first keys and those just before the
-tile are always kept. In long prompts means of 32 keys are scored first, and means of 4 only in boxes of 128 keys that
-may matter. docs/methods.md has the measurements.
+means of keys; here the means are finer, and the rows are the half's own. The weight of a mean is its exponentiated
+score divided by the sum of those of the row's own tile and the first keys, limited to a quarter of that sum. The sum
+needs few means and is known beforehand, so one pass over all means is enough. Weights are partly squared before those
+of all rows are added up, so that a group that a single row looks at counts. The lightest groups are dropped, about as
+much of the attention as the setting `share` allows, and less where they are heavy; the first keys and those just before
+the tile are always kept. In long prompts means of 32 keys are scored first, and means of 4 only in boxes of 128 keys
+that may matter. docs/methods.md has the measurements.
 """
 
 from dataclasses import replace
