@@ -14,11 +14,13 @@ where the guard acts on it; benchmarks.fidelity and `minference-vllm eval` measu
 
 import argparse
 import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import kl_div
 
 from benchmarks import argument_parser, facts, results
 from benchmarks.fidelity import load_text
@@ -97,8 +99,8 @@ class Model:
         return {
             "density": round(self.simulation.density, 5),
             "bound": bound,
-            "text_kl": divergence(dense[0], text),
-            "answers_kl": divergence(dense[1], answers),
+            "text_kl": kl_div(text, dense[0], reduction="batchmean", log_target=True).item(),
+            "answers_kl": kl_div(answers, dense[1], reduction="batchmean", log_target=True).item(),
         }
 
     def at_density(self, prompt: Prompt, dense: Logs, way: Way, density: float) -> dict[str, Any]:
@@ -132,10 +134,6 @@ def load(name: str) -> Model:
     return Model(model.to(device).eval(), simulation)
 
 
-def divergence(dense: torch.Tensor, sparse: torch.Tensor) -> float:
-    return float((dense.exp() * (dense - sparse)).sum(-1).mean())
-
-
 def slope(rows: list[dict[str, Any]]) -> float:
     """How steeply density falls with the bound, both in logarithms, between the two best rows."""
     if len(rows) < 2 or rows[0]["bound"] == rows[1]["bound"]:
@@ -161,8 +159,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for way in dict.fromkeys(row["way"] for row in rows):
         own = [row for row in rows if row["way"] == way]
         ratios = {
-            f"{name}_ratio": math.exp(
-                sum(math.log(row[name] / base[name]) for row, base in zip(own, default, strict=True)) / len(own)
+            f"{name}_ratio": statistics.geometric_mean(
+                row[name] / base[name] for row, base in zip(own, default, strict=True)
             )
             for name in ("density", "text_kl", "answers_kl")
         }
@@ -190,9 +188,11 @@ def main() -> None:
     prompts = list(read_samples(options.prepared, tokenizer)) if options.prepared else []
     prompts += read_facts(options.texts, options.tokens, options.prompts, tokenizer)
     settings = {"simulated": "all layers, no guard, no kernels: benchmarks/simulated.py", "share": SETTINGS.share}
+    # Each way once, and the default way not again.
+    ways = list({way.name: way for way in options.ways if way.name != DEFAULT}.values())
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
-        rows += measure(model, prompt, options.ways)
+        rows += measure(model, prompt, ways)
         results.write(options.out, rows, options.tiny, settings=settings, ratios=summary(rows))
     print(results.table(summary(rows)))
 

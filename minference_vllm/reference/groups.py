@@ -15,7 +15,8 @@ ROW = int(ONE * (1 - SQUARED) / LIMIT)
 none of which counts squared."""
 
 EVEN = 1 / 2
-"""The bound of d² h for a share of 0, see select_groups. docs/methods.md tells how it was chosen."""
+"""The bound of d² h for a share of 0, see select_groups. docs/methods.md tells how it was chosen. A float of 32 bits
+holds it exactly, as Triton needs."""
 
 
 def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_rows: int) -> int:

@@ -9,6 +9,11 @@ import torch
 from minference_vllm.kernels.cuda import library
 from tests.kernels.breaks import BREAKS
 
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton takes tensors of the CPU in its interpreter only"
+)
+"""For tests that run Triton kernels beside emulated ones."""
+
 
 class Emulated:
     """Stands for the library of CUDA kernels."""

@@ -231,13 +231,20 @@ def test_a_choice_depends_on_nothing_left_in_scratch(kernel: Kernel, device: tor
     assert first.counts[:, :, 0].min() >= 3
 
 
+def make_tile(before: float, device: torch.device) -> tuple[Chunk, torch.Tensor]:
+    """One tile whose queries are 1 and keys 0, with keys of one value before it; and the pages, a group each."""
+    chunk = make_chunk(replace(SPARSE, num_rows=100, context_len=2 * TILE), device)
+    assert chunk.kv.page_size == GROUP
+    pages = chunk.kv.block_table[chunk.kv.row][: -(-chunk.seq_len // GROUP)].long()
+    chunk.q[:] = 1
+    chunk.kv.k[pages] = 0
+    chunk.kv.k[pages[: 2 * TILE // GROUP]] = before
+    return chunk, pages
+
+
 @engines
 def test_keys_that_get_all_attention_are_kept(kernel: Kernel, device: torch.device) -> None:
-    chunk = make_chunk(replace(SPARSE, num_rows=100, context_len=2 * TILE), device)
-    chunk.q[:] = 1
-    pages = chunk.kv.block_table[chunk.kv.row][: -(-chunk.seq_len // SPARSE.page_size)].long()
-    chunk.kv.k[pages] = 0
-    chunk.kv.k[pages[: 2 * TILE // SPARSE.page_size]] = -1
+    chunk, pages = make_tile(before=-1.0, device=device)
     chunk.kv.k[pages[5]] = 40
     index = choose(chunk, kernel, share=0.3, sink_tokens=16, local_tokens=32)
     for head in range(chunk.num_qo_heads):
@@ -248,13 +255,10 @@ def test_keys_that_get_all_attention_are_kept(kernel: Kernel, device: torch.devi
 
 @engines
 def test_equal_keys_are_kept_all_or_not_at_all(kernel: Kernel, device: torch.device) -> None:
-    chunk = make_chunk(SPARSE, device)
-    chunk.q[:] = 0
-    for share in (1e-4, 0.5, 0.99):
+    chunk, _ = make_tile(before=-0.25, device=device)
+    for share, kept in ((1e-4, 3), (0.99, 2 * GROUPS_PER_TILE)):
         index = choose(chunk, kernel, share=share, sink_tokens=16, local_tokens=32)
-        for tile in range(chunk.num_tiles):
-            groups = kept_by_half(index, chunk, 0, tile)
-            assert groups.sum(1).tolist() in ([3] * HALVES, [groups.shape[1]] * HALVES)
+        assert kept_by_half(index, chunk, 0, 0).sum(1).tolist() == [kept] * HALVES
     assert (index.counts[:, -1, 0] == EVERY_GROUP).all(), "more than the density that lists have room for"
 
 

@@ -22,7 +22,7 @@ from tests.conftest import ON_CI
 from tests.kernels.breaks import ATTEND_BREAKS, PROBE_BREAKS, TILES_BREAKS
 from tests.kernels.cases import CASES, SINK_CASES, Case, make_chunk, make_rising_cache
 from tests.kernels.checks import check_attend, relative_error
-from tests.kernels.emulated import Emulated
+from tests.kernels.emulated import Emulated, needs_interpreter
 from tests.kernels.indexes import (
     NOTHING,
     TILES,
@@ -129,7 +129,7 @@ def test_attend_takes_random_tile_indexes(emulated: Emulated, case: Case) -> Non
         check_attend(attend, chunk, random_tile_index(case, generator, CPU))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton takes tensors of the CPU in its interpreter only")
+@needs_interpreter
 @pytest.mark.parametrize("case", named(TILE_CASES))
 def test_the_guard_matches_the_reference(emulated: Emulated, case: Case) -> None:
     for emulated.seed in range(SEEDS):

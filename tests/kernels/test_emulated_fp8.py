@@ -15,7 +15,7 @@ from tests.kernels import test_emulated
 from tests.kernels.breaks import ATTEND_BREAKS, FP8_BREAKS
 from tests.kernels.cases import Case, make_chunk, make_rising_cache
 from tests.kernels.checks import check_attend
-from tests.kernels.emulated import Emulated
+from tests.kernels.emulated import Emulated, needs_interpreter
 from tests.kernels.indexes import index_of, random_tile_index, tile_index_of, tiles_in_turn
 from tests.kernels.recalls import check_heads, check_recall
 from tests.kernels.test_emulated import CPU, HAND_WRITTEN, LATE, SEEDS, check_probe, chosen_index, one_thread
@@ -72,7 +72,7 @@ def test_attend_to_bands_and_columns(emulated: Emulated, case: Case) -> None:
         check_attend(attend, chunk, index)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton takes tensors of the CPU in its interpreter only")
+@needs_interpreter
 @every_case
 def test_the_guard_matches_the_reference(emulated: Emulated, case: Case) -> None:
     for emulated.seed in range(SEEDS):
