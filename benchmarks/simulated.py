@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from minference_vllm.index import GROUP, TILE
 from minference_vllm.methods.block import BlockSettings
-from minference_vllm.reference.groups import EVEN
+from minference_vllm.reference.groups import FEWEST_GROUPS
 from minference_vllm.reference.masses import SQUARED
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS
 from minference_vllm.scratch import MEAN
@@ -65,7 +65,7 @@ DEFAULT = f"squared:{SQUARED / (1 - SQUARED):g}"
 
 def default_bound(share: float) -> float:
     """The bound of d² h of `block` with this share."""
-    return EVEN * (1 - share) ** 3
+    return (1 - share) ** 3
 
 
 class Simulation:
@@ -147,7 +147,7 @@ def choose(
     free = (group >= -(-SETTINGS.sink_tokens // GROUP)) & (group < before - -(-SETTINGS.local_tokens // GROUP))
     ordered, order = (mass * free).sort(-1)
     dropped = ordered.cumsum(-1) / total[..., None]
-    heaviness = ordered / total[..., None] * before
+    heaviness = ordered / total[..., None] * before.clamp(min=FEWEST_GROUPS)
     may_go = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, dropped**2 * heaviness <= bound)
     return ~(may_go & free)
 

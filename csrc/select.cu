@@ -12,7 +12,6 @@ struct MInferenceSelect {
     void *groups, *counts;
     int64_t stride_masses, stride_masses_part, stride_groups, stride_groups_tile, stride_counts;
     int64_t rows_weight;
-    double even;
     int32_t num_rows, context_len, num_qo_heads, parts, sink_groups, local_groups, first_counted, max_kept;
 };
 
@@ -29,7 +28,6 @@ extern "C" int minference_select_groups(const MInferenceSelect* args, cudaStream
     p.stride_groups_tile = a.stride_groups_tile;
     p.stride_counts = a.stride_counts;
     p.rows_weight = a.rows_weight;
-    p.even = a.even;
     p.num_rows = a.num_rows;
     p.context_len = a.context_len;
     p.num_tiles = (a.context_len + a.num_rows + selection::TILE - 1) / selection::TILE - a.context_len / selection::TILE;

@@ -31,6 +31,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="module")
+def short_prompts_drop_as_much() -> Iterator[None]:
+    """Let the reference drop as large a part of a short prompt as of a long one: short prompts are quick to test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minference_vllm.reference.groups.FEWEST_GROUPS", 64)
+        yield
+
+
 @pytest.fixture
 def log_lines() -> Iterator[list[tuple[str, str]]]:
     """Level and text of what the plugin logs. vLLM's loggers do not propagate, so caplog hears of it at times only."""

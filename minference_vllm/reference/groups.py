@@ -14,9 +14,8 @@ ROW = int(ONE * (1 - SQUARED) / LIMIT)
 """The mass of all that a row's normaliser includes, in the units of codes.weights: of weights that add up to 1 / LIMIT,
 none of which counts squared."""
 
-EVEN = 1 / 2
-"""The bound of d² h for a share of 0, see select_groups. docs/methods.md tells how it was chosen. A float of 32 bits
-holds it exactly, as Triton needs."""
+FEWEST_GROUPS = 2048
+"""A tile with fewer groups before it drops as if there were so many, those of 32,768 keys: see select_groups."""
 
 
 def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_rows: int) -> int:
@@ -30,9 +29,9 @@ def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_
     """
     total = total_mass(codes, num_rows * ROW, NORMALISER_KEYS // GROUP).double()
     dropped = dropped_masses(codes, free).double()
-    heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * len(codes)
+    heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * max(len(codes), FEWEST_GROUPS)
     # In this order: kernels multiply in the same, so that they round to the same numbers.
-    return least_kept(dropped * dropped * heaviness <= EVEN * drops * drops * drops * total * total * total)
+    return least_kept(dropped * dropped * heaviness <= drops * drops * drops * total * total * total)
 
 
 def total_mass(codes: torch.Tensor, of_rows: int, first_counted: int) -> torch.Tensor:
@@ -70,9 +69,10 @@ def select_groups(
 
     A row's mass is ROW, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between them.
     Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over that of a mean one:
-    the whole mass by the number of groups before the tile. The lightest groups, equal codes together, are dropped while
-    d² h <= EVEN (1 - share)³. The first groups of the request and those just before the tile are always kept, and their
-    mass counts. A half of which the chunk has no row keeps what the other half keeps.
+    the whole mass by the number of groups before the tile, or by FEWEST_GROUPS if that is more. The lightest groups,
+    equal codes together, are dropped while d² h <= (1 - share)³. The first groups of the request and those just before
+    the tile are always kept, and their mass counts. A half of which the chunk has no row keeps what the other half
+    keeps.
 
     Args:
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see

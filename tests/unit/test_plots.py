@@ -31,6 +31,8 @@ from tests.kernels.cases import Case, make_chunk, make_state
 from tests.unit.evals.tokenizer import save_tokenizer
 from tests.unit.test_patterns import content
 
+pytestmark = pytest.mark.usefixtures("short_prompts_drop_as_much")
+
 CPU = torch.device("cpu")
 CASE = Case("plotted", num_rows=500, context_len=0, num_qo_heads=4, num_kv_heads=2, vertical_size=8, slash_size=20)
 METHODS: dict[str, Method] = {

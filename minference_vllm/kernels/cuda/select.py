@@ -10,12 +10,12 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.kernels.cuda import library
 from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, OF_PART, PART_OF_DROPPED
-from minference_vllm.reference.groups import EVEN, ROW
+from minference_vllm.reference.groups import FEWEST_GROUPS, ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, OCTAVES_BELOW_ONE
 
 # csrc/select.cuh, csrc/select_boxes.cuh and csrc/codes.cuh hold the same numbers.
-assert (TILE, HALF, GROUPS_PER_TILE, EVERY_GROUP) == (128, 64, 8, -1)
+assert (TILE, HALF, GROUPS_PER_TILE, EVERY_GROUP, FEWEST_GROUPS) == (128, 64, 8, -1, 2048)
 assert (LISTS, FIRST_COUNTED, FORCED) == (16, 1, 256)
 assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE) == (256, 8, 26)
 
@@ -31,7 +31,6 @@ class _Groups(ctypes.Structure):
         *library.pointers_of("masses", "share", "groups", "counts"),
         *library.strides_of("masses", "masses_part", "groups", "groups_tile", "counts"),
         ("rows_weight", ctypes.c_int64),
-        ("even", ctypes.c_double),
         *library.sizes_of(
             "num_rows", "context_len", "num_qo_heads", "parts", "sink_groups", "local_groups", "first_counted",
             "max_kept",
@@ -87,7 +86,6 @@ def select_groups(
         stride_groups_tile=groups.stride(1),
         stride_counts=counts.stride(0),
         rows_weight=HALVES * rows_per_half * ROW,
-        even=EVEN,
         num_rows=chunk.num_rows,
         context_len=chunk.context_len,
         num_qo_heads=chunk.num_qo_heads,

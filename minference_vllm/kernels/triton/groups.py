@@ -13,7 +13,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
 from minference_vllm.kernels.triton.codes import decode, encode, weights
 from minference_vllm.kernels.triton.launch import on_grid
-from minference_vllm.reference.groups import EVEN, ROW
+from minference_vllm.reference.groups import FEWEST_GROUPS, ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import MASS_CODES
 
@@ -54,7 +54,7 @@ def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr):
 def _threshold(
     codes_ptr, other_ptr, stride, share, rows_weight, num_groups, sinks, local,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, COUNTED: tl.constexpr, EVEN: tl.constexpr,
+    CODES: tl.constexpr, COUNTED: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     """The threshold, see reference.groups.threshold, and how many groups are dropped.
 
@@ -90,8 +90,8 @@ def _threshold(
     whole = total.to(tl.float64)
     drops = 1 - share.to(tl.float64)
     gone = dropped.to(tl.float64)
-    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * num_groups.to(tl.float64)
-    may_be_dropped = gone * gone * heaviness <= EVEN * drops * drops * drops * whole * whole * whole
+    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * tl.maximum(num_groups, FEWEST).to(tl.float64)
+    may_be_dropped = gone * gone * heaviness <= drops * drops * drops * whole * whole * whole
     threshold = tl.minimum(tl.sum(may_be_dropped.to(tl.int32), 0), CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
@@ -142,7 +142,7 @@ def _groups_kernel(
     stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr, EVEN: tl.constexpr,
+    CODES: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     tile_start = (context_len // TILE + i_t) * TILE
@@ -159,7 +159,7 @@ def _groups_kernel(
     rows_weight = rows_per_half.to(tl.int64) * (2 * ROW if BY_TILE else ROW)
     first, num_dropped = _threshold(
         first_ptr, second_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
-        PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, EVEN,
+        PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, FEWEST,
     )  # fmt: skip
     second = first
     o_n = tl.arange(0, BLOCK)
@@ -169,7 +169,7 @@ def _groups_kernel(
     if not BY_TILE:
         second, _dropped = _threshold(
             second_ptr, first_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
-            PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, EVEN,
+            PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, FEWEST,
         )  # fmt: skip
         b_shared = tl.zeros([BLOCK], tl.int32)
         b_first = tl.zeros([BLOCK], tl.int32)
@@ -228,6 +228,6 @@ def select_groups(
         masses.stride(0), masses.stride(1), groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
         PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK, EDGE=EDGE,
-        CODES=MASS_CODES, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW, EVEN=EVEN,
+        CODES=MASS_CODES, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW, FEWEST=FEWEST_GROUPS,
         num_warps=4,
     )  # fmt: skip

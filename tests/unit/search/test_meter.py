@@ -27,6 +27,8 @@ from minference_vllm.search.pairs import every_key, worked_pairs
 from tests.kernels.cases import make_chunk
 from tests.unit.search.model import CASE, CPU, INDICES, chunks, ground
 
+pytestmark = pytest.mark.usefixtures("short_prompts_drop_as_much")
+
 BLOCK = Block(BlockSettings(), Kernel.REFERENCE)
 
 

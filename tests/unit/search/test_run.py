@@ -38,7 +38,7 @@ def run(reader: FakeReader, path: Path, methods: tuple[str, ...] = ("block",)) -
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_candidates() -> Iterator[None]:
+def few_candidates(short_prompts_drop_as_much: None) -> Iterator[None]:
     """Enough to choose from, and quick to try."""
     few = {"block": (0.05, ROUGH, 0.75, DEFAULT, 0.92), "vertical_slash": (("a_shape", 32, 64), (30, 200))}
     with pytest.MonkeyPatch.context() as patch:
