@@ -31,14 +31,13 @@ from benchmarks.timing import bf16_matmul_tflops, median, say
 from minference_vllm import ops, reference
 from minference_vllm.attention import Guard, LayerState, watch
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import EVERY_GROUP, GROUP, TILE, TileIndex
+from minference_vllm.index import EVERY_GROUP, TILE, TileIndex
 from minference_vllm.kernels import cuda
 from minference_vllm.methods import Block
 from minference_vllm.methods.block import COARSE_FROM, BlockSettings
 from minference_vllm.methods.block_scratch import BlockScratch
 from minference_vllm.ops import Kernel, choose_kernel
 from minference_vllm.recall import Floors
-from minference_vllm.reference.groups import FEWEST_GROUPS
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape, num_bytes
 from minference_vllm.tuning.groups import as_on_real_prompts, draw_groups
 
@@ -177,9 +176,8 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block, index: Tile
     error = error_of(chunk, index)
     if not (error <= TOLERANCE and chunk.out.sum().isfinite()):
         raise SystemExit(f"{case}: our output is wrong, relative error {error:.1e}")
-    # If random groups were as heavy as a mean one of the last tile, d² h <= (1 - share)³ would drop d of its groups,
-    # which is to be 1 - density.
-    heaviness = max(FEWEST_GROUPS / (chunk.seq_len / GROUP), 1)
+    # If all groups of the last tile were equally heavy, its limit would drop d of them, which is to be 1 - density.
+    heaviness = max(method.settings.long_from / chunk.seq_len, 1) ** 2
     kept = 1 - ((1 - case.density) ** 2 * heaviness) ** (1 / 3)
     share = torch.full((case.num_qo_heads,), max(kept, 1e-6), device=device)
     parts = time_parts(method, chunk, scratch, share)

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from minference_vllm.index import GROUP, TILE
 from minference_vllm.methods.block import BlockSettings
-from minference_vllm.reference.groups import FEWEST_GROUPS
 from minference_vllm.reference.masses import SQUARED
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS
 from minference_vllm.scratch import MEAN
@@ -147,7 +146,7 @@ def choose(
     free = (group >= -(-SETTINGS.sink_tokens // GROUP)) & (group < before - -(-SETTINGS.local_tokens // GROUP))
     ordered, order = (mass * free).sort(-1)
     dropped = ordered.cumsum(-1) / total[..., None]
-    heaviness = ordered / total[..., None] * before.clamp(min=FEWEST_GROUPS)
+    heaviness = ordered / total[..., None] * before.clamp(min=SETTINGS.long_from // GROUP) ** 2 / before.clamp(min=1)
     may_go = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, dropped**2 * heaviness <= bound)
     return ~(may_go & free)
 

@@ -12,7 +12,7 @@ struct MInferenceSelect {
     void *groups, *counts;
     int64_t stride_masses, stride_masses_part, stride_groups, stride_groups_tile, stride_counts;
     int64_t rows_weight;
-    int32_t num_rows, context_len, num_qo_heads, parts, sink_groups, local_groups, first_counted, max_kept;
+    int32_t num_rows, context_len, num_qo_heads, parts, sink_groups, local_groups, long_groups, first_counted, max_kept;
 };
 
 extern "C" int minference_select_groups(const MInferenceSelect* args, cudaStream_t stream) {
@@ -33,6 +33,7 @@ extern "C" int minference_select_groups(const MInferenceSelect* args, cudaStream
     p.num_tiles = (a.context_len + a.num_rows + selection::TILE - 1) / selection::TILE - a.context_len / selection::TILE;
     p.sink_groups = a.sink_groups;
     p.local_groups = a.local_groups;
+    p.long_groups = a.long_groups;
     p.first_counted = a.first_counted;
     p.max_kept = a.max_kept;
     switch (a.parts) {

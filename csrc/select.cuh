@@ -15,7 +15,6 @@ constexpr int TILE = 128;
 constexpr int HALF = 64;
 constexpr int GROUPS_PER_TILE = 8;
 constexpr int EVERY_GROUP = -1;
-constexpr int FEWEST_GROUPS = 2048;
 
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * hopper::WARP;
@@ -29,7 +28,7 @@ struct Params {
     int64_t stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts;
     int64_t rows_weight;  // of all sampled rows of a tile
     int32_t num_tiles, num_rows, context_len;
-    int32_t sink_groups, local_groups, first_counted, max_kept;
+    int32_t sink_groups, local_groups, long_groups, first_counted, max_kept;
 };
 
 struct Storage {
@@ -173,8 +172,10 @@ struct Tile {
         // The reference multiplies in the same order. This thread's `dropped` is the mass of its code and all smaller
         // ones. Both sides of its product grow with the code, so the number of threads whose groups may be dropped is
         // the least code that is kept.
-        const double gone = double(dropped), heaviness = double(codes::weight(thread)) * double(max(num_groups, FEWEST_GROUPS));
-        const bool is_below = gone * gone * heaviness <= drops * drops * drops * total * total * total;
+        const double gone = double(dropped), most = double(max(num_groups, p.long_groups));
+        const double heaviness = double(codes::weight(thread)) * (most * most);
+        const bool is_below =
+            gone * gone * heaviness <= drops * drops * drops * total * total * total * double(num_groups);
         int counted, below, least;
         sum_up_to(is_below ? 1 : 0, shared.numbers[0], least, warp, lane);
         least = min(least, codes::NUMBER - 1);

@@ -184,7 +184,7 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
 
     def select_groups(kernel: Kernel, by_tile: bool = False) -> Results:
         lists = method.scratch(shape, device).index
-        ops.select_groups(made.masses.clone(), chunk, budgets, ROWS_PER_HALF, 1, 1, by_tile, lists, kernel)
+        ops.select_groups(made.masses.clone(), chunk, budgets, ROWS_PER_HALF, 1, 1, 40, by_tile, lists, kernel)
         return [(lists.counts, EXACT), (lists.groups, EXACT)]
 
     yield Trial("means of keys", False, key_means)

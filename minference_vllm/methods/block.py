@@ -39,8 +39,8 @@ from minference_vllm.methods.block_scratch import (
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import LIST_BYTES, ScratchShape
 
-COARSE_FROM = 131_072
-"""Default of `coarse_from`."""
+LONG_FROM, COARSE_FROM = 32_768, 131_072
+"""Defaults of `long_from` and `coarse_from`."""
 
 
 class BlockSettings(MethodSettings):
@@ -51,7 +51,7 @@ class BlockSettings(MethodSettings):
     rows_per_half: Literal[16, 32, 64] = 32
     """How many query rows of every 64 choose the keys for all 64. The cost of choosing grows with this number."""
 
-    share: float = Field(default=0.84, gt=0, le=1)
+    share: float = Field(default=0.81, gt=0, le=1)
     """Share of the estimated attention that each head keeps, for every rows_per_list rows: more where the groups that
     would be dropped next are heavy, less where they are light. The keys of the rows' own tile of 128 and those that are
     always kept count towards it. No unit. With 1, every group of keys with any estimated attention is kept."""
@@ -70,6 +70,10 @@ class BlockSettings(MethodSettings):
     """How many query rows at the end of a prompt attend to all keys; the other rows of their tiles of 128 do too. A
     prompt's question stands there, and the few of its rows that look up a single far key have little weight in the
     choice for a whole tile."""
+
+    long_from: int = Field(default=LONG_FROM, ge=0, le=MAX_TOKENS)
+    """Rows with fewer keys than this before them keep more of these, since attention takes only a small part of a short
+    prompt's time. At 0 the length of a prompt makes no difference."""
 
     score_dtype: Literal["auto", "fp8", "model"] = "auto"
     """The dtype to which means of keys, and the rows that choose, are rounded. "model" is the model's dtype. "auto" is
@@ -182,13 +186,14 @@ class Block(Method):
     def _choose_at_once(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers, index: TileIndex) -> None:
         """Write the lists for all heads of a chunk; the means of their keys must have been computed."""
         settings, kernel, means, masses = self.settings, self.kernel, buffers.means, buffers.masses
-        forced, by_tile = (self.sink_groups, self.local_groups), settings.rows_per_list == TILE
+        groups = (self.sink_groups, self.local_groups, settings.long_from // GROUP)
+        by_tile = settings.rows_per_list == TILE
         ops.row_normalisers(chunk, means, buffers.row_lse, kernel)
         boxes = None
         if buffers.coarse is not None:
             boxes = self._choose_boxes(chunk, budgets, buffers.row_lse, buffers.coarse, masses)
         ops.group_masses(chunk, means, buffers.row_lse, masses, kernel, boxes)
-        ops.select_groups(masses, chunk, budgets, settings.rows_per_half, *forced, by_tile, index, kernel)
+        ops.select_groups(masses, chunk, budgets, settings.rows_per_half, *groups, by_tile, index, kernel)
 
     def _choose_boxes(
         self, chunk: Chunk, budgets: torch.Tensor, row_lse: torch.Tensor, coarse: CoarseBuffers, masses: torch.Tensor

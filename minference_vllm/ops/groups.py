@@ -18,6 +18,7 @@ def select_groups(
     rows_per_half: int,
     sink_groups: int,
     local_groups: int,
+    long_groups: int,
     by_tile: bool,
     index: TileIndex,
     kernel: Kernel,
@@ -34,7 +35,7 @@ def select_groups(
             f"{chunk.num_tiles} tiles, got {rows_per_half} and {tuple(masses.shape)}"
         )
     if kernel is Kernel.CUDA and by_tile and cuda.select.supports(masses):
-        cuda.select.select_groups(masses, chunk, share, rows_per_half, sink_groups, local_groups, index)
+        cuda.select.select_groups(masses, chunk, share, rows_per_half, sink_groups, local_groups, long_groups, index)
         return
     run = reference.select_groups if kernel is Kernel.REFERENCE else triton.select_groups
-    run(masses, chunk, share, rows_per_half, sink_groups, local_groups, by_tile, index)
+    run(masses, chunk, share, rows_per_half, sink_groups, local_groups, long_groups, by_tile, index)

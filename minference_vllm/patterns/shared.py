@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from minference_vllm.methods import MAX_TOKENS
-from minference_vllm.methods.block import COARSE_FROM, BlockSettings
+from minference_vllm.methods.block import COARSE_FROM, LONG_FROM, BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 
 A_SHAPE: Literal["a_shape"] = "a_shape"
@@ -73,6 +73,9 @@ class PatternShares(Strict):
 
     last_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
     """Query rows at the end of a prompt that attend to all keys."""
+
+    long_from: int = Field(default=LONG_FROM, ge=0, le=MAX_TOKENS)
+    """Rows with fewer keys than this before them keep more of these."""
 
     score_dtype: Literal["auto", "fp8", "model"] = "auto"
     """What means of keys and the rows that choose are rounded to."""

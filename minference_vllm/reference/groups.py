@@ -14,11 +14,8 @@ ROW = int(ONE * (1 - SQUARED) / LIMIT)
 """The mass of all that a row's normaliser includes, in the units of codes.weights: of weights that add up to 1 / LIMIT,
 none of which counts squared."""
 
-FEWEST_GROUPS = 2048
-"""A tile with fewer groups before it drops as if there were so many, those of 32,768 keys: see select_groups."""
 
-
-def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_rows: int) -> int:
+def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_rows: int, long_groups: int) -> int:
     """The smallest code with which a group is kept: see select_groups.
 
     Args:
@@ -26,12 +23,13 @@ def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_
         free: [num_groups] bool, groups that may be dropped; the others are kept whatever their mass.
         drops: float64 scalar, the share of the attention that the head may drop. Below 0 no group is dropped.
         num_rows: rows whose masses were added.
+        long_groups: see select_groups.
     """
     total = total_mass(codes, num_rows * ROW, NORMALISER_KEYS // GROUP).double()
     dropped = dropped_masses(codes, free).double()
-    heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * max(len(codes), FEWEST_GROUPS)
+    heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * max(len(codes), long_groups) ** 2
     # In this order: kernels multiply in the same, so that they round to the same numbers.
-    return least_kept(dropped * dropped * heaviness <= drops * drops * drops * total * total * total)
+    return least_kept(dropped * dropped * heaviness <= drops * drops * drops * total * total * total * len(codes))
 
 
 def total_mass(codes: torch.Tensor, of_rows: int, first_counted: int) -> torch.Tensor:
@@ -62,17 +60,17 @@ def select_groups(
     rows_per_half: int,
     sink_groups: int,
     local_groups: int,
+    long_groups: int,
     by_tile: bool,
     index: TileIndex,
 ) -> None:
     """For each half, or tile, drop the lightest groups before the tile, about as much as the head's share allows.
 
     A row's mass is ROW, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between them.
-    Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over that of a mean one:
-    the whole mass by the number of groups before the tile, or by FEWEST_GROUPS if that is more. The lightest groups,
-    equal codes together, are dropped while d² h <= (1 - share)³. The first groups of the request and those just before
-    the tile are always kept, and their mass counts. A half of which the chunk has no row keeps what the other half
-    keeps.
+    Let d be the dropped part of the whole mass, h the part of the heaviest dropped group, and n the number of groups
+    before the tile. The lightest groups, equal codes together, are dropped while
+    d² h max(n, long_groups)² / n <= (1 - share)³. The first groups of the request and those just before the tile are
+    always kept, and their mass counts. A half of which the chunk has no row keeps what the other half keeps.
 
     Args:
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see
@@ -82,6 +80,7 @@ def select_groups(
             every group.
         rows_per_half: rows of a half whose masses are in `masses`, PART to a part.
         sink_groups, local_groups: how many first groups and groups before the tile are always kept.
+        long_groups: tiles with fewer groups before them drop less: see above.
         by_tile: whether both halves' rows choose together, and both keep the same.
         index: lists and counts of the chunk's tiles are written. A tile whose halves together keep more groups than a
             list has room for keeps all: EVERY_GROUP.
@@ -98,7 +97,7 @@ def select_groups(
                 codes, num_rows = [add(torch.cat(of_halves))] * 2, 2 * num_rows
             kept = []
             for of_half in codes:
-                cut = threshold(of_half, free, 1 - share[head].double(), num_rows)
+                cut = threshold(of_half, free, 1 - share[head].double(), num_rows, long_groups)
                 kept.append(~free | (of_half.int() >= cut))
             write_lists(kept[0], kept[1], index.groups[head, tile], index.counts[head, tile])
 

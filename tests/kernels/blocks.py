@@ -13,7 +13,7 @@ from minference_vllm.reference.normalisers import PART
 from minference_vllm.scratch import FP8, MEAN
 from tests.kernels.cases import Case
 
-SINKS, LOCAL = 2, 3
+SINKS, LOCAL, LONG = 2, 3, 40  # tiles with fewer than LONG groups before them drop less
 BF16 = torch.bfloat16
 CASES = [
     Case("chunk inside a tile", num_rows=80, context_len=340),

@@ -87,7 +87,7 @@ class Case:
     def block(self, kernel: Kernel) -> Block:
         """The method. It keeps all keys if the budget holds them, else so few that even short prompts lose some."""
         share = 1.0 if self.vertical_size >= self.seq_len else 0.5
-        settings = BlockSettings(share=share, sink_tokens=16, local_tokens=16, max_density=1.0)
+        settings = BlockSettings(share=share, sink_tokens=16, local_tokens=16, long_from=0, max_density=1.0)
         return Block(settings, kernel)
 
 

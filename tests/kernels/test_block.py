@@ -16,13 +16,14 @@ from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.methods.block_scratch import Shapes
 from minference_vllm.ops import Kernel
 from minference_vllm.reference.codes import ONE, add, weights
-from minference_vllm.reference.groups import FEWEST_GROUPS, ROW, write_lists
+from minference_vllm.reference.groups import ROW, write_lists
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.reference.pages import gather
 from minference_vllm.scratch import MASS_CODES, AttendBuffers, ScratchShape
 from tests.kernels.blocks import (
     BF16,
     LOCAL,
+    LONG,
     SINKS,
     SPARSE,
     engines,
@@ -72,8 +73,8 @@ def test_groups_that_hold_the_share(
     share = torch.tensor(SHARES, device=device)
     for max_kept in (masses.shape[2], 12):
         expected, actual = make_index(chunk, max_kept), make_index(chunk, max_kept)
-        reference.select_groups(masses, chunk, share, rows_per_half, SINKS, LOCAL, by_tile, expected)
-        triton.select_groups(masses.clone(), chunk, share, rows_per_half, SINKS, LOCAL, by_tile, actual)
+        reference.select_groups(masses, chunk, share, rows_per_half, SINKS, LOCAL, LONG, by_tile, expected)
+        triton.select_groups(masses.clone(), chunk, share, rows_per_half, SINKS, LOCAL, LONG, by_tile, actual)
         assert_same_lists(actual, expected)
         parts = masses.cpu()[:, : chunk.num_tiles * HALVES * rows_per_half // PART]
         check_kept(parts, rows_per_half, chunk, by_tile, actual)
@@ -103,7 +104,7 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                 row = add(of_halves[[tile * HALVES + of for of in choosing]].flatten(0, 1))
                 mass = weights(row) / ONE
                 total = rows * len(choosing) * ROW / ONE + mass[NORMALISER_KEYS // GROUP :].sum()
-                limit = (1 - share) ** 3 * total**3 / max(len(row), FEWEST_GROUPS)
+                limit = (1 - share) ** 3 * total**3 * len(row) / max(len(row), LONG) ** 2
                 assert kept[forced].all()
                 assert share <= 1 or kept.all()
                 assert share < 1 or kept[row > 0].all()
@@ -123,7 +124,7 @@ def test_each_head_gets_its_own_share(device: torch.device) -> None:
     masses = make_masses(chunk, 2)
     masses.fill_(90)
     index = make_index(chunk, masses.shape[2])
-    triton.select_groups(masses, chunk, torch.tensor([1e-6, 1.0], device=device), 16, 0, 0, False, index)
+    triton.select_groups(masses, chunk, torch.tensor([1e-6, 1.0], device=device), 16, 0, 0, 0, False, index)
     assert index.counts[0, :-1].sum() == 0
     assert index.counts[1, :-1].sum(1).tolist() == [16, 24]
 
@@ -142,7 +143,7 @@ def test_no_length_overflows(device: torch.device, monkeypatch: pytest.MonkeyPat
         torch.zeros(1, 1, groups, dtype=torch.int32, device=device),
         torch.zeros(1, 1, 3, dtype=torch.int32, device=device),
     )
-    triton.select_groups(masses, chunk, torch.tensor([0.6], device=device), 16, 0, 0, False, index)
+    triton.select_groups(masses, chunk, torch.tensor([0.6], device=device), 16, 0, 0, 0, False, index)
     assert index.counts[0, 0].tolist() == [groups // 4, 0, 0]
     assert torch.equal(index.groups[0, 0, : groups // 4].cpu(), torch.arange(groups // 4, dtype=torch.int32))
 
@@ -204,7 +205,7 @@ def test_attention_covers_the_listed_groups_and_nothing_else(case: Case, density
 
 def choose(chunk: Chunk, kernel: Kernel, garbage: int = 0, **settings: object) -> TileIndex:
     """The method's choice in scratch memory that is a little larger than needed and full of what others left."""
-    method = Block(BlockSettings.model_validate(settings), kernel)
+    method = Block(BlockSettings.model_validate({"long_from": 0, **settings}), kernel)
     heads = chunk.num_qo_heads, chunk.kv.num_kv_heads, chunk.head_dim
     shape = ScratchShape(*heads, chunk.q.dtype, max_seq_len=chunk.seq_len + 200, max_chunk=chunk.num_rows + 90)
     scratch = method.scratch(shape, chunk.q.device)

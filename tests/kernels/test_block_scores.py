@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         ops.group_masses(chunk, means, make_lse(chunk, 32), make_masses(chunk, 2), Kernel.TRITON)
     with pytest.raises(ValueError, match="parts"):
         ops.select_groups(
-            make_masses(chunk, 2), chunk, lse, 32, 0, 0, True, make_index(chunk, 9), Kernel.TRITON
+            make_masses(chunk, 2), chunk, lse, 32, 0, 0, 0, True, make_index(chunk, 9), Kernel.TRITON
         )  # fmt: skip
     with pytest.raises(ValueError, match="got 8"):
         ops.row_normalisers(chunk, means, make_lse(chunk, 8), Kernel.TRITON)
@@ -287,4 +287,4 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match="hold 2 heads"):
         ops.group_masses(chunk, means, lse, few, Kernel.TRITON)
     with pytest.raises(ValueError, match="hold 2 heads"):
-        ops.select_groups(few, chunk, lse, 16, 0, 0, True, make_index(chunk, 9), Kernel.TRITON)
+        ops.select_groups(few, chunk, lse, 16, 0, 0, 0, True, make_index(chunk, 9), Kernel.TRITON)

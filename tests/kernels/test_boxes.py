@@ -192,8 +192,8 @@ def test_long_prompts_are_scored_coarsely_first(kernel: Kernel, device: torch.de
     looked_at = (keys // BOX == 5) | (keys // BOX == 17) | (keys < 16)
     table, size = chunk.kv.block_table[chunk.kv.row].long(), chunk.kv.page_size
     chunk.kv.k[table[keys // size], :, keys % size] = torch.where(looked_at[:, None], 0.5, -0.5).to(BF16)[:, None]
-    index, boxes = choose(chunk, BlockSettings(coarse_from=4130, share=0.7), kernel)
-    whole, none = choose(chunk, BlockSettings(coarse_from=4131, share=0.7), kernel)
+    index, boxes = choose(chunk, BlockSettings(coarse_from=4130, long_from=0, share=0.7), kernel)
+    whole, none = choose(chunk, BlockSettings(coarse_from=4131, long_from=0, share=0.7), kernel)
     assert none is None
     # A block of 16 lists is one tile here: four heads that share a KV head have four parts each in a tile.
     for block, before in enumerate((31, 32)):

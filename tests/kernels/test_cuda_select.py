@@ -32,12 +32,12 @@ def test_groups(case: Case, kind: str, rows_per_half: int, device: torch.device)
     groups = -(-chunk.seq_len // 128) * 8
     masses = torch.empty(case.num_qo_heads, parts_of(chunk, rows_per_half), -(-groups // 16) * 16).byte()
     masses = all_codes(kind, masses.shape, torch.Generator().manual_seed(3)).to(device)
-    share, forced = share_of(chunk, 0.7), (4, 8)
+    share, numbers = share_of(chunk, 0.7), (4, 8, 2048)
     expected = make_index(chunk, groups)
-    triton.select_groups(masses.clone(), chunk, share, rows_per_half, *forced, True, expected)
+    triton.select_groups(masses.clone(), chunk, share, rows_per_half, *numbers, True, expected)
     for _ in range(TIMES):
         actual = make_index(chunk, groups)
-        select_groups(masses.clone(), chunk, share, rows_per_half, *forced, actual)
+        select_groups(masses.clone(), chunk, share, rows_per_half, *numbers, actual)
         assert_same_lists(actual, expected)
 
 

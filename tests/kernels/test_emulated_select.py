@@ -2,6 +2,7 @@
 """The CUDA kernels that select groups and boxes, on the CPU: see test_emulated.py."""
 
 import ctypes
+import itertools
 import platform
 import shutil
 from dataclasses import replace
@@ -53,9 +54,9 @@ def check(case: Case, kind: str, rows_per_half: int, sinks: int = 2, local: int 
     masses.copy_(all_codes(kind, masses.shape, torch.Generator().manual_seed(3)))
     share = torch.tensor(SHARES)[: case.num_qo_heads].contiguous()
     assert supports(masses)
-    for max_kept in (12, masses.shape[2]):
+    for max_kept, long_groups in itertools.product((12, masses.shape[2]), (0, 40)):
         expected, actual = make_index(chunk, max_kept), make_index(chunk, max_kept)
-        options = share, rows_per_half, sinks, local
+        options = share, rows_per_half, sinks, local, long_groups
         reference.select_groups(masses.clone(), chunk, *options, True, expected)
         select_groups(masses.clone(), chunk, *options, actual)
         assert_same_lists(actual, expected)

@@ -21,6 +21,6 @@ def test_any_number_of_groups_may_be_kept_by_force(sinks: int, local: int, by_ti
     masses[:, :, 3] = 240  # the last that the normaliser has seen: its mass counts once
     share = torch.tensor([0.5, 0.7, 0.78, 0.9], device=device)
     expected, actual = make_index(chunk, masses.shape[2]), make_index(chunk, masses.shape[2])
-    reference.select_groups(masses, chunk, share, 16, sinks, local, by_tile, expected)
-    triton.select_groups(masses.clone(), chunk, share, 16, sinks, local, by_tile, actual)
+    reference.select_groups(masses, chunk, share, 16, sinks, local, 50, by_tile, expected)
+    triton.select_groups(masses.clone(), chunk, share, 16, sinks, local, 50, by_tile, actual)
     assert_same_lists(actual, expected)

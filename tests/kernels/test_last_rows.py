@@ -13,7 +13,7 @@ from tests.kernels.blocks import SPARSE, engines, kept_by_half
 from tests.kernels.cases import make_chunk
 from tests.kernels.test_block import choose
 
-SETTINGS = dict(share=0.5, sink_tokens=16, local_tokens=16, max_density=1.0)
+SETTINGS = dict(share=0.5, long_from=0, sink_tokens=16, local_tokens=16, max_density=1.0)
 NOTHING_LEFT_OUT = [EVERY_GROUP, 0, 0]
 
 

@@ -23,7 +23,7 @@ def test_heads_in_turns_choose_what_all_at_once_do(
     heads: Heads, coarse_from: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk = make_chunk(replace(SPARSE, num_qo_heads=12, num_kv_heads=3, num_rows=30), device)
-    settings = dict(sink_tokens=16, local_tokens=32, share=0.5, max_density=1.0, coarse_from=coarse_from)
+    settings = dict(long_from=0, sink_tokens=16, local_tokens=32, share=0.5, max_density=1.0, coarse_from=coarse_from)
     at_once = choose(chunk, Kernel.TRITON, **settings)
     monkeypatch.setattr(block, "turns", lambda *_: [heads])
     assert_same_choice(choose(chunk, Kernel.TRITON, **settings), at_once, chunk)

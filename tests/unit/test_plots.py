@@ -31,13 +31,11 @@ from tests.kernels.cases import Case, make_chunk, make_state
 from tests.unit.evals.tokenizer import save_tokenizer
 from tests.unit.test_patterns import content
 
-pytestmark = pytest.mark.usefixtures("short_prompts_drop_as_much")
-
 CPU = torch.device("cpu")
 CASE = Case("plotted", num_rows=500, context_len=0, num_qo_heads=4, num_kv_heads=2, vertical_size=8, slash_size=20)
 METHODS: dict[str, Method] = {
     "vertical_slash": CASE.vertical_slash(Kernel.REFERENCE),
-    "block": Block(BlockSettings(share=0.3, sink_tokens=16, local_tokens=16), Kernel.REFERENCE),
+    "block": Block(BlockSettings(share=0.3, sink_tokens=16, local_tokens=16, long_from=0), Kernel.REFERENCE),
 }
 
 
@@ -130,7 +128,7 @@ def test_recall_is_taken_by_the_layers_positions() -> None:
 
 def test_a_method_is_described_in_one_line() -> None:
     pattern = Pattern(parse_pattern(json.dumps(content()), "x"), "some.json", 0)
-    assert described(Resolved(BlockSettings())).startswith("block: rows_per_half 32, share 0.84, ")
+    assert described(Resolved(BlockSettings())).startswith(f"block: rows_per_half 32, share {BlockSettings().share}, ")
     assert described(Resolved(pattern.file.settings, pattern)) == "vertical_slash, sizes of some.json"
 
 

@@ -10,12 +10,12 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, HALVES, TILE, TileIndex
 from minference_vllm.kernels.cuda import library
 from minference_vllm.reference.boxes import FIRST_COUNTED, FORCED, OF_PART, PART_OF_DROPPED
-from minference_vllm.reference.groups import FEWEST_GROUPS, ROW
+from minference_vllm.reference.groups import ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import CODES_PER_OCTAVE, MASS_CODES, OCTAVES_BELOW_ONE
 
 # csrc/select.cuh, csrc/select_boxes.cuh and csrc/codes.cuh hold the same numbers.
-assert (TILE, HALF, GROUPS_PER_TILE, EVERY_GROUP, FEWEST_GROUPS) == (128, 64, 8, -1, 2048)
+assert (TILE, HALF, GROUPS_PER_TILE, EVERY_GROUP) == (128, 64, 8, -1)
 assert (LISTS, FIRST_COUNTED, FORCED) == (16, 1, 256)
 assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE) == (256, 8, 26)
 
@@ -32,8 +32,8 @@ class _Groups(ctypes.Structure):
         *library.strides_of("masses", "masses_part", "groups", "groups_tile", "counts"),
         ("rows_weight", ctypes.c_int64),
         *library.sizes_of(
-            "num_rows", "context_len", "num_qo_heads", "parts", "sink_groups", "local_groups", "first_counted",
-            "max_kept",
+            "num_rows", "context_len", "num_qo_heads", "parts", "sink_groups", "local_groups", "long_groups",
+            "first_counted", "max_kept",
         ),
     ]  # fmt: skip
 
@@ -67,6 +67,7 @@ def select_groups(
     rows_per_half: int,
     sink_groups: int,
     local_groups: int,
+    long_groups: int,
     index: TileIndex,
 ) -> None:
     """See minference_vllm.reference.select_groups, with `by_tile`.
@@ -92,6 +93,7 @@ def select_groups(
         parts=rows_per_half // PART,
         sink_groups=sink_groups,
         local_groups=local_groups,
+        long_groups=long_groups,
         first_counted=NORMALISER_KEYS // GROUP,
         max_kept=groups.shape[2],
     )

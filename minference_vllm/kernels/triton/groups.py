@@ -13,7 +13,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUP, GROUPS_PER_TILE, HALF, TILE, TileIndex
 from minference_vllm.kernels.triton.codes import decode, encode, weights
 from minference_vllm.kernels.triton.launch import on_grid
-from minference_vllm.reference.groups import FEWEST_GROUPS, ROW
+from minference_vllm.reference.groups import ROW
 from minference_vllm.reference.normalisers import NORMALISER_KEYS, PART
 from minference_vllm.scratch import MASS_CODES
 
@@ -22,7 +22,7 @@ BLOCK = 1024
 EDGE = 64
 """Groups that are weighed at once where the histogram has none or too many. They are few."""
 
-PLAIN = ["num_rows", "context_len", "rows_per_half", "sink_groups", "local_groups", "max_kept"]
+PLAIN = ["num_rows", "context_len", "rows_per_half", "sink_groups", "local_groups", "long_groups", "max_kept"]
 
 
 @triton.jit
@@ -52,9 +52,9 @@ def _half_codes(codes_ptr, stride, o_g, num_groups, PARTS: tl.constexpr):
 
 @triton.jit
 def _threshold(
-    codes_ptr, other_ptr, stride, share, rows_weight, num_groups, sinks, local,
+    codes_ptr, other_ptr, stride, share, rows_weight, num_groups, sinks, local, long_groups,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, COUNTED: tl.constexpr, FEWEST: tl.constexpr,
+    CODES: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """The threshold, see reference.groups.threshold, and how many groups are dropped.
 
@@ -90,8 +90,10 @@ def _threshold(
     whole = total.to(tl.float64)
     drops = 1 - share.to(tl.float64)
     gone = dropped.to(tl.float64)
-    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * tl.maximum(num_groups, FEWEST).to(tl.float64)
-    may_be_dropped = gone * gone * heaviness <= drops * drops * drops * whole * whole * whole
+    number = num_groups.to(tl.float64)
+    most = tl.maximum(num_groups, long_groups).to(tl.float64)
+    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * (most * most)
+    may_be_dropped = gone * gone * heaviness <= drops * drops * drops * whole * whole * whole * number
     threshold = tl.minimum(tl.sum(may_be_dropped.to(tl.int32), 0), CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
@@ -138,11 +140,11 @@ def _kept_by_halves(
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=["share_ptr"])
 def _groups_kernel(
     masses_ptr, share_ptr, groups_ptr, counts_ptr,
-    num_rows, context_len, rows_per_half, sink_groups, local_groups, max_kept,
+    num_rows, context_len, rows_per_half, sink_groups, local_groups, long_groups, max_kept,
     stride_masses, stride_part, stride_groups, stride_groups_tile, stride_counts,
     TILE: tl.constexpr, HALF: tl.constexpr, GROUPS_PER_TILE: tl.constexpr, EVERY_GROUP: tl.constexpr,
     PARTS: tl.constexpr, BY_TILE: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
-    CODES: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr, FEWEST: tl.constexpr,
+    CODES: tl.constexpr, COUNTED: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     tile_start = (context_len // TILE + i_t) * TILE
@@ -158,8 +160,8 @@ def _groups_kernel(
     share = tl.load(share_ptr + i_h)
     rows_weight = rows_per_half.to(tl.int64) * (2 * ROW if BY_TILE else ROW)
     first, num_dropped = _threshold(
-        first_ptr, second_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
-        PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, FEWEST,
+        first_ptr, second_ptr, stride_part, share, rows_weight, num_groups, sinks, local, long_groups,
+        PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED,
     )  # fmt: skip
     second = first
     o_n = tl.arange(0, BLOCK)
@@ -168,8 +170,8 @@ def _groups_kernel(
     num_second = 0
     if not BY_TILE:
         second, _dropped = _threshold(
-            second_ptr, first_ptr, stride_part, share, rows_weight, num_groups, sinks, local,
-            PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED, FEWEST,
+            second_ptr, first_ptr, stride_part, share, rows_weight, num_groups, sinks, local, long_groups,
+            PARTS, BY_TILE, BLOCK, EDGE, CODES, COUNTED,
         )  # fmt: skip
         b_shared = tl.zeros([BLOCK], tl.int32)
         b_first = tl.zeros([BLOCK], tl.int32)
@@ -217,6 +219,7 @@ def select_groups(
     rows_per_half: int,
     sink_groups: int,
     local_groups: int,
+    long_groups: int,
     by_tile: bool,
     index: TileIndex,
 ) -> None:
@@ -224,10 +227,10 @@ def select_groups(
     groups, counts = index.groups, index.counts
     on_grid(_groups_kernel, (chunk.num_tiles, chunk.num_qo_heads))(
         masses, share, groups, counts,
-        chunk.num_rows, chunk.context_len, rows_per_half, sink_groups, local_groups, groups.shape[2],
+        chunk.num_rows, chunk.context_len, rows_per_half, sink_groups, local_groups, long_groups, groups.shape[2],
         masses.stride(0), masses.stride(1), groups.stride(0), groups.stride(1), counts.stride(0),
         TILE=TILE, HALF=HALF, GROUPS_PER_TILE=GROUPS_PER_TILE, EVERY_GROUP=EVERY_GROUP,
         PARTS=rows_per_half // PART, BY_TILE=by_tile, BLOCK=BLOCK, EDGE=EDGE,
-        CODES=MASS_CODES, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW, FEWEST=FEWEST_GROUPS,
+        CODES=MASS_CODES, COUNTED=NORMALISER_KEYS // GROUP, ROW=ROW,
         num_warps=4,
     )  # fmt: skip
