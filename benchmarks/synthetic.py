@@ -12,7 +12,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import BandIndex, SparseIndex
 from minference_vllm.methods import Block, Method, VerticalSlash
 from minference_vllm.tuning.drawn import drawn_choice
-from minference_vllm.tuning.groups import AT_TOKENS, DENSITY, FALLS, FINE, FINE_AT_TOKENS, FINE_FALLS
+from minference_vllm.tuning.groups import AT_TOKENS, DENSITY, FALLS, FALLS_BEYOND, FINE, FINE_AT_TOKENS, FINE_FALLS
 from minference_vllm.tuning.masses import CLUSTER, KeySets
 from minference_vllm.tuning.timing import LOWEST_FLOORS as LOWEST
 
@@ -21,7 +21,8 @@ DESCRIPTION = (
     "its masses are replaced by drawn ones (a device copy, counted in the time). Verticals are the sinks and random "
     f"columns; slashes are half a contiguous local band and half clusters of {CLUSTER} at random distances. block: the "
     "whole choice runs, and drawn groups are attended to, of the density that real prompts of the length have "
-    f"({DENSITY} at {AT_TOKENS} tokens, falling as length^-{FALLS}; docs/methods.md). Random keys all look alike, so "
+    f"({DENSITY} at {AT_TOKENS} tokens, falling as length^-{FALLS} up to there and as length^-{FALLS_BEYOND} beyond; "
+    "docs/methods.md). Random keys all look alike, so "
     "max_fine is lowered by length: to the share of boxes that real prompts of the length that a chunk ends at have "
     f"scored finely ({FINE} at {FINE_AT_TOKENS} tokens, falling as length^-{FINE_FALLS}). Drawn for each query head, "
     "with a fixed seed, once for each length that a chunk ends at, during the warm-up; all layers use the same."

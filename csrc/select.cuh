@@ -172,10 +172,9 @@ struct Tile {
         // The reference multiplies in the same order. This thread's `dropped` is the mass of its code and all smaller
         // ones. Both sides of its product grow with the code, so the number of threads whose groups may be dropped is
         // the least code that is kept.
-        const double gone = double(dropped), most = double(max(num_groups, p.long_groups));
-        const double heaviness = double(codes::weight(thread)) * (most * most);
-        const bool is_below =
-            gone * gone * heaviness <= drops * drops * drops * total * total * total * double(num_groups);
+        const double gone = double(dropped);
+        const double heaviness = double(codes::weight(thread)) * double(max(num_groups, p.long_groups));
+        const bool is_below = gone * gone * heaviness <= drops * drops * drops * total * total * total;
         int counted, below, least;
         sum_up_to(is_below ? 1 : 0, shared.numbers[0], least, warp, lane);
         least = min(least, codes::NUMBER - 1);

@@ -14,7 +14,7 @@ from minference_vllm.reference.operands import from_operand, query_rows
 from minference_vllm.reference.quantized import score_scales
 from minference_vllm.scratch import MEAN
 
-SQUARED = 63 / 64
+SQUARED = 31 / 32
 """How much of a group's mass are squares of its means' weights, where these are at their limit.
 
 A square makes a group heavy that a single row looks at. The rest, plain weights, makes heavy what all rows give a

@@ -7,9 +7,9 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, TileIndex
 from minference_vllm.methods import Block
 
-# With the default settings a tile keeps the share DENSITY in prompts of AT_TOKENS tokens, and less in longer ones. This
-# was measured from 7.8K to 28.2K tokens (docs/methods.md); other lengths are extrapolated.
-DENSITY, AT_TOKENS, FALLS = 0.148, 28_200, 0.336
+# With the default settings a tile keeps the share DENSITY in prompts of AT_TOKENS tokens. From 3.8K tokens up to there
+# it falls as measured (docs/methods.md). Beyond, where tiles drop by another rule, it is assumed to fall more slowly.
+DENSITY, AT_TOKENS, FALLS, FALLS_BEYOND = 0.148, 28_200, 0.5, 0.336
 FINE, FINE_AT_TOKENS, FINE_FALLS = 0.60, 27_500, 0.22
 """Share of boxes that are scored finely on real prompts (docs/methods.md). It falls with length, as density does."""
 
@@ -19,7 +19,7 @@ STAYS = 0.9
 
 def density_at(tokens: int) -> float:
     """Share of the keys before a tile that the tile keeps, in a prompt of this many tokens."""
-    return min(1.0, DENSITY * (AT_TOKENS / tokens) ** FALLS)
+    return min(1.0, DENSITY * (AT_TOKENS / tokens) ** (FALLS if tokens < AT_TOKENS else FALLS_BEYOND))
 
 
 def fine_at(tokens: int) -> float:

@@ -90,10 +90,8 @@ def _threshold(
     whole = total.to(tl.float64)
     drops = 1 - share.to(tl.float64)
     gone = dropped.to(tl.float64)
-    number = num_groups.to(tl.float64)
-    most = tl.maximum(num_groups, long_groups).to(tl.float64)
-    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * (most * most)
-    may_be_dropped = gone * gone * heaviness <= drops * drops * drops * whole * whole * whole * number
+    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * tl.maximum(num_groups, long_groups).to(tl.float64)
+    may_be_dropped = gone * gone * heaviness <= drops * drops * drops * whole * whole * whole
     threshold = tl.minimum(tl.sum(may_be_dropped.to(tl.int32), 0), CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
