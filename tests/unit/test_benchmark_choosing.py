@@ -24,14 +24,14 @@ def test_the_default_way_chooses_what_block_does(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(simulated, "SETTINGS", BlockSettings(long_from=100))
     chunk = make_chunk(replace(CASE, dtype=torch.bfloat16), CPU)
     chunk = replace(chunk, q=chunk.q * 3)  # attention on a few keys
-    settings = BlockSettings(share=0.4, long_from=100, last_tokens=0, max_density=1.0, score_dtype="model")
+    settings = BlockSettings(share=0.6, long_from=100, last_tokens=0, max_density=1.0, score_dtype="model")
     method = Block(settings, Kernel.REFERENCE)
     shape = ScratchShape(4, 2, CASE.head_dim, chunk.q.dtype, chunk.seq_len, chunk.num_rows)
     index = method.choose(chunk, method.budgets(4, CPU), method.scratch(shape, CPU))
     means = torch.zeros(2, chunk.num_tiles * 128 // MEAN, CASE.head_dim, dtype=chunk.q.dtype)
     ops.key_means(chunk.kv, chunk.seq_len, means, Kernel.REFERENCE)
     tiles = torch.arange(chunk.num_tiles)
-    kept = choose(chunk.q.transpose(0, 1), means.float(), tiles, chunk.scale, Way.parse(DEFAULT), default_bound(0.4))
+    kept = choose(chunk.q.transpose(0, 1), means.float(), tiles, chunk.scale, Way.parse(DEFAULT), default_bound(0.6))
     same = total = listed = 0
     for head in range(4):
         for tile in range(1, chunk.num_tiles):
