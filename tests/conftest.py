@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -30,21 +29,6 @@ def import_or_skip(name: str) -> ModuleType:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(scope="module")
-def short_prompts_drop_as_much() -> Iterator[None]:
-    """Let the default settings drop as much of a short prompt as of a long one: short ones are quick to test."""
-    from minference_vllm import ops
-
-    def select_groups(*arguments: Any) -> None:
-        masses, chunk, share, rows, sinks, local, _, *others = arguments
-        select(masses, chunk, share, rows, sinks, local, 0, *others)
-
-    select = ops.select_groups
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "select_groups", select_groups)
-        yield
 
 
 @pytest.fixture

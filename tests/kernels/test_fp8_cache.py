@@ -168,7 +168,11 @@ def test_a_whole_prefill_is_that_of_the_same_numbers_in_float32(method: str, dev
     plain = in_float32(chunk)
     for of, kernel in ((chunk, Kernel.TRITON), (plain, Kernel.REFERENCE)):
         shape = replace(WHOLE.shape, dtype=of.out.dtype)
-        chosen = WHOLE.vertical_slash(kernel) if method == "vertical_slash" else Block(BlockSettings(share=0.9), kernel)
+        chosen = (
+            WHOLE.vertical_slash(kernel)
+            if method == "vertical_slash"
+            else Block(BlockSettings(share=0.9, long_from=0), kernel)
+        )
         state = replace(make_state(WHOLE, WHOLE.vertical_slash(kernel), device), buffers=chosen.scratch(shape, device))
         prefill(of, chosen, replace(state, budgets=chosen.budgets(WHOLE.num_qo_heads, device)))
     # A few groups or columns at the edge of what is kept may differ.

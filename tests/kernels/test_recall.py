@@ -190,7 +190,9 @@ def test_rows_that_attend_to_all_keys_do_not_hide_what_the_others_miss(device: t
     chunk = replace(make_chunk(replace(GUARDED, context_len=640, num_rows=260), device), may_end_prompt=True)
     recalls = []
     for last in (0, 64):
-        method = Block(BlockSettings(share=0.2, last_tokens=last, sink_tokens=16, local_tokens=16), Kernel.TRITON)
+        method = Block(
+            BlockSettings(share=0.2, last_tokens=last, long_from=0, sink_tokens=16, local_tokens=16), Kernel.TRITON
+        )
         rows = method.choosing_rows(chunk)
         assert rows == (260 if last == 0 else 128)
         guard = Guard(Floors(0.0, 0.0), RecallBuffers.allocate(4, device), RecallTotals.allocate(1, 4, device))
