@@ -177,8 +177,8 @@ def measure(case: Case, inputs: Inputs, dense: Dense, method: Block, index: Tile
     if not (error <= TOLERANCE and chunk.out.sum().isfinite()):
         raise SystemExit(f"{case}: our output is wrong, relative error {error:.1e}")
     # If all groups of the last tile were equally heavy, its limit would drop d of them, which is to be 1 - density.
-    heaviness = max(method.settings.long_from / chunk.seq_len, 1)
-    kept = 1 - ((1 - case.density) ** 2 * heaviness) ** (1 / 3)
+    length = max(method.settings.long_from / chunk.seq_len, 1)
+    kept = 1 - ((1 - case.density) * length) ** (2 / 3)
     share = torch.full((case.num_qo_heads,), max(kept, 1e-6), device=device)
     parts = time_parts(method, chunk, scratch, share)
     attend_ms = median(partial(ops.attend, chunk, index, attend, kernel), device)

@@ -146,8 +146,11 @@ def choose(
     free = (group >= -(-SETTINGS.sink_tokens // GROUP)) & (group < before - -(-SETTINGS.local_tokens // GROUP))
     ordered, order = (mass * free).sort(-1)
     dropped = ordered.cumsum(-1) / total[..., None]
-    heaviness = ordered / total[..., None] * before.clamp(min=SETTINGS.long_from // GROUP)
-    may_go = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, dropped**2 * heaviness <= bound)
+    compared = before.clamp(min=SETTINGS.long_from // GROUP)
+    heaviness = ordered / total[..., None] * compared
+    may_go = torch.zeros_like(mass, dtype=torch.bool).scatter(
+        -1, order, dropped**2 * heaviness * compared <= bound * before
+    )
     return ~(may_go & free)
 
 

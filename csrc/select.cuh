@@ -173,8 +173,10 @@ struct Tile {
         // ones. Both sides of its product grow with the code, so the number of threads whose groups may be dropped is
         // the least code that is kept.
         const double gone = double(dropped);
-        const double heaviness = double(codes::weight(thread)) * double(max(num_groups, p.long_groups));
-        const bool is_below = gone * gone * heaviness <= drops * drops * drops * total * total * total;
+        const double compared = double(max(num_groups, p.long_groups));
+        const double heaviness = double(codes::weight(thread)) * compared;
+        const double limit = drops * drops * drops * total * total * total * double(num_groups);
+        const bool is_below = gone * gone * heaviness * compared <= limit;
         int counted, below, least;
         sum_up_to(is_below ? 1 : 0, shared.numbers[0], least, warp, lane);
         least = min(least, codes::NUMBER - 1);

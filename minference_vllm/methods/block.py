@@ -39,8 +39,8 @@ from minference_vllm.methods.block_scratch import (
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import LIST_BYTES, ScratchShape
 
-LONG_FROM, COARSE_FROM = 32_768, 131_072
-"""Defaults of `long_from` and `coarse_from`."""
+SINK_TOKENS, LOCAL_TOKENS, LONG_FROM, COARSE_FROM = 16, 64, 32_768, 131_072
+"""Defaults of the settings of these names."""
 
 
 class BlockSettings(MethodSettings):
@@ -51,7 +51,7 @@ class BlockSettings(MethodSettings):
     rows_per_half: Literal[16, 32, 64] = 32
     """How many query rows of every 64 choose the keys for all 64. The cost of choosing grows with this number."""
 
-    share: float = Field(default=0.82, gt=0, le=1)
+    share: float = Field(default=0.8, gt=0, le=1)
     """Share of the estimated attention that each head keeps, for every rows_per_list rows: more where the groups that
     would be dropped next are heavy, less where they are light. The keys of the rows' own tile of 128 and those that are
     always kept count towards it. No unit. With 1, every group of keys with any estimated attention is kept."""
@@ -60,10 +60,10 @@ class BlockSettings(MethodSettings):
     """Query rows that keep the same groups. With 64, each half of a tile has a list of its own: fewer pairs are kept,
     but keys that one half alone keeps are loaded for 64 rows instead of 128."""
 
-    sink_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
+    sink_tokens: int = Field(default=SINK_TOKENS, ge=0, le=MAX_TOKENS)
     """First keys of the prompt that are always kept, rounded up to groups of 16."""
 
-    local_tokens: int = Field(default=128, ge=0, le=MAX_TOKENS)
+    local_tokens: int = Field(default=LOCAL_TOKENS, ge=0, le=MAX_TOKENS)
     """Keys just before a tile that are always kept, beside the tile's own; rounded up to groups of 16."""
 
     last_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)

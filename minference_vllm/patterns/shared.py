@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from minference_vllm.methods import MAX_TOKENS
-from minference_vllm.methods.block import COARSE_FROM, LONG_FROM, BlockSettings
+from minference_vllm.methods.block import COARSE_FROM, LOCAL_TOKENS, LONG_FROM, SINK_TOKENS, BlockSettings
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 
 A_SHAPE: Literal["a_shape"] = "a_shape"
@@ -65,10 +65,10 @@ class PatternShares(Strict):
     rows_per_list: Literal[64, 128] = 128
     """Query rows that keep the same groups."""
 
-    sink_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
+    sink_tokens: int = Field(default=SINK_TOKENS, ge=0, le=MAX_TOKENS)
     """First keys of the prompt that are always kept."""
 
-    local_tokens: int = Field(default=128, ge=0, le=MAX_TOKENS)
+    local_tokens: int = Field(default=LOCAL_TOKENS, ge=0, le=MAX_TOKENS)
     """Keys just before a tile that are always kept."""
 
     last_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)

@@ -27,9 +27,11 @@ def threshold(codes: torch.Tensor, free: torch.Tensor, drops: torch.Tensor, num_
     """
     total = total_mass(codes, num_rows * ROW, NORMALISER_KEYS // GROUP).double()
     dropped = dropped_masses(codes, free).double()
-    heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * max(len(codes), long_groups)
+    compared = max(len(codes), long_groups)
+    heaviness = weights(torch.arange(MASS_CODES, device=codes.device)).double() * compared
     # In this order: kernels multiply in the same, so that they round to the same numbers.
-    return least_kept(dropped * dropped * heaviness <= drops * drops * drops * total * total * total)
+    limit = drops * drops * drops * total * total * total * len(codes)
+    return least_kept(dropped * dropped * heaviness * compared <= limit)
 
 
 def total_mass(codes: torch.Tensor, of_rows: int, first_counted: int) -> torch.Tensor:
@@ -67,11 +69,11 @@ def select_groups(
     """For each half, or tile, drop the lightest groups before the tile, about as much as the head's share allows.
 
     A row's mass is ROW, for its own tile and the first NORMALISER_KEYS keys, plus the mass of the groups between them.
-    Let d be the dropped part of the whole mass, and h the mass of the heaviest dropped group over that of a mean one:
-    the whole mass by the number of groups before the tile, or by long_groups if that is more. The lightest groups,
-    equal codes together, are dropped while d² h <= (1 - share)³. The first groups of the request and those just before
-    the tile are always kept, and their mass counts. A half of which the chunk has no row keeps what the other half
-    keeps.
+    Let n be the number of groups before the tile, m = max(n, long_groups), d the dropped part of the whole mass, and h
+    the mass of the heaviest dropped group over that of a mean one of m, which is the whole mass by m. The lightest
+    groups, equal codes together, are dropped while d² h <= (1 - share)³ n / m. The first groups of the request and
+    those just before the tile are always kept, and their mass counts. A half of which the chunk has no row keeps what
+    the other half keeps.
 
     Args:
         masses: [>= num_qo_heads, >= num_tiles * HALVES * parts of a half, >= groups before the last tile] uint8, see

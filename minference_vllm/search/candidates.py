@@ -40,7 +40,7 @@ class Candidates:
 CANDIDATES = {
     SHARES: Candidates(
         PatternShares(name="block"),
-        (ROUGH, 0.65, 0.75, 0.8, DEFAULT, 0.88, 0.92, 0.95, 0.98),
+        (ROUGH, 0.65, 0.72, 0.77, DEFAULT, 0.86, 0.91, 0.95, 0.98),
     ),
     SIZES: Candidates(
         PatternSizes(),

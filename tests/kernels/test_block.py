@@ -104,7 +104,7 @@ def check_kept(masses: torch.Tensor, rows: int, chunk: Chunk, by_tile: bool, ind
                 row = add(of_halves[[tile * HALVES + of for of in choosing]].flatten(0, 1))
                 mass = weights(row) / ONE
                 total = rows * len(choosing) * ROW / ONE + mass[NORMALISER_KEYS // GROUP :].sum()
-                limit = (1 - share) ** 3 * total**3 / max(len(row), LONG)
+                limit = (1 - share) ** 3 * total**3 * len(row) / max(len(row), LONG) ** 2
                 assert kept[forced].all()
                 assert share <= 1 or kept.all()
                 assert share < 1 or kept[row > 0].all()

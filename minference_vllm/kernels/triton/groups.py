@@ -90,8 +90,10 @@ def _threshold(
     whole = total.to(tl.float64)
     drops = 1 - share.to(tl.float64)
     gone = dropped.to(tl.float64)
-    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * tl.maximum(num_groups, long_groups).to(tl.float64)
-    may_be_dropped = gone * gone * heaviness <= drops * drops * drops * whole * whole * whole
+    compared = tl.maximum(num_groups, long_groups).to(tl.float64)
+    heaviness = weights(tl.arange(0, CODES)).to(tl.float64) * compared
+    limit = drops * drops * drops * whole * whole * whole * num_groups.to(tl.float64)
+    may_be_dropped = gone * gone * heaviness * compared <= limit
     threshold = tl.minimum(tl.sum(may_be_dropped.to(tl.int32), 0), CODES - 1)
     return threshold, tl.sum(tl.where(tl.arange(0, CODES) < threshold, b_count, 0), 0)
 
