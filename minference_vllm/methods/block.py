@@ -51,7 +51,7 @@ class BlockSettings(MethodSettings):
     rows_per_half: Literal[16, 32, 64] = 32
     """How many query rows of every 64 choose the keys for all 64. The cost of choosing grows with this number."""
 
-    share: float = Field(default=0.8, gt=0, le=1)
+    share: float = Field(default=0.76, gt=0, le=1)
     """Share of the estimated attention that each head keeps, for every rows_per_list rows: more where the groups that
     would be dropped next are heavy, less where they are light. The keys of the rows' own tile of 128 and those that are
     always kept count towards it. No unit. With 1, every group of keys with any estimated attention is kept."""
