@@ -112,7 +112,11 @@ class Trial:
 
     def _environ(self) -> dict[str, str]:
         plugins = [*([] if self.is_dense else [OURS]), *([PLUGIN] if self.injection else [])]
-        environ = environment(self.model) | {"VLLM_PLUGINS": ",".join(plugins), "TMPDIR": str(self.folder / "tmp")}
+        environ = environment(self.model) | {
+            "VLLM_PLUGINS": ",".join(plugins),
+            "TMPDIR": str(self.folder / "tmp"),
+            "VLLM_LOGGING_LEVEL": "INFO",  # what ran sparse is read from lines of this level
+        }
         environ.pop(METRICS_DIR, None)
         if self.case.has_bad_metrics_folder:
             environ[METRICS_DIR] = str(Path(__file__) / METRICS)

@@ -2,6 +2,7 @@
 """How benchmarks.faults breaks the first launch of the kernels, in the dry run at a server's start, and judges that."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from benchmarks.faults import injection
 from benchmarks.faults.cases import CASES, Outcome
 from benchmarks.faults.injection import VARIABLE, Fault, Injection
 from benchmarks.faults.promises import broken
+from benchmarks.faults.server import Trial
 from benchmarks.faults.trial import Finding, broken_ranks
 from minference_vllm import ops
 from minference_vllm.config import MInferenceConfig
+from minference_vllm.evals import serve
 from minference_vllm.runtime import Runtime
 from minference_vllm.scratch import ScratchShape
 
@@ -26,6 +29,23 @@ GOOD = Finding(
     Outcome.GOES_ON, fired=1, before_equal=True, during_status=200, during_equal=True, after_equal=True,
     sparse_tokens_before=0, sparse_tokens_after=0, fault_tokens=9, says_so=True, broken_ranks=1,
 )  # fmt: skip
+
+
+def test_a_shell_that_wants_warnings_only_still_gets_the_lines_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    started: list[dict[str, str]] = []
+
+    @contextmanager
+    def start(arguments: list[str], log: Path, environ: dict[str, str]) -> Iterator[None]:
+        started.append(environ)
+        yield None
+
+    monkeypatch.setattr(serve, "started", start)
+    with Trial("model", "", CASE, is_dense=False, folder=tmp_path / "t").running():
+        pass
+    assert [environ["VLLM_LOGGING_LEVEL"] for environ in started] == ["INFO"]
 
 
 @pytest.fixture
