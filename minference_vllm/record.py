@@ -28,6 +28,7 @@ class StepRecord:
         step_reason: why the step's chunks run dense even if they pass the gate; None if nothing forbids them to run
             sparse.
         failed: requests whose sparse attention raised an exception in some layer, so that their rows ran dense there.
+        is_finished: whether the last sparse layer has run. It runs again in models that run their layers in loops.
     """
 
     group: str
@@ -37,6 +38,7 @@ class StepRecord:
     layer_reason: Reason | None = None
     step_reason: Reason | None = None
     failed: set[int] = field(default_factory=set)
+    is_finished: bool = False
 
     def tally(self, config: MInferenceConfig, budget: Budget = UNLIMITED, before: Reason = Reason.SHORT_CHUNK) -> Tally:
         """Count prefill tokens, chunks (requests' shares of the step) and requests; decode rows are not prefill.

@@ -191,10 +191,12 @@ class Runtime:
 
     def finish_step(self, record: StepRecord) -> None:
         """After the last sparse layer: have the step counted, and its measurements copied behind the GPU's kernels."""
-        record.failed, self.failed = self.failed, set()
+        record.failed, self.failed = record.failed | self.failed, set()
         self._repeats.forget()
         if self.publish:
-            self.counters.defer(record)
+            if not record.is_finished:
+                record.is_finished = True
+                self.counters.defer(record)
             self.account.collect()
 
     def warm_up(self, shape: ScratchShape, page_size: int) -> None:

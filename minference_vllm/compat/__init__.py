@@ -178,12 +178,12 @@ def is_draft_layer(name: str, layer: Any, vllm_config: Any) -> bool:
     """
     if getattr(layer, "is_draft_layer", False) or getattr(getattr(layer, "impl", None), "is_of_drafter", False):
         return True
+    if getattr(vllm_config, "speculative_config", None) is None:
+        return False  # a model that runs its layers in loops numbers those of later loops on, too
     index = layer_index(name)
     num_layers = getattr(vllm_config.model_config.hf_text_config, "num_hidden_layers", math.inf)
     if index is not None and index >= num_layers:
         return True
-    if getattr(vllm_config, "speculative_config", None) is None:
-        return False
     first = next(iter(attention_layers(vllm_config)), name)  # of the main model, whose layers vLLM makes first
     return _before_index(name) != _before_index(first)
 

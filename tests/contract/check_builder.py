@@ -5,6 +5,7 @@ FlashAttention's builder needs no GPU: it runs as it is.
 """
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,9 @@ def test_metadata_that_vllm_has_copied_field_by_field_takes_another_block_table(
 def test_the_place_of_a_layer_decides(name: str, is_draft_layer: bool, reason: Reason | None) -> None:
     runtime = make_runtime(dense_layers=1)
     impl = make_impl(runtime)
-    builder = make_builder({name: impl}, is_draft_layer=is_draft_layer)
+    config = make_config()
+    config.speculative_config = SimpleNamespace(method="draft_model")
+    builder = make_builder({name: impl}, config, is_draft_layer=is_draft_layer)
     assert impl.dense_reason is reason
     metadata = builder.build(0, make_common(LONG))
     assert has_plan(metadata) == (reason is None)

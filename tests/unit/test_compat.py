@@ -133,13 +133,16 @@ class Config(SimpleNamespace):
     """Stands for vLLM's, to which there can be weak references."""
 
 
-def model(layers: dict[str, Any], selected: Any = OURS, **changes: Any) -> Any:
+DRAFTS = SimpleNamespace(method="draft_model")
+
+
+def model(layers: dict[str, Any], selected: Any = OURS, speculation: Any = None, **changes: Any) -> Any:
     """The parts of a VllmConfig that tell of a model's layers."""
     return Config(
         attention_config=vllm_config_module.AttentionConfig(backend=selected, **changes),
         compilation_config=SimpleNamespace(static_forward_context=layers),
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS)),
-        speculative_config=None,
+        speculative_config=speculation,
     )
 
 
@@ -162,7 +165,7 @@ def test_layers_are_ours_and_decoders_in_the_order_in_which_they_run() -> None:
 
 def test_foreign_layers_come_with_their_backend_and_without_drafters() -> None:
     named = {NAME.format(0): our_layer(), NAME.format(1): layer(), NAME.format(LAYERS): layer()}
-    assert compat.foreign_layers(model(named)) == {NAME.format(1): "FlashAttentionDiffKVBackend"}
+    assert compat.foreign_layers(model(named, speculation=DRAFTS)) == {NAME.format(1): "FlashAttentionDiffKVBackend"}
 
 
 class Platform:
@@ -199,7 +202,7 @@ def test_so_is_one_for_whose_full_attention_we_are_selected(load: Any, log_lines
 
 
 def test_a_drafters_layers_of_ours_do_not_count(load: Any, log_lines: list[tuple[str, str]]) -> None:
-    load(model({NAME.format(0): layer(), NAME.format(LAYERS): our_layer()}))
+    load(model({NAME.format(0): layer(), NAME.format(LAYERS): our_layer()}, speculation=DRAFTS))
     assert len(log_lines) == 1
 
 
@@ -263,12 +266,11 @@ def test_the_part_that_vllm_is_loading_tells_a_drafters_layers(tag: str | None, 
     ],
 )
 def test_drafters_layers_are_told_by_flag_or_name(name: str, attributes: dict[str, Any], is_draft: bool) -> None:
-    config = model({NAME.format(0): our_layer(), name: layer(**attributes)})
-    config.speculative_config = SimpleNamespace(method="draft_model")
+    config = model({NAME.format(0): our_layer(), name: layer(**attributes)}, speculation=DRAFTS)
     assert compat.is_draft_layer(name, config.compilation_config.static_forward_context[name], config) is is_draft
 
 
-def test_names_tell_no_drafters_where_there_is_none() -> None:
-    name = "model.decoder.layers.0.self_attn.attn"
+@pytest.mark.parametrize("name", ["model.decoder.layers.0.self_attn.attn", NAME.format(LAYERS)], ids=["", "a loop"])
+def test_names_and_numbers_tell_no_drafters_where_there_is_none(name: str) -> None:
     config = model({NAME.format(0): our_layer(), name: layer()})
     assert not compat.is_draft_layer(name, config.compilation_config.static_forward_context[name], config)

@@ -128,6 +128,15 @@ def test_what_ran_sparse_is_published_once_the_step_has_run(publish: bool) -> No
     assert (0 < counted.kept_pairs <= counted.causal_pairs) == publish
 
 
+def test_a_step_whose_last_layer_runs_in_each_loop_of_the_model_is_counted_once() -> None:
+    worker = make_runtime(publish=True)
+    for _ in range(2):
+        record = StepRecord("a group", [0, ROWS], [ROWS], [True])
+        for _ in range(3):
+            worker.finish_step(record)
+    assert worker.counters.snapshot().tokens.total() == 2 * ROWS
+
+
 @pytest.mark.parametrize("publish", [True, False], ids=["rank 0", "another rank"])
 def test_one_layer_of_many_is_timed(publish: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopwatch, "PERIOD", 3)
