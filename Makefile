@@ -29,7 +29,7 @@ demo: $(INSTALLED) $(WEIGHTS)
 
 serve: $(INSTALLED)
 	$(if $(MODEL),,$(error Which model? make serve MODEL=org/name or MODEL=directory))
-	$(BIN)/python -m demo.server $(MODEL) $(ARGS)
+	$(BIN)/python -m demo.server '$(MODEL)' $(ARGS)
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -27,6 +27,7 @@ from minference_vllm.evals.serve import free_port, stop
 
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 15
+ANSWER_TIMEOUT_S = 3600  # a busy machine without a GPU reads a prompt of the demo in many minutes
 # A model of 8K context, on whatever this machine has.
 SMALL_MODEL = ("--dtype=bfloat16", "--max-model-len=8192", "--max-num-seqs=8", "--enforce-eager")
 
@@ -50,7 +51,9 @@ class Server:
         """The official client, set up to bypass any proxy."""
         direct = openai.DefaultHttpxClient(trust_env=False)
         base_url = f"{self.url}/v1"
-        return openai.OpenAI(base_url=base_url, api_key="unused", timeout=600, max_retries=0, http_client=direct)
+        return openai.OpenAI(
+            base_url=base_url, api_key="unused", timeout=ANSWER_TIMEOUT_S, max_retries=0, http_client=direct
+        )
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of the samples of /metrics which have this name and these labels; 0 when there are none."""

@@ -130,6 +130,22 @@ def load_config(
         raise ConfigError(_sentence(error)) from None
 
 
+def misplaced(additional_config: Mapping[str, Any] | None) -> str | None:
+    """What is wrong with a `--additional-config` whose settings stand where they are not read; None if nothing is.
+
+    It cannot be refused: all keys beside ours belong to others.
+    """
+    given = list(map(str, additional_config or {}))
+    if CONFIG_KEY in given:
+        return None
+    if wrong := next((key for key in given if key.lower() == CONFIG_KEY), None):
+        return f'--additional-config has "{wrong}", which is not read: write "{CONFIG_KEY}".'
+    if wrong := next((key for key in given if key in MInferenceConfig.model_fields), None):
+        example = f'{{"{CONFIG_KEY}": {{"{wrong}": …}}}}'
+        return f'--additional-config has "{wrong}" where it is not read: write {example}.'
+    return None
+
+
 def _read_file(path: str) -> dict[str, Any]:
     name = f"{CONFIG_FILE_VARIABLE}={path}"
     settings = parse_json(read_file(Path(path), name), name)

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 from minference_vllm import compat
 from minference_vllm.chunk import FP8, Chunk, PagedKV
 from minference_vllm.compat import pages, quantization
-from minference_vllm.config import load_config
+from minference_vllm.config import load_config, misplaced
 from minference_vllm.errors import ConfigError
 from minference_vllm.layers import SparseLayer, decide_layers
 from minference_vllm.patterns import AutoSettings
@@ -150,6 +150,8 @@ def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
         key = (compat.engine_id(vllm_config), device, config.model_dump_json())
         runtime = _runtimes.get(key)
         if runtime is None:
+            if wrong := misplaced(vllm_config.additional_config):
+                logger.warning("MInference: %s", wrong)
             model = compat.served_model(vllm_config) if isinstance(config.method, AutoSettings) else None
             pipeline = compat.pipeline(vllm_config)
             _runtimes[key] = runtime = Runtime(config, device, compat.reports_metrics(), model, pipeline)

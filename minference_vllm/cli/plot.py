@@ -10,12 +10,13 @@ from minference_vllm.cli.arguments import count, count_to, json_object
 from minference_vllm.cli.status import FAILED
 from minference_vllm.errors import ConfigError
 from minference_vllm.evals.material import load_text
-from minference_vllm.files import write_file
+from minference_vllm.files import refuse_unwritable, write_file
 
 if TYPE_CHECKING:
     from minference_vllm.plots.prompt import PromptChoice
 
 MOST_LAYERS = 10_000
+NUMBERS = "choice.json"
 
 PLOT = f"""\
 Starts vLLM in this process, has it read a text once, and draws which keys were chosen. The figure `model` shows density
@@ -34,15 +35,16 @@ def plot(options: argparse.Namespace) -> int:
     text = load_text(options.prompt, option="--prompt")
     settings = {} if options.method is None else {"method": _method(options.method)}
     engine = {"max_num_batched_tokens": options.chunk, **json_object("--engine", options.engine)}
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{options.out} cannot be made a folder: {error.strerror}.") from None
+    refuse_unwritable(options.out / NUMBERS, str(options.out / NUMBERS))
     from minference_vllm.plots.prompt import read_prompt, refuse_layers, tokens_of
 
     if options.layers:
         refuse_layers(options.model, options.layers)
     tokens = tokens_of(options.model, text, options.tokens)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{options.out} cannot be made a folder: {error.strerror}.") from None
     choice = read_prompt(options.model, tokens, settings, engine, options.layers)
     for path in draw(choice, Path(options.model).name, options.out):
         print(path)
@@ -63,7 +65,7 @@ def draw(choice: "PromptChoice", model: str, folder: Path) -> list[Path]:
             title = f"{of}, layer {position}\n{by}"
             figure = draw_heads(choice.capture, position, choice.recall_of(position), title)
             paths += save(figure, folder, f"layer-{position:02d}")
-    numbers = folder / "choice.json"
+    numbers = folder / NUMBERS
     write_file(numbers, json.dumps({"model": model, **choice.numbers()}, indent=1) + "\n", str(numbers))
     return [*paths, numbers]
 

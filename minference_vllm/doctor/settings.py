@@ -13,7 +13,7 @@ from minference_vllm import compat, plugin
 from minference_vllm.budget import Budget, gate_obstacle, sharing_obstacle
 from minference_vllm.compat import engines
 from minference_vllm.compat import limits as server_limits
-from minference_vllm.config import CONFIG_FILE_VARIABLE, CONFIG_KEY, MInferenceConfig, load_config
+from minference_vllm.config import CONFIG_FILE_VARIABLE, CONFIG_KEY, MInferenceConfig, load_config, misplaced
 from minference_vllm.doctor.check import NO_GPU, Check, failed, ok, on_one_line, skipped, warning
 from minference_vllm.doctor.model import NONE, OTHER, SPARSE, describe_layers
 from minference_vllm.errors import ConfigError
@@ -53,7 +53,11 @@ def check_settings(
     where = f"{CONFIG_FILE_VARIABLE}={source}" if source else f"defaults, since {CONFIG_FILE_VARIABLE} is not set"
     if CONFIG_KEY in (additional_config or {}):
         where = f"--additional-config over {where}"
-    yield ok("settings", f"{where}: {config}", settings=config.model_dump(mode="json"))
+    facts = {"settings": config.model_dump(mode="json")}
+    if wrong := misplaced(additional_config):
+        yield warning("settings", wrong, f"Until then a server runs with {where}", **facts)
+    else:
+        yield ok("settings", f"{where}: {config}", **facts)
     yield skipped("kernel", NO_GPU) if device is None else _check_kernel(config, device)
     if model is None:
         yield skipped("model", "none given: --model NAME_OR_DIR")

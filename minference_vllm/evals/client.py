@@ -46,9 +46,11 @@ class Client:
         self._errors = openai
         # No proxy for this machine's own addresses: to a proxy, localhost is another machine.
         try:
-            through_proxy = urlsplit(self.url).hostname not in THIS_MACHINE
+            scheme, through_proxy = urlsplit(self.url).scheme, urlsplit(self.url).hostname not in THIS_MACHINE
         except ValueError as error:
             raise ConfigError(f"{self.shown_url} is no URL: {error}.") from None
+        if scheme not in ("http", "https"):
+            raise ConfigError(f"{self.shown_url} is no URL of a server: write http://HOST:PORT.")
         self._api = openai.OpenAI(
             base_url=f"{self.url}/v1",
             api_key=os.environ.get(API_KEY, "unused"),

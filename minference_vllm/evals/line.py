@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines of our JSON files. The first says how the file was made; a file that was made differently is not continued."""
 
+import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -63,6 +65,8 @@ def refuse_other(path: Path, found: Line, wanted: Line) -> None:
 class LineFile(Generic[AnyLine]):
     """A file whose first line says what the others belong to, so that a run which was cut off goes on where it stopped.
 
+    It is locked for as long as this object lives: two runs at once would take each other's lines for their own.
+
     Args:
         path: the file; it is created, or continued if it exists.
         origin: what the lines must belong to.
@@ -73,7 +77,7 @@ class LineFile(Generic[AnyLine]):
         lines: the lines after the first, including those that the file held before.
 
     Raises:
-        ConfigError: the file belongs to something else.
+        ConfigError: the file belongs to something else, or another run has locked it.
     """
 
     def __init__(self, path: Path, origin: Line, kind: type[AnyLine], what: str) -> None:
@@ -82,6 +86,8 @@ class LineFile(Generic[AnyLine]):
         self.lines: list[AnyLine] = []
         self._kind = kind
         self._what = what
+        if not os.path.lexists(path) or path.is_file():
+            self._lock()
         if not os.path.lexists(path) or not self._take():
             self._append(origin)
 
@@ -89,6 +95,19 @@ class LineFile(Generic[AnyLine]):
         """Write a line at once."""
         self._append(line)
         self.lines.append(line)
+
+    def _lock(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._locked = self.path.open("ab")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path} cannot be written: {reason(error)}.") from None
+        # Some network file systems have no locks; the file can be used all the same.
+        with suppress(OSError):
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.path} is in use by another run: wait for its end.") from None
 
     def _append(self, line: Line) -> None:
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minference_vllm.errors import ConfigError
+from minference_vllm.files import reason
 from minference_vllm.plots.capture import Capture
 
 if TYPE_CHECKING:
@@ -123,11 +124,18 @@ def _bar(figure: "Figure", image: Any, axes: Sequence["Axes"], label: str | None
 
 
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
-    """Write a figure in every format; the same figure gives the same bytes."""
+    """Write a figure in every format; the same figure gives the same bytes.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
     import matplotlib
 
     paths = [folder / f"{name}.{suffix}" for suffix in FORMATS]
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         for path in paths:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+            try:
+                figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be written: {reason(error)}.") from None
     return paths

@@ -38,10 +38,11 @@ Written as `"method": "{name}"` with all defaults, or as `"method": {{"name": "{
 VARIABLES = """\
 ## Environment variables
 
-- `MINFERENCE_CONFIG`: the file of settings. Each host reads its own: Ray's workers on other hosts are given the variable,
-  not the file, and `vllm serve --headless` on another node is given neither. vLLM does not see the file, so what it keeps
-  from one start to the next for the same options (`VLLM_ENABLE_STARTUP_PLAN`, the cache's size) is kept when the file
-  changes. Settings in `--additional-config` have neither limit.
+- `MINFERENCE_CONFIG`: the file of settings. Each host reads its own: Ray's workers on other hosts are given the
+  variable, not the file, and `vllm serve --headless` on another node is given neither. vLLM does not see the file. So
+  what it keeps from one start to the next for the same options (the size of the KV cache, with
+  `VLLM_ENABLE_STARTUP_PLAN`) it also keeps when the file has changed. Settings in `--additional-config` are part of
+  these options.
 - `MINFERENCE_METRICS_DIR`: the folder in which workers leave their counts for `/metrics`; `/dev/null` for no metrics.
   [metrics.md](metrics.md) says more.
 - `MINFERENCE_BUILD_CUDA`: when the package is installed, `1` fails where the CUDA kernels cannot be built, and `0`

@@ -17,6 +17,7 @@ FEWEST_WORDS = 3  # with fewer, a string is no part of a sentence that would tel
 SAYING = {
     "config._describe",
     "config._sentence",
+    "config.misplaced",
     "kernels.cuda.library._open",
     "ops.kernel._cuda_obstacle",
     "ops.kernel._gpu_obstacle",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config
+from minference_vllm.config import CONFIG_FILE_VARIABLE, MInferenceConfig, load_config, misplaced
 from minference_vllm.files import MAX_FILE_BYTES
 from minference_vllm.methods.vertical_slash import VerticalSlashSettings
 from tests.unit.test_config import refusal
@@ -101,3 +101,19 @@ def test_an_unreadable_file_is_refused_by_its_name(tmp_path: Path) -> None:
         message = refusal(None, {CONFIG_FILE_VARIABLE: str(path)})
         assert str(path) in message
         assert "cannot be read" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, None),
+        ({"another": {"min_seq_len": 3}}, None),
+        ({"minference": {}, "min_seq_len": 3}, None),
+        ({"MInference": {"min_seq_len": 3}}, 'has "MInference", which is not read: write "minference".'),
+        ({"min_seq_len": 3}, 'has "min_seq_len" where it is not read: write {"minference": {"min_seq_len": …}}.'),
+    ],
+)
+def test_settings_that_stand_where_nobody_reads_them_are_told(
+    given: dict[str, object] | None, said: str | None
+) -> None:
+    assert misplaced(given) == (said and f"--additional-config {said}")

@@ -55,6 +55,12 @@ def test_an_option_without_settings_of_ours_is_not_named() -> None:
     assert settings.what.startswith("defaults")
 
 
+def test_settings_that_stand_where_no_server_reads_them_are_warned_of() -> None:
+    found = next(check_settings({}, None, Limits(None, None), None, {"min_seq_len": 3}))
+    assert (found.status, found.facts["settings"]["min_seq_len"]) == (Status.WARNING, MInferenceConfig().min_seq_len)
+    assert 'write {"minference": {"min_seq_len": …}}' in found.what
+
+
 def test_settings_that_a_server_refuses_are_a_fault(tmp_path: Path) -> None:
     settings, *others = check(tmp_path, {"min_chunk": -3}).values()
     assert settings.status is Status.FAILED

@@ -185,7 +185,7 @@ def test_layers_that_ran_dense_have_no_numbers(choice: PromptChoice) -> None:
         (["--engine", "{"], "--engine is not valid JSON"),
         (["--engine", "[1]"], "--engine must be a JSON object, and is list"),
         (["--method", "{" * 100_000], "--method is not valid JSON"),
-        (["--out", "/dev/null/x"], "/dev/null/x cannot be made a folder"),
+        (["--out", "/dev/null/x"], "/dev/null/x/choice.json cannot be written: /dev/null is no folder"),
     ],
 )
 def test_what_does_not_fit_is_said_before_an_engine_starts(
@@ -196,6 +196,14 @@ def test_what_does_not_fit_is_said_before_an_engine_starts(
     plain = ["--prompt", str(tmp_path / "prompt.txt"), "--out", str(tmp_path / "out")]
     assert main(["plot", "a model", *plain, *given]) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_figure_that_cannot_be_written_is_named(choice: PromptChoice, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "model.png").mkdir()
+    with pytest.raises(ConfigError, match=r"model\.png cannot be written: Is a directory"):
+        plot.draw(choice, "a model", tmp_path)
 
 
 @pytest.fixture

@@ -45,6 +45,15 @@ def test_a_file_whose_first_line_was_cut_off_is_begun_anew(length: int, tmp_path
     assert (tmp_path / "dense.jsonl").read_text() == whole
 
 
+def test_a_file_that_another_run_writes_is_refused_and_kept(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "dense.jsonl", ORIGIN)
+    with pytest.raises(ConfigError, match=r"dense\.jsonl is in use by another run"):
+        Journal(tmp_path / "dense.jsonl", ORIGIN)
+    del first
+    Journal(tmp_path / "dense.jsonl", ORIGIN)
+    assert (tmp_path / "dense.jsonl").read_text() == f"{ORIGIN.model_dump_json()}\n"
+
+
 def batch(**changes: Any) -> dict[str, Any]:
     plain = Batch(task="needle", tokens=64, vllm="0", replies=(Reply(id="needle/64/0"),), work=Work())
     return {**plain.model_dump(mode="json"), **changes}
