@@ -150,11 +150,12 @@ def runtime_of(vllm_config: VllmConfig, device: torch.device) -> Runtime:
         key = (compat.engine_id(vllm_config), device, config.model_dump_json())
         runtime = _runtimes.get(key)
         if runtime is None:
-            if wrong := misplaced(vllm_config.additional_config):
+            reports = compat.reports_metrics()
+            if reports and (wrong := misplaced(vllm_config.additional_config)):
                 logger.warning("MInference: %s", wrong)
             model = compat.served_model(vllm_config) if isinstance(config.method, AutoSettings) else None
             pipeline = compat.pipeline(vllm_config)
-            _runtimes[key] = runtime = Runtime(config, device, compat.reports_metrics(), model, pipeline)
+            _runtimes[key] = runtime = Runtime(config, device, reports, model, pipeline)
     except ConfigError as error:
         raise refused(str(error)) from None
     return runtime

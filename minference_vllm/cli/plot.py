@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from minference_vllm.cli.arguments import count, count_to, json_object
 from minference_vllm.cli.status import FAILED
-from minference_vllm.errors import ConfigError
 from minference_vllm.evals.material import load_text
 from minference_vllm.files import refuse_unwritable, write_file
 
@@ -41,10 +40,6 @@ def plot(options: argparse.Namespace) -> int:
     if options.layers:
         refuse_layers(options.model, options.layers)
     tokens = tokens_of(options.model, text, options.tokens)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{options.out} cannot be made a folder: {error.strerror}.") from None
     choice = read_prompt(options.model, tokens, settings, engine, options.layers)
     for path in draw(choice, Path(options.model).name, options.out):
         print(path)

@@ -44,19 +44,20 @@ class Client:
         self.timeout_s = timeout_s
         openai = need("openai")
         self._errors = openai
-        # No proxy for this machine's own addresses: to a proxy, localhost is another machine.
         try:
-            scheme, through_proxy = urlsplit(self.url).scheme, urlsplit(self.url).hostname not in THIS_MACHINE
+            parts = urlsplit(self.url)
         except ValueError as error:
             raise ConfigError(f"{self.shown_url} is no URL: {error}.") from None
-        if scheme not in ("http", "https"):
-            raise ConfigError(f"{self.shown_url} is no URL of a server: write http://HOST:PORT.")
+        if parts.scheme not in ("http", "https"):
+            shown = self.url.rpartition("@")[2]  # without a scheme, of_url sees no password in it
+            raise ConfigError(f"{shown} is no URL of a server: write http://HOST:PORT.")
         self._api = openai.OpenAI(
             base_url=f"{self.url}/v1",
             api_key=os.environ.get(API_KEY, "unused"),
             timeout=timeout_s,
             max_retries=RETRIES,
-            http_client=openai.DefaultHttpxClient(trust_env=through_proxy),
+            # No proxy for this machine's own addresses: to a proxy, localhost is another machine.
+            http_client=openai.DefaultHttpxClient(trust_env=parts.hostname not in THIS_MACHINE),
         )
         self.model = self._served(model, or_the_only)
 

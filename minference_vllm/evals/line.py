@@ -3,7 +3,6 @@
 
 import fcntl
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -86,7 +85,7 @@ class LineFile(Generic[AnyLine]):
         self.lines: list[AnyLine] = []
         self._kind = kind
         self._what = what
-        if not os.path.lexists(path) or path.is_file():
+        if not os.path.lexists(path) or os.path.isfile(path):
             self._lock()
         if not os.path.lexists(path) or not self._take():
             self._append(origin)
@@ -100,14 +99,11 @@ class LineFile(Generic[AnyLine]):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._locked = self.path.open("ab")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.path} cannot be written: {reason(error)}.") from None
-        # Some network file systems have no locks; the file can be used all the same.
-        with suppress(OSError):
-            try:
-                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{self.path} is in use by another run: wait for its end.") from None
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{self.path} is in use by another run: wait for its end.") from None
+        except (OSError, ValueError):
+            pass  # a file that cannot be used is refused when it is read or written; some file systems have no locks
 
     def _append(self, line: Line) -> None:
         try:

@@ -124,7 +124,7 @@ def _bar(figure: "Figure", image: Any, axes: Sequence["Axes"], label: str | None
 
 
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
-    """Write a figure in every format; the same figure gives the same bytes.
+    """Write a figure in every format, and create the folder; the same figure gives the same bytes.
 
     Raises:
         ConfigError: a file cannot be written.
@@ -135,6 +135,7 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         for path in paths:
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
             except OSError as error:
                 raise ConfigError(f"{path} cannot be written: {reason(error)}.") from None

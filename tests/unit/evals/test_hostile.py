@@ -202,6 +202,17 @@ def test_a_url_that_is_none_is_refused(prepared: Path, tmp_path: Path, capsys: p
     assert "http://[::1 is no URL" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["127.0.0.1:1", f"user:{CANARY}@127.0.0.1:1", f"ftp://user:{CANARY}@127.0.0.1:1"])
+def test_a_url_of_no_server_is_refused_without_its_password(
+    given: str, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    servers = ["--dense", given, "--sparse", "http://127.0.0.1:2", "--model", "m"]
+    assert cli.main(["eval", *servers, "--prepared", str(prepared), "--out", str(tmp_path)]) == FAILED
+    said = capsys.readouterr().err
+    assert "127.0.0.1:1 is no URL of a server: write http://HOST:PORT." in said
+    assert CANARY not in said
+
+
 def test_an_output_folder_that_is_none_is_refused(
     dense: FakeServer, sparse: FakeServer, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
