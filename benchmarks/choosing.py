@@ -3,7 +3,7 @@
 
     minference-vllm eval --prepare /tmp/samples --tokenizer MODEL --tasks ruler:vt ruler:fwe --tokens 8192 --samples 4
     python -m benchmarks.choosing --model /tmp/qwen --prepared /tmp/samples --texts austen.txt.xz \\
-        --ways plain squared:250 power:1.5 --out benchmarks/results/h100-choosing.json
+        --ways plain squared:250 power:1.5 --out benchmarks/results/h200-choosing.json
 
 All layers are sparse (benchmarks/simulated.py), there is no guard, and nothing is rounded to codes or FP8. For each
 prompt and way the bound is searched with which as many pairs are kept as by `block`, to within 1%. Then the KL
