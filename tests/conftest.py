@@ -37,6 +37,9 @@ if not torch.cuda.is_available():
     # processes that tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    from tests.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 
 def import_or_skip(name: str) -> ModuleType:
