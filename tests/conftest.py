@@ -10,6 +10,24 @@ from types import ModuleType
 import pytest
 import torch
 
+LONGEST = (
+    "test_serving",
+    "test_features",
+    "test_emulated",
+    "test_models",
+    "test_api_servers",
+    "test_stages",
+    "test_search",
+    "test_vllm_033",
+    "test_boxes",
+    "test_emulated_fp8",
+    "test_kernels",
+    "test_emulated_masses",
+    "test_invariants",
+    "test_repeats",
+)
+"""Files of tests, those that take longest on a machine without a GPU first."""
+
 ON_CI = "MINFERENCE_CI" in os.environ
 """Whether this is continuous integration (.ci/run): there, tests fail for want of a tool that others may lack."""
 
@@ -19,6 +37,9 @@ if not torch.cuda.is_available():
     # processes that tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    from tests.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 
 def import_or_skip(name: str) -> ModuleType:
@@ -66,8 +87,8 @@ def counts_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from minference_vllm.kernels.cuda import library
 
-    # Servers take longest to start: several processes that test end together if those come first.
-    items.sort(key=lambda item: item.get_closest_marker("serving") is None)
+    # Several processes that test end together if what takes longest comes first.
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     has_gpu = torch.cuda.is_available()
     has_hopper = has_gpu and torch.cuda.get_device_capability()[0] == 9
     for item in items:

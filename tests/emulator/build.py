@@ -5,11 +5,13 @@ Only what g++ cannot read is changed in the sources: launches, dynamic shared me
 """
 
 import ctypes
+import fcntl
 import functools
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,21 +75,33 @@ class Build:
     """A library that g++ compiles in the background; `functions` waits for it.
 
     Args:
+        folder: several processes that test may share it: one of them compiles, the others wait.
         edits: changes with which tests can break the kernels.
         only: compile only this source. Without it, all sources that attend and probe are compiled.
     """
 
     def __init__(self, folder: Path, edits: Iterable[Edit] = (), only: str = "") -> None:
-        prepare(folder, (*NEEDED, *edits))
-        self.path = folder / "kernels.so"
+        folder.mkdir(exist_ok=True)
+        self.path, self.lock, self.process = folder / "kernels.so", folder / "lock", None
         define = [f'-DONLY="{only}"'] if only else []
         command = ["g++", *FLAGS, *define, "-o", self.path, "kernels.cpp"]
-        self.process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+        with self.lock.open("w") as lock, suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.path.exists():
+                prepare(folder, (*NEEDED, *edits))
+                # g++ inherits the lock, and holds it until it ends.
+                self.process = subprocess.Popen(
+                    command, cwd=folder, stderr=subprocess.PIPE, text=True, pass_fds=[lock.fileno()]
+                )
 
     @functools.cached_property
     def functions(self) -> ctypes.CDLL:
-        _, messages = self.process.communicate()
-        assert self.process.returncode == 0, messages
+        messages = "another process could not compile it"
+        if self.process is not None:
+            _, messages = self.process.communicate()
+        with self.lock.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        assert self.path.exists(), messages
         functions = ctypes.CDLL(str(self.path))
         functions.minference_error.restype = ctypes.c_char_p
         return functions

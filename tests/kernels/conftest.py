@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel tests without a GPU run under Triton's interpreter, or on an emulated one."""
 
+import os
 import sys
 
 import pytest
@@ -23,7 +24,9 @@ def few_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """The CUDA kernels that attend and probe, such that tests can break them."""
     edits = [can_leave_out(number, *statements) for number, statements in enumerate(BREAKS)]
-    return Build(tmp_path_factory.mktemp("emulated"), edits)
+    # The folder of all processes that test; without pytest-xdist there is one, whose own it is.
+    folder = tmp_path_factory.getbasetemp()
+    return Build((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated", edits)
 
 
 @pytest.fixture

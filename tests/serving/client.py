@@ -18,6 +18,13 @@ class Reply(NamedTuple):
     first_logprob: float
 
 
+class Prefilled(NamedTuple):
+    """Prompt tokens that a server has counted: all, and those that ran sparse."""
+
+    tokens: float
+    sparse: float
+
+
 def _completion(server: Server, prompt: Prompt, salt: str, max_tokens: int, **options: Any) -> Any:
     extra = {"cache_salt": salt, "ignore_eos": True}
     return server.client().completions.create(
@@ -43,11 +50,16 @@ def tokenize(server: Server, text: str) -> list[int]:
         return json.load(response)["tokens"]
 
 
-def prefill_tokens(server: Server, **labels: str) -> float:
-    """The counter's value, once it has not changed for longer than workers take to publish."""
-    value, since = -1.0, time.monotonic()
+def prefilled_so_far(server: Server) -> Prefilled:
+    name = "minference_prefill_tokens_total"
+    return Prefilled(server.metric(name), server.metric(name, path="sparse"))
+
+
+def prefilled(server: Server) -> Prefilled:
+    """What is counted once it has not changed for longer than workers take to publish."""
+    found, since = prefilled_so_far(server), time.monotonic()
     while time.monotonic() - since < 2.5:
-        if (now := server.metric("minference_prefill_tokens_total", **labels)) != value:
-            value, since = now, time.monotonic()
         time.sleep(0.25)
-    return value
+        if (now := prefilled_so_far(server)) != found:
+            found, since = now, time.monotonic()
+    return found

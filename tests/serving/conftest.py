@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that the tests share, because a start takes half a minute, and reading a prompt on a CPU as long."""
+"""Servers that the tests share, because a start takes half a minute, and reading a prompt on a CPU some seconds."""
 
 import json
 import os
@@ -13,15 +13,16 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
-import torch
 
-from demo.server import SMALL_MODEL, STOP_TIMEOUT_S, Server, command, environment, minference_option, running, stop
-from tests.serving.client import Reply, complete, prefill_tokens
+from demo.server import SMALL_MODEL, STOP_TIMEOUT_S, Server, minference_option, stop
+from tests.serving.client import Reply, complete, prefilled
+from tests.serving.engine_jobs import Job, run
+from tests.serving.features import Answer, answers, served
+from tests.serving.forked import running_forked, start_serving
 from tests.serving.prompts import COPIES
-from tests.serving.server import MODEL, serving
+from tests.serving.server import MODEL, ON_GPU, arguments, serving
 
-CHUNK = 1024
-ON_GPU = torch.cuda.is_available()
+CHUNK = 512
 # Several servers share the GPU. When vLLM measures free memory itself, it fails if another process frees some
 # meanwhile, so the cache has a fixed size. Decode replays CUDA graphs; nothing is compiled, which would take minutes.
 GPU_OPTIONS = [
@@ -31,9 +32,14 @@ GPU_OPTIONS = [
     '--compilation-config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}',
 ]
 OPTIONS = [f"--max-num-batched-tokens={CHUNK}", *(GPU_OPTIONS if ON_GPU else [])]
-# Every chunk of a prompt of a few thousand tokens passes the gate.
-MIN_CHUNK = 64
+# Every chunk of a prompt of a thousand tokens passes the gate.
+MIN_CHUNK = 32
 LOW_GATE = {"min_seq_len": CHUNK, "min_chunk": MIN_CHUNK}
+EVERY_KEY = {
+    **LOW_GATE,
+    "method": {"name": "vertical_slash", "vertical_size": 10_000, "slash_size": 10_000},
+    "page_salt": "method",
+}
 STOCK = "FLASH_ATTN" if ON_GPU else "CPU_ATTN"
 START_TIMEOUT_S = 300
 
@@ -46,8 +52,18 @@ def register():
 
 
 class FullBudget(NamedTuple):
+    """What came of a server that keeps every key.
+
+    Attributes:
+        replies: to COPIES.
+        sparse_tokens: of these prompts.
+        reused_tokens: of a prompt that came twice.
+        log: of the server.
+    """
+
     replies: list[Reply]
     sparse_tokens: float
+    reused_tokens: float
     log: str
 
 
@@ -85,10 +101,6 @@ def sparse(logs: Path) -> Iterator[Server]:
         yield server
 
 
-def go_on(server: Server) -> list[Reply]:
-    return [complete(server, copy.prompt, "copies", 24) for copy in COPIES]
-
-
 @pytest.fixture(scope="session")
 def rival(logs: Path) -> Path:
     """A folder for PYTHONPATH with an installed plugin that takes the CUSTOM backend for itself."""
@@ -101,35 +113,37 @@ def rival(logs: Path) -> Path:
     return folder
 
 
+def full_budget(log: Path) -> FullBudget:
+    reused = "vllm:prefix_cache_hits_total"
+    with running_forked(str(MODEL), log, *SMALL_MODEL, *OPTIONS, *minference_option(**EVERY_KEY)) as server:
+        replies = [complete(server, copy.prompt, "copies", 24) for copy in COPIES]
+        before, short = server.metric(reused), list(range(1000, 1400))
+        for _ in range(2):
+            complete(server, short, "a user's", 1)
+        counted, now = prefilled(server), server.metric(reused)
+    return FullBudget(replies, counted.sparse, now - before, log.read_text())
+
+
+def stock_answers(folder: Path) -> list[Answer]:
+    """vLLM's own backend, in one process: a server would start three."""
+    sampling = {"max_tokens": 24, "detokenize": True}
+    steps = [{"do": "ask", "prompts": [{"prompt": copy.prompt}], "sampling": sampling} for copy in COPIES]
+    job = Job(str(MODEL), STOCK, arguments(*SMALL_MODEL, *OPTIONS), steps)
+    outcome = served(run({"stock": job}, folder, START_TIMEOUT_S)["stock"])
+    return [answers(step)[0] for step in outcome.steps]
+
+
 @pytest.fixture(scope="session")
-def compared(logs: Path, rival: Path) -> tuple[FullBudget, list[Reply]]:
+def compared(logs: Path, rival: Path) -> tuple[FullBudget, list[Answer]]:
     """Replies to COPIES from the sparse path with every key kept, and from vLLM's backend; both beside a rival."""
-
-    def full_budget() -> FullBudget:
-        everything = {"method": {"name": "vertical_slash", "vertical_size": 10_000, "slash_size": 10_000}}
-        with serving(logs / "full.log", *OPTIONS, **LOW_GATE, **everything) as server:
-            replies, sparse_tokens = go_on(server), prefill_tokens(server, path="sparse")
-        return FullBudget(replies, sparse_tokens, (logs / "full.log").read_text())
-
-    def stock() -> list[Reply]:
-        with running(str(MODEL), logs / "stock.log", *SMALL_MODEL, *OPTIONS, "--attention-backend", STOCK) as server:
-            return go_on(server)
-
     paths = os.pathsep.join(filter(None, [str(rival), os.environ.get("PYTHONPATH")]))
     with patch.dict(os.environ, {"PYTHONPATH": paths}), ThreadPoolExecutor(2) as pool:
-        ours, theirs = pool.submit(full_budget), pool.submit(stock)
+        ours, theirs = pool.submit(full_budget, logs / "full.log"), pool.submit(stock_answers, logs / "stock")
         return ours.result(), theirs.result()
 
 
 def start(log: Path, options: list[str], environ: dict[str, str]) -> Start:
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command(str(MODEL), "--port=0", *SMALL_MODEL, *OPTIONS, *options),
-            env={**environment(str(MODEL)), **environ},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = start_serving(str(MODEL), log, "--port=0", *SMALL_MODEL, *OPTIONS, *options, **environ)
     try:
         status = process.wait(START_TIMEOUT_S)
     except subprocess.TimeoutExpired:

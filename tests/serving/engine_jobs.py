@@ -9,7 +9,6 @@ import gc
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +19,8 @@ from typing import Any
 from unittest.mock import patch
 
 from demo.server import environment, excerpt
+from tests.serving.forked import run_program
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engines run in this process, one after another
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -80,10 +79,7 @@ def run(jobs: Mapping[str, Job], folder: Path, timeout: float, **environ: str) -
     (folder / "jobs.json").write_text(json.dumps({name: asdict(job) for name, job in jobs.items()}))
     model, log = next(iter(jobs.values())).model, folder / "log"
     variables = {**environment(model), **ENVIRONMENT, **environ}
-    command = [sys.executable, "-m", "tests.serving.engine_jobs", str(folder)]
-    with log.open("wb") as output:
-        done = subprocess.run(command, cwd=ROOT, env=variables, stdout=output, stderr=output, timeout=timeout)
-    assert done.returncode == 0, excerpt(log)
+    assert run_program(__name__, folder, log, variables, timeout) == 0, excerpt(log)
     found = json.loads((folder / "outcomes.json").read_text())
     return {name: Outcome(**fields) for name, fields in found.items()}
 

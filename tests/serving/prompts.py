@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompts of the serving tests: texts of 2,200 to 2,900 tokens whose next words the small model is sure of.
+"""The prompts of the serving tests: texts of 1,100 to 1,300 tokens whose next words the small model is sure of.
 
 Where two tokens are about equally likely, the rounding of another kernel or chunk may swap them; the first 24 tokens
 after COPIES, and the first six after the other prompts, lead by more than a factor of three.
@@ -30,14 +30,14 @@ def excerpt(start: int, length: int) -> str:
 def ask(what: str, number: str, start: int) -> Question:
     """A fact in the middle of a text, and at its end the sentence that it completes."""
     sentence = f"The magic number of the {what} is"
-    paragraphs = excerpt(start, 11_000).split("\n\n")
+    paragraphs = excerpt(start, 4_800).split("\n\n")
     paragraphs.insert(len(paragraphs) // 2, f"{sentence} {number}.")
     return Question("\n\n".join([*paragraphs, sentence]), number)
 
 
 def begin_again(start: int) -> Question:
     """A text, and after it its own first paragraphs up to the middle of a sentence: it goes on as it did before."""
-    text = excerpt(start, 8_500)
+    text = excerpt(start, 3_800)
     end = text.index(" ", 900)
     return Question(f"{text}\n\n{text[:end]}", text[end : end + 40])
 

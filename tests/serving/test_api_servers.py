@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.server import Server, minference_option, running
-from tests.serving.client import prefill_tokens
-from tests.serving.conftest import ON_GPU
+from demo.server import Server, minference_option
+from tests.serving.client import prefilled, prefilled_so_far
+from tests.serving.forked import running_forked
+from tests.serving.server import ON_GPU
 from tests.serving.tiny_kinds import make_llama
 from tests.serving.tiny_models import token_ids
 
@@ -30,7 +31,7 @@ OPTIONS = (
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[Server]:
     make_llama(logs / "llama")
-    with running(str(logs / "llama"), logs / "several.log", *OPTIONS, *minference_option(**GATE)) as server:
+    with running_forked(str(logs / "llama"), logs / "several.log", *OPTIONS, *minference_option(**GATE)) as server:
         yield server
 
 
@@ -49,6 +50,8 @@ def test_prompts_of_all_engines_are_counted_once_by_whichever_api_server_is_aske
     assert len(texts) == len(LENGTHS)
     assert all(server.metric("vllm:prompt_tokens_total", engine=engine) > 0 for engine in "01")
     # Another prompt may cut a prompt's first chunk so short that it runs dense; the rest still passes the gate.
-    assert prefill_tokens(server, path="sparse") > 0.7 * sum(LENGTHS)
+    counted = prefilled(server)
+    assert counted.sparse > 0.7 * sum(LENGTHS)
+    assert counted.tokens == sum(LENGTHS)
     for _ in range(6):  # the servers take turns
-        assert prefill_tokens(server) == sum(LENGTHS)
+        assert prefilled_so_far(server) == counted

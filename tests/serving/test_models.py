@@ -2,19 +2,18 @@
 """More than plain decoders, on vLLM's real engine for the CPU: with every key kept, models answer as they always do."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from demo.server import environment, excerpt
-from tests.serving.conftest import ON_GPU
+from tests.serving import tiny_models
+from tests.serving.forked import run_program
+from tests.serving.server import ON_GPU
 from tests.serving.tiny_models import CHUNK, Outcome, gemma3_prompts, whisper_prompts
 
 pytestmark = [pytest.mark.serving, pytest.mark.skipif(ON_GPU, reason="compares with vLLM's CPU backend")]
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 560
 SPARSE, SHORT, BELOW = "sparse gate_open", "dense short_chunk", "dense below_min_seq_len"
 ROUNDING = 1e-4  # in float32 the logprobs of two kernels differ by less
@@ -30,10 +29,7 @@ def outcomes(logs: Path) -> Outcomes:
     folder.mkdir()
     # Engines run one after another in the program's process, and nothing is compiled.
     environ = {**environment(str(folder)), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, "-m", "tests.serving.tiny_models", str(folder)]
-    with log.open("wb") as output:
-        done = subprocess.run(command, cwd=ROOT, env=environ, stdout=output, stderr=output, timeout=TIMEOUT_S)
-    assert done.returncode == 0, excerpt(log)
+    assert run_program(tiny_models.__name__, folder, log, environ, TIMEOUT_S) == 0, excerpt(log)
     return {name: Outcome(**fields) for name, fields in json.loads((folder / "outcomes.json").read_text()).items()}
 
 

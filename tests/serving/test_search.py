@@ -2,21 +2,20 @@
 """A search of a tiny model in vLLM's real engine for the CPU, and the file that it found, served."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from demo.server import environment, excerpt
-from tests.serving.conftest import ON_GPU
+from tests.serving import searching
+from tests.serving.forked import run_program
 from tests.serving.searching import LENGTHS
+from tests.serving.server import ON_GPU
 from tests.serving.tiny_makers import GLOBAL_LAYER
 
 pytestmark = [pytest.mark.serving, pytest.mark.skipif(ON_GPU, reason="counts what the CPU backend attends to")]
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 560
 
 
@@ -26,10 +25,7 @@ def searched(logs: Path) -> dict[str, Any]:
     folder, log = logs / "search", logs / "search.log"
     folder.mkdir()
     environ = {**environment(str(folder)), "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, "-m", "tests.serving.searching", str(folder)]
-    with log.open("wb") as output:
-        done = subprocess.run(command, cwd=ROOT, env=environ, stdout=output, stderr=output, timeout=TIMEOUT_S)
-    assert done.returncode == 0, excerpt(log)
+    assert run_program(searching.__name__, folder, log, environ, TIMEOUT_S) == 0, excerpt(log)
     found: dict[str, Any] = json.loads((folder / "searched.json").read_text())
     return found
 

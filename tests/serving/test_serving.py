@@ -9,8 +9,12 @@ from typing import NamedTuple
 import pytest
 
 from demo.server import Server
-from tests.serving.client import Reply, complete, prefill_tokens, stream, tokenize
-from tests.serving.conftest import CHUNK, MIN_CHUNK, FullBudget, Start
+from minference_vllm.config import load_config
+from minference_vllm.patterns import resolve
+from minference_vllm.salt import salt_of
+from tests.serving.client import Reply, complete, prefilled, stream, tokenize
+from tests.serving.conftest import CHUNK, EVERY_KEY, MIN_CHUNK, FullBudget, Start
+from tests.serving.features import Answer
 from tests.serving.prompts import COPIES, GARDEN, LIBRARY, Question
 from tests.serving.server import needs_model
 
@@ -35,9 +39,10 @@ class Alone(NamedTuple):
 
 @pytest.fixture(scope="module")
 def alone(sparse: Server) -> Alone:
-    tokens, sparse_tokens = prefill_tokens(sparse), prefill_tokens(sparse, path="sparse")
+    before = prefilled(sparse)
     replies = {question: complete(sparse, question.prompt, next(new_salts), 24) for question in (LIBRARY, GARDEN)}
-    return Alone(replies, prefill_tokens(sparse) - tokens, prefill_tokens(sparse, path="sparse") - sparse_tokens)
+    after = prefilled(sparse)
+    return Alone(replies, after.tokens - before.tokens, after.sparse - before.sparse)
 
 
 def test_chunked_prompts_are_served_sparse_and_their_facts_are_found(sparse: Server, alone: Alone) -> None:
@@ -57,7 +62,7 @@ def test_chunked_prompts_are_served_sparse_and_their_facts_are_found(sparse: Ser
 
 
 def test_concurrent_prompts_are_answered_as_each_alone(sparse: Server, alone: Alone) -> None:
-    before = prefill_tokens(sparse, path="sparse")
+    before = prefilled(sparse)
     with ThreadPoolExecutor(2) as pool:
         futures = {q: pool.submit(complete, sparse, q.prompt, next(new_salts), SURE_TOKENS) for q in alone.replies}
         together = {question: future.result() for question, future in futures.items()}
@@ -66,7 +71,7 @@ def test_concurrent_prompts_are_answered_as_each_alone(sparse: Server, alone: Al
         assert alone.replies[question].text.startswith(reply.text)
     # Prompts that share a chunk may leave a short rest of one of them, which runs dense.
     total = sum(reply.prompt_tokens for reply in together.values())
-    assert total - CHUNK < prefill_tokens(sparse, path="sparse") - before <= total
+    assert total - CHUNK < prefilled(sparse).sparse - before.sparse <= total
 
 
 def test_a_repeated_prompt_reuses_its_prefix_and_goes_on_the_same(sparse: Server) -> None:
@@ -74,10 +79,10 @@ def test_a_repeated_prompt_reuses_its_prefix_and_goes_on_the_same(sparse: Server
     rest = MIN_CHUNK - 1
     prompt, salt = tokenize(sparse, GARDEN.prompt)[-2 * CHUNK - rest :], next(new_salts)
     first = complete(sparse, prompt, salt, SURE_TOKENS)
-    before = prefill_tokens(sparse)
+    before = prefilled(sparse)
     again = complete(sparse, prompt, salt, SURE_TOKENS)
     assert first.prompt_tokens == again.prompt_tokens == 2 * CHUNK + rest
-    assert 0 < prefill_tokens(sparse) - before <= rest
+    assert 0 < prefilled(sparse).tokens - before.tokens <= rest
     assert GARDEN.answer in first.text
     assert again.text == first.text
 
@@ -88,22 +93,30 @@ def test_decoding_after_a_sparse_prefill_streams_what_it_returns(sparse: Server,
     assert "".join(pieces) == alone.replies[LIBRARY].text
 
 
-def test_with_the_full_budget_greedy_text_is_the_stock_backends(compared: tuple[FullBudget, list[Reply]]) -> None:
+def test_with_the_full_budget_greedy_text_is_the_stock_backends(compared: tuple[FullBudget, list[Answer]]) -> None:
     full_budget, stock = compared
-    assert full_budget.sparse_tokens == sum(reply.prompt_tokens for reply in stock)
+    assert full_budget.sparse_tokens == sum(reply.prompt_tokens for reply in full_budget.replies)
     for copy, ours, theirs in zip(COPIES, full_budget.replies, stock, strict=True):
-        assert ours.text == theirs.text
+        assert ours.text == theirs["text"]
         assert ours.text.startswith(copy.answer)
         # The kernels round differently, and 30 layers in bfloat16 add that up.
-        assert ours.first_logprob == pytest.approx(theirs.first_logprob, abs=0.05)
+        assert ours.first_logprob == pytest.approx(theirs["logprobs"][0], abs=0.05)
 
 
-def test_another_plugin_on_our_backend_slot_is_reported_and_we_serve(compared: tuple[FullBudget, list[Reply]]) -> None:
+def test_another_plugin_on_our_backend_slot_is_reported_and_we_serve(compared: tuple[FullBudget, list[Answer]]) -> None:
     full_budget, _ = compared
     (line,) = {line[line.index("CUSTOM") :] for line in full_budget.log.splitlines() if "rival.Backend" in line}
     assert "MInference takes it over" in line
     assert "VLLM_PLUGINS" in line
     assert full_budget.sparse_tokens > 0
+
+
+def test_a_server_salts_its_pages_and_reuses_them(compared: tuple[FullBudget, list[Answer]]) -> None:
+    full_budget, _ = compared
+    assert full_budget.reused_tokens > 0
+    config = load_config({"minference": EVERY_KEY}, {})
+    salt = salt_of(config, resolve(config.method, None))
+    assert f"MInference: block hashes are salted with {salt[:16]}: " in full_budget.log
 
 
 @pytest.mark.parametrize(

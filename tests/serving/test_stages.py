@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.serving.client import complete, prefill_tokens, tokenize
-from tests.serving.conftest import MIN_CHUNK, ON_GPU, OPTIONS
+from demo.server import SMALL_MODEL, minference_option
+from tests.serving.client import complete, prefilled, tokenize
+from tests.serving.conftest import MIN_CHUNK, OPTIONS
+from tests.serving.forked import running_forked
 from tests.serving.prompts import GARDEN
-from tests.serving.server import MODEL, needs_model, serving
+from tests.serving.server import MODEL, ON_GPU, needs_model
 
 pytestmark = [
     pytest.mark.serving,
@@ -29,10 +31,11 @@ TWO_STAGES = ["--pipeline-parallel-size=2", *([] if ON_GPU else COMPILED)]
 def test_the_second_stage_shows_its_layers_and_counts_for_a_first_that_is_all_dense(logs: Path) -> None:
     geometry = json.loads((MODEL / "config.json").read_text())
     num_layers, num_heads = geometry["num_hidden_layers"], geometry["num_attention_heads"]
-    gate = {"min_seq_len": NUM_TOKENS, "min_chunk": MIN_CHUNK}
-    with serving(logs / "stages.log", *OPTIONS, *TWO_STAGES, **gate, dense_layers=num_layers // 2) as server:
+    settings = {"min_seq_len": NUM_TOKENS, "min_chunk": MIN_CHUNK, "dense_layers": num_layers // 2}
+    options = [*SMALL_MODEL, *OPTIONS, *TWO_STAGES, *minference_option(**settings)]
+    with running_forked(str(MODEL), logs / "stages.log", *options) as server:
         complete(server, tokenize(server, GARDEN.prompt)[:NUM_TOKENS], "salt", 1)
-        assert prefill_tokens(server, path="sparse") == NUM_TOKENS
+        assert prefilled(server).sparse == NUM_TOKENS
         assert server.metric("minference_prefill_tokens_total", path="dense", reason="dense_layer") == 0
         shown = set(map(int, re.findall(r'minference_recall_mean\{[^}]*layer="(\d+)"', server.get("/metrics"))))
         assert shown == set(range(num_layers // 2, num_layers))
