@@ -84,7 +84,6 @@ def prefill(chunk: Chunk, method: Method, layer: LayerState, chooser: Chooser = 
     """
     index = chooser(method, chunk, layer)
     ops.attend(chunk, index, layer.attend, method.kernel)
-    method.complete(chunk, index, layer.buffers, layer.attend)
     if layer.guard is not None:
         watch(chunk, method, layer, layer.guard)
     return index

@@ -12,9 +12,9 @@ from typing import Final, NamedTuple
 import torch
 
 from minference_vllm import ops
-from minference_vllm.boxes import BOX, Boxes
+from minference_vllm.boxes import Boxes
 from minference_vllm.chunk import FP8, Chunk, PagedKV
-from minference_vllm.index import BANDS_PER_TILE, GROUPS_PER_TILE, HALVES, TILE, AnyIndex, HeadIndex, TileIndex
+from minference_vllm.index import BANDS_PER_TILE, GROUPS_PER_TILE, HALVES, TILE, AnyIndex, HeadIndex
 from minference_vllm.kernels import cuda
 from minference_vllm.methods.block import Block, BlockSettings
 from minference_vllm.methods.block_scratch import BlockBuffers
@@ -22,7 +22,6 @@ from minference_vllm.methods.vertical_slash import VerticalSlash, VerticalSlashB
 from minference_vllm.ops import Kernel
 from minference_vllm.recall import Floors
 from minference_vllm.reference.normalisers import PART
-from minference_vllm.remainder import Summaries
 from minference_vllm.scratch import AttendBuffers, RecallBuffers, RecallTotals, ScratchShape
 
 CONTEXT, ROWS, PAGE_SIZE = 333, 211, 16
@@ -195,31 +194,6 @@ def _trials_of_groups(chunk: Chunk, kernel: Kernel) -> Iterator[Trial]:
     yield Trial("select groups", False, select_groups, reads_cache=False)
     yield Trial("select groups by tile", True, partial(select_groups, by_tile=True), reads_cache=False)
     yield Trial("attend to groups", True, _attending(chunk, index))
-    yield from _trials_of_remainder(chunk, index)
-
-
-def _trials_of_remainder(chunk: Chunk, index: TileIndex) -> Iterator[Trial]:
-    """The operations of `block` that approximate dropped keys."""
-    device, num_boxes = chunk.q.device, SEQ_LEN // BOX
-
-    def summarise(kernel: Kernel) -> Summaries:
-        summaries = Summaries.allocate(chunk.kv.num_kv_heads, SEQ_LEN, chunk.head_dim, device)
-        ops.summarise(chunk.kv, num_boxes, BOX, summaries, kernel)
-        return summaries
-
-    def summaries(kernel: Kernel) -> Results:
-        made = summarise(kernel)
-        return [(of.float(), SUMMED) for of in (made.keys, made.spreads, made.values)]
-
-    def remainder(kernel: Kernel) -> Results:
-        out, buffers = torch.zeros_like(chunk.out), AttendBuffers.allocate(chunk.num_qo_heads, ROWS, device)
-        of = replace(chunk, out=out)
-        ops.attend(of, index, buffers, Kernel.REFERENCE)
-        ops.add_remainder(of, index, BOX, summarise(Kernel.REFERENCE), buffers, kernel)
-        return [(out.float(), ROUNDED), (buffers.lse, SUMMED)]
-
-    yield Trial("summaries of boxes", False, summaries)
-    yield Trial("remainder", False, remainder)
 
 
 def _trials_of_boxes(chunk: Chunk, budgets: torch.Tensor, made: BlockBuffers) -> Iterator[Trial]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from minference_vllm.chunk import Chunk
 from minference_vllm.index import TILE, SparseIndex
 from minference_vllm.ops import Kernel
-from minference_vllm.scratch import AttendBuffers, ScratchShape
+from minference_vllm.scratch import ScratchShape
 
 MAX_TOKENS = 2**24
 """Upper bound of settings in tokens: more than the context of any model, so small that nothing derived from it
@@ -58,12 +58,3 @@ class Method(ABC):
     @abstractmethod
     def choose(self, chunk: Chunk, budgets: torch.Tensor, buffers: Any) -> SparseIndex:
         """Choose the keys of one chunk. The index's tensors are part of the buffers, valid until the next chunk."""
-
-    def complete(self, chunk: Chunk, index: SparseIndex, buffers: Any, attend: AttendBuffers) -> None:  # noqa: B027
-        """Add to the output what the method estimates of the keys that it did not keep; nothing, unless it says so.
-
-        Args:
-            chunk: its `out` has attention over the kept keys.
-            index: what `choose` returned.
-            attend: what attending to it wrote.
-        """

@@ -21,7 +21,7 @@ from pydantic import Field
 from minference_vllm import ops
 from minference_vllm.boxes import BOX, LISTS, Boxes
 from minference_vllm.chunk import Chunk
-from minference_vllm.index import GROUP, GROUPS_PER_TILE, TILE, SparseIndex, TileIndex
+from minference_vllm.index import GROUP, GROUPS_PER_TILE, TILE, TileIndex
 from minference_vllm.kernels.tape import act
 from minference_vllm.methods.base import MAX_TOKENS, Method, MethodSettings
 from minference_vllm.methods.block_scratch import (
@@ -37,8 +37,7 @@ from minference_vllm.methods.block_scratch import (
     turns,
 )
 from minference_vllm.ops import Kernel
-from minference_vllm.remainder import Summaries, keys_per_box
-from minference_vllm.scratch import LIST_BYTES, AttendBuffers, ScratchShape
+from minference_vllm.scratch import LIST_BYTES, ScratchShape
 
 LONG_FROM, COARSE_FROM = 32_768, 131_072
 """Defaults of `long_from` and `coarse_from`."""
@@ -91,11 +90,6 @@ class BlockSettings(MethodSettings):
     """At most this share of the boxes before the chunk's last tile is scored against means of 4 keys: the heaviest of
     them. No unit."""
 
-    approximate_dropped: bool = False
-    """Whether rows attend to the keys that their tile drops through means, one for every 128 keys, instead of not at
-    all. This lowers the error of outputs, and takes time and memory. Its effect on answers has not been measured on a
-    GPU yet."""
-
     max_density: float = Field(default=0.5, gt=0, le=1)
     """A tile keeps all groups if its halves together want more than this share of the groups before the chunk's last
     tile. No unit. The lists of groups are sized by it: at 0.5 and 131,072 tokens they take 16 KiB for each head and
@@ -129,10 +123,7 @@ class Block(Method):
         of_turns = [
             self._shapes(turn, shape.head_dim, shape.max_seq_len, tiles) for turn in turns(heads, shape.num_kv_heads)
         ]
-        summaries = None
-        if self.settings.approximate_dropped:
-            summaries = Summaries.allocate(shape.num_kv_heads, shape.max_seq_len, shape.head_dim, device)
-        return allocate(of_turns, means_dtype, index, summaries)
+        return allocate(of_turns, means_dtype, index)
 
     def _shapes(self, heads: Heads, head_dim: int, seq_len: int, tiles: int) -> Shapes:
         """The buffers that choosing takes for some heads of a chunk."""
@@ -171,16 +162,6 @@ class Block(Method):
         if choosing.num_rows:
             self._choose_in_turns(choosing, budgets, self.buffers(chunk, scratch), index)
         return index
-
-    def complete(self, chunk: Chunk, index: SparseIndex, buffers: BlockScratch, attend: AttendBuffers) -> None:
-        """See Method.complete: attention to the dropped keys through summaries, in tiles that chose."""
-        choosing, summaries = chunk.of_rows(0, self.choosing_rows(chunk)), buffers.summaries
-        if summaries is None or not choosing.num_rows or not isinstance(index, TileIndex):
-            return
-        keys = keys_per_box(chunk.seq_len)
-        num_boxes = (choosing.first_tile + choosing.num_tiles - 1) * TILE // keys
-        ops.summarise(chunk.kv, num_boxes, keys, summaries, self.kernel)
-        ops.add_remainder(choosing, index, keys, summaries, attend, self.kernel)
 
     def choosing_rows(self, chunk: Chunk) -> int:
         """See Method.choosing_rows: whole tiles, up to the one in which the prompt's last rows begin."""

@@ -16,7 +16,6 @@ import torch
 from minference_vllm.boxes import BOX, BOX_MEAN, COARSE_AT_ONCE, GROUPS_PER_BOX, LISTS, Boxes
 from minference_vllm.index import EVERY_GROUP, GROUP, HALVES, TILE, TileIndex
 from minference_vllm.reference.normalisers import PART
-from minference_vllm.remainder import Summaries
 from minference_vllm.scratch import MASS_BYTES, MEAN
 
 ALIKE = 16
@@ -86,7 +85,6 @@ class BlockScratch:
         index: of all heads.
         every_group: [3] int32, the counts of a tile that keeps all groups.
         means, .., box_thresholds: flat memory of the buffers that Shapes describes.
-        summaries: None if dropped keys are not approximated.
     """
 
     index: TileIndex
@@ -99,7 +97,6 @@ class BlockScratch:
     box_numbers: torch.Tensor
     box_counts: torch.Tensor
     box_thresholds: torch.Tensor
-    summaries: Summaries | None = None
 
     def has_room(self, shapes: Shapes) -> bool:
         return all(prod(getattr(shapes, field.name)) <= getattr(self, field.name).numel() for field in fields(Shapes))
@@ -146,9 +143,7 @@ def shapes_of(heads: Heads, head_dim: int, rows_per_half: int, seq_len: int, til
     )
 
 
-def allocate(
-    of_turns: Sequence[Shapes], means_dtype: torch.dtype, index: TileIndex, summaries: Summaries | None = None
-) -> BlockScratch:
+def allocate(of_turns: Sequence[Shapes], means_dtype: torch.dtype, index: TileIndex) -> BlockScratch:
     """Scratch, zeroed, for the turn with most heads whose masses fit into MASS_BYTES in the longest prompt.
 
     Args:
@@ -172,7 +167,7 @@ def allocate(
         for name, dtype in dtypes.items()
     }
     every_group = torch.tensor([EVERY_GROUP, 0, 0], dtype=torch.int32, device=index.counts.device)
-    return BlockScratch(index=index, every_group=every_group, summaries=summaries, **made)
+    return BlockScratch(index=index, every_group=every_group, **made)
 
 
 def turns(num_qo_heads: int, num_kv_heads: int) -> Iterator[Heads]:

@@ -16,13 +16,11 @@ from minference_vllm.ops.means import coarse_means, key_means, means_dtype
 from minference_vllm.ops.normalisers import row_normalisers
 from minference_vllm.ops.probe import probe
 from minference_vllm.ops.recall import measure_recall
-from minference_vllm.ops.remainder import add_remainder, summarise
 from minference_vllm.ops.select import select
 from minference_vllm.ops.share import share_sizes
 
 __all__ = [
     "Kernel",
-    "add_remainder",
     "attend",
     "band_lists",
     "box_masses",
@@ -39,5 +37,4 @@ __all__ = [
     "select_boxes",
     "select_groups",
     "share_sizes",
-    "summarise",
 ]

@@ -11,12 +11,10 @@ from minference_vllm.reference.means import coarse_means, key_means
 from minference_vllm.reference.normalisers import row_normalisers
 from minference_vllm.reference.probe import probe
 from minference_vllm.reference.recall import measure_recall
-from minference_vllm.reference.remainder import add_remainder, summarise
 from minference_vllm.reference.select import select
 from minference_vllm.reference.share import share_sizes
 
 __all__ = [
-    "add_remainder",
     "attend",
     "band_lists",
     "coarse_means",
@@ -29,5 +27,4 @@ __all__ = [
     "select_boxes",
     "select_groups",
     "share_sizes",
-    "summarise",
 ]

@@ -23,13 +23,10 @@ from tests.kernels.cases import Case
 
 IN_FP8 = Case("", head_dim=128, dtype=torch.bfloat16, has_fp8_kv=True, has_fp8_q=True, has_sinks=True)
 IN_FP16 = Case("", head_dim=64, dtype=torch.float16)
-FAST: list[dict[str, object]] = [
-    {"name": "block", "score_dtype": "fp8", "approximate_dropped": True},
-    {"name": "vertical_slash"},
-]
+FAST: list[dict[str, object]] = [{"name": "block", "score_dtype": "fp8"}, {"name": "vertical_slash"}]
 OTHERS: list[dict[str, object]] = [
     {"name": "block"},
-    {"name": "block", "coarse_from": 0, "rows_per_list": 64, "approximate_dropped": True},
+    {"name": "block", "coarse_from": 0, "rows_per_list": 64},
     {"name": "vertical_slash", "probe_rows": "both", "share": 0.9},
 ]
 RUNS = [(90, IN_FP8, FAST), (90, IN_FP16, OTHERS), (80, IN_FP16, OTHERS)]

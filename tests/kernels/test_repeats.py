@@ -27,7 +27,6 @@ from tests.kernels.test_warm_up import output_of
 METHODS: dict[str, Callable[[Kernel], Method]] = {
     **test_waits_for_nothing.METHODS,
     "block, halves by themselves": lambda kernel: Block(BlockSettings(rows_per_list=64), kernel),
-    "block, dropped keys approximated": lambda kernel: Block(BlockSettings(approximate_dropped=True), kernel),
 }
 CASES = {
     "bf16": Case("", num_rows=9000, context_len=1001, head_dim=128, dtype=torch.bfloat16),

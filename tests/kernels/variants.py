@@ -27,7 +27,7 @@ MASS_BYTES = (block_scratch.MASS_BYTES, 2**21)
 METHODS: list[dict[str, object]] = [
     {"name": "block"},
     {"name": "block", "score_dtype": "fp8"},
-    {"name": "block", "coarse_from": 16_000, "approximate_dropped": True},
+    {"name": "block", "coarse_from": 16_000},
     {"name": "vertical_slash", "probe_rows": "both"},
     {"name": "vertical_slash", "share": 0.9},
 ]

@@ -32,8 +32,6 @@ TRIAL_OF = {
     "group_masses": "masses of groups",
     "select_groups": "select groups",
     "attend_tiles": "attend to groups",
-    "summarise": "summaries of boxes",
-    "add_remainder": "remainder",
     "held_out_sums": "recall",
     "measure_recall": "recall",
     "attend_heads": "attend to all keys",

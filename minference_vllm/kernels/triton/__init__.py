@@ -12,12 +12,10 @@ from minference_vllm.kernels.triton.means import coarse_means, key_means
 from minference_vllm.kernels.triton.normalisers import row_normalisers
 from minference_vllm.kernels.triton.probe import held_out_sums, probe
 from minference_vllm.kernels.triton.recall import measure_recall
-from minference_vllm.kernels.triton.remainder import add_remainder, summarise
 from minference_vllm.kernels.triton.select import select
 from minference_vllm.kernels.triton.share import share_sizes
 
 __all__ = [
-    "add_remainder",
     "attend",
     "attend_heads",
     "attend_tiles",
@@ -33,5 +31,4 @@ __all__ = [
     "select_boxes",
     "select_groups",
     "share_sizes",
-    "summarise",
 ]

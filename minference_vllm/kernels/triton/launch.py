@@ -93,24 +93,14 @@ SCALES = ["q_scale_ptr", "k_scale_ptr", "v_scale_ptr"]
 SCALE_STRIDES = ["stride_q_scale", "stride_k_scale", "stride_v_scale"]
 
 
-def q_scales(chunk: Chunk) -> tuple[Any, ...]:
-    """The scale of queries with its stride from KV head to KV head; None if they have no scale."""
-    return _described(chunk.q_scale)
-
-
-def kv_scales(kv: PagedKV) -> tuple[Any, ...]:
-    """Scales of keys and values, see q_scales."""
-    return *_described(kv.k_scale), *_described(kv.v_scale)
-
-
 def score_scales(chunk: Chunk) -> tuple[Any, ...]:
-    """Scales of queries and keys, see q_scales."""
-    return *q_scales(chunk), *_described(chunk.kv.k_scale)
+    """Scales of queries and keys, each with its stride from KV head to KV head; None for what has no scale."""
+    return *_described(chunk.q_scale), *_described(chunk.kv.k_scale)
 
 
 def all_scales(chunk: Chunk) -> tuple[Any, ...]:
-    """Scales of queries, keys and values, see q_scales."""
-    return *q_scales(chunk), *kv_scales(chunk.kv)
+    """Scales of queries, keys and values, see score_scales."""
+    return *score_scales(chunk), *_described(chunk.kv.v_scale)
 
 
 def _described(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
