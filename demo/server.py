@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -90,19 +90,24 @@ def environment(model: str) -> dict[str, str]:
     return {**defaults, **os.environ}
 
 
-@contextmanager
-def running(model: str, log: Path, *options: str) -> Iterator[Server]:
-    """Serve `model` on a free local port inside a `with` block. The server's output goes to the file `log`."""
-    server = Server(f"http://127.0.0.1:{(port := free_port())}", log)
-    log.parent.mkdir(parents=True, exist_ok=True)
+def start(model: str, log: Path, *options: str, **environ: str) -> subprocess.Popen[bytes]:
+    """A process that serves `model`; its output goes to the file `log`."""
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command(model, "--host", "127.0.0.1", "--port", str(port), *options),
-            env=environment(model),
+        return subprocess.Popen(
+            command(model, *options),
+            env={**environment(model), **environ},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its own process group: `stop` reaches vLLM's workers too
         )
+
+
+@contextmanager
+def running(model: str, log: Path, *options: str, start: Callable[..., Any] = start) -> Iterator[Server]:
+    """Serve `model` on a free local port inside a `with` block. The server's output goes to the file `log`."""
+    server = Server(f"http://127.0.0.1:{(port := free_port())}", log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = start(model, log, "--host", "127.0.0.1", "--port", str(port), *options)
     try:
         wait_until_ready(server, process)
         yield server

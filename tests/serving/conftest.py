@@ -14,11 +14,11 @@ from unittest.mock import patch
 
 import pytest
 
-from demo.server import SMALL_MODEL, STOP_TIMEOUT_S, Server, minference_option, stop
+from demo.server import SMALL_MODEL, STOP_TIMEOUT_S, Server, minference_option, running, stop
 from tests.serving.client import Reply, complete, prefilled
 from tests.serving.engine_jobs import Job, run
 from tests.serving.features import Answer, answers, served
-from tests.serving.forked import running_forked, start_serving
+from tests.serving.forked import start_serving
 from tests.serving.prompts import COPIES
 from tests.serving.server import MODEL, ON_GPU, arguments, serving
 
@@ -115,7 +115,8 @@ def rival(logs: Path) -> Path:
 
 def full_budget(log: Path) -> FullBudget:
     reused = "vllm:prefix_cache_hits_total"
-    with running_forked(str(MODEL), log, *SMALL_MODEL, *OPTIONS, *minference_option(**EVERY_KEY)) as server:
+    options = [*SMALL_MODEL, *OPTIONS, *minference_option(**EVERY_KEY)]
+    with running(str(MODEL), log, *options, start=start_serving) as server:
         replies = [complete(server, copy.prompt, "copies", 24) for copy in COPIES]
         before, short = server.metric(reused), list(range(1000, 1400))
         for _ in range(2):

@@ -10,15 +10,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 from threading import Lock
 from unittest.mock import patch
 
-from demo.server import STOP_TIMEOUT_S, Server, command, environment, stop, wait_until_ready
-from minference_vllm.evals.serve import free_port
+from demo.server import STOP_TIMEOUT_S, command, environment, start, stop
 from tests.serving.server import ON_GPU
 
 ROOT = Path(__file__).parents[2]
@@ -77,25 +74,10 @@ def _begin(module: str, arguments: list[str], environ: dict[str, str], log: str)
 
 def start_serving(model: str, log: Path, *options: str, **environ: str) -> "Forked | subprocess.Popen[bytes]":
     """`vllm serve` with our backend, whose output goes to the file `log`."""
+    if ON_GPU:
+        return start(model, log, *options, **environ)
     arguments, variables = command(model, *options), {**environment(model), **environ}
-    if not ON_GPU:
-        return Forked("vllm.entrypoints.cli.main", ["vllm", *arguments[1:]], variables, log)
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            arguments, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-
-@contextmanager
-def running_forked(model: str, log: Path, *options: str) -> Iterator[Server]:
-    """What demo.server.running does, sooner."""
-    server = Server(f"http://127.0.0.1:{(port := free_port())}", log)
-    process = start_serving(model, log, "--host", "127.0.0.1", "--port", str(port), *options)
-    try:
-        wait_until_ready(server, process)
-        yield server
-    finally:
-        stop(process, STOP_TIMEOUT_S)
+    return Forked("vllm.entrypoints.cli.main", ["vllm", *arguments[1:]], variables, log)
 
 
 def run_program(module: str, folder: Path, log: Path, environ: dict[str, str], timeout: float) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.server import Server, minference_option
+from demo.server import Server, minference_option, running
 from tests.serving.client import prefilled, prefilled_so_far
-from tests.serving.forked import running_forked
+from tests.serving.forked import start_serving
 from tests.serving.server import ON_GPU
 from tests.serving.tiny_kinds import make_llama
 from tests.serving.tiny_models import token_ids
@@ -31,7 +31,8 @@ OPTIONS = (
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[Server]:
     make_llama(logs / "llama")
-    with running_forked(str(logs / "llama"), logs / "several.log", *OPTIONS, *minference_option(**GATE)) as server:
+    options = [*OPTIONS, *minference_option(**GATE)]
+    with running(str(logs / "llama"), logs / "several.log", *options, start=start_serving) as server:
         yield server
 
 

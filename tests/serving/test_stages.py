@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.server import SMALL_MODEL, minference_option
+from demo.server import SMALL_MODEL, minference_option, running
 from tests.serving.client import complete, prefilled, tokenize
 from tests.serving.conftest import MIN_CHUNK, OPTIONS
-from tests.serving.forked import running_forked
+from tests.serving.forked import start_serving
 from tests.serving.prompts import GARDEN
 from tests.serving.server import MODEL, ON_GPU, needs_model
 
@@ -33,7 +33,7 @@ def test_the_second_stage_shows_its_layers_and_counts_for_a_first_that_is_all_de
     num_layers, num_heads = geometry["num_hidden_layers"], geometry["num_attention_heads"]
     settings = {"min_seq_len": NUM_TOKENS, "min_chunk": MIN_CHUNK, "dense_layers": num_layers // 2}
     options = [*SMALL_MODEL, *OPTIONS, *TWO_STAGES, *minference_option(**settings)]
-    with running_forked(str(MODEL), logs / "stages.log", *options) as server:
+    with running(str(MODEL), logs / "stages.log", *options, start=start_serving) as server:
         complete(server, tokenize(server, GARDEN.prompt)[:NUM_TOKENS], "salt", 1)
         assert prefilled(server).sparse == NUM_TOKENS
         assert server.metric("minference_prefill_tokens_total", path="dense", reason="dense_layer") == 0
