@@ -34,7 +34,7 @@ def main() -> None:
     settings = {**report["settings"], "command": report["command"], "date": report["date"]}
     if notes := [*report.get("notes", ()), *options.note]:
         settings["notes"] = notes
-    found = {name: report[name] for name in ("left_out", "errors", "depths", "positions")}
+    found = {name: report[name] for name in ("mean", "left_out", "errors", "depths", "positions")}
     results.write(options.out, report["rows"], options.tiny, settings=settings, **found)
     print(results.table(report["rows"]))
 

@@ -44,7 +44,7 @@ def run(wanted: Run) -> dict[str, Any]:
         # A server that has nothing left to do is not started, because that takes minutes.
         if measurements.left(wanted.points):
             with servers.client(server) as client:
-                log = servers.folder / f"{server.name}-load.log"
+                log = servers.folder / f"{server.role}-load.log"
                 measure(client, wanted.load, wanted.points, measurements, log, server.is_dense)
     report = {**wanted.record, **make_report(wanted.points, dense, sparse)}
     report["notes"] = servers.notes + report["notes"]
@@ -55,4 +55,4 @@ def run(wanted: Run) -> dict[str, Any]:
 def _measurements(wanted: Run, server: Server) -> Measurements:
     servers = wanted.servers
     origin = Origin(load=described(wanted.load), model=servers.model, server=server.origin)
-    return Measurements(servers.folder / f"{server.name}.jsonl", origin)
+    return Measurements(servers.folder / f"{server.role}.jsonl", origin)

@@ -30,7 +30,8 @@ SHOWN = (
 EVAL = f"""\
 Asks a dense server and one of `--attention-backend minference` the same prompts, greedily, scores both, pairs the
 scores sample by sample, and writes report.json and report.html into --out. The servers run already (--dense,
---sparse), or are started here, one after the other (--serve). A run that was cut off goes on where it stopped.
+--sparse), or are started here, one after the other (--serve). A third server that keeps every key (--control,
+--serve-control) shows what rounding alone changes. A run that was cut off goes on where it stopped.
 Exit status: 0 all samples are answered; {FAILED} something does not fit, or a server is gone; {NOT_SPARSE} nothing ran
 sparse; {INCOMPLETE} some samples have an error in place of an answer; {STOPPED} stopped by a signal."""
 
@@ -66,6 +67,10 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse options that contradict each other."""
     prepares = bool(options.prepare)
     servers.check(options, prepares, ", or --prepare", needs_model=not (prepares and options.tokenizer))
+    if options.control and not options.dense:
+        raise ConfigError("--control is the URL of a third server beside --dense and --sparse, which are not given.")
+    if options.serve_control and options.serve is None:
+        raise ConfigError("--serve-control adds to the options of --serve, which is not given.")
     given = [f"--{name}" for name in PREPARING if getattr(options, name) is not None]
     if options.prepared and (prepares or given):
         raise ConfigError(f"--prepared takes samples as they were made: leave out {', '.join(given or ['--prepare'])}.")
@@ -95,7 +100,10 @@ def _say_left_out(left_out: dict[str, str]) -> None:
 
 
 def _say(report: dict[str, Any], page: Path) -> None:
-    servers.say_rows(report["rows"], SHOWN)
+    from minference_vllm.evals.page import mean_row
+
+    shown = (*SHOWN, "control_loss") if "control" in report["settings"] else SHOWN
+    servers.say_rows([*report["rows"], *mean_row(report, shown)], shown)
     if report["errors"]:
         first = report["errors"][0]
         print(
@@ -108,9 +116,15 @@ def add_parser(commands: Any) -> None:
     """Add this command to those of an argparse parser."""
     command = commands.add_parser("eval", description=EVAL, help="compare a model's answers, dense and sparse")
     command.set_defaults(run=evaluate)
-    servers.add_options(command, 1800, "one answer").add_argument(
-        "--concurrency", type=count_to(MOST_IN_FLIGHT), default=4, help="requests in flight; default: 4"
+    asked = servers.add_options(command, 1800, "one answer")
+    asked.add_argument("--control", metavar="URL", help="URL of a third server, to compare with the dense one too")
+    asked.add_argument(
+        "--serve-control",
+        metavar="OPTIONS",
+        default="",
+        help="start a third server: --serve, with this --additional-config in place of the sparse one's",
     )
+    asked.add_argument("--concurrency", type=count_to(MOST_IN_FLIGHT), default=4, help="requests in flight; default: 4")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for the replies and the report")
     command.add_argument(
         "--above", type=count_to(99, least=0), metavar="PERCENT",

@@ -65,15 +65,19 @@ def check(options: argparse.Namespace, without: bool = False, alternative: str =
 def pair(options: argparse.Namespace) -> Any:
     """The servers that the options name."""
     from minference_vllm.evals import serve
-    from minference_vllm.evals.servers import Pair, Server
+    from minference_vllm.evals.servers import Pair, Role, Server
 
-    def server(is_dense: bool) -> Server:
+    def server(role: Role) -> Server:
         if options.serve is None:
-            return Server(is_dense, url=(options.dense if is_dense else options.sparse).rstrip("/"))
-        more = "" if is_dense else options.serve_sparse
-        return Server(is_dense, arguments=tuple(serve.arguments(options.model, options.serve, is_dense, more)))
+            return Server(role, url=getattr(options, role).rstrip("/"))
+        option = f"serve_{role}"
+        more, named = getattr(options, option, ""), f"--{option.replace('_', '-')}"
+        arguments = serve.arguments(options.model, options.serve, role is Role.DENSE, more, named)
+        return Server(role, arguments=tuple(arguments))
 
-    return Pair(server(True), server(False), options.model, options.timeout, options.out)
+    asks_control = getattr(options, "control", None) or getattr(options, "serve_control", None)
+    control = server(Role.CONTROL) if asks_control else None
+    return Pair(server(Role.DENSE), server(Role.SPARSE), options.model, options.timeout, options.out, control)
 
 
 def record() -> dict[str, str]:

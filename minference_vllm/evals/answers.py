@@ -12,18 +12,19 @@ from minference_vllm.evals.errors import ServerError
 from minference_vllm.evals.extras import need
 from minference_vllm.evals.journal import Batch, Journal
 from minference_vllm.evals.sample import Reply, Sample
+from minference_vllm.evals.servers import Server
 from minference_vllm.evals.work import Work, settled
 
 HOPELESS = 16  # prompts: if there are at least so many and all failed, the evaluation stops
 ROUNDS = 4  # prompts of a batch, for each in flight: the wait for the metrics at its end must not cost much
 
 
-def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurrency: int, is_dense: bool) -> None:
+def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurrency: int, server: Server) -> None:
     """Add batches to the journal until all samples are answered.
 
     Args:
         concurrency: requests in flight. Density and recall are known for each batch; with 1, a batch is one sample.
-        is_dense: whether this is the dense server, on which nothing may run sparse.
+        server: which one the client is of.
 
     Raises:
         ConfigError: something ran sparse on the dense server.
@@ -38,11 +39,11 @@ def answer(client: Client, samples: Sequence[Sample], journal: Journal, concurre
     try:
         for batch in _batches(left, 1 if concurrency == 1 else concurrency * ROUNDS):
             task, tokens = batch[0].group
-            progress.set_description(f"{'dense' if is_dense else 'sparse'}, {task}, {tokens} tokens")
-            before = work_of(client, is_dense)
+            progress.set_description(f"{server.role}, {task}, {tokens} tokens")
+            before = work_of(client, server.is_dense)
             replies = _ask(client, batch, pool, progress)
             read = [reply.prompt_tokens for reply in replies if not reply.error]
-            after = work_after(client, is_dense, before, read)
+            after = work_after(client, server.is_dense, before, read)
             work, date = after - before, now()
             journal.add(Batch(task=task, tokens=tokens, vllm=vllm, replies=tuple(replies), work=work, date=date))
             _refuse_hopeless(journal, client.shown_url)

@@ -98,8 +98,8 @@ def figures(report: dict[str, Any], draw: Callable[[dict[str, Any]], Iterator[tu
 
 
 def _subject(report: dict[str, Any]) -> str:
-    dense, sparse = (report["settings"][name] for name in ("dense", "sparse"))
-    versions = ", ".join(sorted({*dense["vllm"], *sparse["vllm"]}))
-    return (
-        f"{dense['model']} on vLLM {versions}, {report['date']}. Dense: {dense['server']}. Sparse: {sparse['server']}."
-    )
+    settings = report["settings"]
+    servers = {name: settings[name] for name in ("dense", "sparse", "control") if name in settings}
+    versions = ", ".join(sorted({version for server in servers.values() for version in server["vllm"]}))
+    named = " ".join(f"{name.capitalize()}: {server['server']}." for name, server in servers.items())
+    return f"{settings['dense']['model']} on vLLM {versions}, {report['date']}. {named}"

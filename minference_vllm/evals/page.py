@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of an evaluation as one HTML file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any
 
@@ -27,6 +27,18 @@ COLUMNS = {
     "recall": "recall",
     "redone": "redone",
 }
+CONTROL_COLUMNS = {
+    "control_score": "control",
+    "control_loss": "its loss",
+    "control_low": "from",
+    "control_high": "to",
+    "control_lost": "lost",
+    "control_gained": "gained",
+}
+CONTROL_LEGEND = (
+    "control is the third server, compared with dense attention as the sparse one is. If it keeps every key, its loss "
+    "and the samples that it lost or gained are what rounding alone changes."
+)
 LEGEND = (
     "loss is dense less sparse score; from, to is its 95% interval (paired bootstrap over samples). lost and "
     "gained are samples that are worse or better with sparse; p is the exact sign test on them, which is "
@@ -61,14 +73,28 @@ def make_page(report: dict[str, Any]) -> str:
         "Sparse against dense prefill",
         report,
         [
-            table(report["rows"], COLUMNS),
-            legend(LEGEND),
+            *_rows(report),
             *figures(report, plots.draw),
             *_lost(report),
             *_left_out(report),
             *_errors(report),
         ],
     )
+
+
+def _rows(report: dict[str, Any]) -> Iterator[str]:
+    has_control = "control" in report["settings"]
+    columns = COLUMNS | CONTROL_COLUMNS if has_control else COLUMNS
+    yield table([*report["rows"], *mean_row(report, columns)], columns)
+    yield legend(LEGEND)
+    if has_control:
+        yield legend(CONTROL_LEGEND)
+
+
+def mean_row(report: dict[str, Any], columns: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The mean as a table's last row, if there is one."""
+    if mean := report["mean"]:
+        yield {**dict.fromkeys(columns), **mean, "task": f"mean of {mean['rows']}"}
 
 
 def _lost(report: dict[str, Any]) -> Iterator[str]:

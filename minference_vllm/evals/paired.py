@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minference_vllm.evals.extras import need
 
@@ -32,16 +32,22 @@ class Difference(NamedTuple):
     p_value: float
 
 
-def compare(dense: Sequence[float], sparse: Sequence[float], seed: int) -> Difference:
-    """The difference of paired scores.
+def compare(groups: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int) -> Difference:
+    """The mean difference of paired scores in groups, of which each counts as much as any other.
+
+    The bootstrap draws within each group as many samples as it has, so the interval is of these groups, with other
+    samples. It is None if a group has a single sample.
 
     Args:
+        groups: dense and sparse scores of each.
         seed: of the bootstrap.
     """
-    differences = [float(one - other) for one, other in zip(dense, sparse, strict=True)]
-    lost, gained = sum(d > EQUAL for d in differences), sum(d < -EQUAL for d in differences)
+    differences = [[float(one - other) for one, other in zip(*group, strict=True)] for group in groups]
+    every = [difference for of_group in differences for difference in of_group]
+    lost, gained = sum(d > EQUAL for d in every), sum(d < -EQUAL for d in every)
     low, high = _interval(differences, seed)
-    return Difference(math.fsum(differences) / len(differences), low, high, lost, gained, sign_test(lost, gained))
+    loss = math.fsum(math.fsum(of_group) / len(of_group) for of_group in differences) / len(differences)
+    return Difference(loss, low, high, lost, gained, sign_test(lost, gained))
 
 
 def sign_test(lost: int, gained: int) -> float:
@@ -51,15 +57,23 @@ def sign_test(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail / 2**changed)
 
 
-def _interval(differences: Sequence[float], seed: int) -> tuple[float | None, float | None]:
-    if len(differences) < 2:
+def _interval(groups: Sequence[Sequence[float]], seed: int) -> tuple[float | None, float | None]:
+    if min(map(len, groups)) < 2:
         return None, None
     numpy = need("numpy")
-    lots, values, number = numpy.random.default_rng(seed), numpy.asarray(differences), len(differences)
+    lots = numpy.random.default_rng(seed)
+    means = sum(_resampled_means(differences, lots) for differences in groups) / len(groups)
+    low, high = numpy.percentile(means, TAILS)
+    return float(low), float(high)
+
+
+def _resampled_means(differences: Sequence[float], lots: Any) -> Any:
+    """[RESAMPLES] means of as many differences as there are, drawn with replacement."""
+    numpy = need("numpy")
+    values, number = numpy.asarray(differences), len(differences)
     at_once = max(1, MOST_AT_ONCE // number)
     means = [
         values[lots.integers(0, number, (min(at_once, RESAMPLES - start), number))].mean(axis=1)
         for start in range(0, RESAMPLES, at_once)
     ]
-    low, high = numpy.percentile(numpy.concatenate(means), TAILS)
-    return float(low), float(high)
+    return numpy.concatenate(means)

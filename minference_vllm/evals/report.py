@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares both servers' replies in rows by task and length, in the format of the files under benchmarks/results."""
+"""Compares servers' replies in rows by task and length, in the format of the files under benchmarks/results."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+from minference_vllm.evals.compared import CONTROL, Compared, difference, mean, of_control, pair, scores_of
 from minference_vllm.evals.journal import Journal
-from minference_vllm.evals.paired import compare
 from minference_vllm.evals.prepare import Prepared
-from minference_vllm.evals.sample import Kind, Reply, Sample
-from minference_vllm.evals.scores import Scores, score
+from minference_vllm.evals.sample import Kind, Sample
+from minference_vllm.evals.scores import Scores
 from minference_vllm.evals.work import Work
 
 DIGITS = 5
+REPLIES = {"dense": attrgetter("dense"), "sparse": attrgetter("other")}
+"""Each server's reply, of a sample that is compared with the sparse server."""
 NOT_SPARSE = (
     "No prompt token ran sparse on the sparse server: what is below compares dense attention with dense attention. "
     "The prompts may be below its gate (min_seq_len, min_chunk), or it was not started with --attention-backend "
@@ -21,43 +23,27 @@ NOT_SPARSE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """One sample with both replies and their scores; there are no scores if a server gave an error."""
-
-    sample: Sample
-    dense: Reply
-    sparse: Reply
-    scores: Scores | None
-
-
-def pair(samples: Sequence[Sample], dense: Journal, sparse: Journal) -> list[Compared]:
-    """Every sample with both replies."""
-    ours, theirs = dense.replies(), sparse.replies()
-
-    def compared(sample: Sample) -> Compared:
-        one, other = ours[sample.id], theirs[sample.id]
-        return Compared(sample, one, other, None if one.error or other.error else score(sample, one, other))
-
-    return [compared(sample) for sample in samples]
-
-
-def make_report(prepared: Prepared, dense: Journal, sparse: Journal) -> dict[str, Any]:
+def make_report(prepared: Prepared, dense: Journal, sparse: Journal, control: Journal | None = None) -> dict[str, Any]:
     """All figures, as JSON."""
     compared = pair(prepared.samples, dense, sparse)
+    controlled = pair(prepared.samples, dense, control) if control else []
+    described = {"dense": dense, "sparse": sparse, **({"control": control} if control else {})}
     seed = prepared.header.settings.seed
     groups = list(dict.fromkeys(sample.group for sample in prepared.samples))
+    found = mean(compared, controlled, seed)
     return {
         "settings": {
             **prepared.header.settings.model_dump(mode="json"),
             "samples_sha256": prepared.sha256,
-            "dense": _described_journal(dense, prepared.samples),
-            "sparse": _described_journal(sparse, prepared.samples),
+            **{name: _described_journal(journal, prepared.samples) for name, journal in described.items()},
         },
         "warnings": [] if sparse.work().sparse_tokens else [NOT_SPARSE],
         "left_out": prepared.header.left_out,
-        "errors": list(_errors(compared)),
-        "rows": [_row(group, _of(compared, group), sparse, seed) for group in groups],
+        "errors": list(_errors(compared, controlled)),
+        "rows": [
+            _row(group, _of(compared, group), sparse, seed) | _control(_of(controlled, group), seed) for group in groups
+        ],
+        "mean": found and rounded(found),
         "depths": list(_depths(compared)),
         "positions": list(_positions(compared)),
         "prompts": list(_prompts(compared, sparse)),
@@ -97,7 +83,7 @@ def _of(compared: Sequence[Compared], group: tuple[str, int]) -> list[Compared]:
 
 def _row(group: tuple[str, int], compared: Sequence[Compared], sparse: Journal, seed: int) -> dict[str, Any]:
     """Scores of a task and length; None where no sample has one."""
-    scores = [one.scores for one in compared if one.scores]
+    scores = scores_of(compared)
     row: dict[str, Any] = {
         "task": group[0],
         "tokens": group[1],
@@ -106,14 +92,19 @@ def _row(group: tuple[str, int], compared: Sequence[Compared], sparse: Journal, 
         **dict.fromkeys(("dense_score", "sparse_score", "loss", "low", "high", "lost", "gained", "p_value", "kl")),
     }
     if scores:
-        difference = compare([s.dense for s in scores], [s.sparse for s in scores], seed)
-        row["dense_score"] = statistics.fmean(s.dense for s in scores)
-        row["sparse_score"] = statistics.fmean(s.sparse for s in scores)
-        row |= difference._asdict()
+        row |= difference([scores], seed)
         if compared[0].sample.kind is Kind.AGREEMENT:
             row["p_value"] = None  # dense is right by definition, so nothing can be gained
             row["kl"] = statistics.fmean(s.kl for s in scores if s.kl is not None)
     return rounded(row | _described(sparse.work(group)))
+
+
+def _control(controlled: Sequence[Compared], seed: int) -> dict[str, Any]:
+    """What a row says of the control, which is compared with the dense server as the sparse one is."""
+    if not controlled:
+        return {}
+    scores = scores_of(controlled)
+    return rounded(of_control(difference([scores], seed))) if scores else dict.fromkeys(CONTROL.values())
 
 
 def _described(work: Work) -> dict[str, Any]:
@@ -147,8 +138,7 @@ def _positions(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
         parts = len(members[0].dense.logprobs)
         for part in range(parts):
             means = {
-                name: -statistics.fmean(getattr(one, name).logprobs[part] for one in members)
-                for name in ("dense", "sparse")
+                name: -statistics.fmean(reply(one).logprobs[part] for one in members) for name, reply in REPLIES.items()
             }
             yield rounded({"task": task, "tokens": tokens, "up_to": round(tokens * (part + 1) / parts), **means})
 
@@ -163,7 +153,7 @@ def _prompts(compared: Sequence[Compared], sparse: Journal) -> Iterator[dict[str
                 "task": one.sample.task,
                 "tokens": one.sample.tokens,
                 "id": one.sample.id,
-                "prompt_tokens": one.sparse.prompt_tokens,
+                "prompt_tokens": one.other.prompt_tokens,
                 "dense": one.scores.dense if one.scores else None,
                 "sparse": one.scores.sparse if one.scores else None,
                 "density": batch.work.density,
@@ -173,11 +163,12 @@ def _prompts(compared: Sequence[Compared], sparse: Journal) -> Iterator[dict[str
         )
 
 
-def _errors(compared: Sequence[Compared]) -> Iterator[dict[str, str]]:
-    for one in compared:
-        for server, reply in (("dense", one.dense), ("sparse", one.sparse)):
-            if reply.error:
-                yield {"id": one.sample.id, "server": server, "error": reply.error}
+def _errors(compared: Sequence[Compared], controlled: Sequence[Compared]) -> Iterator[dict[str, str]]:
+    replies = [(one.sample, server, reply(one)) for one in compared for server, reply in REPLIES.items()]
+    replies += [(one.sample, "control", one.other) for one in controlled]
+    for sample, server, reply in replies:
+        if reply.error:
+            yield {"id": sample.id, "server": server, "error": reply.error}
 
 
 def described_server(origin: Any, versions: Iterable[str]) -> dict[str, Any]:

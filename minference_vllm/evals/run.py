@@ -33,30 +33,30 @@ class Run:
 
 
 def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Ask both servers, write both reports, and return the JSON one.
+    """Ask the servers, write both reports, and return the JSON one.
 
     Raises:
         ConfigError: the servers, or files of an earlier run, do not fit what is asked for; or all samples are left out.
         ServerError: a server did not come up, or cannot be reached any more.
     """
     servers = run.servers
-    dense, sparse = (
-        Journal(
-            servers.folder / f"{server.name}.jsonl",
+    journals = {
+        server.role: Journal(
+            servers.folder / f"{server.role}.jsonl",
             Origin(samples=prepared.sha256, model=servers.model, server=server.origin),
         )
-        for server in servers.both
-    )
-    for journal in (dense, sparse):
+        for server in servers.every
+    }
+    for journal in journals.values():
         journal.refuse_misfits(prepared.samples)
-    _ask(run, servers.dense, prepared, dense)
-    if run.above is not None:
-        prepared = worth_comparing(prepared, dense.replies(), run.above)
-    _ask(run, servers.sparse, prepared, sparse)
+    for server in servers.every:
+        _ask(run, server, prepared, journals[server.role])
+        if server.is_dense and run.above is not None:
+            prepared = worth_comparing(prepared, journals[server.role].replies(), run.above)
     notes = servers.notes
-    for server, journal in ((servers.dense, dense), (servers.sparse, sparse)):
-        notes += reused(server.name, journal, prepared.samples, run.record["date"])
-    report = {**run.record, "notes": notes, **make_report(prepared, dense, sparse)}
+    for role, journal in journals.items():
+        notes += reused(role, journal, prepared.samples, run.record["date"])
+    report = {**run.record, "notes": notes, **make_report(prepared, **journals)}
     report["settings"]["dense_above_percent"] = run.above
     write_reports(servers.folder, report, make_page(report))
     return report
@@ -67,4 +67,4 @@ def _ask(run: Run, server: Server, prepared: Prepared, journal: Journal) -> None
     # A server that has nothing left to answer is not started, because that takes minutes.
     if journal.left(prepared.samples):
         with run.servers.client(server) as client:
-            answer(client, prepared.samples, journal, run.concurrency, server.is_dense)
+            answer(client, prepared.samples, journal, run.concurrency, server)

@@ -32,18 +32,19 @@ POLL_S = 0.5
 LAST_LINES = 20
 
 
-def arguments(model: str, options: str, is_dense: bool, more: str = "") -> list[str]:
+def arguments(model: str, options: str, is_dense: bool, more: str = "", option: str = "--serve-sparse") -> list[str]:
     """What follows `vllm` to serve a model; the port is not in it.
 
     Args:
-        options: of `vllm serve`, in the syntax of a shell, for both servers.
+        options: of `vllm serve`, in the syntax of a shell, for all servers.
         more: options for this server alone.
+        option: what holds these.
 
     Raises:
         ConfigError: they choose what is chosen here, or make the servers differ in more than attention.
     """
-    given, own = _split(options), _split(more)
-    _refuse_unequal(own)
+    given, own = _split("--serve", options), _split(option, more)
+    _refuse_unequal(option, own)
     given += own
     for name in option_names(given):
         if name in TAKEN:
@@ -52,24 +53,22 @@ def arguments(model: str, options: str, is_dense: bool, more: str = "") -> list[
     return ["serve", model, *backend, *given]
 
 
-def _split(options: str) -> list[str]:
+def _split(option: str, given: str) -> list[str]:
     try:
-        return shlex.split(options)
+        return shlex.split(given)
     except ValueError as error:
-        raise ConfigError(
-            f"--serve and --serve-sparse are read as a shell does, and this is no such line: {error}."
-        ) from None
+        raise ConfigError(f"{option} is read as a shell does, and is no such line: {error}.") from None
 
 
-def _refuse_unequal(own: Sequence[str]) -> None:
-    """Check that options for the sparse server alone are the plugin's: with others it would be another test."""
+def _refuse_unequal(option: str, own: Sequence[str]) -> None:
+    """Check that options for one server alone are the plugin's: with others it would be another test."""
     arguments = iter(own)
     for argument in arguments:
         name, has_value, _ = argument.partition("=")
         name = name.replace("_", "-")
         if name != SETTINGS_OPTION and not name.startswith(f"{SETTINGS_OPTION}."):
             raise ConfigError(
-                f"--serve-sparse may hold {SETTINGS_OPTION} alone, and holds {name}: the servers would differ in more "
+                f"{option} may hold {SETTINGS_OPTION} alone, and holds {name}: the servers would differ in more "
                 "than attention. Put it into --serve, for both."
             )
         if not has_value:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense and the sparse server that are compared. They run already, or are started here when they are needed."""
+"""The servers that are compared. They run already, or are started here when they are needed."""
 
 import contextlib
+import itertools
 import logging
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from minference_vllm.errors import ConfigError
@@ -22,23 +24,33 @@ UNCHECKED = (
 )
 
 
+class Role(StrEnum):
+    """What a server is for. Files, options and the report name it so."""
+
+    DENSE = "dense"
+    SPARSE = "sparse"
+    CONTROL = "control"
+    """A second one with the plugin, of other settings: one that keeps every key shows what rounding alone changes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One of the two servers.
+    """One of the servers.
 
     Attributes:
-        is_dense: whether it is the dense server, or else the sparse one.
+        role: what it is for.
         url: where it runs already; empty if it is to be started.
         arguments: what follows `vllm` to start it; empty if it runs already.
     """
 
-    is_dense: bool
+    role: Role
     url: str = ""
     arguments: tuple[str, ...] = ()
 
     @property
-    def name(self) -> str:
-        return "dense" if self.is_dense else "sparse"
+    def is_dense(self) -> bool:
+        """Whether nothing may run sparse on it."""
+        return self.role is Role.DENSE
 
     @property
     def origin(self) -> str:
@@ -47,12 +59,13 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both servers.
+    """The dense and the sparse server, and a third where one is asked for.
 
     Attributes:
         model: its name on servers that run already, or the model to serve.
         timeout_s: seconds for one answer.
         folder: for the logs of servers that are started here.
+        control: see Role.
     """
 
     dense: Server
@@ -60,6 +73,11 @@ class Pair:
     model: str
     timeout_s: float
     folder: Path
+    control: Server | None = None
+
+    @property
+    def every(self) -> tuple[Server, ...]:
+        return (*self.both, self.control) if self.control else self.both
 
     @property
     def both(self) -> tuple[Server, Server]:
@@ -68,7 +86,7 @@ class Pair:
     @property
     def notes(self) -> list[str]:
         """What a reader of the report must know about the servers."""
-        return [UNCHECKED] if any(server.url for server in self.both) else []
+        return [UNCHECKED] if any(server.url for server in self.every) else []
 
     @contextlib.contextmanager
     def client(self, server: Server) -> Iterator[Client]:
@@ -79,7 +97,7 @@ class Pair:
             ServerError: it did not come up.
         """
         with contextlib.ExitStack() as stack:
-            url = server.url or stack.enter_context(serve.running(server.arguments, self.folder / f"{server.name}.log"))
+            url = server.url or stack.enter_context(serve.running(server.arguments, self.folder / f"{server.role}.log"))
             # Options of vllm serve may give the model another name.
             client = Client(url, self.model, self.timeout_s, or_the_only=not server.url)
             stack.callback(client.close)
@@ -91,9 +109,10 @@ class Pair:
         Raises:
             ConfigError: one of these is not so.
         """
-        if self.dense.url and self.dense.url == self.sparse.url:
-            raise ConfigError(f"--dense and --sparse are both {of_url(self.dense.url)}: name two servers.")
-        for server in self.both:
+        for one, other in itertools.combinations(self.every, 2):
+            if one.url and one.url == other.url:
+                raise ConfigError(f"--{one.role} and --{other.role} are both {of_url(one.url)}: name two servers.")
+        for server in self.every:
             if server.url:
                 with self.client(server) as client:
                     work = client.work()
@@ -101,5 +120,5 @@ class Pair:
                         work.refuse_sparse(client.shown_url)
                     elif not work.exported:
                         logger.warning(
-                            "%s has no metrics of minference_vllm: is it the sparse server?", client.shown_url
+                            "%s has no metrics of minference_vllm: is it the %s server?", client.shown_url, server.role
                         )

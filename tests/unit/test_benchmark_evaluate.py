@@ -25,6 +25,7 @@ def convert(report: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def report() -> dict[str, Any]:
     more = {
+        "mean": {"rows": 2, "loss": 0.5},
         "left_out": {},
         "errors": [],
         "depths": [{"depth": 0.5}],
@@ -41,6 +42,7 @@ def test_a_report_becomes_a_result(report: dict[str, Any], tmp_path: Path, monke
     assert (found["gpu"], found["commit"]) == ("a card", "abc")
     assert found["settings"] == {"seed": 0, "command": "minference-vllm eval", "date": "2026-01-01"}
     assert found["depths"] == [{"depth": 0.5}]
+    assert found["mean"] == {"rows": 2, "loss": 0.5}
     assert "prompts" not in found
 
 

@@ -41,6 +41,7 @@ def make_report(**other: Any) -> dict[str, Any]:
         "positions": [
             {"task": "position", "tokens": 8192, "up_to": up_to, "dense": 2.0, "sparse": 2.1} for up_to in (4096, 8192)
         ],
+        "mean": None,
         "prompts": [],
         **other,
     }
@@ -79,6 +80,14 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
     assert {link for link in found.links if not link.startswith(("#", "data:"))} == set()
     for shown in ("0.850", "16,384", "<too long>", "a < b", "c < d", "--model '<b>'", "a/model on vLLM 0.33.0"):
         assert shown in found.text
+
+
+def test_the_mean_is_the_last_row_and_says_of_how_many() -> None:
+    mean = {"rows": 12, "dense_score": 0.7, "sparse_score": 0.6875, "loss": 0.0125, "low": -0.001, "high": 0.026}
+    text = make_page(make_report(mean=mean))
+    rows = text.partition("</table>")[0].split("<tr>")
+    assert "<td>mean of 12</td><td>-</td>" in rows[-1]
+    assert "<td>0.013</td>" in rows[-1]
 
 
 def prompt(number: int, **other: Any) -> dict[str, Any]:

@@ -100,27 +100,27 @@ def test_the_sign_test_counts_all_outcomes() -> None:
 
 def test_samples_are_compared_with_themselves() -> None:
     dense = [0.0, 1.0] * 50
-    found = compare(dense, dense, seed=0)
+    found = compare([(dense, dense)], seed=0)
     assert found == (0.0, 0.0, 0.0, 0, 0, 1.0)  # their own spread is no noise
-    worse = compare(dense, [max(value - 0.1, 0.0) for value in dense], seed=0)
+    worse = compare([(dense, [max(value - 0.1, 0.0) for value in dense])], seed=0)
     assert (worse.lost, worse.gained) == (50, 0)
     assert worse.loss == pytest.approx(0.05)
     assert 0.03 < worse.low < worse.loss < worse.high < 0.07
-    assert worse == compare(dense, [max(value - 0.1, 0.0) for value in dense], seed=0)
+    assert worse == compare([(dense, [max(value - 0.1, 0.0) for value in dense])], seed=0)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     lots = numpy.random.default_rng(1)
     held = 0
     for _ in range(60):
-        found = compare(lots.normal(0.3, 1.0, 40), numpy.zeros(40), seed=0)
+        found = compare([(lots.normal(0.3, 1.0, 40), numpy.zeros(40))], seed=0)
         held += found.low <= 0.3 <= found.high
     assert held >= 51  # 57 are expected, and fewer than 51 once in two hundred
 
 
 def test_draws_are_made_in_parts_of_bounded_size_and_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     differences = numpy.random.default_rng(2).normal(0.3, 1.0, 70)
-    whole = compare(differences, numpy.zeros(70), seed=3)
+    whole = compare([(differences, numpy.zeros(70))], seed=3)
     make, sizes = numpy.random.default_rng, []
 
     class Lots:
@@ -133,13 +133,25 @@ def test_draws_are_made_in_parts_of_bounded_size_and_are_the_same(monkeypatch: p
 
     monkeypatch.setattr(numpy.random, "default_rng", Lots)
     monkeypatch.setattr(paired, "MOST_AT_ONCE", 7001)
-    assert compare(differences, numpy.zeros(70), seed=3) == whole
+    assert compare([(differences, numpy.zeros(70))], seed=3) == whole
     assert max(sizes) <= 7001
     assert sum(sizes) == 70 * paired.RESAMPLES
 
 
 def test_one_sample_has_no_interval() -> None:
-    assert compare([1.0], [0.0], seed=0)[:3] == (1.0, None, None)
+    assert compare([([1.0], [0.0])], seed=0)[:3] == (1.0, None, None)
+
+
+def test_groups_count_the_same_however_many_samples_they_have() -> None:
+    lots = numpy.random.default_rng(5)
+    many, few = lots.normal(0.0, 1.0, 900), lots.normal(1.0, 1.0, 100)
+    found = compare([(many, numpy.zeros(900)), (few, numpy.zeros(100))], seed=0)
+    assert found.loss == pytest.approx((many.mean() + few.mean()) / 2)
+    # The standard error of half the sum of two independent means.
+    error = math.hypot(many.std() / 30, few.std() / 10) / 2
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert (found.lost, found.gained) == (sum(many > 0) + sum(few > 0), sum(many < 0) + sum(few < 0))
+    assert compare([(many, many), ([1.0], [0.0])], seed=0)[:3] == (0.5, None, None)
 
 
 # What the sparse path did
