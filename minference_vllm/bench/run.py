@@ -39,8 +39,8 @@ def run(wanted: Run) -> dict[str, Any]:
     """
     servers = wanted.servers
     wanted.load.cut_prompts(wanted.points)
-    dense, sparse = (_measurements(wanted, server) for server in servers.both)
-    for server, measurements in zip(servers.both, (dense, sparse), strict=True):
+    dense, sparse = (_measurements(wanted, server) for server in (servers.dense, servers.sparse))
+    for server, measurements in ((servers.dense, dense), (servers.sparse, sparse)):
         # A server that has nothing left to do is not started, because that takes minutes.
         if measurements.left(wanted.points):
             with servers.client(server) as client:

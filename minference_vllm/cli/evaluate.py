@@ -67,10 +67,6 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse options that contradict each other."""
     prepares = bool(options.prepare)
     servers.check(options, prepares, ", or --prepare", needs_model=not (prepares and options.tokenizer))
-    if options.control and not options.dense:
-        raise ConfigError("--control is the URL of a third server beside --dense and --sparse, which are not given.")
-    if options.serve_control and options.serve is None:
-        raise ConfigError("--serve-control adds to the options of --serve, which is not given.")
     given = [f"--{name}" for name in PREPARING if getattr(options, name) is not None]
     if options.prepared and (prepares or given):
         raise ConfigError(f"--prepared takes samples as they were made: leave out {', '.join(given or ['--prepare'])}.")

@@ -33,6 +33,7 @@ def add_options(command: Any, timeout_s: int, timed: str) -> Any:
     servers.add_argument(
         "--serve-sparse", metavar="OPTIONS", default="", help="--additional-config for the sparse one only"
     )
+    command.set_defaults(control=None, serve_control="")  # a third server, for commands that add options for it
     servers.add_argument("--model", help="name of the model on the servers, or the model to --serve")
     servers.add_argument(
         "--timeout", type=count_to(MOST_SECONDS), default=timeout_s, help=f"seconds for {timed}; default: {timeout_s}"
@@ -54,8 +55,11 @@ def check(options: argparse.Namespace, without: bool = False, alternative: str =
     urls, serves = bool(options.dense or options.sparse), options.serve is not None
     if urls + serves + without != 1 or bool(options.dense) != bool(options.sparse):
         raise ConfigError(f"Give --dense and --sparse, or --serve{alternative}.")
-    if options.serve_sparse and not serves:
-        raise ConfigError("--serve-sparse adds to the options of --serve, which is not given.")
+    for name, own in (("sparse", options.serve_sparse), ("control", options.serve_control)):
+        if own and not serves:
+            raise ConfigError(f"--serve-{name} adds to the options of --serve, which is not given.")
+    if options.control and not options.dense:
+        raise ConfigError("--control is the URL of a third server beside --dense and --sparse, which are not given.")
     if not without and not options.out:
         raise ConfigError("Give --out: the folder for what is measured and for the report.")
     if needs_model and not options.model:
@@ -70,13 +74,11 @@ def pair(options: argparse.Namespace) -> Any:
     def server(role: Role) -> Server:
         if options.serve is None:
             return Server(role, url=getattr(options, role).rstrip("/"))
-        option = f"serve_{role}"
-        more, named = getattr(options, option, ""), f"--{option.replace('_', '-')}"
-        arguments = serve.arguments(options.model, options.serve, role is Role.DENSE, more, named)
+        own = "" if role is Role.DENSE else getattr(options, f"serve_{role}")
+        arguments = serve.arguments(options.model, options.serve, role is Role.DENSE, own, f"--serve-{role}")
         return Server(role, arguments=tuple(arguments))
 
-    asks_control = getattr(options, "control", None) or getattr(options, "serve_control", None)
-    control = server(Role.CONTROL) if asks_control else None
+    control = server(Role.CONTROL) if options.control or options.serve_control else None
     return Pair(server(Role.DENSE), server(Role.SPARSE), options.model, options.timeout, options.out, control)
 
 

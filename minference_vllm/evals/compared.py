@@ -50,6 +50,14 @@ def pair(samples: Sequence[Sample], dense: Journal, other: Journal) -> list[Comp
     return [compared(sample) for sample in samples]
 
 
+def by_group(compared: Iterable[Compared]) -> dict[tuple[str, int], list[Compared]]:
+    """Samples by task and length, in the order of their first."""
+    groups: dict[tuple[str, int], list[Compared]] = {}
+    for one in compared:
+        groups.setdefault(one.sample.group, []).append(one)
+    return groups
+
+
 def scores_of(compared: Iterable[Compared]) -> list[Scores]:
     """The scores of those that have some."""
     return [one.scores for one in compared if one.scores]
@@ -66,7 +74,7 @@ def difference(groups: Sequence[Sequence[Scores]], seed: int) -> dict[str, Any]:
     return {"dense_score": dense, "sparse_score": sparse, **compare(columns, seed)._asdict()}
 
 
-def of_control(found: dict[str, Any]) -> dict[str, Any]:
+def as_control(found: dict[str, Any]) -> dict[str, Any]:
     """A difference between the dense server and the control, under the names that rows have for it."""
     return {name: found[ours] for ours, name in CONTROL.items()}
 
@@ -84,17 +92,14 @@ def mean(compared: Sequence[Compared], controlled: Sequence[Compared], seed: int
         return None
     found = {"rows": len(groups), **difference(groups, seed), "equal_replies": _equal(compared)}
     if of_other := _groups(controlled):
-        found |= of_control(difference(of_other, seed)) | {"control_equal_replies": _equal(controlled)}
+        found |= as_control(difference(of_other, seed)) | {"control_equal_replies": _equal(controlled)}
     return found
 
 
 def _groups(compared: Iterable[Compared]) -> list[list[Scores]]:
-    """Scores by task and length, where there are some."""
-    groups: dict[tuple[str, int], list[Scores]] = {}
-    for one in compared:
-        if one.sample.kind in RIGHT_OR_WRONG and one.scores:
-            groups.setdefault(one.sample.group, []).append(one.scores)
-    return list(groups.values())
+    """Scores by task and length, of those that are right or wrong and have some."""
+    groups = by_group(one for one in compared if one.sample.kind in RIGHT_OR_WRONG and one.scores)
+    return [scores_of(group) for group in groups.values()]
 
 
 def _equal(compared: Iterable[Compared]) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-from minference_vllm.evals.compared import CONTROL, Compared, difference, mean, of_control, pair, scores_of
+from minference_vllm.evals.compared import CONTROL, Compared, as_control, by_group, difference, mean, pair, scores_of
 from minference_vllm.evals.journal import Journal
 from minference_vllm.evals.prepare import Prepared
 from minference_vllm.evals.sample import Kind, Sample
@@ -27,21 +27,25 @@ def make_report(prepared: Prepared, dense: Journal, sparse: Journal, control: Jo
     """All figures, as JSON."""
     compared = pair(prepared.samples, dense, sparse)
     controlled = pair(prepared.samples, dense, control) if control else []
-    described = {"dense": dense, "sparse": sparse, **({"control": control} if control else {})}
+    of_control = by_group(controlled)
     seed = prepared.header.settings.seed
-    groups = list(dict.fromkeys(sample.group for sample in prepared.samples))
     found = mean(compared, controlled, seed)
     return {
         "settings": {
             **prepared.header.settings.model_dump(mode="json"),
             "samples_sha256": prepared.sha256,
-            **{name: _described_journal(journal, prepared.samples) for name, journal in described.items()},
+            **{
+                name: _described_journal(journal, prepared.samples)
+                for name, journal in (("dense", dense), ("sparse", sparse), ("control", control))
+                if journal
+            },
         },
         "warnings": [] if sparse.work().sparse_tokens else [NOT_SPARSE],
         "left_out": prepared.header.left_out,
         "errors": list(_errors(compared, controlled)),
         "rows": [
-            _row(group, _of(compared, group), sparse, seed) | _control(_of(controlled, group), seed) for group in groups
+            _row(group, members, sparse, seed) | _control(of_control.get(group, ()), seed)
+            for group, members in by_group(compared).items()
         ],
         "mean": found and rounded(found),
         "depths": list(_depths(compared)),
@@ -77,10 +81,6 @@ def _described_journal(journal: Journal, samples: Sequence[Sample]) -> dict[str,
     return {**found, "replied": [min(dates), max(dates)] if all(dates) else None}
 
 
-def _of(compared: Sequence[Compared], group: tuple[str, int]) -> list[Compared]:
-    return [one for one in compared if one.sample.group == group]
-
-
 def _row(group: tuple[str, int], compared: Sequence[Compared], sparse: Journal, seed: int) -> dict[str, Any]:
     """Scores of a task and length; None where no sample has one."""
     scores = scores_of(compared)
@@ -104,7 +104,7 @@ def _control(controlled: Sequence[Compared], seed: int) -> dict[str, Any]:
     if not controlled:
         return {}
     scores = scores_of(controlled)
-    return rounded(of_control(difference([scores], seed))) if scores else dict.fromkeys(CONTROL.values())
+    return rounded(as_control(difference([scores], seed))) if scores else dict.fromkeys(CONTROL.values())
 
 
 def _described(work: Work) -> dict[str, Any]:
@@ -130,11 +130,8 @@ def _depths(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
 
 def _positions(compared: Sequence[Compared]) -> Iterator[dict[str, Any]]:
     """Mean negative log-probability of a token, in nats, by how far into the prompt it is."""
-    by_group: dict[tuple[str, int], list[Compared]] = {}
-    for one in compared:
-        if one.sample.kind is Kind.LOGPROB and one.scores:
-            by_group.setdefault(one.sample.group, []).append(one)
-    for (task, tokens), members in by_group.items():
+    groups = by_group(one for one in compared if one.sample.kind is Kind.LOGPROB and one.scores)
+    for (task, tokens), members in groups.items():
         parts = len(members[0].dense.logprobs)
         for part in range(parts):
             means = {

@@ -49,10 +49,12 @@ def evaluate(run: Run, prepared: Prepared) -> dict[str, Any]:
     }
     for journal in journals.values():
         journal.refuse_misfits(prepared.samples)
-    for server in servers.every:
+    dense, *others = servers.every
+    _ask(run, dense, prepared, journals[dense.role])
+    if run.above is not None:
+        prepared = worth_comparing(prepared, journals[dense.role].replies(), run.above)
+    for server in others:
         _ask(run, server, prepared, journals[server.role])
-        if server.is_dense and run.above is not None:
-            prepared = worth_comparing(prepared, journals[server.role].replies(), run.above)
     notes = servers.notes
     for role, journal in journals.items():
         notes += reused(role, journal, prepared.samples, run.record["date"])

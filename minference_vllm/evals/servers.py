@@ -77,11 +77,8 @@ class Pair:
 
     @property
     def every(self) -> tuple[Server, ...]:
-        return (*self.both, self.control) if self.control else self.both
-
-    @property
-    def both(self) -> tuple[Server, Server]:
-        return self.dense, self.sparse
+        """The dense server comes first."""
+        return self.dense, self.sparse, *filter(None, [self.control])
 
     @property
     def notes(self) -> list[str]:
