@@ -31,21 +31,29 @@ def register() -> None:
 
 
 def _register() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    _take_over(AttentionBackendEnum.CUSTOM)
+    # An alias of CUSTOM, not a new member: spawned processes unpickle the configuration, which names the member by its
+    # value, before they load plugins. At that point they know CUSTOM, but would not know a new member.
+    AttentionBackendEnum._member_map_.setdefault(NAME, AttentionBackendEnum.CUSTOM)
+
+
+def _take_over(custom: Any) -> None:
+    """Make CUSTOM, a member of vLLM's AttentionBackendEnum, our backend; say so if it was another plugin's."""
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.backends.registry import register_backend
 
     path = CPU_BACKEND if current_platform.is_cpu() else GPU_BACKEND
-    custom = AttentionBackendEnum.CUSTOM
-    if custom.is_overridden() and custom.get_path() != path:
+    if custom.is_overridden():
+        if custom.get_path() == path:
+            return
         logger.warning(
             "Attention backend CUSTOM is taken by %s; MInference takes it over. Only one plugin can use it: "
             "list the plugins to load in VLLM_PLUGINS.",
             custom.get_path(),
         )
     register_backend(custom, path)
-    # An alias of CUSTOM, not a new member: spawned processes unpickle the configuration, which names the member by its
-    # value, before they load plugins. At that point they know CUSTOM, but would not know a new member.
-    AttentionBackendEnum._member_map_.setdefault(NAME, custom)
 
 
 def load_plugins() -> None:
@@ -76,23 +84,29 @@ def _reach_ray_workers() -> None:
         os.environ[RAY_PREFIXES] = ",".join(filter(None, [prefixes, VARIABLES]))
 
 
-def _honour_selection_on_cpu() -> None:
-    """vLLM's CPU platform ignores the selected backend; let it return ours when that is the one selected."""
+def _keep_selection() -> None:
+    """Let vLLM's platform return our backend whenever it is selected.
+
+    Without it, a plugin that loads after this one can take CUSTOM, and the CPU platform ignores what is selected.
+    """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     platform, custom = type(current_platform), AttentionBackendEnum.CUSTOM
     stock = platform.get_attn_backend_cls
-    if not current_platform.is_cpu() or getattr(stock, "honours_custom", False):
+    if getattr(stock, "keeps_custom", False):
         return
 
     def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        if selected_backend is not custom:
+            return stock(selected_backend, *args, **kwargs)
+        _take_over(custom)
         selector = kwargs.get("attn_selector_config", args[0] if args else None)
-        if selected_backend is custom and not getattr(selector, "use_mla", False):
+        if current_platform.is_cpu() and not getattr(selector, "use_mla", False):
             return custom.get_path()
         return stock(selected_backend, *args, **kwargs)
 
-    get_attn_backend_cls.honours_custom = True  # type: ignore[attr-defined]
+    get_attn_backend_cls.keeps_custom = True  # type: ignore[attr-defined]
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
@@ -132,7 +146,7 @@ def _install_metrics() -> None:
 STEPS: tuple[tuple[Callable[[], None], str], ...] = (
     (_check_version, "it cannot tell whether it was tested with this vLLM"),
     (_reach_ray_workers, "its environment variables do not reach Ray's workers"),
-    (_honour_selection_on_cpu, "vLLM's CPU platform runs its own backend whichever is selected"),
+    (_keep_selection, "a plugin that loads later, or vLLM's CPU platform, may run another backend in its place"),
     (_pass_for_flash_attention, "models that need another version of FlashAttention, as Gemma 4, may be refused"),
     (_report_models_without_our_layers, "it will not say so if none of a model's layers is its own"),
     (_salt_block_hashes, "its setting page_salt can only be off"),

@@ -18,7 +18,7 @@ from demo.server import SMALL_MODEL, STOP_TIMEOUT_S, Server, minference_option, 
 from tests.serving.client import Reply, complete, prefilled
 from tests.serving.engine_jobs import Job, run
 from tests.serving.features import Answer, answers, served
-from tests.serving.forked import start_serving
+from tests.serving.forked import start_fork_server, start_serving
 from tests.serving.prompts import COPIES
 from tests.serving.server import MODEL, ON_GPU, arguments, serving
 
@@ -79,6 +79,13 @@ def small_machine() -> Iterator[None]:
     """One thread per server: several would wait for each other in every small operation, longer on busy cores."""
     with patch.dict(os.environ, {} if ON_GPU else {"OMP_NUM_THREADS": "1"}):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(small_machine: None) -> None:
+    """Starts before the first test: tests start servers in several threads, each with a copy of the environment."""
+    if not ON_GPU:
+        start_fork_server()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,15 @@ _context = multiprocessing.get_context("forkserver")
 _starting = Lock()
 
 
+def start_fork_server() -> None:
+    """Call it while no other thread reads the environment, which it changes for a moment."""
+    # For what the fork server imports: where it is, and what it reads while it is imported.
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with patch.dict(os.environ, {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}):
+        _context.set_forkserver_preload(["tests.serving.preloaded"])
+        forkserver.ensure_running()
+
+
 class Forked:
     """A process of the fork server, with what a subprocess.Popen would offer.
 
@@ -36,12 +45,7 @@ class Forked:
     def __init__(self, module: str, arguments: list[str], environ: dict[str, str], log: Path) -> None:
         log.write_bytes(b"")
         self._process = _context.Process(target=_begin, args=(module, arguments, environ, str(log)))
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with _starting:
-            # For what the fork server imports: where it is, and what it reads while it is imported.
-            with patch.dict(os.environ, {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}):
-                _context.set_forkserver_preload(["tests.serving.preloaded"])
-                forkserver.ensure_running()
             self._process.start()
         self.pid = self._process.pid
 

@@ -224,6 +224,21 @@ def test_another_plugin_on_custom_is_reported_by_its_path(log_lines: list[tuple[
     assert CUSTOM.get_path() == OUR_PATH
 
 
+def test_a_plugin_that_takes_custom_after_us_does_not_get_what_is_selected(log_lines: list[tuple[str, str]]) -> None:
+    plugin.register()
+    registry.register_backend(CUSTOM, "another_plugin.Backend")
+    platforms.current_platform.get_attn_backend_cls(None, attn_selector_config=selector_config(), num_heads=9)
+    assert CUSTOM.get_path() == "another_plugin.Backend"
+    for _ in range(2):
+        chosen = platforms.current_platform.get_attn_backend_cls(
+            CUSTOM, attn_selector_config=selector_config(), num_heads=9
+        )
+        assert chosen == OUR_PATH
+    ((level, line),) = log_lines
+    assert level == "WARNING"
+    assert "another_plugin.Backend" in line
+
+
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.0", "0.33.1rc2.dev3+g0123abc"])
 def test_tested_versions_of_vllm_are_served_silently(
     version: str, monkeypatch: pytest.MonkeyPatch, log_lines: list[tuple[str, str]]
