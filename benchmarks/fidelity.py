@@ -13,6 +13,10 @@ A method is given by its name alone, by the sizes of vertical_slash, or by a nam
 
 A control keeps every key, so that it differs by rounding only: 'block:{"local_tokens": 1048576}'.
 
+Prompts longer than the model was trained for, its positions stretched by YaRN to 131,072 tokens:
+
+    --tokens 28672 61440 126976 --context 131072 --chunks 16384
+
 In parts by length, chunk or method, on several cards, and then merged. All parts need the same texts, which are pooled:
 
     python -m benchmarks.fidelity --model /tmp/qwen --texts austen.txt.xz stdlib --tokens 28672 --out a.json
@@ -33,6 +37,7 @@ from benchmarks import (
     SPARSE_BACKEND,
     SparseWork,
     argument_parser,
+    context,
     facts,
     haystack,
     load_engine,
@@ -174,6 +179,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a model directory; its final norm must be `model.norm`")
     parser.add_argument("--texts", nargs="+", help=f"files, or {STDLIB!r} for Python's own library")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 28672], help="prompt lengths")
+    context.add_argument(parser)
     parser.add_argument("--prompts", type=int, default=8, help="prompts a text and length")
     parser.add_argument("--kv-cache-dtype", default="auto", help="of both engines, for example fp8")
     parser.add_argument("--gpus", type=int, default=1, help="tensor-parallel GPUs of each engine")
@@ -195,6 +201,7 @@ def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -
     return {
         "engine": {
             **engine_options(options.model, max(options.tokens), chunk, options.memory),
+            **context.stretched(options.model, options.context),
             "kv_cache_dtype": options.kv_cache_dtype,
             **on_gpus(options.gpus),
         },

@@ -27,6 +27,7 @@ from benchmarks import (
     SPARSE,
     SPARSE_BACKEND,
     argument_parser,
+    context,
     facts,
     haystack,
     load_engine,
@@ -53,7 +54,6 @@ CHUNK = 16512  # not 16,384: a prompt that fills its last chunk is taken for one
 MOST_FOR_SHORT = 16
 SPARE = 16  # tokens by which max_model_len exceeds the longest prompt
 
-
 TTFT = (
     "wall time of LLM.generate for one prompt and one token, without detokenization, on an idle engine in the caller's "
     "process; the median of the timed requests"
@@ -67,7 +67,6 @@ IN_TURN = (
 REAL_GUARD = "as in service. redone: share of heads that it had attend to all keys"
 REAL = "the plugin chooses by itself, as in service: nothing is drawn"
 NATURAL = "natural: the plugin chooses by itself; made-up weights have no pattern, so the density means nothing."
-
 
 WORK = ("sparse_tokens", "density", "redone")
 """Fields of benchmarks.SparseWork that each row records."""
@@ -182,6 +181,7 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
         "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
         "enable_prefix_caching": False, "disable_log_stats": True,
         "gpu_memory_utilization": MEMORY_ALONE if options.in_turn else MEMORY_OF_EACH, **on_gpus(options.gpus),
+        **(context.stretched(options.model, options.context) if options.model else {}),
     }  # fmt: skip
     return {
         "engine": engine,
@@ -259,6 +259,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--natural", action="store_true", help="let the plugin choose by itself")
     parser.add_argument("--model", help="a directory with real weights, in place of made-up ones; with --text")
+    context.add_argument(parser)
     parser.add_argument("--text", help="a file, as for benchmarks.fidelity, that prompts are cut from")
     parser.add_argument("--gpus", type=int, default=1, help="tensor-parallel GPUs of each engine")
     parser.add_argument("--in-turn", action="store_true", help="run one engine after the other, each with all memory")
