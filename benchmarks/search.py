@@ -121,7 +121,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4, help="prompts a text and length")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens")
-    parser.set_defaults(gpus=1, memory=MEMORY)  # all three engines share one
+    parser.set_defaults(context=None, gpus=1, memory=MEMORY)  # all three engines share one GPU
     return parser.parse_args(arguments)
 
 

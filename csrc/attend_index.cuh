@@ -49,8 +49,8 @@ struct BandIndex {
 // Groups listed for each tile, no columns.
 struct TileIndex {
     static constexpr bool HAS_COLUMNS = false, LISTS_HEADS = false;
-    // The last rows of a prompt may keep all keys, ten times as many as others. With the default of last_tokens they
-    // lie in two tiles at the most.
+    // The last rows of a prompt may keep all keys, ten times as many as others. In prompts of up to 64,000 tokens
+    // they lie in two tiles at the most, by default.
     static constexpr int TILES_AHEAD = 2;
     static constexpr int EVERY_GROUP = -1;  // in place of the first count: the tile keeps all groups before it
 

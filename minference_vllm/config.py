@@ -56,7 +56,7 @@ class MInferenceConfig(BaseModel):
     Chunks of more than 8,192 rows are divided into equal parts of at most that many, and 64 rows of each part are
     measured. Without this there is no guard."""
 
-    recall_floor: float = Field(default=0.7, ge=0, le=1)
+    recall_floor: float = Field(default=0.6, ge=0, le=1)
     """The guard: if the kept keys of a head hold less than this share of the measured rows' attention, on average over
     the rows, the head attends to all keys instead, in the same chunk. No unit; with 0 there is no floor, and recall is
     still measured."""

@@ -39,7 +39,7 @@ from minference_vllm.methods.block_scratch import (
 from minference_vllm.ops import Kernel
 from minference_vllm.scratch import LIST_BYTES, ScratchShape
 
-LONG_FROM, COARSE_FROM = 32_768, 131_072
+LONG_FROM, COARSE_FROM = 32_768, 524_288
 """Defaults of `long_from` and `coarse_from`."""
 
 
@@ -51,7 +51,7 @@ class BlockSettings(MethodSettings):
     rows_per_half: Literal[16, 32, 64] = 32
     """How many query rows of every 64 choose the keys for all 64. The cost of choosing grows with this number."""
 
-    share: float = Field(default=0.82, gt=0, le=1)
+    share: float = Field(default=0.835, gt=0, le=1)
     """Share of the estimated attention that each head keeps, for every rows_per_list rows: more where the groups that
     would be dropped next are heavy, less where they are light. The keys of the rows' own tile of 128 and those that are
     always kept count towards it. No unit. With 1, every group of keys with any estimated attention is kept."""
@@ -67,9 +67,13 @@ class BlockSettings(MethodSettings):
     """Keys just before a tile that are always kept, beside the tile's own; rounded up to groups of 16."""
 
     last_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
-    """How many query rows at the end of a prompt attend to all keys; the other rows of their tiles of 128 do too. A
-    prompt's question stands there, and the few of its rows that look up a single far key have little weight in the
-    choice for a whole tile."""
+    """At least how many query rows at the end of a prompt attend to all keys; the other rows of their tiles of 128 do
+    too. A prompt's question stands there, and the few of its rows that look up a single far key have little weight in
+    the choice for a whole tile. With 0 all rows choose."""
+
+    last_part: float = Field(default=0.002, ge=0, le=1)
+    """The part of a prompt's rows, at its end, that attend to all keys, if these are more than last_tokens. No unit.
+    The default adds less than half a percent of all pairs: 262 rows of 131,072."""
 
     long_from: int = Field(default=LONG_FROM, ge=0, le=MAX_TOKENS)
     """Rows with fewer keys than this before them keep more of these, since attention takes only a small part of a short
@@ -165,9 +169,14 @@ class Block(Method):
 
     def choosing_rows(self, chunk: Chunk) -> int:
         """See Method.choosing_rows: whole tiles, up to the one in which the prompt's last rows begin."""
-        last = self.settings.last_tokens if chunk.may_end_prompt else 0
+        last = self.last_rows(chunk.seq_len) if chunk.may_end_prompt else 0
         end = (chunk.seq_len - last) // TILE * TILE if last else chunk.seq_len
         return max(end - chunk.context_len, 0)
+
+    def last_rows(self, seq_len: int) -> int:
+        """How many rows at the end of a prompt of so many tokens attend to all keys."""
+        least = self.settings.last_tokens
+        return max(least, int(seq_len * self.settings.last_part)) if least else 0
 
     def _choose_in_turns(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers, index: TileIndex) -> None:
         num_heads = len(buffers.masses)

@@ -72,7 +72,10 @@ class PatternShares(Strict):
     """Keys just before a tile that are always kept."""
 
     last_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
-    """Query rows at the end of a prompt that attend to all keys."""
+    """At least so many query rows at the end of a prompt attend to all keys."""
+
+    last_part: float = Field(default=0.002, ge=0, le=1)
+    """The part of a prompt's rows that do."""
 
     long_from: int = Field(default=LONG_FROM, ge=0, le=MAX_TOKENS)
     """Rows with fewer keys than this before them keep more of these."""

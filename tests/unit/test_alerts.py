@@ -19,7 +19,7 @@ NEVER, ALWAYS = "0x120", "0+1000x120"
 def recall(below: int, redone: int) -> dict[str, str]:
     """A server of which so many of 1,000 heads a minute are below the floor, or attend again."""
     return {
-        'minference_recall_heads_total{le="0.7"}': f"0+{below}x120",
+        'minference_recall_heads_total{le="0.6"}': f"0+{below}x120",
         'minference_recall_heads_total{le="+Inf"}': ALWAYS,
         "minference_guard_heads_total": f"0+{redone}x120",
     }

@@ -128,7 +128,7 @@ def test_recall_is_taken_by_the_layers_positions() -> None:
 
 def test_a_method_is_described_in_one_line() -> None:
     pattern = Pattern(parse_pattern(json.dumps(content()), "x"), "some.json", 0)
-    assert described(Resolved(BlockSettings())).startswith("block: rows_per_half 32, share 0.82, ")
+    assert described(Resolved(BlockSettings())).startswith("block: rows_per_half 32, share 0.835, ")
     assert described(Resolved(pattern.file.settings, pattern)) == "vertical_slash, sizes of some.json"
 
 

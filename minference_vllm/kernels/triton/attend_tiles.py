@@ -22,8 +22,8 @@ from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides
 from minference_vllm.scratch import AttendBuffers
 
 _TILES_AHEAD = tl.constexpr(2)
-"""How many of a chunk's last tiles are processed before all others: as many as can hold a prompt's last rows, with the
-default of last_tokens."""
+"""How many of a chunk's last tiles are processed before all others: as many as can hold the last rows of prompts of
+up to 64,000 tokens, by default."""
 
 
 @triton.jit
