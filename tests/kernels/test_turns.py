@@ -66,5 +66,5 @@ def test_short_prompts_of_a_server_for_long_ones_choose_for_more_heads_at_once(
 
 
 def test_a_prompt_longer_than_scratch_was_made_for_is_refused() -> None:
-    with pytest.raises(ValueError, match="no room for 16384 rows of a prompt of 131072 tokens"):
-        heads_at_once(8, 2, 65_536, 131_072)
+    with pytest.raises(ValueError, match="no room for 16384 rows of a prompt of 262144 tokens"):
+        heads_at_once(8, 2, 65_536, 262_144)

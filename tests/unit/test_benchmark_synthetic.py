@@ -77,7 +77,7 @@ def test_no_more_boxes_are_scored_than_real_prompts_of_the_length_have_scored(mo
     shares = []
     monkeypatch.setattr(Block, "choose", lambda self, *_: shares.append(self.settings.max_fine))
     chooser = synthetic.make_chooser(seed=7)
-    for seq_len in (4096, 32768, 65536):
+    for seq_len in (1024, 32768, 65536):
         q = torch.zeros(16, 1, 64)
         chooser(method, Chunk(q, torch.empty_like(q), kv, seq_len - 16, 0.1), state)
     assert shares == [method.settings.max_fine, fine_at(32768), fine_at(65536)]
