@@ -68,6 +68,14 @@ def parse_method(text: str) -> dict[str, Any]:
     return {"name": name, **json.loads(rest or "{}")}
 
 
+def parse_settings(text: str) -> dict[str, Any]:
+    """Settings of the plugin, from an object in JSON or from what parse_method takes."""
+    if text.startswith("{"):
+        settings: dict[str, Any] = json.loads(text)
+        return settings
+    return {"method": parse_method(text)}
+
+
 class SparseWork(NamedTuple):
     """What ran sparse since the engine started, or between two readings.
 

@@ -11,6 +11,13 @@ A method is given by its name alone, by the sizes of vertical_slash, or by a nam
     --methods block 1000:6096 'vertical_slash:{"vertical_size": 1000, "slash_size": 1000, "probe_rows": "spread"}' \
         'vertical_slash:{"share": 0.95}' 'vertical_slash:{"share": 0.95, "probe_rows": "spread"}'
 
+Settings of the plugin beside the method are given as an object:
+
+    --methods block '{"method": {"name": "block", "share": 0.85}, "recall_floor": 0.5}'
+
+With --one-engine all methods are measured in one sparse engine for each size of chunks, which takes the settings of one
+after the other. That is quicker, for trials; what the engine profiled at its start is the first method's scratch only.
+
 A control keeps every key, so that it differs by rounding only: 'block:{"local_tokens": 1048576}'.
 
 Prompts longer than the model was trained for, its positions stretched by YaRN to 131,072 tokens:
@@ -25,8 +32,9 @@ In parts by length, chunk or method, on several cards, and then merged. All part
 """
 
 import argparse
+import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,24 +43,23 @@ from benchmarks import (
     DENSE,
     SPARSE,
     SPARSE_BACKEND,
-    SparseWork,
     argument_parser,
     context,
     facts,
     haystack,
     load_engine,
-    parse_method,
+    parse_settings,
     resolved,
     results,
     rows,
-    sparse_work,
 )
-from benchmarks.processes import EngineProcess, is_first_rank, on_gpus, serve_requests
+from benchmarks.processes import EngineProcess, on_gpus, serve_requests
+from benchmarks.reconfigure import reconfigure
+from benchmarks.scoring import scorer
 from minference_vllm.evals import material
 from minference_vllm.search.prompts import load_library
 
 SCORED_TEXT = 2048  # tokens at the text's end, in addition to all questions and answers
-ROWS_AT_ONCE = 512
 GATE = {"min_seq_len": 3072, "min_chunk": 512}
 TINY_GATE = {"min_seq_len": 512, "min_chunk": 64}
 STDLIB = "stdlib"  # given in place of a file, it stands for Python's library as installed here
@@ -69,88 +76,17 @@ def load_text(name: str) -> str:
 
 
 def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """An engine, as a function that scores a prompt with it."""
-    return scorer(kind, load_engine(kind, spec))
-
-
-def scorer(kind: str, llm: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A function that scores a prompt with an engine: {"tokens", "scored", "text_end", "answers", "file"}.
-
-    The dense engine leaves its hidden states in the file; a sparse one compares its own with them.
-    """
-    import torch
-    from vllm import SamplingParams
-
-    model = llm.apply_model(lambda model: model)[0]
-    one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    steps: list[torch.Tensor] = []
-
-    def keep(module: Any, arguments: Any, output: Any) -> None:
-        steps.append((output[0] if isinstance(output, tuple) else output).clone())
-
-    model.model.norm.register_forward_hook(keep)
+    """An engine, as a function that scores a prompt with it, or takes other settings: {"settings": ..}."""
+    llm = load_engine(kind, spec)
+    score = scorer(kind, llm)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        steps.clear()
-        before = sparse_work() if kind == SPARSE else None
-        llm.generate([{"prompt_token_ids": request["tokens"]}], one, use_tqdm=False)
-        states = torch.cat(steps)
-        if len(states) != len(request["tokens"]):
-            raise SystemExit(f"{len(states)} hidden states of a prompt of {len(request['tokens'])} tokens")
-        # The state before a token predicts it.
-        states = states[request["scored"] - 1 : -1]
-        if before is None:
-            if is_first_rank():
-                torch.save(states.cpu(), request["file"])
+        if settings := request.get("settings"):
+            reconfigure(llm, settings)
             return {}
-        work = sparse_work().since(before)
-        dense = torch.load(request["file"]).to(states.device)
-        return {**compare(model, dense, states, request), **described(work)}
+        return score(request)
 
     return answer
-
-
-def described(work: SparseWork) -> dict[str, Any]:
-    """What ran sparse for a request."""
-    return {name: getattr(work, name) for name in ("density", "recall", "redone", "sparse_tokens")}
-
-
-def compare(model: Any, dense: Any, sparse: Any, request: dict[str, Any]) -> dict[str, float]:
-    """Losses and agreement over the scored tokens.
-
-    Args:
-        model: vLLM's, which turns hidden states into logits.
-        dense, sparse: [scored tokens, hidden size] hidden states.
-        request: the prompt.
-    """
-    import torch
-
-    scored = request["scored"]
-    wanted = torch.tensor(request["tokens"][scored:], device=dense.device)
-    is_answer = torch.zeros(len(wanted), dtype=torch.bool, device=dense.device)
-    is_answer[torch.tensor(request["answers"], device=dense.device) - scored] = True
-    is_text = torch.arange(len(wanted), device=dense.device) < request["text_end"] - scored
-    divergences, agreements = [], []
-    losses: dict[str, list[Any]] = {DENSE: [], SPARSE: []}
-    hits: dict[str, list[Any]] = {DENSE: [], SPARSE: []}
-    for start in range(0, len(wanted), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        logs = {
-            kind: model.compute_logits(states[rows]).float().log_softmax(-1)
-            for kind, states in ((DENSE, dense), (SPARSE, sparse))
-        }
-        divergences.append((logs[DENSE].exp() * (logs[DENSE] - logs[SPARSE])).sum(-1))
-        agreements.append(logs[DENSE].argmax(-1) == logs[SPARSE].argmax(-1))
-        for kind, log in logs.items():
-            losses[kind].append(-log.gather(1, wanted[rows, None])[:, 0])
-            hits[kind].append(log.argmax(-1) == wanted[rows])
-    found = {"kl": torch.cat(divergences).mean().item(), "agreement": torch.cat(agreements).float().mean().item()}
-    for kind in (DENSE, SPARSE):
-        loss = torch.cat(losses[kind])
-        found[f"answers_{kind}"] = torch.cat(hits[kind])[is_answer].float().mean().item()
-        found[f"answer_loss_{kind}"] = loss[is_answer].mean().item()
-        found[f"text_loss_{kind}"] = loss[is_text].mean().item()
-    return found
 
 
 def make_requests(options: argparse.Namespace, directory: str) -> dict[tuple[int, str], list[dict[str, Any]]]:
@@ -187,8 +123,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 2048], help="max_num_batched_tokens")
     parser.add_argument(
         "--methods", nargs="+", default=["block", "1000:6096", "1000:1000", "200:400"],
-        help='`block`, `vertical_slash:{"share": 0.95}`, or the sizes of vertical_slash',
+        help='`block`, `vertical_slash:{"share": 0.95}`, the sizes of vertical_slash, or an object of settings',
     )  # fmt: skip
+    parser.add_argument("--one-engine", action="store_true", help="measure all methods in one engine, without `auto`")
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, but merge the rows of these files")
     options = parser.parse_args()
     if not options.merge and not (options.model and options.texts):
@@ -196,7 +133,12 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -> dict[str, Any]:
+def make_spec(options: argparse.Namespace, chunk: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an engine is told.
+
+    Args:
+        settings: the plugin's, beside the gate.
+    """
     gate = TINY_GATE if options.tiny else GATE
     return {
         "engine": {
@@ -206,7 +148,7 @@ def make_spec(options: argparse.Namespace, chunk: int, method: dict[str, Any]) -
             **on_gpus(options.gpus),
         },
         "dense_backend": options.dense_backend,
-        "minference": {**gate, "method": method},
+        "minference": {**gate, **settings},
     }
 
 
@@ -248,7 +190,7 @@ def describe(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows, written after each engine."""
+    """The rows, written after each method."""
     results.describe_run(options.tiny)
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fidelity-") as directory:
@@ -258,17 +200,29 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         with EngineProcess("benchmarks.fidelity", DENSE, spec, options.gpus) as dense:
             for request in [request for some in requests.values() for request in some]:
                 dense.ask(request)
-        for text in options.methods:
-            for chunk in options.chunks:
-                spec = make_spec(options, chunk, parse_method(text))
-                settings["sparse"][f"{text}, chunks of {chunk}"] = resolved(spec["minference"])
-                with EngineProcess("benchmarks.fidelity", SPARSE, spec, options.gpus) as sparse:
-                    found = {key: [sparse.ask(request) for request in some] for key, some in requests.items()}
-                measured += rows.make_rows({"method": text, "chunk": chunk}, found)
-                print(results.table(measured), flush=True)
-                # Written after each engine, so that a run that is cut off keeps what it has measured.
-                results.write(options.out, measured, options.tiny, settings=settings)
+        for method, chunk, spec, sparse in sparse_engines(options):
+            settings["sparse"][f"{method}, chunks of {chunk}"] = resolved(spec["minference"])
+            found = {key: [sparse.ask(request) for request in some] for key, some in requests.items()}
+            measured += rows.make_rows({"method": method, "chunk": chunk}, found)
+            print(results.table(measured), flush=True)
+            # Written after each method, so that a run that is cut off keeps what it has measured.
+            results.write(options.out, measured, options.tiny, settings=settings)
     return measured
+
+
+def sparse_engines(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any], EngineProcess]]:
+    """For each method and size of chunks an engine that has these settings: (method, chunk, spec, engine)."""
+    specs = [
+        (text, chunk, make_spec(options, chunk, parse_settings(text)))
+        for chunk in options.chunks for text in options.methods
+    ]  # fmt: skip
+    for _, group in itertools.groupby(specs, key=lambda spec: spec[1] if options.one_engine else id(spec)):
+        first, *others = group
+        with EngineProcess("benchmarks.fidelity", SPARSE, first[-1], options.gpus) as engine:
+            yield *first, engine
+            for other in others:
+                engine.ask({"settings": other[-1]["minference"]})
+                yield *other, engine
 
 
 def merge(options: argparse.Namespace) -> list[dict[str, Any]]:

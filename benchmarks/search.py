@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import DENSE, SPARSE, facts, fidelity, load_engine, resolved, results
 from benchmarks.processes import EngineProcess, serve_requests
 from benchmarks.rows import ALL, make_row
+from benchmarks.scoring import scorer
 from minference_vllm.patterns import read_pattern
 
 MODULE = "benchmarks.search"
@@ -38,7 +39,7 @@ def start_engine(kind: str, spec: dict[str, Any]) -> Callable[[dict[str, Any]], 
     from minference_vllm.compat import engines
 
     llm = load_engine(kind, spec)
-    score = fidelity.scorer(kind, llm)
+    score = scorer(kind, llm)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         found, times = score(request), []
@@ -106,7 +107,7 @@ def compare(options: argparse.Namespace, specs: dict[str, Any], folder: Path) ->
 
 
 def make_specs(options: argparse.Namespace, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: fidelity.make_spec(options, options.chunk, method) for name, method in methods.items()}
+    return {name: fidelity.make_spec(options, options.chunk, {"method": method}) for name, method in methods.items()}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

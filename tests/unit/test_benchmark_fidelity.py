@@ -5,12 +5,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from benchmarks import DENSE, facts, fidelity, interval, parse_method, resolved, results, rows
+from benchmarks import DENSE, SPARSE, facts, fidelity, interval, parse_method, resolved, results, rows
 from benchmarks.cases import Case as Shape
 from benchmarks.cases import make_inputs
 from minference_vllm import attention
@@ -84,10 +84,18 @@ def test_a_control_keeps_everything(text: str) -> None:
 
 
 class Engine:
-    """Stands for an engine; what it answers tells which prompt it was asked."""
+    """Stands for an engine; what it answers tells which prompt it was asked.
+
+    Attributes:
+        shares: for each sparse engine that was started, the shares that it was given one after the other.
+    """
+
+    shares: ClassVar[list[list[float]]] = []
 
     def __init__(self, module: str, kind: str, spec: dict[str, Any], gpus: int) -> None:
         self.kind = kind
+        if kind == SPARSE:
+            self.shares.append([spec["minference"]["method"].get("share")])
 
     def __enter__(self) -> "Engine":
         return self
@@ -96,7 +104,9 @@ class Engine:
         pass
 
     def ask(self, request: dict[str, Any]) -> dict[str, float | None]:
-        return {} if self.kind == DENSE else prompt(request["answers"], 0.5)
+        if settings := request.get("settings"):
+            self.shares[-1].append(settings["method"]["share"])
+        return {} if self.kind == DENSE else prompt(request.get("answers", 0.0), 0.5)
 
 
 @pytest.fixture
@@ -137,6 +147,23 @@ def test_lengths_and_methods_are_measured_in_parts(run: Callable[..., dict[str, 
     with pytest.raises(SystemExit, match="2 times: leave a part out"):
         run("whole.json", "--merge", "one.json", "two.json", "one.json")
     assert json.loads(Path("whole.json").read_text()) == whole  # a refused merge writes nothing
+
+
+@pytest.mark.parametrize(
+    ("option", "shares"), [([], [[0.5], [0.9], [0.5], [0.9]]), (["--one-engine"], [[0.5, 0.9], [0.5, 0.9]])]
+)
+def test_one_engine_takes_the_settings_of_all_methods_in_turn(
+    option: list[str], shares: list[list[float]], run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "shares", [])
+    methods = ('block:{"share": 0.5}', '{"method": {"name": "block", "share": 0.9}, "recall_floor": 0.5}')
+    of = ("--model", "m", "--texts", "a", "--tokens", "8192", "--chunks", "8192", "2048")
+    written = run("one.json", *of, "--methods", *methods, *option)
+    assert Engine.shares == shares
+    assert [(row["method"], row["chunk"]) for row in written["rows"]] == [
+        (method, chunk) for chunk in (8192, 2048) for method in methods
+    ]
+    assert written["settings"]["sparse"][f"{methods[1]}, chunks of 2048"]["recall_floor"] == 0.5
 
 
 @pytest.mark.parametrize(

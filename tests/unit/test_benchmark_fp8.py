@@ -55,7 +55,7 @@ def test_both_engines_of_fidelity_get_the_same_cache(monkeypatch: pytest.MonkeyP
     arguments = ["fidelity", "--model", "m", "--texts", "t", "--out", "o", "--kv-cache-dtype", "fp8"]
     monkeypatch.setattr(sys, "argv", arguments)
     options = fidelity.parse()
-    spec = fidelity.make_spec(options, 8192, {"name": "block"})
+    spec = fidelity.make_spec(options, 8192, {"method": {"name": "block"}})
     given: list[str] = []
     monkeypatch.setattr("vllm.LLM", lambda **engine: given.append(engine["kv_cache_dtype"]), raising=False)
     monkeypatch.setattr("minference_vllm.plugin.register", lambda: None)
