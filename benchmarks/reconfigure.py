@@ -8,7 +8,6 @@ from benchmarks import runtime
 from minference_vllm.compat.engines import our_layers
 from minference_vllm.config import MInferenceConfig
 from minference_vllm.methods import make_method
-from minference_vllm.patterns import resolve
 from minference_vllm.recall import Floors
 
 TAKEN = {"method", "recall_floor", "row_recall_floor"}
@@ -34,7 +33,7 @@ def reconfigure(llm: Any, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"only a start changes {', '.join(sorted(others)) or 'to the method auto'}: leave it as it was"
         )
-    method = make_method(resolve(config.method, None).settings, running.method.kernel)
+    method = make_method(config.method, running.method.kernel)
     floors = Floors(config.recall_floor, config.row_recall_floor)
     scratch: dict[Any, Any] = {}
     for layer in our_layers(llm):
