@@ -265,8 +265,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--in-turn", action="store_true", help="run one engine after the other, each with all memory")
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, but merge the rows of these files")
     options = parser.parse_args()
-    if bool(options.model) != bool(options.text):
-        parser.error("--model and --text go together")
+    if bool(options.model) != bool(options.text) or (options.context and not options.model):
+        parser.error("--model and --text go together, and --context only with them")
     for name, usual in (TINY_USUAL if options.tiny else USUAL).items():
         vars(options).setdefault(name, usual)
     return options
@@ -279,12 +279,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="model-") as directory:
         spec = make_spec(options, directory)
         settings = describe(options, spec)
-        record = {"settings": settings, "seconds": seconds}
         for method, tokens, found in (in_turn if options.in_turn else side_by_side)(options, spec, settings):
             seconds[f"{method}, {tokens} tokens"] = {kind: found[kind] for kind in (DENSE, SPARSE)}
             rows.append(make_row(method, None if options.model else options.layers, tokens, found))
             # Written after each row, so that a run that is cut off keeps what it has measured.
-            results.write(options.out, rows, options.tiny, **record)
+            results.write(options.out, rows, options.tiny, settings=settings, seconds=seconds)
     return rows
 
 

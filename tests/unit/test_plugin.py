@@ -227,13 +227,11 @@ def test_another_plugin_on_custom_is_reported_by_its_path(log_lines: list[tuple[
 def test_a_plugin_that_takes_custom_after_us_does_not_get_what_is_selected(log_lines: list[tuple[str, str]]) -> None:
     plugin.register()
     registry.register_backend(CUSTOM, "another_plugin.Backend")
-    platforms.current_platform.get_attn_backend_cls(None, attn_selector_config=selector_config(), num_heads=9)
+    of = platforms.current_platform.get_attn_backend_cls
+    of(None, attn_selector_config=selector_config(), num_heads=9)
     assert CUSTOM.get_path() == "another_plugin.Backend"
     for _ in range(2):
-        chosen = platforms.current_platform.get_attn_backend_cls(
-            CUSTOM, attn_selector_config=selector_config(), num_heads=9
-        )
-        assert chosen == OUR_PATH
+        assert of(CUSTOM, attn_selector_config=selector_config(), num_heads=9) == OUR_PATH
     ((level, line),) = log_lines
     assert level == "WARNING"
     assert "another_plugin.Backend" in line
