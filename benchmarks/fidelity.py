@@ -112,7 +112,7 @@ def make_request(prompt: facts.FactPrompt, file: Path) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argument_parser(__doc__, "short prompts, the gate at 512 tokens")
-    parser.add_argument("--model", help="a model directory; its final norm must be `model.norm`")
+    parser.add_argument("--model", help="a model directory")
     parser.add_argument("--texts", nargs="+", help=f"files, or {STDLIB!r} for Python's own library")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 28672], help="prompt lengths")
     context.add_argument(parser)
@@ -212,12 +212,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def sparse_engines(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any], EngineProcess]]:
     """For each method and size of chunks an engine that has these settings: (method, chunk, spec, engine)."""
-    specs = [
-        (text, chunk, make_spec(options, chunk, parse_settings(text)))
-        for chunk in options.chunks for text in options.methods
-    ]  # fmt: skip
-    for _, group in itertools.groupby(specs, key=lambda spec: spec[1] if options.one_engine else id(spec)):
-        first, *others = group
+    of_engines = [options.methods] if options.one_engine else [[method] for method in options.methods]
+    for chunk, methods in itertools.product(options.chunks, of_engines):
+        first, *others = [(text, chunk, make_spec(options, chunk, parse_settings(text))) for text in methods]
         with EngineProcess("benchmarks.fidelity", SPARSE, first[-1], options.gpus) as engine:
             yield *first, engine
             for other in others:

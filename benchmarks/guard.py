@@ -44,7 +44,7 @@ def make_requests(options: argparse.Namespace, directory: str) -> dict[str, list
 
 def parse() -> argparse.Namespace:
     parser = argument_parser(__doc__, "short prompts, the gate at 512 tokens")
-    parser.add_argument("--model", required=True, help="a model directory; its final norm must be `model.norm`")
+    parser.add_argument("--model", required=True, help="a model directory")
     parser.add_argument("--texts", nargs=2, required=True, help="files, or 'stdlib' for Python's own library")
     parser.add_argument("--tokens", type=int, default=28672, help="prompt length")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of each kind")

@@ -46,4 +46,4 @@ def reconfigure(llm: Any, settings: dict[str, Any]) -> None:
         guard = None if state.guard is None else replace(state.guard, floors=floors)
         budgets = method.budgets(shape.num_qo_heads, running.device)
         layer.layer_state = replace(state, budgets=budgets, buffers=scratch[shape], guard=guard)
-    running.method, running.config = method, config
+    running.method, running.config, running.floors = method, config, floors

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import DENSE, SPARSE, SparseWork, sparse_work
 from benchmarks.processes import is_first_rank
+from minference_vllm.compat import engines
 
 ROWS_AT_ONCE = 512
 
@@ -16,22 +17,14 @@ def scorer(kind: str, llm: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     The dense engine leaves its hidden states in the file; a sparse one compares its own with them.
     """
     import torch
-    from vllm import SamplingParams
 
-    model = llm.apply_model(lambda model: model)[0]
-    one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    steps: list[torch.Tensor] = []
-
-    def keep(module: Any, arguments: Any, output: Any) -> None:
-        steps.append((output[0] if isinstance(output, tuple) else output).clone())
-
-    model.model.norm.register_forward_hook(keep)
+    kept = engines.States(llm)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        steps.clear()
+        kept.take()  # of what was read since, other than by this function
         before = sparse_work() if kind == SPARSE else None
-        llm.generate([{"prompt_token_ids": request["tokens"]}], one, use_tqdm=False)
-        states = torch.cat(steps)
+        engines.read_tokens(llm, request["tokens"])
+        states = kept.take()
         if len(states) != len(request["tokens"]):
             raise SystemExit(f"{len(states)} hidden states of a prompt of {len(request['tokens'])} tokens")
         # The state before a token predicts it.
@@ -42,7 +35,7 @@ def scorer(kind: str, llm: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
             return {}
         work = sparse_work().since(before)
         dense = torch.load(request["file"]).to(states.device)
-        return {**compare(model, dense, states, request), **described(work)}
+        return {**compare(kept.logits, dense, states, request), **described(work)}
 
     return answer
 
@@ -52,11 +45,11 @@ def described(work: SparseWork) -> dict[str, Any]:
     return {name: getattr(work, name) for name in ("density", "recall", "redone", "sparse_tokens")}
 
 
-def compare(model: Any, dense: Any, sparse: Any, request: dict[str, Any]) -> dict[str, float]:
+def compare(logits: Callable[[Any], Any], dense: Any, sparse: Any, request: dict[str, Any]) -> dict[str, float]:
     """Losses and agreement over the scored tokens.
 
     Args:
-        model: vLLM's, which turns hidden states into logits.
+        logits: of hidden states.
         dense, sparse: [scored tokens, hidden size] hidden states.
         request: the prompt.
     """
@@ -73,8 +66,7 @@ def compare(model: Any, dense: Any, sparse: Any, request: dict[str, Any]) -> dic
     for start in range(0, len(wanted), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         logs = {
-            kind: model.compute_logits(states[rows]).float().log_softmax(-1)
-            for kind, states in ((DENSE, dense), (SPARSE, sparse))
+            kind: logits(states[rows]).float().log_softmax(-1) for kind, states in ((DENSE, dense), (SPARSE, sparse))
         }
         divergences.append((logs[DENSE].exp() * (logs[DENSE] - logs[SPARSE])).sum(-1))
         agreements.append(logs[DENSE].argmax(-1) == logs[SPARSE].argmax(-1))

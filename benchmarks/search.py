@@ -112,7 +112,7 @@ def make_specs(options: argparse.Namespace, methods: dict[str, dict[str, Any]]) 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = fidelity.argument_parser(__doc__, "short prompts, the gate at 512 tokens")
-    parser.add_argument("--model", required=True, help="a model directory; its final norm must be `model.norm`")
+    parser.add_argument("--model", required=True, help="a model directory")
     parser.add_argument("--texts", nargs="+", required=True, help=f"files, or {fidelity.STDLIB!r}, to compare on")
     parser.add_argument("--search-texts", nargs="+", help="files to search with; none given: those of --texts")
     parser.add_argument("--search-options", default="", help="more options of minference-vllm search")

@@ -181,7 +181,7 @@ def make_spec(options: argparse.Namespace, directory: str) -> dict[str, Any]:
         "max_num_batched_tokens": options.chunk, "max_num_seqs": 8, "enforce_eager": True,
         "enable_prefix_caching": False, "disable_log_stats": True,
         "gpu_memory_utilization": MEMORY_ALONE if options.in_turn else MEMORY_OF_EACH, **on_gpus(options.gpus),
-        **(context.stretched(options.model, options.context) if options.model else {}),
+        **context.stretched(options.model, options.context),
     }  # fmt: skip
     return {
         "engine": engine,

@@ -45,9 +45,7 @@ def _take_over(custom: Any) -> None:
     from vllm.v1.attention.backends.registry import register_backend
 
     path = CPU_BACKEND if current_platform.is_cpu() else GPU_BACKEND
-    if custom.is_overridden():
-        if custom.get_path() == path:
-            return
+    if custom.is_overridden() and custom.get_path() != path:
         logger.warning(
             "Attention backend CUSTOM is taken by %s; MInference takes it over. Only one plugin can use it: "
             "list the plugins to load in VLLM_PLUGINS.",

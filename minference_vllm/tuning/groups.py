@@ -8,7 +8,7 @@ from minference_vllm.index import EVERY_GROUP, GROUPS_PER_TILE, TileIndex
 from minference_vllm.methods import Block
 
 # With the default settings a tile keeps the share DENSITY in prompts of AT_TOKENS tokens. From 3.7K tokens up to there
-# it falls as measured (docs/methods.md). Beyond, where tiles drop by another rule, it is assumed to fall more slowly.
+# it falls as measured (docs/methods.md). Beyond, where tiles drop by another rule, it falls more slowly.
 DENSITY, AT_TOKENS, FALLS, FALLS_BEYOND = 0.148, 28_200, 0.5, 0.336
 FINE, FINE_AT_TOKENS, FINE_FALLS = 0.60, 27_500, 0.08
 """Share of boxes that are scored finely on real prompts (docs/methods.md). It falls with length, as density does."""

@@ -106,7 +106,8 @@ class Engine:
     def ask(self, request: dict[str, Any]) -> dict[str, float | None]:
         if settings := request.get("settings"):
             self.shares[-1].append(settings["method"]["share"])
-        return {} if self.kind == DENSE else prompt(request.get("answers", 0.0), 0.5)
+            return {}
+        return {} if self.kind == DENSE else prompt(request["answers"], 0.5)
 
 
 @pytest.fixture
