@@ -176,6 +176,26 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
     }
 }
 
+// a b + c for two numbers in fp16 side by side; the second form is clamped to [0, 1]. Volatile, so that the compiler does
+// not move them behind a wait that follows.
+__device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm volatile("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ uint32_t fma_half2_saturate(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm volatile("fma.rn.sat.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ uint32_t mul_half2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm volatile("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
 // Four numbers as E4M3, the first in the low byte: rounded to nearest even and saturated at 448.
 __device__ __forceinline__ uint32_t pack_e4m3(float2 first, float2 second) {
     uint16_t low, high;
@@ -212,6 +232,12 @@ __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+template <int COUNT>
+__device__ __forceinline__ void pin(uint32_t (&registers)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
 // Descriptor of a matrix in shared memory that is swizzled in rows of ROW_BYTES. `stride` is the distance in bytes
 // between groups of 8 rows. `leading` is the distance between blocks of 64 elements along the contiguous dimension; it
 // matters only if wgmma sums over the other dimension (an MN-major matrix).
@@ -232,6 +258,10 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leadin
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "    \
     "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+#define HOPPER_PAIRS_4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define HOPPER_PAIRS_16(d, i) \
+    HOPPER_PAIRS_4(d, i), HOPPER_PAIRS_4(d, i + 4), HOPPER_PAIRS_4(d, i + 8), HOPPER_PAIRS_4(d, i + 12)
+
 // D (+)= A B of 64 x 128 x 16, or 64 x 128 x 32 for E4M3. A and B lie in shared memory and are contiguous along the
 // dimension that is summed over (K-major).
 //
@@ -251,6 +281,16 @@ __device__ __forceinline__ void mma(float (&d)[64], uint64_t a, uint64_t b) {
         HOPPER_MMA("k16", "f16", ", 0, 0");
     }
 #undef HOPPER_MMA
+}
+
+// The same for E4M3 with sums in fp16: a register holds those of two neighbouring columns.
+template <typename T, bool ACCUMULATE>
+__device__ __forceinline__ void mma(uint32_t (&d)[32], uint64_t a, uint64_t b) {
+    static_assert(std::is_same_v<T, E4M3>);
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.f16.e4m3.e4m3 {"
+                 HOPPER_NAMES_32 "}, %32, %33, p, 1, 1;\n}\n"
+                 : HOPPER_PAIRS_16(d, 0), HOPPER_PAIRS_16(d, 16)
+                 : "l"(a), "l"(b), "n"(int(ACCUMULATE)));
 }
 
 // D += A B of 64 x N x 16. A lies in registers; B lies in shared memory and is contiguous along N (MN-major). N is 128
@@ -305,6 +345,8 @@ __device__ __forceinline__ void mma(float (&d)[32], uint64_t a, uint64_t b) {
 
 #undef HOPPER_4
 #undef HOPPER_16
+#undef HOPPER_PAIRS_4
+#undef HOPPER_PAIRS_16
 #undef HOPPER_NAMES_32
 #undef HOPPER_NAMES_64
 

@@ -63,7 +63,8 @@ struct MInferenceScore {
     int32_t keys_per_mean;          // a power of two
     int32_t max_boxes;              // of a block, if `boxes` names them
     int32_t num_multiprocessors;
-    float scale_log2, squared;
+    float scale_log2;
+    float squared;  // part of a group's mass: squared_for of the reference, less than 1
 };
 
 static score::Params make_params(const MInferenceScore& a) {
@@ -95,7 +96,9 @@ static score::Params make_params(const MInferenceScore& a) {
     p.num_blocks = (p.num_lists + score::LISTS - 1) / score::LISTS;
     p.num_boxes = ((end_tile - 1) * p.groups_per_tile + score::BOX_GROUPS - 1) / score::BOX_GROUPS;
     p.scale_log2 = a.scale_log2;
-    p.squared = a.squared;
+    // Of w (1 - s + s w), w being a stored weight / UNIT.
+    p.plain = (1 - a.squared) / score::UNIT;
+    p.squared = a.squared / (1 - a.squared) / score::UNIT;
     p.q_scale = fp8::make_scale(a.q_scale, a.stride_q_scale);
     p.k_scale = fp8::make_scale(a.k_scale, a.stride_k_scale);
     return p;

@@ -61,7 +61,7 @@ struct Params {
     int32_t num_boxes;                          // of means before the chunk's last tile
     int32_t groups_per_tile;
     float scale_log2, log2_mean;                // log2 of the number of keys in a mean
-    float squared;                              // SQUARED of the reference, or 0
+    float plain, squared;  // mass that a stored weight W adds: plain * W (1 + squared * W), see UNIT
     fp8::Scale q_scale, k_scale;                // of queries in FP8, and of the keys
 
     __host__ __device__ __forceinline__ int first_tile() const { return context_len / TILE; }

@@ -3,87 +3,62 @@
 #pragma once
 
 #include "codes.cuh"
-#include "score_exp2.cuh"
 #include "score_load.cuh"
+#include "score_weights.cuh"
 
 namespace score {
 
-constexpr int LISTS_PER_THREAD = 2;
-constexpr int SCORES = HALF * COLUMNS / hopper::WARPGROUP;  // of a thread in an accumulator
-
-// A column of a thread's accumulator: a row of one of its two lists. The two rows f = 0 and 1 of the accumulator are
-// means.
-struct Place {
-    int list, row;
-
-    __device__ __forceinline__ explicit Place(int column) : list(column / ROWS), row(column % ROWS) {}
-    // Element 4 j + 2 f + e: row 2 (j % 8) + e of list j / 8.
-    __device__ __forceinline__ int element(int f) const { return list * 2 * ROWS + row / 2 * 4 + f * 2 + row % 2; }
-};
-
-// What is added to a thread's scaled scores to give the logarithm (base 2) of a mean's weight: minus the row's
-// log-sum-exp, plus the logarithm of the number of keys in a mean. For the polynomial's rows it gives the `y` of
-// polynomial_exp2 instead.
-struct Shifts {
-    float of[LISTS_PER_THREAD][ROWS];
-
-    __device__ __forceinline__ Shifts(const Params& p, const Job& job, int first_list) {
-        constexpr float LOG2_E = 1.4426950408889634f;
-#pragma unroll
-        for (int l = 0; l < LISTS_PER_THREAD; ++l) {
-            const List list(p, min(first_list + l, p.num_lists - 1));
-            const int head = job.first_head + list.head;
-            const float* lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
-#pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                const float shift = fmaf(__ldg(lse + row), -LOG2_E, p.log2_mean);
-                of[l][row] = is_polynomial(row) ? fmaf(shift, 1 / OCTAVES, 1.0f) : shift;
-            }
-        }
-    }
-};
-
 // Sums the mass of one of a thread's groups after the other, for both of its lists. For each group it takes the scores
 // of two of the four means, then those of the other two, and stores the codes of the sums.
+template <typename T>
 struct MassTaker {
-    const float scale_log2, squared, plain;
-    const Shifts shifts;
-    float mass[LISTS_PER_THREAD] = {};
+    Weigher<Score<T>> weigher;
+    const float plain;
+    const uint32_t squared;  // twice, in fp16
+    uint32_t mass[LISTS_PER_THREAD][2] = {};  // of even and odd rows, in fp16, for each of two means
     uint8_t* codes[LISTS_PER_THREAD];
     int num_groups[LISTS_PER_THREAD];
 
     __device__ __forceinline__ MassTaker(const Params& p, const Job& job, int first_list, float scale_log2)
-        : scale_log2(scale_log2), squared(p.squared), plain(1 - p.squared), shifts(p, job, first_list) {
+        : weigher(scale_log2), plain(p.plain), squared(hopper::pack<__half>(p.squared, p.squared)) {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
-            const List list(p, first_list + l);
-            codes[l] = p.masses + (job.first_head + list.head) * p.stride_masses + list.part * p.stride_masses_part;
-            num_groups[l] = first_list + l < p.num_lists ? p.num_groups(first_list + l) : 0;
+            const bool exists = first_list + l < p.num_lists;
+            const List list(p, exists ? first_list + l : p.num_lists - 1);
+            const int head = job.first_head + list.head;
+            codes[l] = p.masses + head * p.stride_masses + list.part * p.stride_masses_part;
+            num_groups[l] = exists ? p.num_groups(first_list + l) : 0;
+            const float* row_lse = p.row_lse + head * p.stride_lse + list.part * ROWS;
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                const float* of_pair = row_lse + 2 * pair;
+                weigher.set_rows(l, pair, shift(p, __ldg(of_pair)), shift(p, __ldg(of_pair + 1)));
+            }
         }
     }
 
-    __device__ __forceinline__ void take(const float (&scores)[SCORES]) {
+    __device__ __forceinline__ void take(const Score<T> (&scores)[REGISTERS<T>]) {
+        constexpr uint32_t ONE = 0x3C003C00;  // twice, in fp16
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i) {
+        for (int i = 0; i < PAIRS * LISTS_PER_THREAD; ++i) {
             // The two lists alternate, so that no addition waits for the one just before it.
-            const Place place(i / 4 + i % 2 * ROWS);
-            const float score = scores[place.element(i / 2 % 2)];
-            const float shift = shifts.of[place.list][place.row];
-            // A mean's weight is at most 1 for a row, so its logarithm is clamped to 0.
-            const float weight = is_polynomial(place.row)
-                                     ? polynomial_exp2(hopper::fma_saturate(score, scale_log2 / OCTAVES, shift))
-                                     : hopper::exp2_approx(fminf(fmaf(score, scale_log2, shift), 0.0f));
-            float& sum = mass[place.list];
-            sum = fmaf(weight, fmaf(weight, squared, plain), sum);
+            const int list = i % LISTS_PER_THREAD, pair = i / LISTS_PER_THREAD;
+#pragma unroll
+            for (int f = 0; f < 2; ++f) {
+                const uint32_t w = weigher.weigh(scores, list, pair, f);
+                mass[list][f] = hopper::fma_half2(w, hopper::fma_half2(w, squared, ONE), mass[list][f]);
+            }
         }
     }
 
     __device__ __forceinline__ void store(int group) {
 #pragma unroll
         for (int l = 0; l < LISTS_PER_THREAD; ++l) {
-            const int code = codes::encode(mass[l]);
+            // Each is at most 2 * PAIRS * UNIT^2, which fp16 holds; their sum may not be.
+            const float2 first = hopper::unpack<__half>(mass[l][0]), second = hopper::unpack<__half>(mass[l][1]);
+            const int code = codes::encode(((first.x + first.y) + (second.x + second.y)) * plain);
             if (group < num_groups[l]) codes[l][group] = uint8_t(code);
-            mass[l] = 0.0f;
+            mass[l][0] = mass[l][1] = 0;
         }
     }
 };

@@ -13,7 +13,7 @@ namespace score {
 
 // Start the scores of every second atom of a stage, from `first` on.
 template <typename T, int ROW_BYTES>
-__device__ __forceinline__ void start_scores(float (&scores)[SCORES], uint32_t means, uint32_t queries, int first) {
+__device__ __forceinline__ void start_scores(Score<T> (&scores)[REGISTERS<T>], uint32_t means, uint32_t queries, int first) {
     using S = Shape<ROW_BYTES>;
     const uint64_t first_a = hopper::descriptor(means + first * hopper::ATOM_BYTES, 0, 2 * hopper::ATOM_BYTES);
     const uint64_t first_b = hopper::descriptor(queries, 0);
@@ -48,12 +48,12 @@ __device__ __forceinline__ void consume(const Params& p, Storage<ROW_BYTES>& sha
     load_queries<T, Q, ROW_BYTES>(p, shared.queries[warpgroup], job, first_list);
     float scale_log2 = p.scale_log2;
     if constexpr (std::is_same_v<Q, hopper::E4M3>) scale_log2 *= p.q_scale[job.kv_head] * p.k_scale[job.kv_head];
-    MassTaker taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, scale_log2);
+    MassTaker<T> taker(p, job, first_list + lane % 4 * LISTS_PER_THREAD, scale_log2);
     hopper::wait_named(1 + warpgroup, hopper::WARPGROUP);
 
     const uint32_t queries = hopper::shared_address(shared.queries[warpgroup]);
     const uint32_t ring_start = hopper::shared_address(shared.means);
-    float even[SCORES], odd[SCORES];
+    Score<T> even[REGISTERS<T>], odd[REGISTERS<T>];
     Ring ring;
     hopper::wait(&shared.full[0], 0);
     int first_group = shared.boxes[0][warp] * BOX_GROUPS;

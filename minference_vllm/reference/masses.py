@@ -22,6 +22,27 @@ little of. docs/methods.md has what either alone, and other mixtures, lose.
 """
 
 
+OCTAVES, STEPS, UNIT = 20, 1024, 32
+"""Of stored weights: octaves below the largest, steps of an octave, and what a weight of 1 is stored as."""
+
+CENTRE = 0.0573
+"""The mean of log2(1 + f) - f for 0 <= f < 1."""
+
+
+def mean_weights(x: torch.Tensor) -> torch.Tensor:
+    """2^x to 3%, as fast kernels compute it: the bits of a number in fp16 are a linear function of its logarithm.
+
+    With n whole and 0 <= f < 1, these bits give 2^n (1 + f) for 2^(n + f), after CENTRE has been taken from x. A weight
+    is stored in fp16, times UNIT: down to 2^(1 - OCTAVES) as a normal number, and in the octave below on a straight
+    line to 0. So weights below 2^-OCTAVES are 0.
+
+    Args:
+        x: any shape, float32; what is above CENTRE counts as CENTRE, so that no weight exceeds 1.
+    """
+    y = ((x - CENTRE) / OCTAVES + 1).clamp(0, 1)
+    return (y * (OCTAVES * STEPS)).round().to(torch.int16).view(torch.float16).float() / UNIT
+
+
 def squared_for(mean: int) -> float:
     """SQUARED for means of groups, and 0 for the coarser means of boxes, whose masses are sums of plain weights.
 
@@ -40,9 +61,9 @@ def group_masses(
 ) -> None:
     """Sum w (1 - s + s w) over a part's rows and a group's means, for weights w and s = squared_for(mean).
 
-    A mean's weight is exp(score - normaliser), times the number of its keys, and at most 1, which is LIMIT of what the
-    row's normaliser includes. Otherwise a row that attends to a far key, which its normaliser does not include, could
-    outweigh all other rows by any factor.
+    A mean's weight is exp(score - normaliser), to 3% (mean_weights), times the number of its keys, and at most 1, which
+    is LIMIT of what the row's normaliser includes. Otherwise a row that attends to a far key, which its normaliser does
+    not include, could outweigh all other rows by any factor.
 
     All groups lie before the tile, so every row sees them and no causal mask is needed. Masses are summed by part, not
     by half, so that the number of scores that a kernel holds at once does not grow with rows_per_half.
@@ -68,9 +89,8 @@ def group_masses(
         q = query_rows(chunk.q[rows.clamp(min=chunk.context_len) - chunk.context_len], means) * scales
         for head in range(chunk.num_qo_heads):
             scores = q[:, head] @ from_operand(means[head // chunk.group_size, : tile_start // mean]).T
-            scores += math.log(mean)
             # [PART, means]
-            weight = (scores - lse_of_parts[head, part, :, None]).clamp(max=0).exp()
+            weight = mean_weights((scores - lse_of_parts[head, part, :, None]) / math.log(2) + math.log2(mean))
             mass = weight * (1 - squared + squared * weight)
             code = encode(mass.sum(0).unflatten(0, (-1, MEANS_PER_GROUP)).sum(1))
             looked_at: torch.Tensor | slice = slice(len(code))

@@ -87,3 +87,12 @@ inline float __uint_as_float(uint32_t bits) {
     memcpy(&x, &bits, sizeof x);
     return x;
 }
+
+// Four bytes of `low` (numbers 0 to 3) and `high` (4 to 7). The lowest hexadecimal digit of `numbers` is that of the
+// lowest byte.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t numbers) {
+    const uint64_t bytes = uint64_t(high) << 32 | low;
+    uint32_t chosen = 0;
+    for (int i = 0; i < 4; ++i) chosen |= uint32_t(bytes >> 8 * (numbers >> 4 * i & 7) & 0xFF) << 8 * i;
+    return chosen;
+}

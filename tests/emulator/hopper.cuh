@@ -105,6 +105,18 @@ float2 unpack(uint32_t packed) {
     return {emulator::widen(packed, ELEMENT<T>), emulator::widen(packed >> 16, ELEMENT<T>)};
 }
 
+inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+    const float2 x = unpack<__half>(a), y = unpack<__half>(b), z = unpack<__half>(c);
+    return pack<__half>(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
+}
+
+inline uint32_t fma_half2_saturate(uint32_t a, uint32_t b, uint32_t c) {
+    const float2 x = unpack<__half>(a), y = unpack<__half>(b), z = unpack<__half>(c);
+    return pack<__half>(fma_saturate(x.x, y.x, z.x), fma_saturate(x.y, y.y, z.y));
+}
+
+inline uint32_t mul_half2(uint32_t a, uint32_t b) { return fma_half2(a, b, 0); }
+
 inline uint32_t pack_e4m3(float2 first, float2 second) {
     uint32_t packed = 0;
     for (const float x : {second.y, second.x, first.y, first.x}) packed = packed << 8 | emulator::narrow_e4m3(x);
@@ -132,8 +144,8 @@ void mma_wait() {
 
 inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
-template <int COUNT>
-void pin(float (&)[COUNT]) {}
+template <typename T, int COUNT>
+void pin(T (&)[COUNT]) {}
 
 template <int ROW_BYTES = SWIZZLE_BYTES>
 uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = 8 * ROW_BYTES) {
@@ -145,6 +157,12 @@ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride = 8 * RO
 template <typename T, bool ACCUMULATE, int COUNT>
 void mma(float (&d)[COUNT], uint64_t a, uint64_t b) {
     emulator::issue({a, b, 2 * COUNT, ACCUMULATE, ELEMENT<T>, false}, d, nullptr);
+}
+
+// Sums in fp16, two in a register.
+template <typename T, bool ACCUMULATE, int COUNT>
+void mma(uint32_t (&d)[COUNT], uint64_t a, uint64_t b) {
+    emulator::issue({a, b, 4 * COUNT, ACCUMULATE, ELEMENT<T>, false, true}, d, nullptr);
 }
 
 template <typename T, int COUNT>

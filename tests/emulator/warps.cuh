@@ -18,8 +18,9 @@ struct Product {
     bool accumulate;
     hopper::Element element;  // of a and b
     bool from_registers;
-    int lanes = 0;               // lanes that have issued it
-    float* accumulators[LANES];  // of each lane
+    bool in_fp16 = false;       // the accumulators, two in a register
+    int lanes = 0;              // lanes that have issued it
+    void* accumulators[LANES];  // of each lane
     const uint32_t* a_registers[LANES];
     uint64_t fenced;  // the product sees what cp.async wrote before this turn
 

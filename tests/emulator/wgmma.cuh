@@ -147,9 +147,15 @@ inline void carry_out_next(Warp& warp) {
         }
         for (int column = 0; column < product.columns; ++column) {
             // Which lane and register hold an element: see csrc/attend_lanes.cuh.
-            float* registers = product.accumulators[row % 8 * 4 + column % 8 / 2];
-            float& d = registers[column / 8 * 4 + row / 8 * 2 + column % 2];
-            d = product.accumulate ? d + sums[column] : sums[column];
+            void* registers = product.accumulators[row % 8 * 4 + column % 8 / 2];
+            const int place = column / 8 * 4 + row / 8 * 2 + column % 2;
+            if (product.in_fp16) {
+                uint16_t& d = static_cast<uint16_t*>(registers)[place];
+                d = narrow((product.accumulate ? _cvtsh_ss(d) : 0) + sums[column], false);
+            } else {
+                float& d = static_cast<float*>(registers)[place];
+                d = (product.accumulate ? d : 0) + sums[column];
+            }
         }
     }
     warp.products.pop_front();
@@ -158,7 +164,7 @@ inline void carry_out_next(Warp& warp) {
 
 inline bool can_carry_out(const Warp& warp) { return !warp.products.empty() && warp.products.front().is_issued(); }
 
-inline void issue(const Product& wanted, float* accumulators, const uint32_t* a_registers) {
+inline void issue(const Product& wanted, void* accumulators, const uint32_t* a_registers) {
     Warp& warp = own_warp();
     const size_t place = warp.issued[lane()]++ - warp.carried_out;
     if (place == warp.products.size()) warp.products.push_back(wanted);

@@ -151,7 +151,8 @@ def test_all_mass_is_the_first_keys_where_the_tile_has_none(
     # [heads, parts of the first half]
     mass = weights(masses[:, : rows_per_half // PART, : NORMALISER_KEYS // GROUP]).sum(2) / ONE
     # Each of 16 rows gives each of 16 means a sixteenth of its attention.
-    torch.testing.assert_close(mass, torch.full_like(mass, 16 * 16 * mass_of(1 / 16)), rtol=0.05, atol=0)
+    # Weights are exact to 3%, and their squares to 6%.
+    torch.testing.assert_close(mass, torch.full_like(mass, 16 * 16 * mass_of(1 / 16)), rtol=0.1, atol=0)
 
 
 @engines
@@ -168,7 +169,7 @@ def test_no_far_key_counts_more_than_the_limit(
     # Each of the rows has seen 64 keys and those of its tile, 16 to 64; any other group has four means of 4 keys.
     others = torch.cat([mass[:, :12], mass[:, 13:]], 1)
     least, most = (16 * 4 * mass_of(4 / seen) for seen in (128, 80))
-    assert ((others > least * 0.95) & (others < most * 1.05)).all()
+    assert ((others > least * 0.9) & (others < most * 1.1)).all()
     expected = 16 + others[:, :1] * 12 / 16
     torch.testing.assert_close(mass[:, 12:13], expected, rtol=0.1, atol=0)
     give_keys(chunk, 30.0, 192, 208)

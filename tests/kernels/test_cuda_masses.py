@@ -27,6 +27,9 @@ from tests.kernels.cases import Case, make_chunk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
+# A mass that lies midway between two codes may be rounded to either. Of products in FP8 the sums are in fp16.
+ROUNDED_OTHERWISE = {False: 0.03, True: 0.08}
+
 OF_64 = [replace(case, head_dim=64) for case in (CASES[0], CASES[6])]
 OF_128 = [replace(case, head_dim=128) for case in (*CASES[:7], *GPU_CASES)]
 
@@ -47,7 +50,7 @@ def check(chunk: Chunk, is_fp8: bool, rows_per_half: int = 32) -> torch.Tensor:
     before &= tile < chunk.num_tiles
     difference = (actual.int() - expected.int()).abs()
     assert (difference <= before).all(), "codes differ by more than one, or were written where none belong"
-    assert difference.sum() <= 0.03 * before.sum() * len(actual)
+    assert difference.sum() <= ROUNDED_OTHERWISE[is_fp8] * before.sum() * len(actual)
     return actual[:, before]
 
 
@@ -83,7 +86,7 @@ def test_masses_of_boxes_and_in_boxes(case: Case, is_fp8: bool, device: torch.de
     reference.group_masses(chunk, coarse, lse, expected, BOX_MEAN)
     cuda.masses.group_masses(chunk, coarse, lse, actual, BOX_MEAN)
     difference = (actual.int() - expected.int()).abs()
-    assert difference.max() == 1 and (difference > 0).float().mean() < 0.03
+    assert difference.max() == 1 and (difference > 0).float().mean() < ROUNDED_OTHERWISE[is_fp8]
     boxes = make_boxes(chunk, 32, 20)  # far fewer than all
     share = torch.full((heads,), 0.2, device=device)
     whole, some = (make_masses(chunk, heads, 32) for _ in range(2))

@@ -32,6 +32,8 @@ CPU = torch.device("cpu")
 FP16, BF16 = torch.float16, torch.bfloat16
 MULTIPROCESSORS = (1, 7, 40)
 UNTOUCHED = 99
+# A mass that lies midway between two codes may be rounded to either. Of products in FP8 the sums are in fp16.
+ROUNDED_OTHERWISE = {False: 0.03, True: 0.12}
 
 CASES = [
     Case("whole tiles", num_rows=256, context_len=512, num_qo_heads=2, num_kv_heads=1),
@@ -145,9 +147,9 @@ def check_masses(case: Case, rows_per_half: int = 16, loudness: float = 1.0, is_
     assert (actual[num_heads:] == UNTOUCHED).all()
     difference = (actual[:num_heads].int() - expected[:num_heads].int()).abs()[:, counted]
     if difference.numel():
-        assert difference.max() <= 1
-        # A sum that lies midway between two codes may be rounded to either.
-        assert difference.sum() <= max(1, 0.03 * difference.numel())
+        # Sums in fp16 are off by a part of the score, which here is some hundred octaves times the loudness over 100.
+        assert difference.max() <= (1 if loudness == 1 or not is_fp8 else 12)
+        assert difference.sum() <= max(1, ROUNDED_OTHERWISE[is_fp8] * difference.numel())
     return actual
 
 
@@ -191,7 +193,7 @@ def test_masses_of_boxes_match_the_reference(emulated: Emulated, case: Case, is_
     inputs = chunk, normalisers(chunk, means, 32), make_coarse(chunk, means), BOX_MEAN, None
     expected = codes_of(reference.group_masses, *inputs)
     for emulated.seed, emulated.num_multiprocessors in enumerate(MULTIPROCESSORS):
-        check_codes(codes_of(group_masses, *inputs), expected)
+        check_codes(codes_of(group_masses, *inputs), expected, is_fp8)
 
 
 @pytest.mark.parametrize("room", [3, 20])
@@ -212,10 +214,10 @@ def test_masses_in_some_boxes_match_the_reference(emulated: Emulated, case: Case
         check_codes(codes_of(group_masses, *inputs), expected)
 
 
-def check_codes(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def check_codes(actual: torch.Tensor, expected: torch.Tensor, is_fp8: bool = False) -> None:
     assert torch.equal(actual == UNTOUCHED, expected == UNTOUCHED)
     difference = (actual.int() - expected.int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.03
+    assert difference.max() <= 1 and (difference > 0).float().mean() < ROUNDED_OTHERWISE[is_fp8]
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)

@@ -19,7 +19,7 @@ from minference_vllm.kernels.triton.codes import encode
 from minference_vllm.kernels.triton.launch import LOG2_E, SCALE_STRIDES, SCALES, on_grid, scaled_scores, score_scales
 from minference_vllm.kernels.triton.normalisers import _sampled_rows
 from minference_vllm.kernels.triton.operands import dot_operand, query_operand
-from minference_vllm.reference.masses import squared_for
+from minference_vllm.reference.masses import CENTRE, OCTAVES, STEPS, UNIT, squared_for
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import MEAN
@@ -40,7 +40,8 @@ def _masses_kernel(
     ROWS: tl.constexpr, ROWS_PER_HALF: tl.constexpr, MEAN: tl.constexpr, LOG2_MEAN: tl.constexpr, SQUARED: tl.constexpr,
     EACH: tl.constexpr, GROUPS_PER_BOX: tl.constexpr, BLOCK_LISTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOG2_E: tl.constexpr, INTERPRETED: tl.constexpr,
+    LOG2_E: tl.constexpr, OCTAVES: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr, CENTRE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = TILE // HALF
     PARTS: tl.constexpr = ROWS_PER_HALF // ROWS
@@ -73,7 +74,7 @@ def _masses_kernel(
     # [BLOCK_M, HEAD_DIM]
     b_q = query_operand(tl.load(p_q), means_ptr, INTERPRETED)
     b_lse = tl.load(lse_ptr + i_h.to(tl.int64) * stride_lse + part * ROWS + o_r, mask=listed, other=float("inf"))
-    b_lse = b_lse * LOG2_E - LOG2_MEAN
+    b_lse = (b_lse * LOG2_E - LOG2_MEAN + CENTRE) / OCTAVES - 1
     b_qt = tl.trans(b_q)
 
     o_n = tl.arange(0, BLOCK_N)
@@ -99,8 +100,9 @@ def _masses_kernel(
         p_means = means_ptr + o_j[:, None] * HEAD_DIM + o_d[None, :]
         b_k = tl.load(p_means, mask=(o_j < num_means)[:, None], other=0.0)
         b_k = dot_operand(b_k, b_q.dtype, INTERPRETED)
-        # [BLOCK_N, BLOCK_M]; no mean counts more than 1, which is LIMIT of what its row's normaliser includes
-        b_w = tl.exp2(tl.minimum(tl.dot(b_k, b_qt) * scale_log2 - b_lse[None, :], 0.0))
+        # [BLOCK_N, BLOCK_M]; clamped at 1, so no mean counts more than LIMIT of what its row's normaliser includes
+        b_y = tl.clamp(tl.dot(b_k, b_qt) * (scale_log2 / OCTAVES) - b_lse[None, :], 0.0, 1.0)
+        b_w = (b_y * (OCTAVES * STEPS) + 0.5).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) / UNIT
         b_p = b_w * (1 - SQUARED + SQUARED * b_w)
         # [BLOCK_N, LISTS]
         b_mass = tl.sum(tl.sum(tl.reshape(b_p, (BLOCK_N, ROWS // 2, LISTS, 2)), 3), 1)
@@ -143,7 +145,7 @@ def group_masses(
         ROWS=PART, ROWS_PER_HALF=rows_per_half, MEAN=mean, LOG2_MEAN=mean.bit_length() - 1, SQUARED=squared_for(mean),
         EACH=MEANS_PER_GROUP, GROUPS_PER_BOX=GROUPS_PER_BOX, BLOCK_LISTS=LISTS,
         BLOCK_M=block_m, BLOCK_N=64,
-        LOG2_E=LOG2_E,
+        LOG2_E=LOG2_E, OCTAVES=OCTAVES, STEPS=STEPS, UNIT=UNIT, CENTRE=CENTRE,
         INTERPRETED=not q.is_cuda,
         num_warps=4, num_stages=2,
     )  # fmt: skip
