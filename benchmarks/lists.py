@@ -69,7 +69,7 @@ class Lists:
 
     def of_layer(self, number: int) -> TileIndex:
         """The lists of one layer, as they were chosen."""
-        return TileIndex(self.groups[number], self.counts[number])
+        return TileIndex(self.groups[number], self.counts[number], _long_tiles(self.counts[number]))
 
     def carried(self, first_tile: int, num_tiles: int, heads: tuple[int, int], repeats: bool) -> TileIndex:
         """Lists for tiles of a longer prompt and for other heads, made of these.
@@ -86,9 +86,7 @@ class Lists:
                 looks no further back than here, and density falls as the length grows.
         """
         sources = [self._source(head, heads) for head in range(heads[0])]
-        # The number of tiles at the prompt's end that keep all keys under every head.
-        keeps_all = (self.counts[..., 0] == EVERY_GROUP).all(0).all(0)
-        last = min(int(keeps_all.flip(0).int().cumprod(0).sum()), self.num_tiles - 1)
+        last = min(_long_tiles(self.counts.flatten(0, 1)), self.num_tiles - 1)
         order = [number % (self.num_tiles - last) for number in range(num_tiles - last)]
         lists = [
             [self._moved(*source, here, tile, repeats) for source in sources]
@@ -140,7 +138,13 @@ def _as_index(lists: list[list[list[torch.Tensor] | None]]) -> TileIndex:
             joined = torch.cat(parts)
             groups[head, tile, : len(joined)] = joined
             counts[head, tile] = torch.tensor([len(part) for part in parts])
-    return TileIndex(groups, counts)
+    return TileIndex(groups, counts, _long_tiles(counts))
+
+
+def _long_tiles(counts: torch.Tensor) -> int:
+    """How many tiles at the chunk's end keep all keys under every head."""
+    keeps_all = (counts[..., 0] == EVERY_GROUP).all(0)
+    return int(keeps_all.flip(0).int().cumprod(0).sum())
 
 
 def kept_share(index: TileIndex, first_tile: int) -> float:

@@ -30,6 +30,7 @@ struct MInferenceAttendTiles {
     MInferenceAttendChunk chunk;
     const void *groups, *counts;
     int64_t stride_groups, stride_groups_tile, stride_counts, stride_counts_tile;
+    int32_t long_tiles;
 };
 
 struct MInferenceAttendHeads {
@@ -118,6 +119,7 @@ extern "C" int minference_attend_tiles(const MInferenceAttendTiles* args, cudaSt
     index.stride_counts = a.stride_counts;
     index.stride_counts_tile = a.stride_counts_tile;
     index.first_tile = a.chunk.context_len / attend::TILE;
+    index.long_tiles = a.long_tiles;
     return attend_to(a.chunk, index, stream);
 }
 

@@ -259,10 +259,10 @@ struct Order {
     __device__ __forceinline__ int size() const { return num_tiles * num_heads; }
 
     // The heads of one KV head follow each other, then those of the neighbouring tile: they run at the same time and
-    // share keys in L2. The longest tiles come first, so that short ones keep all programs busy at the end. TILES_AHEAD
-    // tiles may be far longer than all others; for every head they come before any other tile. Each time the programs
-    // have been through the heads of a group, the heads are rotated. Some heads keep more than others, and without the
-    // rotation the same programs would always get those.
+    // share keys in L2. The longest tiles come first, so that short ones keep all programs busy at the end. The last
+    // `long_tiles` may be far longer than all others; for every head they come before any other tile. Each time the
+    // programs have been through the heads of a group, the heads are rotated. Some heads keep more than others, and
+    // without the rotation the same programs would always get those.
     template <typename Index>
     __device__ __forceinline__ Work at(const Params& p, const Index& index, int id) const {
         Work work;
@@ -273,7 +273,7 @@ struct Order {
             work.kv_head = work.head / p.group_size;
         } else {
             // A stretch is the tiles that come before all others, or the rest.
-            const int ahead = min(Index::TILES_AHEAD, num_tiles), of_ahead = ahead * num_heads;
+            const int ahead = min(index.long_tiles, num_tiles), of_ahead = ahead * num_heads;
             const bool is_ahead = id < of_ahead;
             const int place = is_ahead ? id : id - of_ahead, stretch = is_ahead ? ahead : num_tiles - ahead;
             const int tiles_before = place / p.group_size % stretch;

@@ -10,7 +10,7 @@ namespace attend {
 // Bands and single columns. A band is a group at a distance from the tile that is the same for every tile of a head.
 struct BandIndex {
     static constexpr bool HAS_COLUMNS = true, LISTS_HEADS = false;
-    static constexpr int TILES_AHEAD = 0;
+    static constexpr int long_tiles = 0;
 
     const int32_t* bands;
     const int32_t* bands_indptr;
@@ -49,15 +49,14 @@ struct BandIndex {
 // Groups listed for each tile, no columns.
 struct TileIndex {
     static constexpr bool HAS_COLUMNS = false, LISTS_HEADS = false;
-    // The last rows of a prompt may keep all keys, ten times as many as others. In prompts of up to 64,000 tokens
-    // they lie in two tiles at the most, by default.
-    static constexpr int TILES_AHEAD = 2;
     static constexpr int EVERY_GROUP = -1;  // in place of the first count: the tile keeps all groups before it
 
     const int32_t* groups;
     const int32_t* counts;
     int64_t stride_groups, stride_groups_tile, stride_counts, stride_counts_tile;
     int32_t first_tile;  // of the chunk: lists are numbered from there
+    // At the chunk's end: the last rows of a prompt may keep all keys, ten times as many as others.
+    int32_t long_tiles;
 
     __device__ __forceinline__ void count(Work& work) const {
         const int32_t* entry = counts + work.head * stride_counts + (work.tile - first_tile) * stride_counts_tile;

@@ -72,10 +72,13 @@ class TileIndex:
         groups: [num_qo_heads, max_tiles, max_groups] int32; valid up to the tile's count.
         counts: [num_qo_heads, max_tiles, 3] int32: how many groups both halves keep, the first alone, the second alone;
             (EVERY_GROUP, 0, 0) if the tile keeps all groups before it.
+        long_tiles: how many tiles at the chunk's end may keep far more than all others. Kernels begin with these, so
+            that no program still works on one when all others have ended. It does not affect the result.
     """
 
     groups: torch.Tensor
     counts: torch.Tensor
+    long_tiles: int = 0
 
 
 @dataclass(frozen=True, slots=True)

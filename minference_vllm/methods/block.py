@@ -157,10 +157,12 @@ class Block(Method):
     def choose(self, chunk: Chunk, budgets: torch.Tensor, scratch: BlockScratch) -> TileIndex:
         """See Method.choose."""
         cap = self.max_kept((chunk.first_tile + chunk.num_tiles - 1) * GROUPS_PER_TILE)
-        index = TileIndex(
-            groups=scratch.index.groups[:, : chunk.num_tiles, :cap], counts=scratch.index.counts[:, : chunk.num_tiles]
-        )
         choosing = chunk.of_rows(0, self.choosing_rows(chunk))
+        index = TileIndex(
+            groups=scratch.index.groups[:, : chunk.num_tiles, :cap],
+            counts=scratch.index.counts[:, : chunk.num_tiles],
+            long_tiles=chunk.num_tiles - choosing.num_tiles,
+        )
         if choosing.num_rows < chunk.num_rows:
             act(partial(index.counts[:, choosing.num_tiles :].copy_, scratch.every_group))
         if choosing.num_rows:

@@ -66,7 +66,6 @@ def draw_groups(chunk: Chunk, method: Block, seed: int, density: float | None = 
     for number, listed in enumerate(tiles):
         counts[:, number, 0] = listed.shape[1]
         groups[:, number, : listed.shape[1]] = listed
-    counts[:, chunk.of_rows(0, method.choosing_rows(chunk)).num_tiles :] = torch.tensor(
-        [EVERY_GROUP, 0, 0], device=device
-    )
-    return TileIndex(groups, counts)
+    choosing = chunk.of_rows(0, method.choosing_rows(chunk)).num_tiles
+    counts[:, choosing:] = torch.tensor([EVERY_GROUP, 0, 0], device=device)
+    return TileIndex(groups, counts, long_tiles=len(tiles) - choosing)

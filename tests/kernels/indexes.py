@@ -134,7 +134,7 @@ def tile_index_of(tiles: list[KeptGroups], case: Case, device: torch.device) -> 
         counts[head, i] = torch.tensor([len(row) for row in lists])
         listed = [group for row in lists for group in row]
         groups[head, i, : len(listed)] = torch.tensor(listed, dtype=torch.int32)
-    return TileIndex(groups.to(device), counts.to(device))
+    return TileIndex(groups.to(device), counts.to(device), long_tiles=case.num_rows % 3)
 
 
 def tile_mask_of(tiles: list[KeptGroups], case: Case) -> torch.Tensor:
@@ -177,4 +177,5 @@ def random_tile_index(case: Case, generator: torch.Generator, device: torch.devi
     keeps_all = torch.rand(*shape, 1, generator=generator) < 0.1
     groups = torch.where(is_listed & ~keeps_all, order, GARBAGE)
     counts = torch.where(keeps_all, torch.tensor([EVERY_GROUP, 0, 0]), counts)
-    return TileIndex(groups.int().to(device), counts.int().to(device))
+    long_tiles = int(torch.randint(len(tiles) + 2, (), generator=generator))
+    return TileIndex(groups.int().to(device), counts.int().to(device), long_tiles)

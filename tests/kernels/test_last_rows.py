@@ -40,6 +40,7 @@ def test_tiles_of_a_prompts_last_rows_keep_all_and_others_what_they_choose(
     index = choose(chunk, kernel, last_tokens=last_tokens, **SETTINGS)
     assert (index.counts[:, choosing:].cpu() == torch.tensor(NOTHING_LEFT_OUT)).all()
     assert (index.counts[:, :choosing, 0] != EVERY_GROUP).any()
+    assert index.long_tiles == chunk.num_tiles - choosing, "kernels begin with all of them"
     check_same(index, choose(chunk, kernel, last_tokens=0, **SETTINGS), chunk, range(choosing))
     # Each of the last rows lies in a tile that keeps all, and no tile without one of them does.
     last_choosing = (chunk.first_tile + choosing) * TILE - 1
@@ -72,3 +73,4 @@ def test_a_chunk_that_more_of_the_prompt_follows_has_no_last_rows(kernel: Kernel
     index = choose(chunk, kernel, last_tokens=64, **SETTINGS)
     check_same(index, choose(chunk, kernel, last_tokens=0, **SETTINGS), chunk, range(chunk.num_tiles))
     assert (index.counts[:, -1, 0] != EVERY_GROUP).all()
+    assert index.long_tiles == 0

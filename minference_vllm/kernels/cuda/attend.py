@@ -50,6 +50,7 @@ class _Tiles(ctypes.Structure):
         ("chunk", _Chunk),
         *library.pointers_of("groups", "counts"),
         *library.strides_of("groups", "groups_tile", "counts", "counts_tile"),
+        *library.sizes_of("long_tiles"),
     ]
 
 
@@ -113,4 +114,5 @@ def _describe_tiles(index: TileIndex) -> tuple[int, ...]:
     return (
         index.groups.data_ptr(), index.counts.data_ptr(),
         index.groups.stride(0), index.groups.stride(1), index.counts.stride(0), index.counts.stride(1),
+        index.long_tiles,
     )  # fmt: skip

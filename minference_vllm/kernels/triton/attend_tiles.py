@@ -21,36 +21,32 @@ from minference_vllm.kernels.triton.attend import (
 from minference_vllm.kernels.triton.launch import LOG2_E, all_scales, kv_strides, on_grid, scaled, scaled_scores
 from minference_vllm.scratch import AttendBuffers
 
-_TILES_AHEAD = tl.constexpr(2)
-"""How many of a chunk's last tiles are processed before all others: as many as can hold the last rows of prompts of
-up to 64,000 tokens, by default."""
-
 
 @triton.jit
-def _place(num_tiles, GROUP_SIZE: tl.constexpr):
+def _place(num_tiles, long_tiles, GROUP_SIZE: tl.constexpr):
     """A program's tile of the chunk, and its head.
 
     Neighbouring programs are the query heads of one KV head, then neighbouring tiles: they share keys in L2. The
-    longest tiles come first, so that the short ones fill the tail. Before all others come the last two tiles of every
-    head, since those may hold the last rows of a prompt, which keep all keys.
+    longest tiles come first, so that the short ones fill the tail. Before all others come, under every head, those
+    that may be far longer (TileIndex.long_tiles).
     """
     number = tl.program_id(0)
-    ahead = tl.minimum(num_tiles, _TILES_AHEAD)
+    ahead = tl.minimum(num_tiles, long_tiles)
     of_ahead = ahead * (tl.num_programs(0) // num_tiles)
     is_ahead = number < of_ahead
     number = tl.where(is_ahead, number, number - of_ahead)
-    tiles = tl.where(is_ahead, ahead, tl.maximum(num_tiles - ahead, 1))
+    tiles = tl.maximum(tl.where(is_ahead, ahead, num_tiles - ahead), 1)
     tile = number // GROUP_SIZE % tiles + tl.where(is_ahead, 0, ahead)
     return num_tiles - 1 - tile, number // (GROUP_SIZE * tiles) * GROUP_SIZE + number % GROUP_SIZE
 
 
-@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=[*PLAIN, "long_tiles"], do_not_specialize_on_alignment=ANYWHERE)
 def _attend_tiles_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, kept_ptr, groups_ptr, counts_ptr,
     q_scale_ptr, stride_q_scale, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale, sinks_ptr,
     num_rows, context_len, table_row, scale_log2,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_kp, stride_kh, stride_kt, stride_table, stride_lse,
-    stride_groups, stride_groups_tile, stride_counts,
+    stride_groups, stride_groups_tile, stride_counts, long_tiles,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
     GROUP: tl.constexpr, EVERY_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, LOG2_E: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +54,7 @@ def _attend_tiles_kernel(
     GROUPS_PER_STEP: tl.constexpr = BLOCK_N // GROUP
     seq_len = context_len + num_rows
     num_tiles = tl.cdiv(seq_len, TILE) - context_len // TILE
-    i_t, i_h = _place(num_tiles, GROUP_SIZE)
+    i_t, i_h = _place(num_tiles, long_tiles, GROUP_SIZE)
     i_kv = i_h // GROUP_SIZE
     start_m = (context_len // TILE + i_t) * TILE
 
@@ -133,6 +129,7 @@ def attend_tiles(chunk: Chunk, index: TileIndex, buffers: AttendBuffers) -> None
         chunk.num_rows, chunk.context_len, kv.row, chunk.scale * LOG2_E,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides(kv), kv.block_table.stride(0),
         buffers.lse.stride(0), index.groups.stride(0), index.groups.stride(1), index.counts.stride(0),
+        index.long_tiles,
         GROUP_SIZE=chunk.group_size, HEAD_DIM=chunk.head_dim, PAGE_SIZE=kv.page_size,
         TILE=TILE, GROUP=GROUP, EVERY_GROUP=EVERY_GROUP, BLOCK_N=block_n, LOG2_E=LOG2_E,
         UPCAST=not q.is_cuda,  # the interpreter's dot is wrong for bf16
