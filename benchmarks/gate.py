@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The length from which sparse prefill wins: what `minference-vllm tune` measures, as a result on record.
 
-    python -m benchmarks.gate --chunks 16384 8192 --out benchmarks/results/h200-gate-block.json
+    python -m benchmarks.gate --chunks 16384 8192 --out benchmarks/results/h100-gate-block.json
     python -m benchmarks.gate --method 1000:6096 --chunks 16384 8192 --out benchmarks/results/h100-gate.json
 
 The default of min_seq_len comes from here.

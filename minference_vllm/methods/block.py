@@ -42,6 +42,9 @@ from minference_vllm.scratch import LIST_BYTES, ScratchShape
 LONG_FROM, COARSE_FROM = 32_768, 524_288
 """Defaults of `long_from` and `coarse_from`."""
 
+LAST_PART_MOST = 512
+"""The most query rows that `last_part` has attend to all keys: as many as were measured (docs/methods.md)."""
+
 
 class BlockSettings(MethodSettings):
     """Settings of `block`. Units are tokens unless a field says otherwise."""
@@ -72,8 +75,8 @@ class BlockSettings(MethodSettings):
     the choice for a whole tile. With 0 all rows choose."""
 
     last_part: float = Field(default=0.002, ge=0, le=1)
-    """The part of a prompt's rows, at its end, that attend to all keys, if these are more than last_tokens. No unit.
-    The default adds less than half a percent of all pairs: 262 rows of 131,072."""
+    """The part of a prompt's rows, at its end, that attend to all keys, if these are more than last_tokens; but no more
+    than 512 rows. No unit. The default adds less than half a percent of all pairs: 262 rows of 131,072."""
 
     long_from: int = Field(default=LONG_FROM, ge=0, le=MAX_TOKENS)
     """Rows with fewer keys than this before them keep more of these, since attention takes only a small part of a short
@@ -178,7 +181,7 @@ class Block(Method):
     def last_rows(self, seq_len: int) -> int:
         """How many rows at the end of a prompt of so many tokens attend to all keys."""
         least = self.settings.last_tokens
-        return max(least, int(seq_len * self.settings.last_part)) if least else 0
+        return max(least, min(int(seq_len * self.settings.last_part), LAST_PART_MOST)) if least else 0
 
     def _choose_in_turns(self, chunk: Chunk, budgets: torch.Tensor, buffers: BlockBuffers, index: TileIndex) -> None:
         num_heads = len(buffers.masses)

@@ -48,11 +48,14 @@ def test_tiles_of_a_prompts_last_rows_keep_all_and_others_what_they_choose(
 
 
 @engines
-@pytest.mark.parametrize(("last_tokens", "last_part", "as_many"), [(64, 0.2, 153), (64, 0.01, 64), (0, 0.2, 0)])
+@pytest.mark.parametrize(
+    ("last_tokens", "last_part", "as_many"),
+    [(64, 0.2, 153), (64, 0.01, 64), (0, 0.2, 0), (64, 0.9, 512), (600, 0.9, 600)],
+)
 def test_long_prompts_have_more_last_rows(
     last_tokens: int, last_part: float, as_many: int, kernel: Kernel, device: torch.device
 ) -> None:
-    chunk = make(512, 256, device)
+    chunk = make(640, 128, device)
     index = choose(chunk, kernel, last_tokens=last_tokens, last_part=last_part, **SETTINGS)
     same = choose(chunk, kernel, last_tokens=as_many, last_part=0.0, **SETTINGS)
     every = (index.counts[..., 0] == EVERY_GROUP).cpu()
