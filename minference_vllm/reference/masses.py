@@ -30,7 +30,7 @@ CENTRE = 0.0573
 
 
 def mean_weights(x: torch.Tensor) -> torch.Tensor:
-    """2^x to 3%, as fast kernels compute it: the bits of a number in fp16 are a linear function of its logarithm.
+    """2^x to 4%, as fast kernels compute it: the bits of a number in fp16 are a linear function of its logarithm.
 
     With n whole and 0 <= f < 1, these bits give 2^n (1 + f) for 2^(n + f), after CENTRE has been taken from x. A weight
     is stored in fp16, times UNIT: down to 2^(1 - OCTAVES) as a normal number, and in the octave below on a straight
@@ -61,7 +61,7 @@ def group_masses(
 ) -> None:
     """Sum w (1 - s + s w) over a part's rows and a group's means, for weights w and s = squared_for(mean).
 
-    A mean's weight is exp(score - normaliser), to 3% (mean_weights), times the number of its keys, and at most 1, which
+    A mean's weight is exp(score - normaliser), to 4% (mean_weights), times the number of its keys, and at most 1, which
     is LIMIT of what the row's normaliser includes. Otherwise a row that attends to a far key, which its normaliser does
     not include, could outweigh all other rows by any factor.
 
