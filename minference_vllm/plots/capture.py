@@ -127,4 +127,6 @@ def own_pairs(tile: int, rows: range) -> torch.Tensor:
 
 def _on_host(index: SparseIndex) -> Any:
     """The same index in the host's memory."""
-    return type(index)(**{field.name: getattr(index, field.name).cpu() for field in fields(index)})
+    held = (getattr(index, field.name) for field in fields(index))
+    copied: list[Any] = [of.cpu() if isinstance(of, torch.Tensor) else of for of in held]
+    return type(index)(*copied)
