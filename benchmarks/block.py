@@ -223,7 +223,7 @@ def measure_all(
             inputs = make_inputs(Shape(case.tokens, 1, 1, *case[3:]), device, 0)
             inputs = in_fp8(inputs) if cache == "fp8" else inputs
             made = shape, inputs, Dense() if options.tiny else measure_dense(case, inputs)
-        given = TileIndex(index.groups.to(device), index.counts.to(device), index.long_tiles) if index else None
+        given = replace(index, groups=index.groups.to(device), counts=index.counts.to(device)) if index else None
         for method in methods:
             yield {**named, **measure(case, made[1], made[2], method, given)}
 

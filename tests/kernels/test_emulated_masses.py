@@ -147,7 +147,7 @@ def check_masses(case: Case, rows_per_half: int = 16, loudness: float = 1.0, is_
     assert (actual[num_heads:] == UNTOUCHED).all()
     difference = (actual[:num_heads].int() - expected[:num_heads].int()).abs()[:, counted]
     if difference.numel():
-        # Sums in fp16 are off by a part of the score, which here is some hundred octaves times the loudness over 100.
+        # Sums in fp16 are off by a part of the score, so those of loud rows by up to an octave and a half.
         assert difference.max() <= (1 if loudness == 1 or not is_fp8 else 12)
         assert difference.sum() <= max(1, ROUNDED_OTHERWISE[is_fp8] * difference.numel())
     return actual

@@ -13,7 +13,7 @@ from minference_vllm.chunk import Chunk
 from minference_vllm.index import HALF, TILE
 from minference_vllm.kernels.cuda import library
 from minference_vllm.kernels.triton.launch import LOG2_E
-from minference_vllm.reference.masses import squared_for
+from minference_vllm.reference.masses import CENTRE, OCTAVES, UNIT, squared_for
 from minference_vllm.reference.normalisers import PART
 from minference_vllm.reference.operands import unit_of_products
 from minference_vllm.scratch import CODES_PER_OCTAVE, FP8, FP8_UNIT, MASS_CODES, MEAN, OCTAVES_BELOW_ONE
@@ -23,9 +23,10 @@ FP8_HEAD_DIM = 128
 
 ROWS_PER_HALF = (16, 32, 64)
 """Rows of a half that the kernels can take: one, two or four parts."""
-# csrc/score.cuh and csrc/score_mass.cuh hold the same numbers.
+# csrc/score.cuh, csrc/score_weights.cuh and csrc/codes.cuh hold the same numbers.
 assert (TILE, HALF, PART, MEANS_PER_GROUP, LISTS) == (128, 64, 16, 4, 16)
 assert (MASS_CODES, CODES_PER_OCTAVE, OCTAVES_BELOW_ONE, FP8_UNIT) == (256, 8, 26, 4)
+assert (OCTAVES, UNIT, CENTRE) == (20, 32, 0.0573)
 
 POINTERS = ("q", "means", "row_lse", "masses", "boxes", "box_counts", "q_scale", "k_scale")
 STRIDES = (
