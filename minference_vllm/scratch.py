@@ -32,6 +32,9 @@ SELECT_SPLITS = 16
 MEAN = 4
 """Keys in a mean: consecutive keys from a multiple of MEAN on, which their mean represents when groups are chosen."""
 
+CENTRE_START, CENTRE_END = 64, 80
+"""The keys, one group, whose mean is subtracted from all means: behind the attention sinks, which are unlike others."""
+
 FP8_UNIT = 4.0
 """Means and query rows in FP8 are stored divided by this power of two. So keys and queries of up to 1792 do not
 saturate, and their usual magnitudes lie where FP8's relative error is smallest."""

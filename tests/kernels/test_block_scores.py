@@ -8,19 +8,14 @@ import pytest
 import torch
 
 from minference_vllm import ops, reference
-from minference_vllm.boxes import BOX_MEAN
-from minference_vllm.chunk import Chunk, PagedKV
+from minference_vllm.chunk import Chunk
 from minference_vllm.index import GROUP, HALF, HALVES, TILE
 from minference_vllm.kernels import triton
-from minference_vllm.kernels.triton import means as means_kernels
-from minference_vllm.methods import MAX_TOKENS
 from minference_vllm.ops import Kernel
-from minference_vllm.plan import SUPPORTED_HEAD_DIMS
 from minference_vllm.reference.codes import ONE, add, encode, weights
 from minference_vllm.reference.masses import SQUARED, mean_weights
 from minference_vllm.reference.normalisers import LIMIT, NORMALISER_KEYS, PART, sampled_rows
-from minference_vllm.reference.pages import gather
-from minference_vllm.scratch import MASS_CODES, MEAN
+from minference_vllm.scratch import MASS_CODES
 from tests.kernels.blocks import (
     BF16,
     CASES,
@@ -34,48 +29,7 @@ from tests.kernels.blocks import (
     make_means,
     score_dtypes,
 )  # fmt: skip
-from tests.kernels.cases import Case, make_cache, make_chunk
-
-
-@every_case
-def test_means_of_keys(case: Case, device: torch.device) -> None:
-    kv, count = make_cache(case, device), case.seq_len // MEAN
-    results = []
-    for key_means in (reference.key_means, triton.key_means):
-        means = torch.full((case.num_kv_heads, count + 3, case.head_dim), 7.0).to(device, case.dtype)
-        key_means(kv, case.seq_len, means)
-        results.append(means)
-    expected, actual = results
-    torch.testing.assert_close(actual, expected, rtol=1e-2 if case.dtype == BF16 else 2e-3, atol=1e-3)
-    assert (actual[:, count:] == 7).all()
-    keys, _ = gather(kv, case.seq_len)
-    for j in range(0, count, 13):
-        torch.testing.assert_close(actual[:, j], keys[:, j * MEAN : (j + 1) * MEAN].mean(1), rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-def test_means_of_the_longest_prompts_are_no_more_programs_than_a_grid_takes(
-    head_dim: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grids: list[tuple[int, ...]] = []
-
-    class Kernels:
-        """Stands in for a kernel."""
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            grids.append(grid)
-            return lambda *_, **__: None
-
-    for name in ("_means_kernel", "_coarse_means_kernel"):
-        monkeypatch.setattr(means_kernels, name, Kernels())
-    fine, coarse = (torch.empty(8, MAX_TOKENS // mean, head_dim, device="meta") for mean in (MEAN, BOX_MEAN))
-    cache = torch.empty(1, 8, 16, 2 * head_dim, device="meta")
-    table = torch.empty(1, MAX_TOKENS // 16, dtype=torch.int32, device="meta")
-    triton.key_means(PagedKV(*cache.split(head_dim, dim=-1), table, 0), MAX_TOKENS, fine)
-    triton.coarse_means(fine, MAX_TOKENS, coarse, MEAN, BOX_MEAN)
-    # CUDA's limit for the second and third axes of a grid.
-    assert all(size < 2**16 for grid in grids for size in grid[1:])
-    assert len(grids) == 2
+from tests.kernels.cases import Case, make_chunk
 
 
 @every_case

@@ -8,10 +8,12 @@ import triton.language as tl
 from minference_vllm.chunk import PagedKV
 from minference_vllm.kernels.triton.launch import kv_strides, on_grid
 from minference_vllm.kernels.triton.operands import from_operand, to_operand
-from minference_vllm.scratch import MEAN
+from minference_vllm.scratch import CENTRE_END, CENTRE_START, MEAN
 
 BLOCK_NUMBERS = 4096
 """How many elements of means one program writes."""
+
+_CENTRE_START, _CENTRE_END = tl.constexpr(CENTRE_START), tl.constexpr(CENTRE_END)
 
 
 @triton.jit(do_not_specialize=["count", "num_kv_heads", "table_row", "stride_table"])
@@ -38,8 +40,19 @@ def _means_kernel(
     b_sum = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
     for i in tl.static_range(MEAN):
         b_sum += tl.load(p_k + i * stride_kt, mask=inside[:, None], other=0.0).to(tl.float32)
+    # Every program averages the centre's keys anew. They come from the cache.
+    # [keys of the centre]
+    o_c = _CENTRE_START + tl.arange(0, _CENTRE_END - _CENTRE_START)
+    has_centre = o_c - o_c + _CENTRE_END <= count * MEAN
+    pages = tl.load(table_ptr + o_c // PAGE_SIZE, mask=has_centre, other=0).to(tl.int64)
+    # [keys of the centre, HEAD_DIM]
+    p_c = k_ptr + (pages * stride_kp + (o_c % PAGE_SIZE) * stride_kt)[:, None] + o_d[None, :]
+    b_c = tl.load(p_c, mask=has_centre[:, None], other=0.0).to(tl.float32)
+    # [HEAD_DIM]
+    b_centre = tl.sum(b_c, 0) / (_CENTRE_END - _CENTRE_START)
     p_means = means_ptr + o_n.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
-    tl.store(p_means, to_operand(b_sum / MEAN, means_ptr, INTERPRETED), mask=inside[:, None])
+    b_means = to_operand(b_sum / MEAN - b_centre[None, :], means_ptr, INTERPRETED)
+    tl.store(p_means, b_means, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["count"])
