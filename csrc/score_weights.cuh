@@ -27,8 +27,10 @@ constexpr int LISTS_PER_THREAD = 2;
 constexpr int PAIRS = ROWS / 2;  // of a list's rows
 constexpr int SCORES = HALF * COLUMNS / hopper::WARPGROUP;  // of a thread in an accumulator
 
-// Products of numbers in FP8 are summed up in fp16, two sums in a register. In units of FP8_UNIT these are at most 112 *
-// 112 * head_dim and mostly far less, and 11 bits are as exact as a weight needs. Other products may exceed fp16.
+// Products of numbers in FP8 are summed up in fp16, two sums in a register: 11 bits are as exact as a weight needs. Such a
+// sum may pass fp16's largest number and is then infinite, so that its weight is 0 or 1. Centred means (CENTRE_START in
+// minference_vllm/scratch.py) keep sums small: without them a bias of all keys, such as Qwen2.5's, would overflow over a
+// cache in FP8 with calibrated scales. Other products may exceed fp16 in any case.
 template <typename T>
 using Score = std::conditional_t<std::is_same_v<T, hopper::E4M3>, uint32_t, float>;
 template <typename T>

@@ -75,7 +75,7 @@ class PatternShares(Strict):
     """At least so many query rows at the end of a prompt attend to all keys."""
 
     last_part: float = Field(default=0.002, ge=0, le=1)
-    """The part of a prompt's rows that do."""
+    """The part of a prompt's rows that do, up to 512 rows."""
 
     long_from: int = Field(default=LONG_FROM, ge=0, le=MAX_TOKENS)
     """Rows with fewer keys than this before them keep more of these."""

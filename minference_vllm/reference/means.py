@@ -14,15 +14,16 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, mean: int = MEAN) 
 
     The centre is the mean of keys CENTRE_START .. CENTRE_END. A vector that all keys of a head share adds the same to
     all scores of a row, and the row's normaliser takes it away again. But rounding adds an error in proportion to the
-    vector's size, and in some models (Qwen2.5) biases of keys are tens of times as large as what tells keys apart.
-    SageAttention (arXiv 2410.02367, section 4.2) smooths keys for the same reason.
+    vector's size, and in some models (Qwen2.5) biases of keys are tens of times as large as what tells keys apart. They
+    are added before RoPE, so what is left of them grows with a key's position. SageAttention (arXiv 2410.02367, section
+    4.2) smooths keys for the same reason.
 
     Keys are taken as they are stored: the scale of FP8 keys is not applied.
 
     Args:
         kv: the request's cache.
         seq_len: keys of the request in the cache; if fewer than `mean` are left over at the end, they get no mean. From
-            fewer than CENTRE_END keys nothing is subtracted.
+            the means of fewer than CENTRE_END keys nothing is subtracted.
         means: [num_kv_heads, >= seq_len // mean, head_dim], in the model's dtype or FP8, see operands.to_operand;
             the first seq_len // mean entries are written, computed in float32 and rounded once.
         mean: keys in a mean.
@@ -31,7 +32,7 @@ def key_means(kv: PagedKV, seq_len: int, means: torch.Tensor, mean: int = MEAN) 
     if count:
         keys, _ = gather(kv, count * mean)
         averages = keys.float().unflatten(1, (-1, mean)).mean(2)
-        if seq_len >= CENTRE_END:
+        if count * mean >= CENTRE_END:
             averages -= keys[:, CENTRE_START:CENTRE_END].float().mean(1, keepdim=True)
         means[:, :count] = to_operand(averages, means.dtype)
 

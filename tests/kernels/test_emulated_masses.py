@@ -239,6 +239,23 @@ def test_masses_of_rows_past_what_fp8_can_hold(emulated: Emulated) -> None:
     check_masses(case, 32, loudness=2000.0, is_fp8=True)
 
 
+def test_a_large_vector_that_all_keys_share_overflows_no_sum(emulated: Emulated) -> None:
+    """Stored with calibrated scales, biases of queries and keys are near FP8's largest number."""
+    case = Case("", num_rows=128, context_len=640, num_qo_heads=2, num_kv_heads=1, head_dim=128, dtype=BF16)
+    chunk = make_chunk(replace(case, has_fp8_kv=True, has_fp8_q=True), CPU)
+    for stored in (chunk.q, chunk.kv.k):
+        near_largest = 384 + 32 * torch.randint(3, stored[..., ::32].shape, generator=torch.Generator().manual_seed(0))
+        stored[..., ::32] = near_largest.to(FP8)
+    assert chunk.q_scale is not None and chunk.kv.k_scale is not None
+    chunk = replace(chunk, scale=2e-4 / float(chunk.q_scale[0] * chunk.kv.k_scale[0]))
+    means = torch.empty(1, case.seq_len // 4, 128, dtype=FP8)
+    reference.key_means(chunk.kv, case.seq_len, means)
+    inputs = chunk, normalisers(chunk, means, 32), means, 4, None
+    expected = codes_of(reference.group_masses, *inputs)
+    assert len(expected.unique()) > 30
+    check_codes(codes_of(group_masses, *inputs), expected, is_fp8=True)
+
+
 @pytest.mark.parametrize("num_rows", [129, 131])
 def test_masses_of_rows_without_a_mean_in_their_tile(emulated: Emulated, num_rows: int) -> None:
     case = Case("", num_rows=num_rows, context_len=256, num_qo_heads=2, num_kv_heads=1)
