@@ -133,17 +133,18 @@ def test_a_preempted_prompt_is_read_again_by_priority(outcomes: Outcomes, report
 
 
 @pytest.mark.parametrize(
-    ("job", "page"), [("experts", 0), ("state space", 544), ("linear attention", 96), ("images", 0)]
+    ("job", "pages"), [("experts", ()), ("state space", (544,)), ("linear attention", (64, 96)), ("images", ())]
 )
-def test_other_models(job: str, page: int, outcomes: Outcomes, report: Report) -> None:
+def test_other_models(job: str, pages: tuple[int, ...], outcomes: Outcomes, report: Report) -> None:
     ours, stock = served(outcomes[job]), served(outcomes[f"{job} stock"])
     rounding = ROUNDING_TO_BFLOAT16 if job == "linear attention" else ROUNDING
     difference = compare(answers(ours.steps[0]), answers(stock.steps[0]), rounding)
     report(ours, difference=difference._asdict())
     assert sparse_tokens(ours) >= 0.8 * (800 * len(SEEING) if job == "images" else TOKENS)
     assert "MInference: 2 of 2 attention layers may run sparse." in ours.log
-    if page:
-        assert any(f"Setting attention block size to {page} tokens" in message for message in ours.log)
+    if pages:  # of which the CPU decides
+        chosen = [f"Setting attention block size to {page} tokens" in log for page in pages for log in ours.log]
+        assert any(chosen)
     if job == "images":
         one, another = (each["logprobs"] for each in answers(ours.steps[0]))
         assert one != pytest.approx(another, abs=1e-2)  # the same text beside other pixels

@@ -99,7 +99,7 @@ def test_with_the_full_budget_greedy_text_is_the_stock_backends(compared: tuple[
     for copy, ours, theirs in zip(COPIES, full_budget.replies, stock, strict=True):
         assert ours.text == theirs["text"]
         assert ours.text.startswith(copy.answer)
-        # The kernels round differently, and 30 layers in bfloat16 add that up.
+        # The kernels round differently, and 30 layers add that up.
         assert ours.first_logprob == pytest.approx(theirs["logprobs"][0], abs=0.05)
 
 

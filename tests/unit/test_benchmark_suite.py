@@ -275,12 +275,19 @@ def test_vllms_layer_on_a_cpu_passes_and_a_planted_fault_does_not() -> None:
         "from benchmarks.one_layer import OneLayer, init_worker\n"
         "cpu = torch.device('cpu')\n"
         "init_worker(cpu)\n"
-        "rows = [row for shape in TINY_SHAPES for row in suite.run_shape(shape, TINY_BATCHES, True, None, cpu, 0)]\n"
-        "assert len(rows) == 24 and all(row['ok'] for row in rows), rows\n"
+        "run = lambda shape: suite.run_shape(shape, TINY_BATCHES, True, None, cpu, 0)\n"
+        "plain, in_fp8 = TINY_SHAPES\n"
+        "rows = run(plain)\n"
+        "try:\n"
+        "    rows += run(in_fp8)\n"
+        "    assert len(rows) == 24, rows\n"
+        "except NotImplementedError as error:\n"  # vLLM has no such cache on this CPU
+        "    assert 'FP8 KV cache on CPU requires' in str(error) and len(rows) == 12, rows\n"
+        "assert all(row['ok'] for row in rows), rows\n"
         "assert any(0 < (row['density'] or 0) < 1 for row in rows), rows\n"
         "fill = OneLayer._fill_cache\n"
         "OneLayer._fill_cache = lambda *of: fill(*of).nan_to_num_(1.0).mul_(-1)\n"
-        "rows = suite.run_shape(TINY_SHAPES[0], TINY_BATCHES, True, None, cpu, 0)\n"
+        "rows = run(plain)\n"
         "assert not any(row['ok'] for row in rows), rows\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, capture_output=True, text=True)
