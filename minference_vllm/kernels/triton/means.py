@@ -43,7 +43,7 @@ def _means_kernel(
     # Every program averages the centre's keys anew. They come from the cache.
     # [keys of the centre]
     o_c = _CENTRE_START + tl.arange(0, _CENTRE_END - _CENTRE_START)
-    has_centre = o_c - o_c + _CENTRE_END <= count * MEAN
+    has_centre = tl.full([_CENTRE_END - _CENTRE_START], _CENTRE_END, tl.int32) <= count * MEAN
     pages = tl.load(table_ptr + o_c // PAGE_SIZE, mask=has_centre, other=0).to(tl.int64)
     # [keys of the centre, HEAD_DIM]
     p_c = k_ptr + (pages * stride_kp + (o_c % PAGE_SIZE) * stride_kt)[:, None] + o_d[None, :]
