@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.serving.conftest import ON_GPU
 from tests.serving.engine_jobs import Outcome, run
@@ -32,6 +33,8 @@ ROUNDING = Tolerance(most=1e-3, mean=1e-4)  # float32
 ROUNDING_TO_BFLOAT16 = Tolerance(most=0.1, mean=0.02)
 TOKENS = sum(LENGTHS)
 ENOUGH = 0.8 * TOKENS  # pass the gate; short chunks and the short prompt do not
+# vLLM keeps the states of linear attention in float32 where the CPU has such instructions, and then takes longer pages.
+LINEAR_PAGE = 96 if torch.cpu._is_avx512_bf16_supported() else 64
 
 Outcomes = dict[str, Outcome]
 
@@ -133,18 +136,17 @@ def test_a_preempted_prompt_is_read_again_by_priority(outcomes: Outcomes, report
 
 
 @pytest.mark.parametrize(
-    ("job", "pages"), [("experts", ()), ("state space", (544,)), ("linear attention", (64, 96)), ("images", ())]
+    ("job", "page"), [("experts", 0), ("state space", 544), ("linear attention", LINEAR_PAGE), ("images", 0)]
 )
-def test_other_models(job: str, pages: tuple[int, ...], outcomes: Outcomes, report: Report) -> None:
+def test_other_models(job: str, page: int, outcomes: Outcomes, report: Report) -> None:
     ours, stock = served(outcomes[job]), served(outcomes[f"{job} stock"])
     rounding = ROUNDING_TO_BFLOAT16 if job == "linear attention" else ROUNDING
     difference = compare(answers(ours.steps[0]), answers(stock.steps[0]), rounding)
     report(ours, difference=difference._asdict())
     assert sparse_tokens(ours) >= 0.8 * (800 * len(SEEING) if job == "images" else TOKENS)
     assert "MInference: 2 of 2 attention layers may run sparse." in ours.log
-    if pages:  # of which the CPU decides
-        chosen = [f"Setting attention block size to {page} tokens" in log for page in pages for log in ours.log]
-        assert any(chosen)
+    if page:
+        assert any(f"Setting attention block size to {page} tokens" in message for message in ours.log)
     if job == "images":
         one, another = (each["logprobs"] for each in answers(ours.steps[0]))
         assert one != pytest.approx(another, abs=1e-2)  # the same text beside other pixels
